@@ -1,0 +1,203 @@
+"""Train Omikuji and napkinXC on the split that our models use, and print one table of all of them.
+
+    pip install '.[peers]'
+    python -m experiments.peers --ours=result.json
+
+Every model sees the same TF-IDF features and is scored by `sparse_xmc.metrics`. Each peer runs with its
+own defaults and all CPUs, in a fresh process:
+
+* training time runs from the data file to the saved model;
+* model size is that of the saved files;
+* peak memory is the largest resident set of the process up to the end of training, less the resident
+  set just before it (with the libraries loaded, but no data). It is read from VmHWM in
+  /proc/self/status, hence Linux only: ru_maxrss of getrusage survives exec, so that in a fresh process
+  it starts at the peak of the parent, which holds the whole data set.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from scipy.sparse import csr_array, csr_matrix
+
+from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_tsv, write_xmc_text
+from sparse_xmc.metrics import RankingMetrics
+
+_WORDNET = Path(__file__).parent / "data" / "wordnet"
+_TRAIN = flags.DEFINE_string("train", str(_WORDNET / "train.tsv.xz"), "Training set, label|label<TAB>text.")
+_TEST = flags.DEFINE_string("test", str(_WORDNET / "test.tsv.xz"), "Test set, in the same format.")
+_JSON = flags.DEFINE_string("json", None, "File to write the peers' results to.")
+_OURS = flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
+
+_KS = (1, 3, 5)
+_PACKAGES = ("omikuji", "napkinxc")
+
+# Maps [n, features] to the ranked label ids of each point, best first.
+Predict = Callable[[csr_array], Iterable[Iterable[int]]]
+
+
+def require_peers() -> None:
+    """Exit with the command that installs the peers if one of them is missing."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"{' and '.join(missing)} not installed; run: pip install '.[peers]'")
+
+
+def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
+    """Train and save a forest of Parabel-like trees, the default of Omikuji."""
+    import omikuji
+
+    parameters = omikuji.Model.default_hyper_param()
+    parameters.n_trees = num_trees
+    model = omikuji.Model.train_on_data(data_file, parameters)
+    model.save(model_dir)
+
+    def predict(features: csr_array) -> Iterable[list[int]]:
+        for start, stop in zip(features.indptr[:-1], features.indptr[1:], strict=True):
+            pairs = zip(
+                features.indices[start:stop].tolist(), features.data[start:stop].tolist(), strict=True
+            )
+            yield [label for label, _ in model.predict(pairs, top_k=max(_KS))]
+
+    return predict
+
+
+def train_napkinxc(data_file: str, model_dir: str) -> Predict:
+    """Train a probabilistic label tree with the defaults of napkinXC, which saves it while training."""
+    from napkinxc.models import PLT
+
+    model = PLT(model_dir, seed=0)
+    model.fit_on_file(data_file)
+    return lambda features: model.predict(csr_matrix(features), top_k=max(_KS))
+
+
+PEERS = {
+    "Omikuji, 1 tree": functools.partial(train_omikuji, num_trees=1),
+    "Omikuji, 3 trees": functools.partial(train_omikuji, num_trees=3),
+    "napkinXC PLT": train_napkinxc,
+}
+
+
+def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.ndarray]:
+    """Train one of PEERS on `data_file` in this process and predict from `features`.
+
+    Returns:
+        Its row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
+    """
+    for package in _PACKAGES:
+        importlib.import_module(package)
+    with tempfile.TemporaryDirectory() as model_dir:
+        before = _memory_bytes("VmRSS")
+        start = time.perf_counter()
+        predict = PEERS[name](data_file, model_dir)
+        row = {
+            "name": name,
+            "train_seconds": time.perf_counter() - start,
+            "peak_memory_bytes": _memory_bytes("VmHWM") - before,
+            "model_bytes": sum(path.stat().st_size for path in Path(model_dir).rglob("*") if path.is_file()),
+        }
+        top_labels = np.full((features.shape[0], max(_KS)), -1, dtype=np.int64)
+        for ranked, labels in zip(top_labels, predict(features), strict=True):
+            labels = list(labels)
+            ranked[: len(labels)] = labels
+    return row, top_labels
+
+
+def run_peers(train: Dataset, test: Dataset) -> list[dict]:
+    """Train and score every peer, each in a process of its own; return their rows of the table."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        data_file = os.path.join(directory, "train.txt")
+        write_xmc_text(data_file, train)
+        for name in PEERS:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _stdout_to_stderr) as pool:
+                row, top_labels = pool.submit(measure, name, data_file, test.features).result()
+            metrics = RankingMetrics(_KS)
+            metrics.update(top_labels, test.labels)
+            rows.append(row | {"test": metrics.compute()})
+    return rows
+
+
+def markdown_table(rows: Iterable[dict]) -> str:
+    """Render results as a Markdown table, with a dash for what a result does not have.
+
+    Args:
+        rows: results as in our result.json, with the keys name, test (of p@1, p@3 and p@5 as
+            fractions), train_seconds, model_bytes and peak_memory_bytes.
+    """
+    lines = [
+        "| Model | P@1 | P@3 | P@5 | Training, s | Model, MB | Peak memory, MB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        precisions = [row.get("test", {}).get(f"p@{k}") for k in _KS]
+        cells = [
+            row.get("name", "-"),
+            *(_scaled(value, 100, 2) for value in precisions),
+            _scaled(row.get("train_seconds"), 1, 1),
+            _scaled(row.get("model_bytes"), 1e-6, 1),
+            _scaled(row.get("peak_memory_bytes"), 1e-6, 0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _scaled(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _stdout_to_stderr() -> None:
+    """Keep the peers' logs, which native code writes to stdout, out of the table."""
+    os.dup2(2, 1)
+
+
+def _memory_bytes(field: str) -> int:
+    """Return a field of /proc/self/status, such as VmRSS, which are in kB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main(argv: list[str]) -> None:
+    """Print the table of the peers and of --ours."""
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    require_peers()
+    ours = [json.loads(Path(path).read_text()) for path in _OURS.value]
+
+    train_labels, train_texts = read_tsv(_TRAIN.value)
+    test_labels, test_texts = read_tsv(_TEST.value)
+    encode_text, encode_labels = TextEncoder.fit(train_texts), LabelEncoder.fit(train_labels)
+    train = Dataset(encode_text(train_texts), encode_labels(train_labels))
+    test = Dataset(encode_text(test_texts), encode_labels(test_labels))
+
+    peers = run_peers(train, test)
+    print(markdown_table(peers + ours))
+    if _JSON.value is not None:
+        report = {
+            "train_points": train.labels.shape[0],
+            "test_points": test.labels.shape[0],
+            "features": train.features.shape[1],
+            "labels": train.labels.shape[1],
+            "python": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+            "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "results": peers,
+        }
+        Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,182 @@
+r"""Builds an extreme classification data set from WordNet 3.0.
+
+A point is a synset, its text the synset's lemmas and gloss, and its labels are lemmas of related synsets:
+
+  python -m experiments.prepare_wordnet --out=experiments/data/wordnet
+
+writes the data set that is shipped in that directory. The labels are the lemmas of the hypernyms up to three
+steps above, and only part of WordNet is taken, to keep the files small. With --full, all of WordNet is taken,
+and the labels also include the lemmas of every synset that the synset points to.
+
+WordNet's files are those of the Debian package wordnet-base; their format is described in its manual page
+wndb(5).
+"""
+
+import collections
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+
+from sparse_xmc.data import formats
+
+_DICT_DIR = flags.DEFINE_string("dict_dir", "/usr/share/wordnet", "Directory of WordNet's data.noun etc.")
+_OUT = flags.DEFINE_string("out", None, "Directory that train.tsv.xz and test.tsv.xz go to.", required=True)
+_FULL = flags.DEFINE_bool("full", False, "Take all of WordNet and labels along every kind of pointer.")
+
+_FILES = {"n": "data.noun", "v": "data.verb", "a": "data.adj", "r": "data.adv"}
+_HYPERNYMS = ("@", "@i")  # hypernym and instance hypernym
+_HYPERNYM_STEPS = 3
+_TEST_SHARE = 0.1
+_TRAIN_POINTS = 50_000
+_MIN_LABEL_POINTS = 2
+
+
+class Synset(NamedTuple):
+    """A synset: its lemmas, its gloss without quoted examples, and `(symbol, synset id)` of its pointers."""
+
+    lemmas: list[str]
+    gloss: str
+    pointers: list[tuple[str, str]]
+
+
+class Point(NamedTuple):
+    """A point of the data set, identified by the id of its synset."""
+
+    synset_id: str
+    labels: list[str]
+    text: str
+
+
+def read_wordnet(dict_dir: str) -> dict[str, Synset]:
+    """Reads all synsets, keyed by id: part of speech and offset, such as `n00001740`.
+
+    Raises:
+      FileNotFoundError: `dict_dir` does not hold WordNet.
+      ValueError: a line is malformed; the message names it.
+    """
+    synsets = {}
+    for part_of_speech, name in _FILES.items():
+        path = Path(dict_dir) / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no WordNet at {path}: install the Debian package wordnet-base, or give the directory of "
+                "WordNet 3.0's data files as --dict_dir"
+            )
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.startswith("  "):  # the licence
+                    continue
+                try:
+                    offset, synset = _parse_synset(line)
+                except (ValueError, IndexError) as error:
+                    raise ValueError(
+                        f"{path}:{number}: not a synset in wndb format: {line[:60]!r}"
+                    ) from error
+                synsets[part_of_speech + offset] = synset
+    for synset_id, synset in synsets.items():
+        for _, target in synset.pointers:
+            if target not in synsets:
+                raise ValueError(
+                    f"{dict_dir}: synset {synset_id} points to {target}, which is in no data file"
+                )
+    return synsets
+
+
+def _parse_synset(line: str) -> tuple[str, Synset]:
+    """Parses `offset file type #words (word lex_id)... #pointers (symbol offset pos fields)... | gloss`."""
+    head, gloss = line.split(" | ", 1)
+    offset, _, _, num_words, *fields = head.split()
+    num_words = int(num_words, 16)
+    # An adjective may carry a syntactic marker, as in galore(ip).
+    lemmas = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in fields[: 2 * num_words : 2]]
+    num_pointers, *fields = fields[2 * num_words :]
+    pointers = []
+    for i in range(0, 4 * int(num_pointers), 4):
+        symbol, target, part_of_speech = fields[i : i + 3]
+        pointers.append((symbol, part_of_speech + target))
+    return offset, Synset(lemmas, _without_examples(gloss), pointers)
+
+
+def _without_examples(gloss: str) -> str:
+    """Drops the quoted sentences that follow the definition, with what follows them (their source)."""
+    return re.sub(r'[;:,]\s*"[^"]*("[^;]*|$)', "", gloss).strip(" ;\n")
+
+
+def related_lemmas(synsets: dict[str, Synset], synset_id: str, full: bool) -> list[str]:
+    """Returns the sorted lemmas of a synset's hypernyms up to three steps above, other than its own.
+
+    Args:
+      synsets: all of WordNet.
+      synset_id: the synset in question.
+      full: also take the lemmas of all synsets one pointer away, whatever the kind of the pointer.
+    """
+    related = {target for _, target in synsets[synset_id].pointers} if full else set()
+    frontier = {synset_id}
+    for _ in range(_HYPERNYM_STEPS):
+        frontier = {t for s in frontier for symbol, t in synsets[s].pointers if symbol in _HYPERNYMS}
+        related |= frontier
+    lemmas = {lemma for s in related for lemma in synsets[s].lemmas}
+    return sorted(lemmas - set(synsets[synset_id].lemmas))
+
+
+def _hash(synset_id: str) -> float:
+    """A number in [0, 1) that depends on nothing but the id."""
+    return int.from_bytes(hashlib.sha256(synset_id.encode()).digest()[:8]) / 2**64
+
+
+def build(synsets: dict[str, Synset], full: bool) -> tuple[list[Point], list[Point]]:
+    """Returns the training and the test points, sorted by synset id.
+
+    The test points are those whose hash is below 0.1. Of the others, the data set that is shipped takes the
+    50,000 with the lowest hash, while the full one takes all. The labels then are those that at least two
+    training points (full: one) have; other labels are dropped, and points with no label left as well.
+    """
+    points = []
+    for synset_id, synset in sorted(synsets.items()):
+        labels = related_lemmas(synsets, synset_id, full)
+        if labels:
+            points.append(Point(synset_id, labels, f"{', '.join(synset.lemmas)}: {synset.gloss}"))
+    test = [point for point in points if _hash(point.synset_id) < _TEST_SHARE]
+    train = [point for point in points if _hash(point.synset_id) >= _TEST_SHARE]
+    if not full:
+        train = sorted(sorted(train, key=lambda point: _hash(point.synset_id))[:_TRAIN_POINTS])
+    counts = collections.Counter(label for point in train for label in point.labels)
+    kept = {label for label, count in counts.items() if count >= (1 if full else _MIN_LABEL_POINTS)}
+    return list(_restrict(train, kept)), list(_restrict(test, kept))
+
+
+def _restrict(points: list[Point], kept: set[str]) -> Iterator[Point]:
+    for point in points:
+        labels = [label for label in point.labels if label in kept]
+        if labels:
+            yield point._replace(labels=labels)
+
+
+def statistics(train: list[list[str]], test: list[list[str]]) -> str:
+    """Describes a data set given the labels of each of its points; a Markdown table."""
+    labels = {label for names in train for label in names}
+    rows = [f"| {len(labels):,} labels | points | labels per point | points per label |", "|---|---|---|---|"]
+    for name, points in (("training", train), ("test", test)):
+        pairs = sum(map(len, points))
+        rows.append(f"| {name} | {len(points):,} | {pairs / len(points):.2f} | {pairs / len(labels):.2f} |")
+    return "\n".join(rows)
+
+
+def main(argv):
+    """Reads WordNet, writes the two files, and prints their statistics."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    splits = build(read_wordnet(_DICT_DIR.value), _FULL.value)
+    for name, points in zip(("train", "test"), splits, strict=True):
+        formats.write_tsv(out / f"{name}.tsv.xz", [p.labels for p in points], [p.text for p in points])
+    print(statistics(*([p.labels for p in points] for points in splits)))
+
+
+if __name__ == "__main__":
+    app.run(main)

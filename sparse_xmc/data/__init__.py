@@ -1,0 +1,27 @@
+"""Reading, writing and encoding data sets for extreme classification."""
+
+from sparse_xmc.data.formats import (
+    Dataset,
+    read_dense,
+    read_tsv,
+    read_xmc_labels,
+    read_xmc_text,
+    write_tsv,
+    write_xmc_text,
+)
+from sparse_xmc.data.storage import load_csr, save_csr
+from sparse_xmc.data.text import LabelEncoder, TextEncoder
+
+__all__ = [
+    "Dataset",
+    "LabelEncoder",
+    "TextEncoder",
+    "load_csr",
+    "read_dense",
+    "read_tsv",
+    "read_xmc_labels",
+    "read_xmc_text",
+    "save_csr",
+    "write_tsv",
+    "write_xmc_text",
+]

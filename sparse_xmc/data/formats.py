@@ -1,0 +1,338 @@
+"""Data sets for extreme classification, and the text formats they are exchanged in.
+
+Every reader decompresses files named `.gz` or `.xz`, and reports a malformed file by a ValueError that
+begins with `path:line`.
+"""
+
+import array
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+
+from sparse_xmc.data import files, storage
+
+_NUMBER = rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_FEATURE = re.compile(rb"\d+:" + _NUMBER)
+_FEATURES = re.compile(rb"\s*(?:\d+:" + _NUMBER + rb"(?:\s+|$))*")
+_LABEL_AND_VALUE = re.compile(rb"(\d+)(?::(" + _NUMBER + rb"))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """N points, each with D features and a set of labels out of L.
+
+    Attributes:
+      features: float32 `[N, D]`, a dense array (possibly memory-mapped) or a CSR matrix.
+      labels: bool or uint8 CSR matrix `[N, L]`; the labels of a point are sorted and distinct.
+
+    Raises:
+      ValueError: the two disagree about N, or have another dtype, rank or format than the above.
+    """
+
+    features: np.ndarray | scipy.sparse.csr_array
+    labels: scipy.sparse.csr_array
+
+    def __post_init__(self):
+        if not isinstance(self.features, np.ndarray | scipy.sparse.csr_array):
+            raise ValueError(
+                f"features must be an ndarray or a csr_array, got {type(self.features).__name__}"
+            )
+        if self.features.ndim != 2 or self.features.dtype != np.float32:
+            raise ValueError(
+                f"features must be float32 [N, D], got {self.features.dtype} of shape {self.features.shape}"
+            )
+        if not isinstance(self.labels, scipy.sparse.csr_array):
+            raise ValueError(f"labels must be a csr_array, got {type(self.labels).__name__}")
+        if self.labels.ndim != 2 or self.labels.dtype not in (np.bool_, np.uint8):
+            raise ValueError(
+                f"labels must be bool or uint8 [N, L], got {self.labels.dtype} of shape {self.labels.shape}"
+            )
+        if self.features.shape[0] != self.labels.shape[0]:
+            raise ValueError(f"features have {self.features.shape[0]} rows but labels {self.labels.shape[0]}")
+        if not self.labels.has_canonical_format:
+            raise ValueError("labels must have sorted indices without duplicates; see sum_duplicates()")
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """D, the number of features."""
+        return self.features.shape[1]
+
+    @property
+    def num_labels(self) -> int:
+        """L, the number of labels."""
+        return self.labels.shape[1]
+
+    def take(self, rows: np.ndarray | slice) -> "Dataset":
+        """Returns the data set of the given rows, in the given order.
+
+        Args:
+          rows: integer `[M]`, bool `[N]`, or a slice. A slice of dense features stays a view of them (and
+            memory-mapped where they are); an array copies just the chosen rows into memory.
+        """
+        return Dataset(self.features[rows], self.labels[rows])
+
+
+def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Dataset:
+    """Reads the text format of the Extreme Classification Repository.
+
+    The first line is `N D L`; each of the N others is `label,label,... feature:value feature:value ...`.
+    A point without labels begins with a space, and a point without features ends after its labels. Ids count
+    from 0. A label given twice counts once; a feature given twice is an error.
+
+    Args:
+      path: the file to read.
+      cache_dir: a directory to keep the parsed matrices in. They are memory-mapped from there, now and by
+        every later call, until the size or the time stamp of `path` changes.
+
+    Returns:
+      The data set, with sparse features and bool labels.
+
+    Raises:
+      ValueError: the file is malformed; the message names the line.
+    """
+    if cache_dir is None:
+        return _parse_xmc_text(path)
+    source = os.stat(path)
+    entry = Path(cache_dir) / f"{Path(path).name}-{source.st_size}-{source.st_mtime_ns}"
+    if not entry.exists():
+        dataset = _parse_xmc_text(path)
+        with files.new_directory(entry) as directory:
+            storage.save_csr(directory / "features", dataset.features)
+            storage.save_csr(directory / "labels", dataset.labels)
+    return Dataset(storage.load_csr(entry / "features"), storage.load_csr(entry / "labels"))
+
+
+def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
+    """Writes the text format of the Extreme Classification Repository.
+
+    `read_xmc_text` gives back exactly the same values and labels. Dense features are written without
+    their zeros.
+
+    Args:
+      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      dataset: the points to write.
+    """
+    labels = dataset.labels
+    with files.open_binary(path, "wb") as file:
+        file.write(f"{len(dataset)} {dataset.num_features} {dataset.num_labels}\n".encode())
+        for row in range(len(dataset)):
+            ids = labels.indices[labels.indptr[row] : labels.indptr[row + 1]]
+            columns, values = _features_of_row(dataset.features, row)
+            pairs = [f"{column}:{value}" for column, value in zip(columns, values, strict=True)]
+            file.write(" ".join([",".join(map(str, ids)), *pairs]).encode() + (b"\n" if pairs else b" \n"))
+
+
+def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
+    """Reads the label matrix format of the Extreme Classification Repository (`trn_X_Y.txt`).
+
+    The first line is `N L`; each of the N others is `label:value label:value ...`, where `:value` may be
+    missing, and a label with value 0 counts as absent. An empty line is a point without labels.
+
+    Args:
+      path: the file to read.
+
+    Returns:
+      Bool CSR matrix `[N, L]` with sorted indices without duplicates.
+
+    Raises:
+      ValueError: the file is malformed; the message names the line.
+    """
+    lines = files.read_lines(path)
+    num_points, num_labels = _parse_header(path, lines, "N L")
+    rows = _Rows(path, "label", num_labels)
+    for number, line in _points(path, lines, num_points):
+        matches = [_LABEL_AND_VALUE.fullmatch(token) for token in line.split()]
+        if None in matches:
+            token = line.split()[matches.index(None)]
+            raise ValueError(f"{path}:{number}: expected 'label' or 'label:value', got {_show(token)}")
+        rows.append(number, {int(m[1]) for m in matches if m[2] is None or float(m[2]) != 0})
+    return rows.matrix()
+
+
+def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Dataset:
+    """Reads dense features (such as embeddings) beside a file of labels.
+
+    Args:
+      features_npy: a `.npy` file, float32 `[N, D]`; it is memory-mapped, not loaded.
+      labels: a file in the format of `read_xmc_labels` or of `read_xmc_text`, told apart by the number of
+        fields in the first line. In the latter the features, if any, are ignored.
+
+    Returns:
+      The data set, with memory-mapped dense features and bool labels.
+
+    Raises:
+      ValueError: a file is malformed, or the two disagree about N.
+    """
+    with contextlib.closing(files.read_lines(labels)) as lines:
+        _, header = next(lines, (1, b""))
+    matrix = read_xmc_text(labels).labels if len(header.split()) == 3 else read_xmc_labels(labels)
+    try:
+        return Dataset(np.load(features_npy, mmap_mode="r"), matrix)
+    except ValueError as error:
+        raise ValueError(f"{features_npy} with labels from {labels}: {error}") from error
+
+
+def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
+    """Reads raw text with named labels: UTF-8 lines `label|label|...<TAB>text`.
+
+    The part before the first tab may be empty, for a point without labels.
+
+    Args:
+      path: the file to read.
+
+    Returns:
+      `(labels, texts)`, both of length N: the label names of each point as written, and its text.
+
+    Raises:
+      ValueError: the file is malformed; the message names the line.
+    """
+    labels, texts = [], []
+    for number, line in files.read_text_lines(path):
+        names, tab, text = line.partition("\t")
+        if not tab:
+            fault = f"no tab in {line[:40]!r}" if line.strip() else "a blank line"
+            raise ValueError(f"{path}:{number}: expected 'label|label|...<TAB>text', got {fault}")
+        labels.append(names.split("|") if names else [])
+        if "" in labels[-1]:
+            raise ValueError(f"{path}:{number}: expected a label on each side of a bar, got {names!r}")
+        texts.append(text)
+    return labels, texts
+
+
+def write_tsv(path: str | os.PathLike, labels: Sequence[Sequence[str]], texts: Sequence[str]) -> None:
+    """Writes raw text with named labels, for `read_tsv`. Equal input gives byte-identical files.
+
+    Args:
+      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      labels: the label names of each of the N points.
+      texts: the N texts.
+
+    Raises:
+      ValueError: a label is empty or contains a bar, tab or line break, a text contains a line break, or the
+        lengths differ. Nothing is written then.
+    """
+    if len(labels) != len(texts):
+        raise ValueError(f"{path}: {len(labels)} lists of labels but {len(texts)} texts")
+    lines = []
+    for number, (names, text) in enumerate(zip(labels, texts, strict=True), start=1):
+        for name in names:
+            if not name or re.search(r"[|\t\r\n]", name):
+                raise ValueError(
+                    f"{path}:{number}: a label must be non-empty, without |, tab or line break, got {name!r}"
+                )
+        if re.search(r"[\r\n]", text):
+            raise ValueError(f"{path}:{number}: a text must not contain a line break, got {text!r}")
+        lines.append(f"{'|'.join(names)}\t{text}\n")
+    with files.open_binary(path, "wb") as file:
+        file.writelines(line.encode() for line in lines)
+
+
+def _parse_header(path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], form: str) -> list[int]:
+    _, header = next(lines, (1, b""))
+    fields = header.split()
+    if len(fields) != len(form.split()) or not all(field.isdigit() for field in fields):
+        raise ValueError(f"{path}:1: expected a header '{form}' of whole numbers, got {_show(header)}")
+    return [int(field) for field in fields]
+
+
+def _points(
+    path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], num_points: int
+) -> Iterator[tuple[int, bytes]]:
+    """Passes on the lines after the header, and checks that there are as many as it promised."""
+    number = 1
+    for number, line in lines:
+        if number > num_points + 1:
+            raise ValueError(f"{path}:{number}: expected {num_points} points, as the header says, got more")
+        yield number, line
+    if number != num_points + 1:
+        raise ValueError(
+            f"{path}:{number}: expected {num_points} points, as the header says, got {number - 1}"
+        )
+
+
+def _parse_xmc_text(path: str | os.PathLike) -> Dataset:
+    lines = files.read_lines(path)
+    num_points, num_features, num_labels = _parse_header(path, lines, "N D L")
+    features = _Rows(path, "feature", num_features)
+    labels = _Rows(path, "label", num_labels)
+    values = array.array("f")
+    for number, line in _points(path, lines, num_points):
+        if not line:
+            raise ValueError(f"{path}:{number}: blank line; a point without labels must begin with a space")
+        names, _, pairs = line.partition(b" ")
+        ids = names.split(b",") if names else []
+        for label in ids:
+            if not label.isdigit():
+                raise ValueError(
+                    f"{path}:{number}: expected 'label,label,...' before the first space, got {_show(names)}"
+                )
+        labels.append(number, set(map(int, ids)))
+        if not _FEATURES.fullmatch(pairs):
+            wrong = next(token for token in pairs.split() if not _FEATURE.fullmatch(token))
+            raise ValueError(f"{path}:{number}: expected 'feature:value', got {_show(wrong)}")
+        numbers = pairs.replace(b":", b" ").split()
+        columns = list(map(int, numbers[::2]))
+        weights = np.array(numbers[1::2], np.float64)
+        if len(set(columns)) < len(columns):
+            twice = next(column for column in columns if columns.count(column) > 1)
+            raise ValueError(f"{path}:{number}: feature {twice} is given twice")
+        if np.any(np.abs(weights) > np.finfo(np.float32).max):
+            raise ValueError(f"{path}:{number}: a value is too large for float32")
+        order = np.argsort(columns)
+        features.append(number, columns)
+        values.frombytes(weights[order].astype(np.float32).tobytes())
+    return Dataset(features.matrix(np.frombuffer(values, np.float32)), labels.matrix())
+
+
+class _Rows:
+    """Collects the rows of a CSR matrix in a few bytes per entry."""
+
+    def __init__(self, path, kind: str, num_columns: int):
+        self._path = path
+        self._kind = kind
+        self._num_columns = num_columns
+        self._indices = array.array("q" if num_columns > np.iinfo(np.int32).max else "i")
+        self._indptr = array.array("q", [0])
+
+    def append(self, line_number: int, columns: Iterable[int]) -> None:
+        """Adds a row with these (distinct) columns, sorted."""
+        columns = sorted(columns)
+        if columns and columns[-1] >= self._num_columns:
+            raise ValueError(
+                f"{self._path}:{line_number}: expected {self._kind} ids below {self._num_columns}, "
+                f"as the header says, got {columns[-1]}"
+            )
+        self._indices.extend(columns)
+        self._indptr.append(len(self._indices))
+
+    def matrix(self, data: np.ndarray | None = None) -> scipy.sparse.csr_array:
+        """Returns the matrix; its entries are `data`, or True without it."""
+        indices = np.frombuffer(self._indices, self._indices.typecode)
+        if data is None:
+            data = np.ones(len(indices), bool)
+        indptr = np.frombuffer(self._indptr, np.int64)
+        return scipy.sparse.csr_array((data, indices, indptr), shape=(len(indptr) - 1, self._num_columns))
+
+
+def _features_of_row(
+    features: np.ndarray | scipy.sparse.csr_array, row: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(features, np.ndarray):
+        (columns,) = features[row].nonzero()
+        return columns, features[row, columns]
+    part = slice(features.indptr[row], features.indptr[row + 1])
+    return features.indices[part], features.data[part]
+
+
+def _show(text: bytes) -> str:
+    """The beginning of a piece of a file, for an error message."""
+    return repr(text[:40].decode(errors="replace"))

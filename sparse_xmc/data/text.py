@@ -1,0 +1,150 @@
+"""Turns raw text and label names, as read by `formats.read_tsv`, into the matrices of a `Dataset`."""
+
+import collections
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from sparse_xmc.data import files
+
+
+class TextEncoder:
+    """Bag-of-words features: TF-IDF with logarithmic counts, rows scaled to unit length.
+
+    A word is a run of letters, digits and underscores, lower-cased; unlike scikit-learn's default it may be a
+    single character, because `c` and `7` tell labels apart. Words not seen by `fit` are ignored.
+
+    Args:
+      words: the V words, each once; a word's position is its feature id.
+      idf: float32 `[V]`, the weight of each word.
+    """
+
+    def __init__(self, words: Sequence[str], idf: np.ndarray):
+        self._words = list(words)
+        self._vectorizer = _new_vectorizer(vocabulary=self._words)
+        self._vectorizer.idf_ = np.asarray(idf, np.float32)
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], *, min_df: int = 2, max_features: int | None = None) -> "TextEncoder":
+        """Learns the words and their weights from training texts.
+
+        Args:
+          texts: the training texts.
+          min_df: a word must occur in this many texts.
+          max_features: if given, keep only this many words, those with the highest total count.
+
+        Raises:
+          ValueError: no word is left.
+        """
+        vectorizer = _new_vectorizer(min_df=min_df, max_features=max_features)
+        vectorizer.fit(texts)
+        return cls(vectorizer.get_feature_names_out(), vectorizer.idf_)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, the number of words, which is the number of features."""
+        return len(self._words)
+
+    def __call__(self, texts: Iterable[str]) -> scipy.sparse.csr_array:
+        """Returns the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
+        return scipy.sparse.csr_array(self._vectorizer.transform(texts))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the encoder as one JSON file."""
+        state = {"words": self._words, "idf": self._vectorizer.idf_.tolist()}
+        Path(path).write_text(json.dumps(state), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TextEncoder":
+        """Reads what `save` wrote; the encoder gives exactly the same features.
+
+        Raises:
+          ValueError: the file is not a saved encoder; the message names the file.
+        """
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(state["words"], state["idf"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a saved TextEncoder: {error!r}") from error
+
+
+class LabelEncoder:
+    """Maps label names to ids and back; ids count from 0 in the sorted order of the names `fit` was given.
+
+    Args:
+      names: the L distinct names; a name's position is its id.
+
+    Attributes:
+      names: list of the L names.
+
+    Raises:
+      ValueError: a name appears twice.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self.names = list(names)
+        self._ids = {name: label for label, name in enumerate(self.names)}
+        if len(self._ids) < len(self.names):
+            raise ValueError("a label name appears twice")
+
+    @classmethod
+    def fit(cls, label_lists: Iterable[Iterable[str]], min_count: int = 1) -> "LabelEncoder":
+        """Collects the names that at least `min_count` of the given points have."""
+        counts = collections.Counter(name for names in label_lists for name in set(names))
+        return cls(sorted(name for name, count in counts.items() if count >= min_count))
+
+    def __call__(self, label_lists: Iterable[Iterable[str]]) -> scipy.sparse.csr_array:
+        """Returns the labels of N points, for `Dataset.labels`; unknown names are dropped.
+
+        Args:
+          label_lists: the names of each point, in any order; repeats count once.
+
+        Returns:
+          Bool CSR matrix `[N, L]` with sorted indices without duplicates.
+        """
+        indices, indptr = [], [0]
+        for names in label_lists:
+            indices.extend(sorted({self._ids[name] for name in names if name in self._ids}))
+            indptr.append(len(indices))
+        shape = (len(indptr) - 1, len(self.names))
+        return scipy.sparse.csr_array((np.ones(len(indices), bool), indices, indptr), shape=shape)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the names as UTF-8 text, one a line; the first line is label 0.
+
+        Raises:
+          ValueError: a name is empty or contains a line break; nothing is written then.
+        """
+        for label, name in enumerate(self.names):
+            if not name or "\n" in name or "\r" in name:
+                raise ValueError(
+                    f"{path}:{label + 1}: expected a non-empty name without line breaks, got {name!r}"
+                )
+        Path(path).write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8", newline="\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "LabelEncoder":
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: a line is blank, repeats another or is not UTF-8; the message names the line.
+        """
+        line_of = {}
+        for number, name in files.read_text_lines(path):
+            if not name:
+                raise ValueError(f"{path}:{number}: expected a label name, got a blank line")
+            if name in line_of:
+                raise ValueError(
+                    f"{path}:{number}: expected distinct names, got {name!r} as on line {line_of[name]}"
+                )
+            line_of[name] = number
+        return cls(line_of)
+
+
+def _new_vectorizer(**options) -> TfidfVectorizer:
+    return TfidfVectorizer(token_pattern=r"\b\w+\b", sublinear_tf=True, dtype=np.float32, **options)

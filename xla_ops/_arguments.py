@@ -1,0 +1,52 @@
+"""Argument checks that the ops share: raised in Python, before XLA sees anything."""
+
+import jax.numpy as jnp
+
+VALUE_DTYPES = (jnp.float32, jnp.bfloat16)
+INDEX_DTYPES = (jnp.uint16, jnp.int32)
+UINT16_FEATURES = 65_536
+
+
+def index_dtype(in_features: int):
+    """The narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536 of them, else int32."""
+    return jnp.uint16 if in_features <= UINT16_FEATURES else jnp.int32
+
+
+def _names(dtypes) -> str:
+    return " or ".join(jnp.dtype(d).name for d in dtypes)
+
+
+def check_dtype(name: str, array, dtypes) -> None:
+    """Raises TypeError unless `array` has one of `dtypes`."""
+    if array.dtype not in [jnp.dtype(d) for d in dtypes]:
+        raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {array.dtype.name}")
+
+
+def check_shape(name: str, array, shape: tuple[int, ...], why: str) -> None:
+    """Raises ValueError unless `array` has `shape`; `why` says what fixes that shape."""
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} ({why}), got {list(array.shape)}")
+
+
+def check_values(name: str, array, *, ndim_at_least: int) -> None:
+    """Raises unless `array` holds float32 or bfloat16 values in at least so many dimensions."""
+    check_dtype(name, array, VALUE_DTYPES)
+    if array.ndim < ndim_at_least:
+        raise ValueError(f"{name} must have at least {ndim_at_least} dimension(s), got shape {list(array.shape)}")
+
+
+def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None:
+    """Raises unless kernel [L, F], indices [L, F] and bias ([L], or [0] for none) fit inputs of `dtype`."""
+    check_dtype("kernel", kernel, [dtype])
+    check_dtype("indices", indices, INDEX_DTYPES)
+    check_dtype("bias", bias, [dtype])
+    if indices.ndim != 2 or indices.shape[1] < 1:
+        raise ValueError(f"indices must have shape [L, F] with F >= 1, got {list(indices.shape)}")
+    check_shape("kernel", kernel, indices.shape, "that of indices")
+    if bias.shape != (0,):
+        check_shape("bias", bias, indices.shape[:1], "one per row of indices")
+    if indices.dtype == jnp.uint16 and in_features > UINT16_FEATURES:
+        raise TypeError(
+            f"indices must have dtype int32 where x has more than {UINT16_FEATURES} features, "
+            f"got uint16 for {in_features} features"
+        )

@@ -1,0 +1,51 @@
+"""Loads the compiled module of each platform and registers its handlers with XLA."""
+
+import functools
+import importlib
+import pathlib
+import re
+
+import jax
+
+_REBUILD = "python -m pip install --force-reinstall --no-deps --no-build-isolation -e ."
+
+
+def runtime_ffi_version() -> tuple[int, int]:
+    """The version of XLA's FFI that the installed jaxlib speaks, read from the headers it ships."""
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text()
+    major, minor = (
+        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", text).group(1)) for part in ("MAJOR", "MINOR")
+    )
+    return major, minor
+
+
+def check_ffi_version(module) -> None:
+    """Raises ImportError unless the installed jaxlib can run the handlers of a native module.
+
+    Registering handlers built with newer headers than jaxlib's would make every JAX operation fail with
+    "Unable to initialize backend", so this is asked first.
+    """
+    built, runtime = tuple(module.ffi_version), runtime_ffi_version()
+    if built[0] != runtime[0] or built > runtime:
+        raise ImportError(
+            f"{module.__name__} was built for XLA FFI {built[0]}.{built[1]}, but the installed jaxlib "
+            f"{jax.lib.__version__} has {runtime[0]}.{runtime[1]}. Rebuild it against this jaxlib, "
+            f"from the root of the repository:\n    {_REBUILD}"
+        )
+
+
+@functools.cache
+def cpu():
+    """The CPU module, its handlers registered. Raises ImportError where it is missing or does not fit jaxlib."""
+    try:
+        module = importlib.import_module("xla_ops._cpu")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "The native module xla_ops._cpu has not been built for this Python. "
+            f"Build it from the root of the repository:\n    {_REBUILD}"
+        ) from error
+    check_ffi_version(module)
+    for name, handler in module.registrations().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return module

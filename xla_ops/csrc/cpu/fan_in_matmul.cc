@@ -1,0 +1,222 @@
+// fan_in_matmul and its two gradients: y[b, l] = bias[l] + sum_f kernel[l, f] * x[b, indices[l, f]].
+//
+// x is packed feature-major in tiles of the batch (kernels.h), so that a connection reads one contiguous
+// run; labels are worked on in blocks whose rows stay in cache between the kernel and the transposition.
+// Every sum is taken in an order that depends on the shapes and the number of threads only, so results repeat
+// bit for bit.
+
+#include "fan_in_matmul.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "kernels.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace xla_ops {
+namespace {
+
+namespace ffi = xla::ffi;
+
+struct Shape {
+  int64_t batch, in_features, labels, fan_in;
+};
+
+std::string shape_string(ffi::AnyBuffer::Dimensions dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> dims) {
+  return std::equal(dims.begin(), dims.end(), buffer.dimensions().begin(), buffer.dimensions().end());
+}
+
+// Python has checked the arguments; this guards handlers that are called by other means.
+ffi::Error check(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> dims) {
+  if (has_shape(buffer, dims)) return ffi::Error::Success();
+  std::string expected = "[";
+  for (int64_t d : dims) expected += (expected.size() > 1 ? ", " : "") + std::to_string(d);
+  return ffi::Error::InvalidArgument(std::string(name) + " must have shape " + expected + "], got " +
+                                     shape_string(buffer.dimensions()));
+}
+
+#define XLA_OPS_RETURN_IF_ERROR(expression) \
+  if (ffi::Error error = (expression); error.failure()) return error
+
+// ---- the three passes, for one type of value and one of index ----
+
+template <typename T, typename I>
+void forward(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* kernel, const I* indices, const T* bias,
+             T* y) {
+  const Tiles tiles(s.batch, s.in_features);
+  const Buffer<T> packed = pack(pool, tiles, x);
+  const int64_t blocks = ceil_div(s.labels, kBlock);
+  parallel_for(pool, tiles.count * blocks, [&](int64_t item) {
+    const Tile tile = tiles[item / blocks];
+    const int64_t label = item % blocks * kBlock, n = std::min(kBlock, s.labels - label);
+    alignas(64) float rows[kBlock * kTile];
+    fan_in_kernels<T, I>().logits(packed.get() + tile.offset, s.in_features, tile.width, kernel + label * s.fan_in,
+                                  indices + label * s.fan_in, bias ? bias + label : nullptr, n, s.fan_in, rows);
+    layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label, s.labels);
+  });
+}
+
+// Accumulates in `out` itself where it is float32, else beside it.
+template <typename T, typename I>
+void kernel_grad(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* dy, const I* indices, T* d_kernel) {
+  const Tiles tiles(s.batch, s.in_features);
+  const Buffer<T> packed = pack(pool, tiles, x);
+  parallel_for(pool, ceil_div(s.labels, kBlock), [&](int64_t block) {
+    const int64_t label = block * kBlock, n = std::min(kBlock, s.labels - label);
+    const int64_t first = label * s.fan_in, count = n * s.fan_in;
+    Buffer<float> beside;
+    float* sums = accumulator(d_kernel + first, count, &beside);
+    std::memset(sums, 0, count * sizeof(float));
+    alignas(64) float rows[kBlock * kTile];
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Tile tile = tiles[t];
+      layout_kernels<T>().to_rows(dy + tile.first * s.labels + label, s.labels, n, tile.size, tile.width, rows,
+                                  tile.width);
+      fan_in_kernels<T, I>().kernel_grad(packed.get() + tile.offset, s.in_features, tile.width, rows, indices + first,
+                                         n, s.fan_in, sums);
+    }
+    if (beside) layout_kernels<T>().narrow(sums, count, d_kernel + first);
+  });
+}
+
+template <typename T, typename I>
+void input_grad(ffi::ThreadPool& pool, const Shape& s, const T* dy, const T* kernel, const I* indices, T* d_x) {
+  const Tiles tiles(s.batch, s.in_features);
+  // Threads that share a tile each scatter the labels of one part into a copy of their own. A copy costs as
+  // much as in_features connections, so there are never more copies than that pays for.
+  const int64_t worthwhile = s.labels * s.fan_in / (s.in_features + 1);
+  const int64_t parts =
+      std::max<int64_t>(1, std::min(ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count)), worthwhile));
+  const int64_t blocks_per_part = ceil_div(ceil_div(s.labels, kBlock), parts);
+  const Buffer<float> d_packed = allocate<float>(parts * tiles.elements);
+  parallel_for(pool, tiles.count * parts, [&](int64_t item) {
+    const Tile tile = tiles[item % tiles.count];
+    const int64_t part = item / tiles.count;
+    float* d = d_packed.get() + part * tiles.elements + tile.offset;
+    std::memset(d, 0, (s.in_features + 1) * tile.width * sizeof(float));
+    alignas(64) float rows[kBlock * kTile];
+    const int64_t end = std::min(s.labels, (part + 1) * blocks_per_part * kBlock);
+    for (int64_t label = part * blocks_per_part * kBlock; label < end; label += kBlock) {
+      const int64_t n = std::min(kBlock, end - label);
+      layout_kernels<T>().to_rows(dy + tile.first * s.labels + label, s.labels, n, tile.size, tile.width, rows,
+                                  tile.width);
+      fan_in_kernels<T, I>().input_grad(rows, s.in_features, tile.width, kernel + label * s.fan_in,
+                                        indices + label * s.fan_in, n, s.fan_in, d);
+    }
+  });
+  unpack_sum(pool, tiles, d_packed.get(), parts, d_x);
+}
+
+// ---- handlers ----
+
+// Calls fn(T*, I*) with null pointers of the types that `values` and `indices` hold.
+template <typename Fn>
+ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
+  const auto with_index = [&](auto* t) {
+    switch (indices.element_type()) {
+      case ffi::U16: fn(t, static_cast<uint16_t*>(nullptr)); return ffi::Error::Success();
+      case ffi::S32: fn(t, static_cast<int32_t*>(nullptr)); return ffi::Error::Success();
+      default: return ffi::Error::InvalidArgument("indices must be uint16 or int32");
+    }
+  };
+  try {
+    switch (values.element_type()) {
+      case ffi::F32: return with_index(static_cast<float*>(nullptr));
+      case ffi::BF16: return with_index(static_cast<bfloat16*>(nullptr));
+      default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
+    }
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fan_in_matmul: out of memory for the packed features");
+  }
+}
+
+template <typename T>
+T* data(const ffi::AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+ffi::Error matrices(const ffi::AnyBuffer& batched, const ffi::AnyBuffer& indices) {
+  if (batched.dimensions().size() == 2 && indices.dimensions().size() == 2) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("expected matrices, got shapes " + shape_string(batched.dimensions()) + " and " +
+                                     shape_string(indices.dimensions()));
+}
+
+ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                        ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
+  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
+  const bool has_bias = !has_shape(bias, {0});
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
+  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, {s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("y", *y, {s.batch, s.labels}));
+  return dispatch(x, indices, [&](auto* t, auto* i) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using I = std::remove_pointer_t<decltype(i)>;
+    forward<T, I>(pool, s, data<T>(x), data<T>(kernel), data<I>(indices), has_bias ? data<T>(bias) : nullptr,
+                  data<T>(*y));
+  });
+}
+
+ffi::Error kernel_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer indices,
+                            ffi::Result<ffi::AnyBuffer> d_kernel) {
+  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
+  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
+  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, {s.batch, s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, {s.labels, s.fan_in}));
+  return dispatch(x, indices, [&](auto* t, auto* i) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using I = std::remove_pointer_t<decltype(i)>;
+    kernel_grad<T, I>(pool, s, data<T>(x), data<T>(dy), data<I>(indices), data<T>(*d_kernel));
+  });
+}
+
+ffi::Error input_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                           ffi::Result<ffi::AnyBuffer> d_x) {
+  XLA_OPS_RETURN_IF_ERROR(matrices(*d_x, indices));
+  const Shape s{d_x->dimensions()[0], d_x->dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
+  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, {s.batch, s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
+  return dispatch(dy, indices, [&](auto* t, auto* i) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using I = std::remove_pointer_t<decltype(i)>;
+    input_grad<T, I>(pool, s, data<T>(dy), data<T>(kernel), data<I>(indices), data<T>(*d_x));
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
+                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
+                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
+                                  .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
+                                  .Ret<ffi::AnyBuffer>());  // y [B, L]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_kernel_grad, kernel_grad_impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
+                                  .Arg<ffi::AnyBuffer>()    // dy [B, L]
+                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
+                                  .Ret<ffi::AnyBuffer>());  // d_kernel [L, F]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_input_grad, input_grad_impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()    // dy [B, L]
+                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
+                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
+                                  .Ret<ffi::AnyBuffer>());  // d_x [B, D]
+
+}  // namespace xla_ops

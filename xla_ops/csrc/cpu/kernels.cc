@@ -1,0 +1,317 @@
+// See kernels.h. setup.py compiles this file once per instruction set, with XLA_OPS_ISA naming it.
+//
+// Only <stdint.h> is included, and everything but the exported table has internal linkage: an inline
+// function of the standard library compiled here with AVX-512 could otherwise be the copy that the linker
+// keeps for the whole program, and crash processors without it.
+
+#include "kernels.h"
+
+#include <stdint.h>
+
+#if defined(__AVX512F__)
+#define XLA_OPS_VECTOR 16
+#elif defined(__AVX__)
+#define XLA_OPS_VECTOR 8
+#else
+#define XLA_OPS_VECTOR 4
+#endif
+
+#define XLA_OPS_INLINE inline __attribute__((always_inline))
+
+namespace xla_ops {
+namespace {
+
+constexpr int W = XLA_OPS_VECTOR;
+static_assert(kLanes % W == 0, "a row is a whole number of vectors");
+
+typedef float Vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t HVec __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+// ---- loads, stores, conversions ----
+
+XLA_OPS_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+XLA_OPS_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+XLA_OPS_INLINE Vec load(const bfloat16* p) {
+  const UVec bits = __builtin_convertvector(*reinterpret_cast<const HVec*>(p), UVec) << 16;
+  return reinterpret_cast<const Vec&>(bits);
+}
+XLA_OPS_INLINE void store(bfloat16* p, Vec v) {
+  // Round to nearest, ties to even; a NaN keeps its top bits and stays a NaN.
+  const UVec bits = reinterpret_cast<const UVec&>(v);
+  const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto unordered = v != v;
+  const UVec nan = reinterpret_cast<const UVec&>(unordered);
+  const UVec result = (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
+  *reinterpret_cast<HVec*>(p) = __builtin_convertvector(result, HVec);
+}
+
+XLA_OPS_INLINE float to_float(float x) { return x; }
+XLA_OPS_INLINE float to_float(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+XLA_OPS_INLINE void set(float* p, float x) { *p = x; }
+XLA_OPS_INLINE void set(bfloat16* p, float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  p->bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---- interleaving: the one shuffle behind both the transposition and the horizontal sums ----
+
+template <int... Is>
+struct Lanes {};
+template <int N, int... Is>
+struct MakeLanes : MakeLanes<N - 1, N - 1, Is...> {};
+template <int... Is>
+struct MakeLanes<0, Is...> {
+  typedef Lanes<Is...> type;
+};
+
+// Lane i of the low (Hi = 0) or high (Hi = 1) interleaving of a and b in runs of S lanes: of each 2S lanes,
+// the first S come from a's low (high) half, the others from b's.
+constexpr int interleaved(int i, int s, int hi) {
+  return (i / (2 * s)) * 2 * s + i % s + hi * s + ((i / s) % 2) * W;
+}
+
+template <int S, int Hi, int... Is>
+XLA_OPS_INLINE Vec interleave(Vec a, Vec b, Lanes<Is...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, interleaved(Is, S, Hi)...);
+#else
+  typedef int32_t IVec __attribute__((vector_size(4 * W)));
+  return __builtin_shuffle(a, b, IVec{interleaved(Is, S, Hi)...});
+#endif
+}
+template <int S, int Hi>
+XLA_OPS_INLINE Vec interleave(Vec a, Vec b) {
+  return interleave<S, Hi>(a, b, typename MakeLanes<W>::type());
+}
+
+// v[i][j], v[j][i] = v[j][i], v[i][j]
+template <int S>
+struct Transpose {
+  static XLA_OPS_INLINE void run(Vec* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & S) continue;
+      const Vec a = v[i], b = v[i + S];
+      v[i] = interleave<S, 0>(a, b);
+      v[i + S] = interleave<S, 1>(a, b);
+    }
+    Transpose<2 * S>::run(v);
+  }
+};
+template <>
+struct Transpose<W> {
+  static XLA_OPS_INLINE void run(Vec*) {}
+};
+
+// Lane i of v[0] = the sum of v[i]'s lanes.
+template <int S>
+struct SumLanes {
+  static XLA_OPS_INLINE void run(Vec* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W / S / 2; ++i) {
+      v[i] = interleave<S, 0>(v[2 * i], v[2 * i + 1]) + interleave<S, 1>(v[2 * i], v[2 * i + 1]);
+    }
+    SumLanes<2 * S>::run(v);
+  }
+};
+template <>
+struct SumLanes<W> {
+  static XLA_OPS_INLINE void run(Vec*) {}
+};
+
+// ---- layout ----
+
+template <typename In, typename Out>
+void transpose(const In* in, int64_t in_stride, int64_t rows, int64_t cols, int64_t out_width, Out* out,
+               int64_t out_stride) {
+  const int64_t full_rows = rows - rows % W, full_cols = cols - cols % W;
+  for (int64_t c = 0; c < full_cols; c += W) {
+    for (int64_t r = 0; r < full_rows; r += W) {
+      Vec v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = load(in + (c + i) * in_stride + r);
+      Transpose<1>::run(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(out + (r + i) * out_stride + c, v[i]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < full_rows ? full_cols : 0; c < cols; ++c) {
+      set(out + r * out_stride + c, to_float(in[c * in_stride + r]));
+    }
+    for (int64_t c = cols; c < out_width; ++c) set(out + r * out_stride + c, 0.0f);
+  }
+}
+
+template <typename T>
+void narrow(const float* in, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(out + i, load(in + i));
+  for (; i < count; ++i) set(out + i, in[i]);
+}
+
+// ---- fixed fan-in ----
+
+// An index as a row of the packed features; every index out of range becomes the zero row.
+template <typename I>
+XLA_OPS_INLINE int64_t row_of(I index, int64_t in_features) {
+  const uint64_t i = static_cast<uint64_t>(static_cast<int64_t>(index));
+  return static_cast<int64_t>(i < static_cast<uint64_t>(in_features) ? i : in_features);
+}
+
+XLA_OPS_INLINE bool is_zero(const float* row, int64_t width) {
+  UVec any = {};
+  for (int64_t b = 0; b < width; b += W) any |= *reinterpret_cast<const UVec*>(row + b) << 1;  // -0 is 0
+  uint32_t bits = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) bits |= any[i];
+  return bits == 0;
+}
+
+// Calls fn<NV>(...) with NV = the number of vectors in a row of `width`, so that a row stays in registers.
+#define XLA_OPS_FOR_WIDTH(fn, width, ...)                    \
+  switch ((width) / kLanes) {                                \
+    case 1: return fn<T, I, 1 * kLanes / W>(__VA_ARGS__);    \
+    case 2: return fn<T, I, 2 * kLanes / W>(__VA_ARGS__);    \
+    case 3: return fn<T, I, 3 * kLanes / W>(__VA_ARGS__);    \
+    default: return fn<T, I, 4 * kLanes / W>(__VA_ARGS__);   \
+  }
+static_assert(kTile == 4 * kLanes, "XLA_OPS_FOR_WIDTH covers every width");
+
+// The gather's latency is hidden by asking for the next label's features while this one's are summed.
+template <typename T, typename I, int NV>
+XLA_OPS_INLINE void prefetch(const T* packed, int64_t in_features, I index) {
+  const char* row = reinterpret_cast<const char*>(packed + row_of(index, in_features) * NV * W);
+#pragma GCC unroll 16
+  for (int64_t byte = 0; byte < static_cast<int64_t>(NV * W * sizeof(T)); byte += 64) {
+    __builtin_prefetch(row + byte);
+  }
+}
+
+template <typename T, typename I, int NV>
+void logits_of_width(const T* packed, int64_t in_features, const T* kernel, const I* indices, const T* bias,
+                     int64_t labels, int64_t fan_in, float* rows) {
+  for (int64_t n = 0; n < labels; ++n) {
+    const I* next = indices + (n + 1 < labels ? fan_in : 0);
+    Vec sum[NV];
+    const Vec start = Vec{} + (bias ? to_float(bias[n]) : 0.0f);
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) sum[i] = start;
+    for (int64_t f = 0; f < fan_in; ++f) {
+      prefetch<T, I, NV>(packed, in_features, next[f]);
+      const T* x = packed + row_of(indices[f], in_features) * NV * W;
+      const float weight = to_float(kernel[f]);
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; ++i) sum[i] += weight * load(x + i * W);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) store(rows + i * W, sum[i]);
+    kernel += fan_in;
+    indices += fan_in;
+    rows += NV * W;
+  }
+}
+
+template <typename T, typename I>
+void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices,
+            const T* bias, int64_t labels, int64_t fan_in, float* rows) {
+  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, in_features, kernel, indices, bias, labels, fan_in, rows);
+}
+
+template <typename T, typename I, int NV>
+void kernel_grad_of_width(const T* packed, int64_t in_features, const float* rows, const I* indices,
+                          int64_t labels, int64_t fan_in, float* d_kernel) {
+  for (int64_t n = 0; n < labels; ++n, rows += NV * W, indices += fan_in, d_kernel += fan_in) {
+    if (is_zero(rows, NV * W)) continue;
+    int64_t f = 0;
+    for (; f + W <= fan_in; f += W) {  // W connections at a time, summed over the lanes together
+      Vec sum[W];
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) {
+        const T* x = packed + row_of(indices[f + j], in_features) * NV * W;
+        Vec s = load(rows) * load(x);
+#pragma GCC unroll 16
+        for (int i = 1; i < NV; ++i) s += load(rows + i * W) * load(x + i * W);
+        sum[j] = s;
+      }
+      SumLanes<1>::run(sum);
+      store(d_kernel + f, load(d_kernel + f) + sum[0]);
+    }
+    for (; f < fan_in; ++f) {
+      const T* x = packed + row_of(indices[f], in_features) * NV * W;
+      Vec s = load(rows) * load(x);
+      for (int i = 1; i < NV; ++i) s += load(rows + i * W) * load(x + i * W);
+      float total = 0;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) total += s[i];
+      d_kernel[f] += total;
+    }
+  }
+}
+
+template <typename T, typename I>
+void kernel_grad(const T* packed, int64_t in_features, int64_t width, const float* rows, const I* indices,
+                 int64_t labels, int64_t fan_in, float* d_kernel) {
+  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, in_features, rows, indices, labels, fan_in, d_kernel);
+}
+
+template <typename T, typename I, int NV>
+void input_grad_of_width(const float* rows, int64_t in_features, const T* kernel, const I* indices,
+                         int64_t labels, int64_t fan_in, float* d_packed) {
+  for (int64_t n = 0; n < labels; ++n, rows += NV * W, kernel += fan_in, indices += fan_in) {
+    if (is_zero(rows, NV * W)) continue;
+    Vec row[NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) row[i] = load(rows + i * W);
+    for (int64_t f = 0; f < fan_in; ++f) {
+      float* d = d_packed + row_of(indices[f], in_features) * NV * W;
+      const float weight = to_float(kernel[f]);
+#pragma GCC unroll 16
+      for (int i = 0; i < NV; ++i) store(d + i * W, load(d + i * W) + weight * row[i]);
+    }
+  }
+}
+
+template <typename T, typename I>
+void input_grad(const float* rows, int64_t in_features, int64_t width, const T* kernel, const I* indices,
+                int64_t labels, int64_t fan_in, float* d_packed) {
+  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, in_features, kernel, indices, labels, fan_in, d_packed);
+}
+
+template <typename T, typename I>
+constexpr FanInKernels<T, I> fan_in_table() {
+  return {logits<T, I>, kernel_grad<T, I>, input_grad<T, I>};
+}
+
+template <typename T>
+constexpr LayoutKernels<T> layout_table() {
+  return {transpose<T, T>, transpose<T, float>, transpose<float, T>, narrow<T>};
+}
+
+}  // namespace
+
+#define XLA_OPS_STRING_(x) #x
+#define XLA_OPS_STRING(x) XLA_OPS_STRING_(x)
+#define XLA_OPS_TABLE_(isa) isa_##isa
+#define XLA_OPS_TABLE(isa) XLA_OPS_TABLE_(isa)
+
+extern const Isa XLA_OPS_TABLE(XLA_OPS_ISA);
+const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
+    XLA_OPS_STRING(XLA_OPS_ISA),
+    fan_in_table<float, uint16_t>(),
+    fan_in_table<float, int32_t>(),
+    fan_in_table<bfloat16, uint16_t>(),
+    fan_in_table<bfloat16, int32_t>(),
+    layout_table<float>(),
+    layout_table<bfloat16>(),
+};
+
+}  // namespace xla_ops

@@ -1,0 +1,87 @@
+// The vectorised inner loops, compiled once per instruction set from kernels.cc and picked at run time.
+//
+// All of them work on *rows*: for one tile of the batch (at most kTile examples) and a run of labels, a row
+// holds one label's values for every example of the tile, so that a connection reads or writes one
+// contiguous run of memory. `width` is a tile's row length: its number of examples rounded up to kLanes.
+//
+// Packed features are [in_features + 1, width] per tile. The last row is zero, and every index outside
+// [0, in_features) is redirected to it: such a connection contributes nothing and touches nothing else.
+
+#ifndef XLA_OPS_CSRC_CPU_KERNELS_H_
+#define XLA_OPS_CSRC_CPU_KERNELS_H_
+
+#include <stdint.h>
+
+namespace xla_ops {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kTile = 64;
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// T is float or bfloat16, I is uint16_t or int32_t.
+template <typename T, typename I>
+struct FanInKernels {
+  // rows[n, width] = bias[n] + sum_f kernel[n, f] * packed[indices[n, f], :]. `bias` may be null.
+  void (*logits)(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices,
+                 const T* bias, int64_t labels, int64_t fan_in, float* rows);
+  // d_kernel[n, f] += sum_b rows[n, b] * packed[indices[n, f], b], skipping rows that are zero.
+  void (*kernel_grad)(const T* packed, int64_t in_features, int64_t width, const float* rows,
+                      const I* indices, int64_t labels, int64_t fan_in, float* d_kernel);
+  // d_packed[indices[n, f], :] += kernel[n, f] * rows[n, :], skipping rows that are zero.
+  void (*input_grad)(const float* rows, int64_t in_features, int64_t width, const T* kernel,
+                     const I* indices, int64_t labels, int64_t fan_in, float* d_packed);
+};
+
+template <typename T>
+struct LayoutKernels {
+  // out[r, c] = in[c, r] for r < rows and c < cols; out[r, c] = 0 for cols <= c < out_width.
+  // `in` has row stride in_stride, `out` has row stride out_stride >= out_width.
+  void (*to_packed)(const T* in, int64_t in_stride, int64_t rows, int64_t cols, int64_t out_width, T* out,
+                    int64_t out_stride);
+  void (*to_rows)(const T* in, int64_t in_stride, int64_t rows, int64_t cols, int64_t out_width, float* out,
+                  int64_t out_stride);
+  void (*from_rows)(const float* in, int64_t in_stride, int64_t rows, int64_t cols, int64_t out_width,
+                    T* out, int64_t out_stride);
+  // out[i] = in[i] in T.
+  void (*narrow)(const float* in, int64_t count, T* out);
+};
+
+struct Isa {
+  const char* name;
+  FanInKernels<float, uint16_t> f32_u16;
+  FanInKernels<float, int32_t> f32_s32;
+  FanInKernels<bfloat16, uint16_t> bf16_u16;
+  FanInKernels<bfloat16, int32_t> bf16_s32;
+  LayoutKernels<float> f32;
+  LayoutKernels<bfloat16> bf16;
+};
+
+// The instruction set in use: the best that this processor has, unless select_isa chose a lesser one.
+const Isa& isa();
+// Chooses by name ("avx512", "avx2", "baseline"); false if this build or processor does not have it.
+bool select_isa(const char* name);
+
+template <typename T, typename I>
+const FanInKernels<T, I>& fan_in_kernels();
+template <typename T>
+const LayoutKernels<T>& layout_kernels();
+
+template <>
+inline const FanInKernels<float, uint16_t>& fan_in_kernels() { return isa().f32_u16; }
+template <>
+inline const FanInKernels<float, int32_t>& fan_in_kernels() { return isa().f32_s32; }
+template <>
+inline const FanInKernels<bfloat16, uint16_t>& fan_in_kernels() { return isa().bf16_u16; }
+template <>
+inline const FanInKernels<bfloat16, int32_t>& fan_in_kernels() { return isa().bf16_s32; }
+template <>
+inline const LayoutKernels<float>& layout_kernels() { return isa().f32; }
+template <>
+inline const LayoutKernels<bfloat16>& layout_kernels() { return isa().bf16; }
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CSRC_CPU_KERNELS_H_

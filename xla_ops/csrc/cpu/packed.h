@@ -1,0 +1,105 @@
+// The batch cut into tiles, and matrices [batch, in_features] packed feature-major within each tile.
+
+#ifndef XLA_OPS_CSRC_CPU_PACKED_H_
+#define XLA_OPS_CSRC_CPU_PACKED_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace xla_ops {
+
+// Labels worked on at once: their rows (kBlock * kTile floats) fit in the first-level cache.
+constexpr int64_t kBlock = 128;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Uninitialised and aligned to a cache line. Throws std::bad_alloc.
+template <typename T>
+Buffer<T> allocate(int64_t count) {
+  const size_t bytes = static_cast<size_t>(ceil_div(std::max<int64_t>(1, count) * sizeof(T), 64) * 64);
+  void* p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+// Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower.
+inline float* accumulator(float* out, int64_t, Buffer<float>*) { return out; }
+inline float* accumulator(bfloat16*, int64_t count, Buffer<float>* beside) {
+  *beside = allocate<float>(count);
+  return beside->get();
+}
+
+struct Tile {
+  int64_t first, size;  // examples [first, first + size)
+  int64_t width;        // size rounded up to kLanes; the padding is zero
+  int64_t offset;       // of the tile's packed [in_features + 1, width] matrix, in elements
+};
+
+// All tiles but the last are kTile wide.
+struct Tiles {
+  Tiles(int64_t batch, int64_t in_features)
+      : batch(batch),
+        in_features(in_features),
+        count(ceil_div(batch, kTile)),
+        elements((in_features + 1) * ceil_div(batch, kLanes) * kLanes) {}
+
+  Tile operator[](int64_t t) const {
+    const int64_t first = t * kTile, size = std::min(kTile, batch - first);
+    return {first, size, ceil_div(size, kLanes) * kLanes, first * (in_features + 1)};
+  }
+
+  int64_t batch, in_features, count, elements;
+};
+
+constexpr int64_t kFeaturesAtOnce = 1024;
+
+// The packed form of x [batch, in_features].
+template <typename T>
+Buffer<T> pack(xla::ffi::ThreadPool& pool, const Tiles& tiles, const T* x) {
+  Buffer<T> packed = allocate<T>(tiles.elements);
+  const int64_t in_features = tiles.in_features, chunks = ceil_div(in_features + 1, kFeaturesAtOnce);
+  parallel_for(pool, tiles.count * chunks, [&](int64_t item) {
+    const Tile tile = tiles[item / chunks];
+    const int64_t first = item % chunks * kFeaturesAtOnce;
+    const int64_t n = std::min(kFeaturesAtOnce, in_features - first);
+    T* out = packed.get() + tile.offset + first * tile.width;
+    layout_kernels<T>().to_packed(x + tile.first * in_features + first, in_features, n, tile.size, tile.width, out,
+                                  tile.width);
+    if (first + kFeaturesAtOnce > in_features) std::fill_n(out + n * tile.width, tile.width, T{});  // the zero row
+  });
+  return packed;
+}
+
+// out [batch, in_features] = the sum of `parts` packed matrices; the first of them is overwritten.
+template <typename T>
+void unpack_sum(xla::ffi::ThreadPool& pool, const Tiles& tiles, float* packed, int64_t parts, T* out) {
+  const int64_t in_features = tiles.in_features, chunks = ceil_div(in_features, kFeaturesAtOnce);
+  parallel_for(pool, tiles.count * chunks, [&](int64_t item) {
+    const Tile tile = tiles[item / chunks];
+    const int64_t first = item % chunks * kFeaturesAtOnce;
+    const int64_t n = std::min(kFeaturesAtOnce, in_features - first);
+    float* sum = packed + tile.offset + first * tile.width;
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* other = sum + part * tiles.elements;
+      for (int64_t i = 0; i < n * tile.width; ++i) sum[i] += other[i];
+    }
+    layout_kernels<T>().from_rows(sum, tile.width, tile.size, n, n, out + tile.first * in_features + first,
+                                  in_features);
+  });
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CSRC_CPU_PACKED_H_

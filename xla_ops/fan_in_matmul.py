@@ -1,0 +1,115 @@
+"""The fixed fan-in matrix product: every output reads exactly F inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from xla_ops import _native
+from xla_ops._arguments import check_connections, check_values
+
+
+def fan_in_matmul(x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None = None) -> Array:
+    """Multiplies by a sparse matrix in which every output has exactly F inputs.
+
+    `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
+
+    Differentiable (reverse mode, once) in x, kernel and bias. An input that is listed twice in a row of
+    `indices` counts twice; an index outside [0, D) contributes nothing and gets no gradient. float32
+    accumulation, also for bfloat16. Results repeat bit for bit on the same machine with the same number of
+    threads.
+
+    Args:
+      x: [..., D], float32 or bfloat16.
+      kernel: [L, F], of x's dtype.
+      indices: [L, F], uint16 (for D <= 65,536) or int32.
+      bias: [L], of x's dtype, or None.
+
+    Returns:
+      [..., L], of x's dtype.
+
+    Raises:
+      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+
+    Reference: Schultheis & Babbar, "Towards Memory-Efficient Training for Extremely Large Output Spaces",
+    ECML-PKDD 2023, section 3.
+    """
+    x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
+    bias = jnp.zeros(0, x.dtype) if bias is None else jnp.asarray(bias)
+    check_values("x", x, ndim_at_least=1)
+    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
+    _native.cpu()
+    y = _matmul(x.reshape(-1, x.shape[-1]), kernel, indices, bias)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def fan_in_matmul_reference(
+    x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None = None
+) -> Array:
+    """`fan_in_matmul` in plain `jax.numpy`: slow, and [..., L, F] in memory. Same arguments and result."""
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    indices = jnp.asarray(indices).astype(jnp.int32)
+    valid = (indices >= 0) & (indices < x.shape[-1])
+    inputs = jnp.take(x, jnp.where(valid, indices, 0), axis=-1)
+    weights = jnp.where(valid, kernel, 0).astype(kernel.dtype)
+    y = jnp.einsum("...lf,lf->...l", inputs, weights, preferred_element_type=jnp.float32)
+    if bias is not None:
+        y = y + jnp.asarray(bias).astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp)
+def _matmul(x, kernel, indices, bias):
+    return _forward(x, kernel, indices, bias)
+
+
+def _matmul_fwd(x, kernel, indices, bias):
+    return _forward(x, kernel, indices, bias), (x, kernel, indices, bias)
+
+
+def _matmul_bwd(residuals, dy):
+    x, kernel, indices, bias = residuals
+    d_bias = dy.sum(axis=0, dtype=jnp.float32).astype(bias.dtype) if bias.size else jnp.zeros_like(bias)
+    return _input_grad(dy, kernel, indices, x.shape[1]), _kernel_grad(x, dy, indices), None, d_bias
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd, optimize_remat=True)
+
+
+def _call(name, shape, dtype, *args):
+    result = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", result, vmap_method="sequential")(*args)
+
+
+def _fold_vmap(function):
+    """Under vmap over the first argument alone, widens the batch instead of calling once per element."""
+    batched = jax.custom_batching.custom_vmap(function)
+
+    @batched.def_vmap
+    def _rule(axis_size, in_batched, first, *rest):
+        if in_batched[0] and not any(in_batched[1:]):
+            y = batched(first.reshape(-1, first.shape[-1]), *rest)
+            return y.reshape(axis_size, -1, y.shape[-1]), True
+        axes = [0 if b else None for b in in_batched]
+        return jax.vmap(function, in_axes=axes)(first, *rest), True
+
+    return batched
+
+
+@_fold_vmap
+def _forward(x, kernel, indices, bias):
+    return _call("forward", (x.shape[0], kernel.shape[0]), x.dtype, x, kernel, indices, bias)
+
+
+def _kernel_grad(x, dy, indices):
+    return _call("kernel_grad", indices.shape, x.dtype, x, dy, indices)
+
+
+def _input_grad(dy, kernel, indices, in_features):
+    @_fold_vmap
+    def call(dy, kernel, indices):
+        return _call("input_grad", (dy.shape[0], in_features), dy.dtype, dy, kernel, indices)
+
+    return call(dy, kernel, indices)
