@@ -9,9 +9,11 @@ own defaults and all CPUs, in a fresh process:
 * training time runs from the data file to the saved model;
 * model size is that of the saved files;
 * peak memory is the largest resident set of the process up to the end of training, less the resident
-  set just before it (with the libraries loaded, but no data). It is read from VmHWM in
+  set just before it (with the libraries and the test set loaded). It is read from VmHWM in
   /proc/self/status, hence Linux only: ru_maxrss of getrusage survives exec, so that in a fresh process
   it starts at the peak of the parent, which holds the whole data set.
+
+Omikuji takes no seed; from run to run its precisions move by a few tenths of a percent.
 """
 
 import functools
@@ -48,14 +50,14 @@ Predict = Callable[[csr_array], Iterable[Iterable[int]]]
 
 
 def require_peers() -> None:
-    """Exit with the command that installs the peers if one of them is missing."""
+    """Exits with the command that installs the peers if one of them is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"{' and '.join(missing)} not installed; run: pip install '.[peers]'")
 
 
 def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
-    """Train and save a forest of Parabel-like trees, the default of Omikuji."""
+    """Trains and saves a forest of Parabel-like trees, the default of Omikuji."""
     import omikuji
 
     parameters = omikuji.Model.default_hyper_param()
@@ -74,7 +76,7 @@ def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
 
 
 def train_napkinxc(data_file: str, model_dir: str) -> Predict:
-    """Train a probabilistic label tree with the defaults of napkinXC, which saves it while training."""
+    """Trains a probabilistic label tree with the defaults of napkinXC, which saves it while training."""
     from napkinxc.models import PLT
 
     model = PLT(model_dir, seed=0)
@@ -90,10 +92,10 @@ PEERS = {
 
 
 def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.ndarray]:
-    """Train one of PEERS on `data_file` in this process and predict from `features`.
+    """Trains one of PEERS on `data_file` in this process and predicts from `features`.
 
     Returns:
-        Its row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
+      Its row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
     """
     for package in _PACKAGES:
         importlib.import_module(package)
@@ -115,7 +117,11 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
 
 
 def run_peers(train: Dataset, test: Dataset) -> list[dict]:
-    """Train and score every peer, each in a process of its own; return their rows of the table."""
+    """Trains and scores every peer, each in a process of its own; returns their rows of the table.
+
+    Training points without features are left out, as Omikuji does not read them.
+    """
+    train = train.take(np.diff(train.features.indptr) > 0)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         data_file = os.path.join(directory, "train.txt")
@@ -130,11 +136,11 @@ def run_peers(train: Dataset, test: Dataset) -> list[dict]:
 
 
 def markdown_table(rows: Iterable[dict]) -> str:
-    """Render results as a Markdown table, with a dash for what a result does not have.
+    """Renders results as a Markdown table, with a dash for what a result does not have.
 
     Args:
-        rows: results as in our result.json, with the keys name, test (of p@1, p@3 and p@5 as
-            fractions), train_seconds, model_bytes and peak_memory_bytes.
+      rows: results as in our result.json, with the keys name, test (of p@1, p@3 and p@5 as
+          fractions), train_seconds, model_bytes and peak_memory_bytes.
     """
     lines = [
         "| Model | P@1 | P@3 | P@5 | Training, s | Model, MB | Peak memory, MB |",
@@ -158,12 +164,12 @@ def _scaled(value: float | None, factor: float, digits: int) -> str:
 
 
 def _stdout_to_stderr() -> None:
-    """Keep the peers' logs, which native code writes to stdout, out of the table."""
+    """Keeps the peers' logs, which native code writes to stdout, out of the table."""
     os.dup2(2, 1)
 
 
 def _memory_bytes(field: str) -> int:
-    """Return a field of /proc/self/status, such as VmRSS, which are in kB."""
+    """Returns a field of /proc/self/status, such as VmRSS, which are in kB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -171,7 +177,7 @@ def _memory_bytes(field: str) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Print the table of the peers and of --ours."""
+    """Prints the table of the peers and of --ours."""
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     require_peers()

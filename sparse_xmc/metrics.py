@@ -15,22 +15,22 @@ PROPENSITY_CONSTANTS = {"wikipedia": (0.5, 0.4), "amazon": (0.6, 2.6), "default"
 
 
 def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> np.ndarray:
-    """Return one weight per label, larger for rarer labels, under the model of missing labels.
+    """Returns one weight per label, larger for rarer labels, under the model of missing labels.
 
     With N training points, n_l of them carrying label l, the weight is 1 + C (n_l + b)^-a, where
     C = (ln N - 1) (b + 1)^a.
 
     Args:
-        labels: [N, L] label matrix of the training set; nonzero entries are positives.
-        a: exponent; `PROPENSITY_CONSTANTS` holds the usual pairs (a, b).
-        b: offset added to the label counts, positive.
+      labels: [N, L] label matrix of the training set; nonzero entries are positives.
+      a: exponent; `PROPENSITY_CONSTANTS` holds the usual pairs (a, b).
+      b: offset added to the label counts, positive.
 
     Returns:
-        [L] float64 array of weights, each greater than 1.
+      [L] float64 array of weights, each greater than 1.
 
     Raises:
-        ValueError: if `labels` is no CSR matrix or has fewer than 3 rows (C would be negative), or
-            `a` or `b` is not positive.
+      ValueError: if `labels` is no CSR matrix or has fewer than 3 rows (C would be negative), or
+          `a` or `b` is not positive.
 
     Source: Jain, Prabhu and Varma, "Extreme Multi-label Loss Functions for Recommendation, Tagging,
     Ranking & Other Missing Label Applications", KDD 2016.
@@ -66,12 +66,12 @@ class RankingMetrics:
     These are the definitions of pyxclib and napkinXC, with which published numbers are computed.
 
     Args:
-        ks: distinct cut-offs, each at least 1.
-        inv_propensities: [L] positive weights, see `inverse_propensities`. Without them ``psp@k``
-            and ``psndcg@k`` are left out.
+      ks: distinct cut-offs, each at least 1.
+      inv_propensities: [L] positive weights, see `inverse_propensities`. Without them ``psp@k``
+          and ``psndcg@k`` are left out.
 
     Raises:
-        ValueError: if `ks` or `inv_propensities` are not as described.
+      ValueError: if `ks` or `inv_propensities` are not as described.
     """
 
     def __init__(self, ks: Sequence[int] = (1, 3, 5), inv_propensities: ArrayLike | None = None):
@@ -108,16 +108,16 @@ class RankingMetrics:
         self._totals = {name: np.zeros(len(self.ks)) for name in names}
 
     def update(self, top_labels: ArrayLike, positives: csr_array) -> None:
-        """Add a batch of n points.
+        """Adds a batch of n points.
 
         Args:
-            top_labels: [n, >= max(ks)] integers, each row the label ids in ranked order, best first.
-                An id of -1 stands for no label and is a miss.
-            positives: [n, L] label matrix; nonzero entries are positives. L is the same in all calls.
+          top_labels: [n, >= max(ks)] integers, each row the label ids in ranked order, best first.
+              An id of -1 stands for no label and is a miss.
+          positives: [n, L] label matrix; nonzero entries are positives. L is the same in all calls.
 
         Raises:
-            ValueError: if a shape or type is not as described, an id is outside [-1, L), or a row
-                names a label twice.
+          ValueError: if a shape or type is not as described, an id is outside [-1, L), or a row
+              names a label twice.
         """
         positives = _binary_csr(positives, "positives")
         top_labels = self._checked_top_labels(top_labels, positives.shape)
@@ -140,10 +140,10 @@ class RankingMetrics:
                 sums["psndcg"] += (self._at_ks(weights * self._discounts) / ideal_dcg).sum(0)
 
     def compute(self) -> dict[str, float]:
-        """Return the metrics of all points so far, under keys such as ``"p@1"`` and ``"psndcg@5"``.
+        """Returns the metrics of all points so far, under keys such as ``"p@1"`` and ``"psndcg@5"``.
 
         Raises:
-            ValueError: if there has been no point yet.
+          ValueError: if there has been no point yet.
         """
         if self._num_points == 0:
             raise ValueError("compute: expected at least one point from update(), got none")
@@ -156,11 +156,11 @@ class RankingMetrics:
         return results
 
     def _at_ks(self, values: np.ndarray) -> np.ndarray:
-        """Return the sums of the first k columns of values [n, max_k], for each k: [n, len(ks)]."""
+        """Returns the sums of the first k columns of values [n, max_k], for each k: [n, len(ks)]."""
         return np.cumsum(values, axis=1)[:, self.ks - 1]
 
     def _checked_top_labels(self, top_labels: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
-        """Return the first max(ks) columns of top_labels as int64 [n, max_k]."""
+        """Returns the first max(ks) columns of top_labels as int64 [n, max_k]."""
         num_points, num_labels = shape
         if self._num_labels not in (None, num_labels):
             raise ValueError(f"positives: expected {self._num_labels} columns (labels), got {num_labels}")
@@ -182,7 +182,7 @@ class RankingMetrics:
 
 
 def _binary_csr(matrix: csr_array, name: str) -> csr_array:
-    """Return a boolean copy with sorted columns, without duplicates or stored zeros."""
+    """Returns a boolean copy with sorted columns, without duplicates or stored zeros."""
     if not issparse(matrix) or matrix.format != "csr" or matrix.ndim != 2:
         raise ValueError(f"{name}: expected a two-dimensional CSR matrix, got {type(matrix).__name__}")
     matrix = matrix.astype(bool)
@@ -192,7 +192,7 @@ def _binary_csr(matrix: csr_array, name: str) -> csr_array:
 
 
 def _hits(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
-    """Return bool [n, k]: whether each ranked label is a positive of its point."""
+    """Returns bool [n, k]: whether each ranked label is a positive of its point."""
     if positives.nnz == 0:
         return np.zeros(top_labels.shape, dtype=bool)
     num_points, num_labels = positives.shape
@@ -206,7 +206,7 @@ def _hits(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
 
 
 def _largest_weights(positives: csr_array, weights: np.ndarray, k: int) -> np.ndarray:
-    """Return float64 [n, k]: the k largest weights of each point's positives, descending, 0 after them."""
+    """Returns float64 [n, k]: the k largest weights of each point's positives, descending, 0 after them."""
     counts = np.diff(positives.indptr)
     rows = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-weights[positives.indices], rows))

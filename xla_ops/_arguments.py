@@ -36,14 +36,14 @@ def check_values(name: str, array, *, ndim_at_least: int) -> None:
 
 
 def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None:
-    """Raises unless kernel [L, F], indices [L, F] and bias ([L], or [0] for none) fit inputs of `dtype`."""
+    """Raises unless kernel [L, F], indices [L, F] and bias ([L] or None) fit inputs of `dtype`."""
     check_dtype("kernel", kernel, [dtype])
     check_dtype("indices", indices, INDEX_DTYPES)
-    check_dtype("bias", bias, [dtype])
     if indices.ndim != 2 or indices.shape[1] < 1:
         raise ValueError(f"indices must have shape [L, F] with F >= 1, got {list(indices.shape)}")
     check_shape("kernel", kernel, indices.shape, "that of indices")
-    if bias.shape != (0,):
+    if bias is not None:
+        check_dtype("bias", bias, [dtype])
         check_shape("bias", bias, indices.shape[:1], "one per row of indices")
     if indices.dtype == jnp.uint16 and in_features > UINT16_FEATURES:
         raise TypeError(

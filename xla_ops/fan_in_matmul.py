@@ -1,6 +1,7 @@
 """The fixed fan-in matrix product: every output reads exactly F inputs."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,12 @@ def fan_in_matmul(x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: Arr
     ECML-PKDD 2023, section 3.
     """
     x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
-    bias = jnp.zeros(0, x.dtype) if bias is None else jnp.asarray(bias)
+    bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=1)
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
     _native.cpu()
-    y = _matmul(x.reshape(-1, x.shape[-1]), kernel, indices, bias)
+    bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
+    y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), kernel, indices, bias)
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
@@ -56,7 +58,7 @@ def fan_in_matmul_reference(
     weights = jnp.where(valid, kernel, 0).astype(kernel.dtype)
     y = jnp.einsum("...lf,lf->...l", inputs, weights, preferred_element_type=jnp.float32)
     if bias is not None:
-        y = y + jnp.asarray(bias).astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias, y.shape).astype(jnp.float32)
     return y.astype(x.dtype)
 
 
@@ -90,8 +92,9 @@ def _fold_vmap(function):
     @batched.def_vmap
     def _rule(axis_size, in_batched, first, *rest):
         if in_batched[0] and not any(in_batched[1:]):
-            y = batched(first.reshape(-1, first.shape[-1]), *rest)
-            return y.reshape(axis_size, -1, y.shape[-1]), True
+            batch = first.shape[1]
+            y = batched(first.reshape(axis_size * batch, first.shape[2]), *rest)
+            return y.reshape(axis_size, batch, y.shape[1]), True
         axes = [0 if b else None for b in in_batched]
         return jax.vmap(function, in_axes=axes)(first, *rest), True
 

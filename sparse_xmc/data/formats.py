@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ class Dataset:
 
     Attributes:
       features: float32 `[N, D]`, a dense array (possibly memory-mapped) or a CSR matrix.
-      labels: bool or uint8 CSR matrix `[N, L]`; the labels of a point are sorted and distinct.
+      labels: bool or uint8 CSR matrix `[N, L]`; a point's labels are its stored entries, which are
+        sorted, distinct and not zero.
 
     Raises:
       ValueError: the two disagree about N, or have another dtype, rank or format than the above.
@@ -57,6 +58,8 @@ class Dataset:
             raise ValueError(f"features have {self.features.shape[0]} rows but labels {self.labels.shape[0]}")
         if not self.labels.has_canonical_format:
             raise ValueError("labels must have sorted indices without duplicates; see sum_duplicates()")
+        if not self.labels.data.all():
+            raise ValueError("labels must not store zeros; see eliminate_zeros()")
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -120,15 +123,26 @@ def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
     Args:
       path: the file to write; compressed if it is named `.gz` or `.xz`.
       dataset: the points to write.
+
+    Raises:
+      ValueError: a feature is infinite or NaN, or sparse features have unsorted or duplicate indices.
     """
-    labels = dataset.labels
+    features, labels = dataset.features, dataset.labels
+    dense = isinstance(features, np.ndarray)
+    if not dense and not features.has_canonical_format:
+        raise ValueError("features must have sorted indices without duplicates; see sum_duplicates()")
     with files.open_binary(path, "wb") as file:
         file.write(f"{len(dataset)} {dataset.num_features} {dataset.num_labels}\n".encode())
         for row in range(len(dataset)):
-            ids = labels.indices[labels.indptr[row] : labels.indptr[row + 1]]
-            columns, values = _features_of_row(dataset.features, row)
-            pairs = [f"{column}:{value}" for column, value in zip(columns, values, strict=True)]
-            file.write(" ".join([",".join(map(str, ids)), *pairs]).encode() + (b"\n" if pairs else b" \n"))
+            ids, _ = _entries(labels, row)
+            columns, values = _nonzeros(features[row]) if dense else _entries(features, row)
+            if not np.isfinite(values).all():
+                raise ValueError(f"{path}:{row + 2}: expected finite features, got inf or nan in row {row}")
+            # astype(str) gives the shortest text that reads back as the same float32.
+            pairs = " ".join(
+                f"{column}:{value}" for column, value in zip(columns, values.astype(str), strict=True)
+            )
+            file.write(f"{','.join(map(str, ids))} {pairs}\n".encode())
 
 
 def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
@@ -148,13 +162,13 @@ def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
     """
     lines = files.read_lines(path)
     num_points, num_labels = _parse_header(path, lines, "N L")
-    rows = _Rows(path, "label", num_labels)
-    for number, line in _points(path, lines, num_points):
+    rows = _Rows("label", num_labels)
+    for where, line in _points(path, lines, num_points):
         matches = [_LABEL_AND_VALUE.fullmatch(token) for token in line.split()]
         if None in matches:
             token = line.split()[matches.index(None)]
-            raise ValueError(f"{path}:{number}: expected 'label' or 'label:value', got {_show(token)}")
-        rows.append(number, {int(m[1]) for m in matches if m[2] is None or float(m[2]) != 0})
+            raise ValueError(f"{where}: expected 'label' or 'label:value', got {_show(token)}")
+        rows.append(where, {int(m[1]) for m in matches if m[2] is None or float(m[2]) != 0})
     return rows.matrix()
 
 
@@ -177,7 +191,7 @@ def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Da
     matrix = read_xmc_text(labels).labels if len(header.split()) == 3 else read_xmc_labels(labels)
     try:
         return Dataset(np.load(features_npy, mmap_mode="r"), matrix)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{features_npy} with labels from {labels}: {error}") from error
 
 
@@ -246,13 +260,13 @@ def _parse_header(path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], f
 
 def _points(
     path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], num_points: int
-) -> Iterator[tuple[int, bytes]]:
-    """Passes on the lines after the header, and checks that there are as many as it promised."""
+) -> Iterator[tuple[str, bytes]]:
+    """Yields `(path:line, line)` after the header, and checks that there are as many as it promised."""
     number = 1
     for number, line in lines:
         if number > num_points + 1:
             raise ValueError(f"{path}:{number}: expected {num_points} points, as the header says, got more")
-        yield number, line
+        yield f"{path}:{number}", line
     if number != num_points + 1:
         raise ValueError(
             f"{path}:{number}: expected {num_points} points, as the header says, got {number - 1}"
@@ -262,56 +276,59 @@ def _points(
 def _parse_xmc_text(path: str | os.PathLike) -> Dataset:
     lines = files.read_lines(path)
     num_points, num_features, num_labels = _parse_header(path, lines, "N D L")
-    features = _Rows(path, "feature", num_features)
-    labels = _Rows(path, "label", num_labels)
+    features = _Rows("feature", num_features)
+    labels = _Rows("label", num_labels)
     values = array.array("f")
-    for number, line in _points(path, lines, num_points):
+    for where, line in _points(path, lines, num_points):
         if not line:
-            raise ValueError(f"{path}:{number}: blank line; a point without labels must begin with a space")
+            raise ValueError(f"{where}: blank line; a point without labels must begin with a space")
         names, _, pairs = line.partition(b" ")
-        ids = names.split(b",") if names else []
-        for label in ids:
-            if not label.isdigit():
-                raise ValueError(
-                    f"{path}:{number}: expected 'label,label,...' before the first space, got {_show(names)}"
-                )
-        labels.append(number, set(map(int, ids)))
-        if not _FEATURES.fullmatch(pairs):
-            wrong = next(token for token in pairs.split() if not _FEATURE.fullmatch(token))
-            raise ValueError(f"{path}:{number}: expected 'feature:value', got {_show(wrong)}")
-        numbers = pairs.replace(b":", b" ").split()
-        columns = list(map(int, numbers[::2]))
-        weights = np.array(numbers[1::2], np.float64)
-        if len(set(columns)) < len(columns):
-            twice = next(column for column in columns if columns.count(column) > 1)
-            raise ValueError(f"{path}:{number}: feature {twice} is given twice")
-        if np.any(np.abs(weights) > np.finfo(np.float32).max):
-            raise ValueError(f"{path}:{number}: a value is too large for float32")
-        order = np.argsort(columns)
-        features.append(number, columns)
-        values.frombytes(weights[order].astype(np.float32).tobytes())
+        labels.append(where, _parse_labels(where, names))
+        columns, weights = _parse_features(where, pairs)
+        features.append(where, columns)
+        values.frombytes(weights[np.argsort(columns)].tobytes())
     return Dataset(features.matrix(np.frombuffer(values, np.float32)), labels.matrix())
+
+
+def _parse_labels(where: str, names: bytes) -> set[int]:
+    fields = names.split(b",") if names else []
+    if not all(field.isdigit() for field in fields):
+        raise ValueError(f"{where}: expected 'label,label,...' before the first space, got {_show(names)}")
+    return set(map(int, fields))
+
+
+def _parse_features(where: str, pairs: bytes) -> tuple[list[int], np.ndarray]:
+    if not _FEATURES.fullmatch(pairs):
+        wrong = next(token for token in pairs.split() if not _FEATURE.fullmatch(token))
+        raise ValueError(f"{where}: expected 'feature:value', got {_show(wrong)}")
+    numbers = pairs.replace(b":", b" ").split()
+    columns = list(map(int, numbers[::2]))
+    if len(set(columns)) < len(columns):
+        twice = next(column for column in columns if columns.count(column) > 1)
+        raise ValueError(f"{where}: expected each feature once, got {twice} twice")
+    values = np.array(list(map(float, numbers[1::2])))
+    if np.any(np.abs(values) > np.finfo(np.float32).max):
+        raise ValueError(f"{where}: expected values that float32 can hold, got {np.abs(values).max()}")
+    return columns, values.astype(np.float32)
 
 
 class _Rows:
     """Collects the rows of a CSR matrix in a few bytes per entry."""
 
-    def __init__(self, path, kind: str, num_columns: int):
-        self._path = path
+    def __init__(self, kind: str, num_columns: int):
         self._kind = kind
         self._num_columns = num_columns
         self._indices = array.array("q" if num_columns > np.iinfo(np.int32).max else "i")
         self._indptr = array.array("q", [0])
 
-    def append(self, line_number: int, columns: Iterable[int]) -> None:
-        """Adds a row with these (distinct) columns, sorted."""
-        columns = sorted(columns)
-        if columns and columns[-1] >= self._num_columns:
+    def append(self, where: str, columns: Collection[int]) -> None:
+        """Adds a row with these distinct columns, sorted."""
+        if columns and max(columns) >= self._num_columns:
             raise ValueError(
-                f"{self._path}:{line_number}: expected {self._kind} ids below {self._num_columns}, "
-                f"as the header says, got {columns[-1]}"
+                f"{where}: expected {self._kind} ids below {self._num_columns}, as the header says, "
+                f"got {max(columns)}"
             )
-        self._indices.extend(columns)
+        self._indices.extend(sorted(columns))
         self._indptr.append(len(self._indices))
 
     def matrix(self, data: np.ndarray | None = None) -> scipy.sparse.csr_array:
@@ -323,14 +340,14 @@ class _Rows:
         return scipy.sparse.csr_array((data, indices, indptr), shape=(len(indptr) - 1, self._num_columns))
 
 
-def _features_of_row(
-    features: np.ndarray | scipy.sparse.csr_array, row: int
-) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(features, np.ndarray):
-        (columns,) = features[row].nonzero()
-        return columns, features[row, columns]
-    part = slice(features.indptr[row], features.indptr[row + 1])
-    return features.indices[part], features.data[part]
+def _entries(matrix: scipy.sparse.csr_array, row: int) -> tuple[np.ndarray, np.ndarray]:
+    part = slice(matrix.indptr[row], matrix.indptr[row + 1])
+    return matrix.indices[part], matrix.data[part]
+
+
+def _nonzeros(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    (columns,) = values.nonzero()
+    return columns, values[columns]
 
 
 def _show(text: bytes) -> str:

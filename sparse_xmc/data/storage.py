@@ -41,5 +41,5 @@ def load_csr(directory: str | os.PathLike) -> scipy.sparse.csr_array:
         shape = tuple(json.loads((directory / "shape.json").read_text()))
         arrays = tuple(np.load(directory / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
         return scipy.sparse.csr_array(arrays, shape=shape, copy=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{directory}: not a saved CSR matrix: {error}") from error

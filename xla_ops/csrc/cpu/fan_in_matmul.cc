@@ -54,6 +54,7 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* kernel,
              T* y) {
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, x);
+  expect_writes(y, s.batch * s.labels * sizeof(T));
   const int64_t blocks = ceil_div(s.labels, kBlock);
   parallel_for(pool, tiles.count * blocks, [&](int64_t item) {
     const Tile tile = tiles[item / blocks];
@@ -70,6 +71,7 @@ template <typename T, typename I>
 void kernel_grad(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* dy, const I* indices, T* d_kernel) {
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, x);
+  expect_writes(d_kernel, s.labels * s.fan_in * sizeof(T));
   parallel_for(pool, ceil_div(s.labels, kBlock), [&](int64_t block) {
     const int64_t label = block * kBlock, n = std::min(kBlock, s.labels - label);
     const int64_t first = label * s.fan_in, count = n * s.fan_in;

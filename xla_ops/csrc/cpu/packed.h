@@ -9,6 +9,10 @@
 #include <memory>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 #include "parallel.h"
 
@@ -32,6 +36,17 @@ Buffer<T> allocate(int64_t count) {
   void* p = std::aligned_alloc(64, bytes);
   if (!p) throw std::bad_alloc();
   return Buffer<T>(static_cast<T*>(p));
+}
+
+// Asks for huge pages under a large result that is about to be written. XLA takes such buffers fresh from the
+// system on every call, and faulting them in 4 KiB at a time costs about as much as computing them.
+inline void expect_writes(void* data, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower.

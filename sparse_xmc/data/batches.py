@@ -1,0 +1,83 @@
+"""Batches for training and evaluation."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from sparse_xmc.data.formats import Dataset
+from sparse_xmc.layers import BagOfWords
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Batch:
+    """B points.
+
+    Attributes:
+      inputs: float32 [B, D], or a `BagOfWords` of size B.
+      positives: int32 [B, P], the labels of each point, padded with -1.
+    """
+
+    inputs: np.ndarray | BagOfWords
+    positives: np.ndarray
+
+
+class Batches:
+    """Cuts a data set into batches whose arrays have (nearly) always the same shapes, so that jit compiles once.
+
+    Args:
+      dataset: the points.
+      batch_size: B.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self._dataset = dataset
+        self.batch_size = batch_size
+        self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
+        if not isinstance(dataset.features, np.ndarray):
+            # Entries come in multiples of 1.25 batches' worth on average: one shape, except by rare chance.
+            mean = dataset.features.nnz / max(1, len(dataset))
+            self._entries = max(16, int(1.25 * mean * batch_size))
+
+    def shuffled(self, seed: int, epoch: int) -> Iterator[Batch]:
+        """One epoch in random order, the same for the same seed and epoch. What fills no batch is left out,
+        unless there is less than one batch.
+        """
+        order = np.random.default_rng((seed, epoch)).permutation(len(self._dataset))
+        for start in range(0, self.steps_per_epoch * self.batch_size, self.batch_size):
+            yield self._batch(order[start : start + self.batch_size])
+
+    def in_order(self) -> Iterator[tuple[slice, Batch]]:
+        """All points in order, as (which points, batch); the last batch may be smaller."""
+        for start in range(0, len(self._dataset), self.batch_size):
+            points = slice(start, min(start + self.batch_size, len(self._dataset)))
+            yield points, self._batch(np.arange(points.start, points.stop))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of batches that `shuffled` yields."""
+        return max(1, len(self._dataset) // self.batch_size)
+
+    def _batch(self, points: np.ndarray) -> Batch:
+        labels = self._dataset.labels[points]
+        positives = np.full((len(points), self._positives), -1, np.int32)
+        counts = np.diff(labels.indptr)
+        positives[np.arange(self._positives) < counts[:, None]] = labels.indices
+        return Batch(inputs=self._inputs(points), positives=positives)
+
+    def _inputs(self, points: np.ndarray) -> np.ndarray | BagOfWords:
+        features = self._dataset.features[points]
+        if isinstance(features, np.ndarray):
+            return features
+        padding = -features.nnz % self._entries if features.nnz else self._entries
+        rows = np.repeat(np.arange(len(points), dtype=np.int32), np.diff(features.indptr))
+        return BagOfWords(
+            rows=np.pad(rows, (0, padding), constant_values=len(points)),
+            words=np.pad(features.indices.astype(np.int32), (0, padding)),
+            weights=np.pad(features.data, (0, padding)),
+            num_examples=len(points),
+        )

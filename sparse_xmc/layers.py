@@ -1,0 +1,139 @@
+"""Flax NNX layers: the fixed fan-in output layer, and an input stage for bags of words."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from sparse_xmc.connectivity import draw_connections
+from xla_ops import fan_in_matmul
+
+Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
+
+
+class Connectivity(nnx.Variable):
+    """Which inputs each output reads. Not an `nnx.Param`, so gradients and optimizers pass it by."""
+
+
+def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Glorot-uniform on the flat array of all L*F weights, as the paper's code has it: +-sqrt(3 / (L*F)).
+
+    The logits of a wide layer then start at almost exactly the bias.
+    """
+    bound = (3 / max(1, shape[0] * shape[1])) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class FixedFanInLinear(nnx.Module):
+    """A sparse linear layer in which every output has exactly `fan_in` inputs.
+
+    `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
+    inputs are drawn at random and distinct within an output; `sparse_xmc.rewire` moves them during training.
+
+    Args:
+      in_features: D, the size of the last axis of the input.
+      out_features: L, the number of outputs (labels).
+      fan_in: F, the number of inputs of each output, at most D.
+      use_bias: whether to add a bias.
+      dtype: the dtype of the computation (float32 or bfloat16); by default that of the parameters.
+      param_dtype: the dtype of the parameters, float32 or bfloat16.
+      kernel_init: initializer of the kernel [L, F].
+      bias_init: initializer of the bias [L].
+      rngs: random keys; the stream `params` is used.
+
+    Attributes:
+      kernel: `nnx.Param` [L, F].
+      indices: `Connectivity` [L, F], uint16 for D <= 65,536, else int32.
+      bias: `nnx.Param` [L], or None.
+
+    Raises:
+      ValueError: fan_in is not in 1..in_features.
+
+    Reference: Schultheis & Babbar, ECML-PKDD 2023, section 3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fan_in: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: Initializer = flat_glorot_uniform,
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= fan_in <= in_features:
+            raise ValueError(f"fan_in must be between 1 and in_features = {in_features}, got {fan_in}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.fan_in = fan_in
+        self.dtype = dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, fan_in), param_dtype))
+        self.indices = Connectivity(draw_connections(rngs.params(), out_features, fan_in, in_features))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+
+    def cast(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
+        """x, kernel, indices and bias in the dtype of the computation, as the ops of `xla_ops` take them."""
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        dtype = kernel.dtype if self.dtype is None else self.dtype
+        return x.astype(dtype), kernel.astype(dtype), self.indices[...], bias if bias is None else bias.astype(dtype)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x [..., D] to [..., L]."""
+        return fan_in_matmul(*self.cast(x))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class BagOfWords:
+    """A batch of weighted bags of words, as one flat list of (row, word, weight) entries.
+
+    Attributes:
+      rows: int32 [N], which example an entry belongs to, ascending; padding entries have row = B.
+      words: int32 [N] in 0..V-1.
+      weights: float32 [N], for example TF-IDF.
+      num_examples: the batch size B (static under `jit`).
+    """
+
+    rows: Array
+    words: Array
+    weights: Array
+    num_examples: int = dataclasses.field(metadata={"static": True})
+
+
+class EmbeddingBag(nnx.Module):
+    """Sums the embeddings of each example's words, weighted: a linear layer on sparse features.
+
+    Args:
+      num_embeddings: V, the number of words.
+      features: E, the size of an embedding.
+      embedding_init: initializer of the embedding [V, E].
+      param_dtype: its dtype.
+      rngs: random keys; the stream `params` is used.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        embedding_init: Initializer = nnx.initializers.normal(0.1),
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features), param_dtype))
+
+    def __call__(self, bags: BagOfWords) -> Array:
+        """Maps a batch of B bags to [B, E]."""
+        entries = self.embedding[...].at[bags.words].get(mode="clip") * bags.weights[:, None]
+        return jax.ops.segment_sum(
+            entries, bags.rows, num_segments=bags.num_examples, indices_are_sorted=True, mode="drop"
+        )

@@ -1,0 +1,92 @@
+"""The classifier: input stage, dropout, penultimate layer, output layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_xmc.layers import BagOfWords, EmbeddingBag, FixedFanInLinear
+from sparse_xmc.losses import LOSSES
+
+OUTPUT_LAYERS = ("fixed_fan_in", "dense", "bottleneck")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """What a `Classifier` is made of.
+
+    Attributes:
+      num_features: D of dense features, or V, the number of words.
+      num_labels: L.
+      bag_of_words: whether the features are bags of words; they are embedded first.
+      embedding: E, the size of the embedding of bags of words.
+      dropout: the rate of dropout on the input features (after the embedding).
+      penultimate: I, the width of the penultimate layer; 0 for none. For `bottleneck`, its narrow width.
+      output_layer: one of `OUTPUT_LAYERS`.
+      fan_in: F, the inputs of each label, for `fixed_fan_in`.
+      output_bias: where the output layer's bias starts. -1 puts every label on the negative side of the
+        squared hinge's margin, so that easy negatives have no gradient from the first step.
+    """
+
+    num_features: int
+    num_labels: int
+    bag_of_words: bool = False
+    embedding: int = 512
+    dropout: float = 0.1
+    penultimate: int = 8192
+    output_layer: str = "fixed_fan_in"
+    fan_in: int = 32
+    output_bias: float = 0.0
+
+    def __post_init__(self):
+        if self.output_layer not in OUTPUT_LAYERS:
+            raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {self.output_layer!r}")
+
+
+class Classifier(nnx.Module):
+    """An extreme multi-label classifier.
+
+    Args:
+      config: what it is made of.
+      rngs: random keys; streams `params` and `dropout`.
+    """
+
+    def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.num_features
+        if config.bag_of_words:
+            self.embedding = EmbeddingBag(width, config.embedding, rngs=rngs)
+            width = config.embedding
+        self.dropout = nnx.Dropout(config.dropout, rngs=rngs)
+        if config.penultimate:
+            kernel_init = nnx.initializers.glorot_uniform()
+            self.penultimate = nnx.Linear(width, config.penultimate, kernel_init=kernel_init, rngs=rngs)
+            width = config.penultimate
+        bias_init = nnx.initializers.constant(config.output_bias)
+        if config.output_layer == "fixed_fan_in":
+            self.output = FixedFanInLinear(width, config.num_labels, config.fan_in, bias_init=bias_init, rngs=rngs)
+        else:
+            kernel_init = nnx.initializers.glorot_uniform()
+            self.output = nnx.Linear(
+                width, config.num_labels, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
+            )
+
+    def features(self, inputs: Array | BagOfWords) -> Array:
+        """The output layer's inputs, [B, D], for dense features [B, num_features] or a `BagOfWords` of size B."""
+        x = nnx.relu(self.embedding(inputs)) if self.config.bag_of_words else inputs
+        x = self.dropout(x)
+        return nnx.relu(self.penultimate(x)) if self.config.penultimate else x
+
+    def __call__(self, inputs: Array | BagOfWords) -> Array:
+        """The logits [B, L]."""
+        return self.output(self.features(inputs))
+
+    def loss(self, inputs: Array | BagOfWords, positives: Array, loss: str = "squared_hinge") -> Array:
+        """The loss of a batch: `positives` [B, P] int32 padded with -1; `loss` names one of `LOSSES`."""
+        return LOSSES[loss](self(inputs), positives)
+
+    def top_k(self, inputs: Array | BagOfWords, k: int) -> tuple[Array, Array]:
+        """Scores and label ids, each [B, k], of the k best labels; of equal scores the lower label wins."""
+        return jax.lax.top_k(self(inputs).astype(jnp.float32), k)

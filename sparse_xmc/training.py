@@ -1,0 +1,183 @@
+"""The training loop: steps, rewiring, learning rate, early stopping."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from sparse_xmc.data.batches import Batch, Batches
+from sparse_xmc.data.formats import Dataset
+from sparse_xmc.evaluation import evaluate
+from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.losses import LOSSES
+from sparse_xmc.models import Classifier
+from sparse_xmc.rewire import RewireConfig, reset_moments, rewire
+
+# The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
+# mean over 10^5 labels are as small as that.
+PAPER_EPSILON = 1e-7
+
+SCHEDULES = ("plateau", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How a classifier is trained. The defaults are the paper's, but for the validation points.
+
+    Attributes:
+      epochs: the most epochs to train.
+      batch_size: B.
+      loss: one of `sparse_xmc.losses.LOSSES`.
+      learning_rate: Adam's, at the start.
+      epsilon: Adam's.
+      schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
+        down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; "linear" lowers it evenly to 0
+        over all `epochs`. Either ends with the weights of the epoch with the best validation P@3.
+      rewire: which connections a rewiring moves, and how; None for never.
+      rewire_interval: after how many steps a rewiring follows (the first after step 1); -1 for once an epoch.
+    """
+
+    epochs: int = 100
+    batch_size: int = 32
+    loss: str = "squared_hinge"
+    learning_rate: float = 1e-3
+    epsilon: float = PAPER_EPSILON
+    schedule: str = "plateau"
+    rewire: RewireConfig | None = RewireConfig()
+    rewire_interval: int = 1000
+
+    def __post_init__(self):
+        for name, value, choices in (("loss", self.loss, LOSSES), ("schedule", self.schedule, SCHEDULES)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.rewire_interval < 1 and self.rewire_interval != -1:
+            raise ValueError(f"rewire_interval must be positive, or -1 for once an epoch, got {self.rewire_interval}")
+
+
+@dataclasses.dataclass
+class Plateau:
+    """Halving the learning rate and stopping early, as the paper does by P@3 on the validation points.
+
+    Attributes:
+      learning_rate: the present one.
+      best: the best metric so far.
+    """
+
+    learning_rate: float
+    best: float = -np.inf
+    epochs_since_best: int = 0
+    _best_for_halving: float = -np.inf
+    _epochs_since_halving: int = 0
+
+    def update(self, metric: float) -> None:
+        """Takes the metric at the end of an epoch."""
+        if metric > self.best + 5e-5:
+            self.best, self.epochs_since_best = metric, 0
+        else:
+            self.epochs_since_best += 1
+        if metric > self._best_for_halving + 1e-3:
+            self._best_for_halving, self._epochs_since_halving = metric, 0
+            return
+        self._epochs_since_halving += 1
+        if self._epochs_since_halving >= 2:
+            self.learning_rate = max(self.learning_rate / 2, min(self.learning_rate, 1e-4))
+            self._epochs_since_halving = 0
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether 4 epochs have passed without an improvement."""
+        return self.epochs_since_best >= 4
+
+
+class Trainer:
+    """Trains a `Classifier` in place of its initial weights.
+
+    Args:
+      model: the classifier; its arrays are donated to the first step, so use `Trainer.model` afterwards.
+      config: how to train.
+      seed: of the order of the points and of rewiring.
+
+    Attributes:
+      state: all that changes: parameters, connectivity, random state, moments. A pytree.
+      step: the number of steps taken.
+    """
+
+    def __init__(self, model: Classifier, config: TrainingConfig, *, seed: int):
+        self.config = config
+        self.seed = seed
+        self.step = 0
+        self._sparse = isinstance(model.output, FixedFanInLinear)
+        self._tx = optax.scale_by_adam(eps=config.epsilon)
+        self._graphdef, params, other = nnx.split(model, nnx.Param, ...)
+        self.state = {"params": params, "other": other, "optimizer": self._tx.init(params)}
+        self._train_step = jax.jit(
+            functools.partial(_train_step, self._graphdef, self._tx, config.loss), donate_argnums=0
+        )
+        self._reset_moments = jax.jit(
+            functools.partial(reset_moments, self._tx, is_kernel=_is_output_kernel), donate_argnums=0
+        )
+
+    @property
+    def model(self) -> Classifier:
+        """The classifier with the present weights."""
+        return nnx.merge(self._graphdef, self.state["params"], self.state["other"])
+
+    def train_step(self, batch: Batch, learning_rate: float) -> jax.Array:
+        """One step of Adam, and the rewiring that falls due after it. Returns the loss (not waited for)."""
+        self.state, loss = self._train_step(self.state, batch, jnp.float32(learning_rate))
+        self.step += 1
+        interval = self.config.rewire_interval
+        if interval != -1 and self.step % interval == 1 % interval:
+            self.rewire()
+        return loss
+
+    def rewire(self) -> None:
+        """Moves connections of the output layer now, if it has any and the configuration says so."""
+        if not self._sparse or self.config.rewire is None:
+            return
+        output, other = self.state["params"]["output"], self.state["other"]["output"]
+        key = jax.random.fold_in(jax.random.key(self.seed), self.step)
+        in_features = self.model.output.in_features
+        kernel, indices, moved = rewire(
+            key, output["kernel"][...], other["indices"][...], in_features, self.config.rewire
+        )
+        output["kernel"], other["indices"] = output["kernel"].replace(kernel), other["indices"].replace(indices)
+        self.state["optimizer"] = self._reset_moments(
+            opt_state=self.state["optimizer"], params=self.state["params"], moved=moved
+        )
+
+    def epoch(self, batches: Batches, epoch: int, learning_rate: Callable[[int], float]) -> Iterator[jax.Array]:
+        """Trains for one epoch, yielding each step's loss.
+
+        Args:
+          batches: the training points.
+          epoch: the epoch's number, from 0; with the seed it fixes the order of the points.
+          learning_rate: from a step's number within the epoch.
+        """
+        for i, batch in enumerate(batches.shuffled(self.seed, epoch)):
+            yield self.train_step(batch, learning_rate(i))
+        if self.config.rewire_interval == -1:
+            self.rewire()
+
+
+def _train_step(graphdef, tx, loss_name, state, batch, learning_rate):
+    def loss_of(params, other):
+        model = nnx.merge(graphdef, params, other, copy=True)
+        loss = model.loss(batch.inputs, batch.positives, loss_name)
+        return loss, nnx.split(model, nnx.Param, ...)[2]
+
+    (loss, other), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"], state["other"])
+    updates, optimizer = tx.update(grads, state["optimizer"])
+    params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state["params"], updates)
+    return {"params": params, "other": other, "optimizer": optimizer}, loss
+
+
+def _is_output_kernel(path) -> bool:
+    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+    return names[:2] == ["output", "kernel"]

@@ -1,0 +1,16 @@
+"""Settings for the whole suite: JAX at its strictest, on several devices, and reproducible examples."""
+
+import os
+
+# XLA reads this once, before the first import of jax. JAX_PLATFORMS stays the user's, as do other XLA flags.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example of a shape slow, hence no deadline.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("suite")

@@ -1,0 +1,378 @@
+import gzip
+import lzma
+import os
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import strategies as st
+
+from sparse_xmc.data import files, formats, storage
+
+SUFFIXES = st.sampled_from(["", ".gz", ".xz"])
+
+
+def csr(rows, dtype):
+    return scipy.sparse.csr_array(np.array(rows, dtype))
+
+
+def write(path, content):
+    """Writes text to a file, with the compression its name asks for."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def is_memory_mapped(array):
+    while array is not None:
+        if isinstance(array, np.memmap):
+            return True
+        array = getattr(array, "base", None)
+    return False
+
+
+@st.composite
+def datasets(draw):
+    n, d, num_labels = (draw(st.integers(0, 4)) for _ in range(3))
+    values = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.just(0.0)
+    features = draw(hnp.arrays(np.float32, (n, d), elements=values))
+    if draw(st.booleans()):
+        features = scipy.sparse.csr_array(features)
+    labels = draw(
+        hnp.arrays(draw(st.sampled_from([bool, np.uint8])), (n, num_labels), elements=st.integers(0, 1))
+    )
+    return formats.Dataset(features, scipy.sparse.csr_array(labels))
+
+
+LABELS = csr([[0, 1], [1, 1]], bool)
+FEATURES = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+
+
+class TestDataset:
+    def test_sizes(self):
+        dataset = formats.Dataset(FEATURES, LABELS)
+        assert (len(dataset), dataset.num_features, dataset.num_labels) == (2, 3, 2)
+
+    @pytest.mark.parametrize(
+        "rows", [np.array([1, 0, 1]), np.array([False, True]), slice(1, 2), np.array([], np.int64)], ids=str
+    )
+    @pytest.mark.parametrize(
+        "features", [FEATURES, scipy.sparse.csr_array(FEATURES)], ids=["dense", "sparse"]
+    )
+    def test_take(self, features, rows):
+        taken = formats.Dataset(features, LABELS).take(rows)
+        dense = taken.features if isinstance(features, np.ndarray) else taken.features.toarray()
+        np.testing.assert_array_equal(dense, FEATURES[rows])
+        np.testing.assert_array_equal(taken.labels.toarray(), LABELS.toarray()[rows])
+
+    @pytest.mark.parametrize(
+        ("features", "labels", "fault"),
+        [
+            (FEATURES[:1], LABELS, "features have 1 rows but labels 2"),
+            (FEATURES.astype(float), LABELS, r"float32 \[N, D\], got float64 of shape \(2, 3\)"),
+            (FEATURES[0], LABELS, r"float32 \[N, D\], got float32 of shape \(3,\)"),
+            (FEATURES.tolist(), LABELS, "ndarray or a csr_array, got list"),
+            (scipy.sparse.csc_array(FEATURES), LABELS, "ndarray or a csr_array, got csc_array"),
+            (FEATURES, LABELS.toarray(), "labels must be a csr_array, got ndarray"),
+            (FEATURES, LABELS.astype(np.float32), "bool or uint8 .*, got float32"),
+            (FEATURES, scipy.sparse.csr_array(([True] * 2, [1, 0], [0, 2, 2])), "sorted indices"),
+            (FEATURES, scipy.sparse.csr_array(([True] * 2, [1, 1], [0, 2, 2])), "without duplicates"),
+            (FEATURES, scipy.sparse.csr_array(([False], [1], [0, 1, 1])), "must not store zeros"),
+        ],
+    )
+    def test_rejects(self, features, labels, fault):
+        with pytest.raises(ValueError, match=fault):
+            formats.Dataset(features, labels)
+
+
+class TestXmcText:
+    @hypothesis.given(dataset=datasets(), suffix=SUFFIXES)
+    def test_round_trip(self, tmp_path_factory, dataset, suffix):
+        path = tmp_path_factory.mktemp("xmc") / f"data.txt{suffix}"
+        formats.write_xmc_text(path, dataset)
+        read = formats.read_xmc_text(path)
+        features = scipy.sparse.csr_array(dataset.features)
+        np.testing.assert_array_equal(read.features.toarray(), features.toarray(), strict=True)
+        np.testing.assert_array_equal(
+            read.labels.toarray(), dataset.labels.toarray().astype(bool), strict=True
+        )
+
+    # Labels and features unsorted, a label twice, no labels, no features, neither, CRLF, several spaces.
+    TEXT = "4 5 3\n2,0,2 4:-.5 1:2\n  0:1e-3\r\n1\n \n"
+
+    @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+    def test_reads(self, tmp_path, suffix):
+        dataset = formats.read_xmc_text(write(tmp_path / f"data.txt{suffix}", self.TEXT))
+        expected = [[0, 2, 0, 0, -0.5], [1e-3, 0, 0, 0, 0], [0] * 5, [0] * 5]
+        np.testing.assert_array_equal(dataset.features.toarray(), np.array(expected, np.float32), strict=True)
+        assert dataset.features.has_sorted_indices
+        np.testing.assert_array_equal(dataset.labels.toarray(), [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
+        assert dataset.labels.dtype == bool
+
+    def test_writes(self, tmp_path):
+        features = np.array([[0.1, 0, -2], [0, 0, 0], [0, 3, 0]], np.float32)
+        dataset = formats.Dataset(features, csr([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool))
+        formats.write_xmc_text(tmp_path / "data.txt", dataset)
+        assert (tmp_path / "data.txt").read_text() == "3 3 3\n0,2 0:0.1 2:-2.0\n1 \n 1:3.0\n"
+
+    @pytest.mark.parametrize(
+        ("text", "line", "fault"),
+        [
+            ("", 1, "expected a header 'N D L' of whole numbers, got ''"),
+            ("1 2\n0 0:1\n", 1, "expected a header 'N D L' .*, got '1 2'"),
+            ("1 -2 3\n0 0:1\n", 1, "expected a header 'N D L' .*, got '1 -2 3'"),
+            ("2 2 2\n0 0:1\n", 2, "expected 2 points, as the header says, got 1"),
+            ("1 2 2\n0 0:1\n1 1:1\n", 3, "expected 1 points, as the header says, got more"),
+            ("2 2 2\n0 0:1\n\n", 3, "blank line"),
+            ("1 2 2\n0:1 1:1\n", 2, "expected 'label,label,...' before the first space, got '0:1'"),
+            ("1 2 2\n0,,1 1:1\n", 2, "expected 'label,label,...' before the first space, got '0,,1'"),
+            ("1 2 2\n2 1:1\n", 2, "expected label ids below 2, as the header says, got 2"),
+            ("1 2 2\n0 0:1 2:1\n", 2, "expected feature ids below 2, as the header says, got 2"),
+            ("1 2 2\n0 0:1 1\n", 2, "expected 'feature:value', got '1'"),
+            ("1 2 2\n0 1:2:0 1\n", 2, "expected 'feature:value', got '1:2:0'"),
+            ("1 2 2\n0 1: 1\n", 2, "expected 'feature:value', got '1:'"),
+            ("1 2 2\n0 -1:1\n", 2, "expected 'feature:value', got '-1:1'"),
+            ("1 2 2\n0 1:nan\n", 2, "expected 'feature:value', got '1:nan'"),
+            ("1 2 2\n0 1:1e39\n", 2, "expected values that float32 can hold, got 1e\\+39"),
+            ("1 2 2\n0 1:1 0:3 1:2\n", 2, "expected each feature once, got 1 twice"),
+        ],
+    )
+    def test_malformed(self, tmp_path, text, line, fault):
+        with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
+            formats.read_xmc_text(write(tmp_path / "bad.txt", text))
+
+    @pytest.mark.parametrize("suffix", [".gz", ".xz"])
+    def test_truncated_file(self, tmp_path, suffix):
+        path = write(tmp_path / f"cut{suffix}", self.TEXT)
+        path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(ValueError, match=rf"cut\{suffix}:\d: damaged compressed file"):
+            formats.read_xmc_text(path)
+
+    @pytest.mark.parametrize("suffix", [".gz", ".xz"])
+    def test_file_that_is_not_compressed(self, tmp_path, suffix):
+        path = tmp_path / f"plain{suffix}"
+        path.write_text(self.TEXT)
+        with pytest.raises(ValueError, match=rf"plain\{suffix}:1: damaged compressed file"):
+            formats.read_xmc_text(path)
+
+    def test_refuses_to_write_what_cannot_be_read(self, tmp_path):
+        infinite = np.array([[1, 2], [np.inf, 0]], np.float32)
+        with pytest.raises(ValueError, match=r"out:3: expected finite features, got inf or nan in row 1"):
+            formats.write_xmc_text(tmp_path / "out", formats.Dataset(infinite, LABELS))
+        twice = scipy.sparse.csr_array((np.ones(2, np.float32), [1, 1], [0, 2, 2]))
+        with pytest.raises(ValueError, match="features must have sorted indices without duplicates"):
+            formats.write_xmc_text(tmp_path / "out", formats.Dataset(twice, LABELS))
+
+
+class TestCache:
+    def test_second_read_does_not_parse(self, tmp_path, monkeypatch):
+        path = write(tmp_path / "data.txt", TestXmcText.TEXT)
+        parsed = formats.read_xmc_text(path)
+        first = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        monkeypatch.delattr(formats, "_parse_xmc_text")
+        second = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        for cached in (first, second):
+            assert is_memory_mapped(cached.features.data)
+            assert is_memory_mapped(cached.features.indices)
+            assert is_memory_mapped(cached.labels.indices)
+            np.testing.assert_array_equal(cached.features.toarray(), parsed.features.toarray(), strict=True)
+            np.testing.assert_array_equal(cached.labels.toarray(), parsed.labels.toarray(), strict=True)
+
+    @pytest.mark.parametrize(
+        ("text", "seconds_later"), [("1 1 1\n0 0:7\n", 5), ("1 1 1\n0 0:70\n", 0)], ids=["time", "size"]
+    )
+    def test_changed_source_is_parsed_again(self, tmp_path, text, seconds_later):
+        path = write(tmp_path / "data.txt", "1 1 1\n0 0:3\n")
+        time = path.stat().st_mtime_ns
+        formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        write(path, text)
+        os.utime(path, ns=(time, time + seconds_later * 10**9))
+        dataset = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        assert dataset.features.toarray() == float(text.split(":")[1])
+
+    def test_malformed_source_leaves_nothing(self, tmp_path):
+        path = write(tmp_path / "bad.txt", "1 1 1\n0 0:1 1:1\n")
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"bad\.txt:2"):
+                formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        assert not list(tmp_path.glob("cache/*"))
+
+    def test_new_directory_is_discarded_on_failure(self, tmp_path):
+        def fail_halfway():
+            with files.new_directory(tmp_path / "target") as directory:
+                (directory / "half").touch()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail_halfway()
+        assert not list(tmp_path.iterdir())
+
+    def test_new_directory_keeps_the_one_of_another_process(self, tmp_path):
+        with files.new_directory(tmp_path / "target") as directory:
+            (directory / "ours").touch()
+            (tmp_path / "target").mkdir()
+            (tmp_path / "target" / "theirs").touch()
+        assert [path.name for path in tmp_path.rglob("*")] == ["target", "theirs"]
+
+
+class TestCsr:
+    @hypothesis.given(
+        dense=hnp.arrays(
+            st.sampled_from([bool, np.uint8, np.float32]), hnp.array_shapes(min_dims=2, max_dims=2)
+        )
+    )
+    def test_round_trip(self, tmp_path_factory, dense):
+        directory = tmp_path_factory.mktemp("csr") / "new" / "matrix"
+        matrix = scipy.sparse.csr_array(dense)
+        storage.save_csr(directory, matrix)
+        loaded = storage.load_csr(directory)
+        np.testing.assert_array_equal(loaded.toarray(), dense, strict=True)
+        assert loaded.indices.dtype == matrix.indices.dtype
+
+    def test_memory_maps_all_arrays(self, tmp_path):
+        storage.save_csr(tmp_path, LABELS)
+        loaded = storage.load_csr(tmp_path)
+        for array in (loaded.data, loaded.indices, loaded.indptr):
+            assert is_memory_mapped(array)
+            assert not array.flags.writeable
+
+    def test_inconsistent_files(self, tmp_path):
+        storage.save_csr(tmp_path, LABELS)
+        np.save(tmp_path / "indices.npy", LABELS.indices[:-1])
+        with pytest.raises(ValueError, match=f"{tmp_path.name}: not a saved CSR matrix"):
+            storage.load_csr(tmp_path)
+
+
+class TestXmcLabels:
+    def test_reads(self, tmp_path):
+        path = write(tmp_path / "trn_X_Y.txt", "4 3\n2:1 0:1.0\n\n1 2 1\n0:0 1:0.5\n")
+        labels = formats.read_xmc_labels(path)
+        np.testing.assert_array_equal(
+            labels.toarray(), np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [0, 1, 0]], bool), strict=True
+        )
+        assert labels.has_canonical_format
+
+    @hypothesis.given(
+        dense=hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0)),
+        suffix=SUFFIXES,
+        value=st.sampled_from(["", ":1", ":0.25"]),
+    )
+    def test_round_trip(self, tmp_path_factory, dense, suffix, value):
+        lines = [" ".join(f"{label}{value}" for label in row.nonzero()[0]) for row in dense]
+        text = "".join(f"{line}\n" for line in [f"{dense.shape[0]} {dense.shape[1]}", *lines])
+        path = write(tmp_path_factory.mktemp("labels") / f"Y.txt{suffix}", text)
+        np.testing.assert_array_equal(formats.read_xmc_labels(path).toarray(), dense, strict=True)
+
+    @pytest.mark.parametrize(
+        ("text", "line", "fault"),
+        [
+            ("1 2 3\n0:1\n", 1, "expected a header 'N L' of whole numbers, got '1 2 3'"),
+            ("1 2\n0:1 2:1\n", 2, "expected label ids below 2, as the header says, got 2"),
+            ("1 2\n0:1 x:1\n", 2, "expected 'label' or 'label:value', got 'x:1'"),
+            ("1 2\n0,1\n", 2, "expected 'label' or 'label:value', got '0,1'"),
+            ("2 2\n0:1\n", 2, "expected 2 points, as the header says, got 1"),
+            ("1 2\n0:1\n\n", 3, "expected 1 points, as the header says, got more"),
+        ],
+    )
+    def test_malformed(self, tmp_path, text, line, fault):
+        with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
+            formats.read_xmc_labels(write(tmp_path / "bad.txt", text))
+
+
+class TestDense:
+    @pytest.mark.parametrize("labels", ["2 2\n1:1\n0:1 1:1\n", "2 9 2\n1 8:1\n0,1\n"], ids=["N L", "N D L"])
+    def test_reads(self, tmp_path, labels):
+        np.save(tmp_path / "x.npy", FEATURES)
+        dataset = formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
+        np.testing.assert_array_equal(dataset.features, FEATURES, strict=True)
+        np.testing.assert_array_equal(dataset.labels.toarray(), LABELS.toarray(), strict=True)
+        assert is_memory_mapped(dataset.features)
+        assert is_memory_mapped(dataset.take(slice(1)).features)
+
+    @pytest.mark.parametrize(
+        ("features", "labels", "fault"),
+        [
+            (FEATURES.astype(float), "2 2\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*float64"),
+            (FEATURES, "1 2\n\n", r"x\.npy with .*y\.txt: features have 2 rows but labels 1"),
+            (np.array([[None]]), "1 2\n\n", r"x\.npy with .*y\.txt: "),
+            (FEATURES, "2\n\n\n", r"y\.txt:1: expected a header 'N L'"),
+            (FEATURES, "", r"y\.txt:1: expected a header 'N L'"),
+        ],
+    )
+    def test_malformed(self, tmp_path, features, labels, fault):
+        np.save(tmp_path / "x.npy", features)
+        with pytest.raises(ValueError, match=fault):
+            formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
+
+    @pytest.mark.parametrize("content", [b"", b"1 2 3\n"])
+    def test_features_that_are_no_npy_file(self, tmp_path, content):
+        write(tmp_path / "x.npy", content)
+        with pytest.raises(ValueError, match=r"x\.npy with .*y\.txt: "):
+            formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "1 2\n\n"))
+
+
+class TestTsv:
+    TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
+    NAMES = st.text(st.characters(codec="utf-8", exclude_characters="|\t\r\n"), min_size=1)
+
+    @hypothesis.given(points=st.lists(st.tuples(st.lists(NAMES), TEXTS)), suffix=SUFFIXES)
+    def test_round_trip(self, tmp_path_factory, points, suffix):
+        labels, texts = [names for names, _ in points], [text for _, text in points]
+        path = tmp_path_factory.mktemp("tsv") / f"data.tsv{suffix}"
+        formats.write_tsv(path, labels, texts)
+        assert formats.read_tsv(path) == (labels, texts)
+
+    def test_reads(self, tmp_path):
+        path = write(tmp_path / "data.tsv", "big cat|Löwe\ta\tlion\r\n\tno labels\nx\t\n")
+        labels, texts = formats.read_tsv(path)
+        assert labels == [["big cat", "Löwe"], [], ["x"]]
+        assert texts == ["a\tlion", "no labels", ""]
+
+    @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+    def test_equal_input_gives_identical_files(self, tmp_path, suffix):
+        paths = [tmp_path / f"{name}.tsv{suffix}" for name in "ab"]
+        for time, path in enumerate(paths):
+            formats.write_tsv(path, [["x"]], ["text"])
+            os.utime(path, (time, time))
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        if suffix == ".gz":
+            assert paths[0].read_bytes()[4:8] == bytes(4)  # the time stamp in a gzip header
+
+    @pytest.mark.parametrize(
+        ("text", "line", "fault"),
+        [
+            (
+                b"a\tx\nno tab here\n",
+                2,
+                r"expected 'label\|label\|...<TAB>text', got no tab in 'no tab here'",
+            ),
+            (b"a\tx\n\nb\ty\n", 2, r"expected 'label\|label\|...<TAB>text', got a blank line"),
+            (b"a\tx\n \n", 2, "expected .*, got a blank line"),
+            (b"a||b\tx\n", 1, r"expected a label on each side of a bar, got 'a\|\|b'"),
+            (b"a\tx\nb|\tx\n", 2, r"expected a label on each side of a bar, got 'b\|'"),
+            (b"a\tx\nb\t\xff\n", 2, "not UTF-8"),
+        ],
+    )
+    def test_malformed(self, tmp_path, text, line, fault):
+        with pytest.raises(ValueError, match=rf"bad\.tsv:{line}: {fault}"):
+            formats.read_tsv(write(tmp_path / "bad.tsv", text))
+
+    @pytest.mark.parametrize(
+        ("labels", "texts", "fault"),
+        [
+            ([["a"], ["b|c"]], ["x", "y"], r"out\.tsv:2: a label must be .*, got 'b\|c'"),
+            ([["a"], ["b\tc"]], ["x", "y"], r"out\.tsv:2: a label must be .*, got 'b\\tc'"),
+            ([["a\n"]], ["x"], r"out\.tsv:1: a label must be .*, got 'a\\n'"),
+            ([["a", ""]], ["x"], r"out\.tsv:1: a label must be non-empty"),
+            ([["a"]], ["x\ny"], r"out\.tsv:1: a text must not contain a line break, got 'x\\ny'"),
+            ([["a"]], ["x\r"], r"out\.tsv:1: a text must not contain a line break"),
+            ([["a"]], ["x", "y"], r"out\.tsv: 1 lists of labels but 2 texts"),
+        ],
+    )
+    def test_refuses_to_write(self, tmp_path, labels, texts, fault):
+        with pytest.raises(ValueError, match=fault):
+            formats.write_tsv(tmp_path / "out.tsv", labels, texts)
+        assert not (tmp_path / "out.tsv").exists()

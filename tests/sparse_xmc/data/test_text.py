@@ -1,0 +1,135 @@
+import json
+import math
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from sparse_xmc.data import text
+
+TEXTS = ["a B b", "A c, 7!"]
+
+
+class TestTextEncoder:
+    def test_values_by_hand(self):
+        # Words 7, a, b, c; a is in both texts, so its idf is 1, and that of the others ln(3/2) + 1.
+        rare = math.log(3 / 2) + 1
+        twice = (1 + math.log(2)) * rare  # b occurs twice in the first text
+        expected = [
+            [0, 1 / math.hypot(1, twice), twice / math.hypot(1, twice), 0],
+            [
+                rare / math.hypot(1, rare, rare),
+                1 / math.hypot(1, rare, rare),
+                0,
+                rare / math.hypot(1, rare, rare),
+            ],
+        ]
+        encoder = text.TextEncoder.fit(TEXTS, min_df=1)
+        features = encoder(TEXTS)
+        assert encoder.vocabulary_size == 4
+        assert features.dtype == np.float32
+        assert features.has_canonical_format
+        np.testing.assert_allclose(features.toarray(), expected, rtol=1e-6)
+
+    def test_unknown_words_are_ignored(self):
+        features = text.TextEncoder.fit(TEXTS, min_df=1)(["unknown", "c unknown", ""])
+        np.testing.assert_array_equal(features.toarray(), [[0] * 4, [0, 0, 0, 1], [0] * 4])
+
+    def test_min_df_counts_texts(self):
+        assert text.TextEncoder.fit(["b b", "a", "a"]).vocabulary_size == 1  # a; the default is 2
+        assert text.TextEncoder.fit(["b b", "a", "a"], min_df=1).vocabulary_size == 2
+
+    def test_max_features_keeps_the_most_frequent(self):
+        encoder = text.TextEncoder.fit(["c b b", "a b a"], min_df=1, max_features=1)
+        assert encoder(["a", "b", "c"]).toarray().tolist() == [[0], [1], [0]]
+
+    def test_no_word_left(self):
+        with pytest.raises(ValueError, match="no terms remain"):
+            text.TextEncoder.fit(["a", "b"])
+
+    @hypothesis.given(texts=st.lists(st.text("aBcé \u2028x0_", max_size=20), min_size=1))
+    def test_save_and_load_give_the_same_features(self, tmp_path_factory, texts):
+        path = tmp_path_factory.mktemp("encoder") / "words.json"
+        encoder = text.TextEncoder.fit([*texts, "a b é"], min_df=1)
+        encoder.save(path)
+        loaded = text.TextEncoder.load(path)
+        assert loaded.vocabulary_size == encoder.vocabulary_size
+        np.testing.assert_array_equal(loaded(texts).toarray(), encoder(texts).toarray(), strict=True)
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            "{",
+            "[]",
+            '{"words": ["a"]}',
+            '{"words": ["a"], "idf": [1, 2]}',
+            '{"words": ["a", "a"], "idf": [1, 1]}',
+        ],
+    )
+    def test_malformed_file(self, tmp_path, state):
+        (tmp_path / "bad.json").write_text(state)
+        with pytest.raises(ValueError, match=r"bad\.json: not a saved TextEncoder"):
+            text.TextEncoder.load(tmp_path / "bad.json")
+
+    def test_file_is_plain_json(self, tmp_path):
+        text.TextEncoder.fit(TEXTS, min_df=1).save(tmp_path / "words.json")
+        assert json.loads((tmp_path / "words.json").read_text())["words"] == ["7", "a", "b", "c"]
+
+
+class TestLabelEncoder:
+    def test_ids_are_in_sorted_order(self):
+        encoder = text.LabelEncoder.fit([["dog", "big cat"], [], ["Ape", "dog"]])
+        assert encoder.names == ["Ape", "big cat", "dog"]
+        labels = encoder([["dog", "Ape", "dog"], [], ["big cat", "unknown"]])
+        np.testing.assert_array_equal(
+            labels.toarray(), np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], bool), strict=True
+        )
+        assert labels.has_canonical_format
+
+    def test_min_count_counts_points(self):
+        assert text.LabelEncoder.fit([["a", "b", "b"], ["a"]], min_count=2).names == ["a"]
+
+    def test_no_points_and_no_labels(self):
+        assert text.LabelEncoder.fit([])([]).shape == (0, 0)
+        assert text.LabelEncoder(["a", "b"])([]).shape == (0, 2)
+
+    @hypothesis.given(
+        label_lists=st.lists(
+            st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1))
+        )
+    )
+    def test_encoding_can_be_undone_after_save_and_load(self, tmp_path_factory, label_lists):
+        path = tmp_path_factory.mktemp("labels") / "labels.txt"
+        text.LabelEncoder.fit(label_lists).save(path)
+        encoder = text.LabelEncoder.load(path)
+        matrix = encoder(label_lists)
+        decoded = [{encoder.names[label] for label in row.nonzero()[0]} for row in matrix.toarray()]
+        assert decoded == [set(names) for names in label_lists]
+
+    def test_file_is_one_name_a_line(self, tmp_path):
+        text.LabelEncoder(["dog", "Löwe"]).save(tmp_path / "labels.txt")
+        assert (tmp_path / "labels.txt").read_bytes() == "dog\nLöwe\n".encode()
+
+    def test_repeated_name(self):
+        with pytest.raises(ValueError, match="a label name appears twice"):
+            text.LabelEncoder(["a", "b", "a"])
+
+    @pytest.mark.parametrize("name", ["", "a\nb", "a\r"])
+    def test_refuses_to_save(self, tmp_path, name):
+        with pytest.raises(ValueError, match=r"labels\.txt:2: expected a non-empty name without line breaks"):
+            text.LabelEncoder(["x", name]).save(tmp_path / "labels.txt")
+        assert not (tmp_path / "labels.txt").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "fault"),
+        [
+            (b"a\n\nb\n", "2: expected a label name, got a blank line"),
+            (b"a\nb\na\n", "3: expected distinct names, got 'a' as on line 1"),
+            (b"a\n\xff\n", "2: not UTF-8"),
+        ],
+    )
+    def test_malformed_file(self, tmp_path, content, fault):
+        (tmp_path / "bad.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"bad\.txt:{fault}"):
+            text.LabelEncoder.load(tmp_path / "bad.txt")

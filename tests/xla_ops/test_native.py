@@ -1,0 +1,84 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xla_ops import _native
+
+MAJOR, MINOR = _native.runtime_ffi_version()
+REBUILD = "python -m pip install --force-reinstall --no-deps --no-build-isolation -e ."
+
+
+def module_built_for(*version):
+    return types.SimpleNamespace(__name__="xla_ops._fake", ffi_version=version)
+
+
+@pytest.mark.parametrize("minor", {MINOR, MINOR - 1, 0})
+def test_module_built_for_this_ffi_or_an_older_minor_passes(minor):
+    _native.check_ffi_version(module_built_for(MAJOR, minor))
+
+
+@pytest.mark.parametrize("version", [(MAJOR, MINOR + 1), (MAJOR + 1, 0), (MAJOR - 1, MINOR)])
+def test_module_built_for_another_ffi_is_refused(version):
+    with pytest.raises(ImportError) as raised:
+        _native.check_ffi_version(module_built_for(*version))
+    message = str(raised.value)
+    assert f"xla_ops._fake was built for XLA FFI {version[0]}.{version[1]}" in message
+    assert f"has {MAJOR}.{MINOR}" in message
+    assert REBUILD in message
+
+
+def test_missing_module_says_how_to_build(monkeypatch):
+    def not_there(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(_native.importlib, "import_module", not_there)
+    with pytest.raises(ImportError, match=r"xla_ops\._cpu has not been built") as raised:
+        _native.cpu.__wrapped__()  # past the cache
+    assert REBUILD in str(raised.value)
+
+
+def test_refused_module_registers_nothing(monkeypatch):
+    # Its handlers would break every operation of JAX.
+    registered = []
+    monkeypatch.setattr(_native.importlib, "import_module", lambda name: module_built_for(MAJOR, MINOR + 1))
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **kwargs: registered.append(args))
+    with pytest.raises(ImportError, match="Rebuild"):
+        _native.cpu.__wrapped__()
+    assert registered == []
+
+
+def test_unknown_instruction_set_is_an_error():
+    before = _native.cpu().isa()
+    with pytest.raises(ValueError, match="instruction set 'mmx' is not in this build"):
+        _native.cpu().select_isa("mmx")
+    assert _native.cpu().isa() == before
+
+
+X, W, BIAS, Y = (2, 5), (4, 3), (4,), (2, 4)
+OTHER = (7, 7)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
+@pytest.mark.parametrize(
+    ("handler", "shapes", "result", "message"),
+    [
+        ("forward", (X, OTHER, W, BIAS), Y, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("forward", (X, W, W, (9,)), Y, r"bias must have shape \[4\], got \[9\]"),
+        ("forward", (X, W, W, BIAS), OTHER, r"y must have shape \[2, 4\], got \[7, 7\]"),
+        ("forward", ((5,), W, W, BIAS), Y, r"expected matrices, got shapes \[5\] and \[4, 3\]"),
+        ("kernel_grad", (X, OTHER, W), W, r"dy must have shape \[2, 4\], got \[7, 7\]"),
+        ("kernel_grad", (X, Y, W), OTHER, r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("input_grad", (OTHER, W, W), X, r"dy must have shape \[2, 4\], got \[7, 7\]"),
+        ("input_grad", (Y, OTHER, W), X, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+    ],
+)
+def test_handlers_check_shapes_themselves(handler, shapes, result, message):
+    # Not every call comes through Python's checks: an exported function carries only the handler's name.
+    _native.cpu()
+    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)  # the third argument is always the indices
+    arguments = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    result = jax.ShapeDtypeStruct(result, jnp.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", result)(*arguments))
