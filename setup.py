@@ -1,5 +1,6 @@
 """Builds the native modules; everything else about the package is in pyproject.toml."""
 
+import glob
 import platform
 import shutil
 
@@ -44,8 +45,8 @@ setup(
     ext_modules=[
         Extension(
             "xla_ops._cpu",
-            sources=[f"xla_ops/csrc/cpu/{name}.cc" for name in ("fan_in_matmul", "isa", "module")],
-            depends=[f"xla_ops/csrc/cpu/{name}.h" for name in ("fan_in_matmul", "kernels", "packed", "parallel")],
+            sources=sorted({*glob.glob("xla_ops/csrc/cpu/*.cc")} - {"xla_ops/csrc/cpu/kernels.cc"}),
+            depends=glob.glob("xla_ops/csrc/cpu/*.h"),
             define_macros=[("XLA_OPS_X86_VARIANTS", None)] if len(ISA_FLAGS) > 1 else [],
             extra_compile_args=[*FLAGS, "-isystem", JAXLIB_HEADERS, "-isystem", pybind11.get_include()],
             extra_link_args=["-pthread"],

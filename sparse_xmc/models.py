@@ -9,6 +9,7 @@ from jax import Array
 
 from sparse_xmc.layers import BagOfWords, EmbeddingBag, FixedFanInLinear
 from sparse_xmc.losses import LOSSES
+from xla_ops import fan_in_loss, fan_in_top_k
 
 OUTPUT_LAYERS = ("fixed_fan_in", "dense", "bottleneck")
 
@@ -85,8 +86,14 @@ class Classifier(nnx.Module):
 
     def loss(self, inputs: Array | BagOfWords, positives: Array, loss: str = "squared_hinge") -> Array:
         """The loss of a batch: `positives` [B, P] int32 padded with -1; `loss` names one of `LOSSES`."""
-        return LOSSES[loss](self(inputs), positives)
+        x = self.features(inputs)
+        if isinstance(self.output, FixedFanInLinear):
+            return fan_in_loss(*self.output.cast(x), positives, loss=loss)
+        return LOSSES[loss](self.output(x), positives)
 
     def top_k(self, inputs: Array | BagOfWords, k: int) -> tuple[Array, Array]:
         """Scores and label ids, each [B, k], of the k best labels; of equal scores the lower label wins."""
-        return jax.lax.top_k(self(inputs).astype(jnp.float32), k)
+        x = self.features(inputs)
+        if isinstance(self.output, FixedFanInLinear):
+            return fan_in_top_k(*self.output.cast(x), k)
+        return jax.lax.top_k(self.output(x).astype(jnp.float32), k)

@@ -306,10 +306,12 @@ def _parse_features(where: str, pairs: bytes) -> tuple[list[int], np.ndarray]:
     if len(set(columns)) < len(columns):
         twice = next(column for column in columns if columns.count(column) > 1)
         raise ValueError(f"{where}: expected each feature once, got {twice} twice")
-    values = np.array(list(map(float, numbers[1::2])))
-    if np.any(np.abs(values) > np.finfo(np.float32).max):
-        raise ValueError(f"{where}: expected values that float32 can hold, got {np.abs(values).max()}")
-    return columns, values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = np.array(list(map(float, numbers[1::2]))).astype(np.float32)
+    if not np.isfinite(values).all():
+        wrong = numbers[1::2][np.isfinite(values).argmin()]
+        raise ValueError(f"{where}: expected values that float32 can hold, got {_show(wrong)}")
+    return columns, values
 
 
 class _Rows:

@@ -87,6 +87,10 @@ class TestLabelEncoder:
         )
         assert labels.has_canonical_format
 
+    def test_labels_of_a_point_are_sorted(self):
+        # A set of the ids 8 and 1 would give the 8 first.
+        assert text.LabelEncoder(list("abcdefghi"))([["b", "i"]]).indices.tolist() == [1, 8]
+
     def test_min_count_counts_points(self):
         assert text.LabelEncoder.fit([["a", "b", "b"], ["a"]], min_count=2).names == ["a"]
 

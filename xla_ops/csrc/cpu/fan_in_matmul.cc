@@ -9,43 +9,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
-#include <string>
 
+#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
 
 namespace xla_ops {
 namespace {
-
-namespace ffi = xla::ffi;
-
-struct Shape {
-  int64_t batch, in_features, labels, fan_in;
-};
-
-std::string shape_string(ffi::AnyBuffer::Dimensions dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> dims) {
-  return std::equal(dims.begin(), dims.end(), buffer.dimensions().begin(), buffer.dimensions().end());
-}
-
-// Python has checked the arguments; this guards handlers that are called by other means.
-ffi::Error check(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> dims) {
-  if (has_shape(buffer, dims)) return ffi::Error::Success();
-  std::string expected = "[";
-  for (int64_t d : dims) expected += (expected.size() > 1 ? ", " : "") + std::to_string(d);
-  return ffi::Error::InvalidArgument(std::string(name) + " must have shape " + expected + "], got " +
-                                     shape_string(buffer.dimensions()));
-}
-
-#define XLA_OPS_RETURN_IF_ERROR(expression) \
-  if (ffi::Error error = (expression); error.failure()) return error
 
 // ---- the three passes, for one type of value and one of index ----
 
@@ -93,11 +64,9 @@ void kernel_grad(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* dy,
 template <typename T, typename I>
 void input_grad(ffi::ThreadPool& pool, const Shape& s, const T* dy, const T* kernel, const I* indices, T* d_x) {
   const Tiles tiles(s.batch, s.in_features);
-  // Threads that share a tile each scatter the labels of one part into a copy of their own. A copy costs as
-  // much as in_features connections, so there are never more copies than that pays for.
-  const int64_t worthwhile = s.labels * s.fan_in / (s.in_features + 1);
-  const int64_t parts =
-      std::max<int64_t>(1, std::min(ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count)), worthwhile));
+  // Tiles do not meet in d_x; threads beyond their number share the labels of a tile out in parts.
+  const int64_t threads_per_tile = ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count));
+  const int64_t parts = std::max<int64_t>(1, std::min(threads_per_tile, worthwhile_copies(s)));
   const int64_t blocks_per_part = ceil_div(ceil_div(s.labels, kBlock), parts);
   const Buffer<float> d_packed = allocate<float>(parts * tiles.elements);
   parallel_for(pool, tiles.count * parts, [&](int64_t item) {
@@ -119,38 +88,6 @@ void input_grad(ffi::ThreadPool& pool, const Shape& s, const T* dy, const T* ker
 }
 
 // ---- handlers ----
-
-// Calls fn(T*, I*) with null pointers of the types that `values` and `indices` hold.
-template <typename Fn>
-ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
-  const auto with_index = [&](auto* t) {
-    switch (indices.element_type()) {
-      case ffi::U16: fn(t, static_cast<uint16_t*>(nullptr)); return ffi::Error::Success();
-      case ffi::S32: fn(t, static_cast<int32_t*>(nullptr)); return ffi::Error::Success();
-      default: return ffi::Error::InvalidArgument("indices must be uint16 or int32");
-    }
-  };
-  try {
-    switch (values.element_type()) {
-      case ffi::F32: return with_index(static_cast<float*>(nullptr));
-      case ffi::BF16: return with_index(static_cast<bfloat16*>(nullptr));
-      default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
-    }
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "fan_in_matmul: out of memory for the packed features");
-  }
-}
-
-template <typename T>
-T* data(const ffi::AnyBuffer& buffer) {
-  return static_cast<T*>(buffer.untyped_data());
-}
-
-ffi::Error matrices(const ffi::AnyBuffer& batched, const ffi::AnyBuffer& indices) {
-  if (batched.dimensions().size() == 2 && indices.dimensions().size() == 2) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("expected matrices, got shapes " + shape_string(batched.dimensions()) + " and " +
-                                     shape_string(indices.dimensions()));
-}
 
 ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {

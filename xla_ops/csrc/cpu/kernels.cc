@@ -127,6 +127,13 @@ struct SumLanes<W> {
   static XLA_OPS_INLINE void run(Vec*) {}
 };
 
+XLA_OPS_INLINE float sum_lanes(Vec v) {
+  float total = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+
 // ---- layout ----
 
 template <typename In, typename Out>
@@ -249,10 +256,7 @@ void kernel_grad_of_width(const T* packed, int64_t in_features, const float* row
       const T* x = packed + row_of(indices[f], in_features) * NV * W;
       Vec s = load(rows) * load(x);
       for (int i = 1; i < NV; ++i) s += load(rows + i * W) * load(x + i * W);
-      float total = 0;
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) total += s[i];
-      d_kernel[f] += total;
+      d_kernel[f] += sum_lanes(s);
     }
   }
 }
@@ -286,6 +290,93 @@ void input_grad(const float* rows, int64_t in_features, int64_t width, const T* 
   XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, in_features, kernel, indices, labels, fan_in, d_packed);
 }
 
+// ---- losses ----
+
+XLA_OPS_INLINE Vec max0(Vec x) { return x > 0 ? x : Vec{}; }
+
+struct SquaredHinge {
+  static XLA_OPS_INLINE Vec value_and_slope(Vec s, Vec* slope) {
+    const Vec slack = max0(1 + s);
+    *slope = 2 * slack;
+    return slack * slack;
+  }
+};
+
+// e^x for -87 <= x <= 0, to 2 units in the last place.
+XLA_OPS_INLINE Vec exp_negative(Vec x) {
+  typedef int32_t IVec __attribute__((vector_size(4 * W)));
+  const Vec shifted = x * 1.44269504f - 0.5f;
+  const IVec n = __builtin_convertvector(shifted, IVec);  // truncates, so rounds x / ln 2 to nearest for x <= 0
+  const Vec whole = __builtin_convertvector(n, Vec);
+  const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two pieces
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  const IVec power = (n + 127) << 23;
+  return p * reinterpret_cast<const Vec&>(power);
+}
+
+struct BinaryCrossEntropy {
+  static XLA_OPS_INLINE Vec value_and_slope(Vec s, Vec* slope) {
+    const Vec magnitude = s > 0 ? s : -s;
+    const Vec e = exp_negative(magnitude < 87 ? -magnitude : Vec{} - 87);
+    *slope = (s > 0 ? Vec{} + 1 : e) / (1 + e);
+    // log(1 + e) = 2 artanh(z) with z = e / (2 + e) <= 1/3
+    const Vec z = e / (2 + e), z2 = z * z;
+    Vec p = Vec{} + 1.0f / 13;
+    p = p * z2 + 1.0f / 11;
+    p = p * z2 + 1.0f / 9;
+    p = p * z2 + 1.0f / 7;
+    p = p * z2 + 1.0f / 5;
+    p = p * z2 + 1.0f / 3;
+    p = p * z2 + 1;
+    return max0(s) + 2 * z * p;
+  }
+};
+
+template <typename LossFunction>
+double negatives(float* rows, int64_t labels, int64_t width, int64_t size, float scale) {
+  double total = 0;
+  for (int64_t n = 0; n < labels; ++n, rows += width) {
+    Vec sum = {};
+    for (int64_t b = 0; b < width; b += W) {
+      Vec slope, value = LossFunction::value_and_slope(load(rows + b), &slope);
+      if (b + W > size) {  // the end of the tile, and the padding after it
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          if (b + i >= size) value[i] = slope[i] = 0;
+        }
+      }
+      sum += value;
+      store(rows + b, slope * scale);
+    }
+    total += sum_lanes(sum);
+  }
+  return total;
+}
+
+void row_sums(const float* rows, int64_t labels, int64_t width, float* sums) {
+  for (int64_t n = 0; n < labels; ++n, rows += width) {
+    Vec sum = load(rows);
+    for (int64_t b = W; b < width; b += W) sum += load(rows + b);
+    sums[n] += sum_lanes(sum);
+  }
+}
+
+bool any_above(const float* row, const float* bounds, int64_t width) {
+  typedef int32_t IVec __attribute__((vector_size(4 * W)));
+  IVec any = {};
+  for (int64_t b = 0; b < width; b += W) any |= load(row + b) > load(bounds + b);
+  int32_t bits = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) bits |= any[i];
+  return bits != 0;
+}
+
 template <typename T, typename I>
 constexpr FanInKernels<T, I> fan_in_table() {
   return {logits<T, I>, kernel_grad<T, I>, input_grad<T, I>};
@@ -312,6 +403,7 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     fan_in_table<bfloat16, int32_t>(),
     layout_table<float>(),
     layout_table<bfloat16>(),
+    {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, any_above},
 };
 
 }  // namespace xla_ops

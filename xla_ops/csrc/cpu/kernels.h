@@ -49,6 +49,17 @@ struct LayoutKernels {
   void (*narrow)(const float* in, int64_t count, T* out);
 };
 
+struct RowKernels {
+  // For `labels` rows of logits of negatives: returns the sum of the losses of the first `size` examples, and
+  // replaces each logit by the derivative of its loss times `scale`, the padding by 0.
+  double (*squared_hinge)(float* rows, int64_t labels, int64_t width, int64_t size, float scale);
+  double (*binary_cross_entropy)(float* rows, int64_t labels, int64_t width, int64_t size, float scale);
+  // sums[n] += the sum of row n.
+  void (*sums)(const float* rows, int64_t labels, int64_t width, float* sums);
+  // Whether any row[b] > bounds[b].
+  bool (*any_above)(const float* row, const float* bounds, int64_t width);
+};
+
 struct Isa {
   const char* name;
   FanInKernels<float, uint16_t> f32_u16;
@@ -57,6 +68,7 @@ struct Isa {
   FanInKernels<bfloat16, int32_t> bf16_s32;
   LayoutKernels<float> f32;
   LayoutKernels<bfloat16> bf16;
+  RowKernels rows;
 };
 
 // The instruction set in use: the best that this processor has, unless select_isa chose a lesser one.
@@ -81,6 +93,8 @@ template <>
 inline const LayoutKernels<float>& layout_kernels() { return isa().f32; }
 template <>
 inline const LayoutKernels<bfloat16>& layout_kernels() { return isa().bf16; }
+
+inline const RowKernels& row_kernels() { return isa().rows; }
 
 }  // namespace xla_ops
 

@@ -6,7 +6,9 @@
 #include <string>
 #include <type_traits>
 
+#include "fan_in_loss.h"
 #include "fan_in_matmul.h"
+#include "fan_in_top_k.h"
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -29,6 +31,9 @@ PYBIND11_MODULE(_cpu, m) {
     handlers["xla_ops.fan_in_matmul.forward"] = capsule(xla_ops::fan_in_matmul_forward);
     handlers["xla_ops.fan_in_matmul.kernel_grad"] = capsule(xla_ops::fan_in_matmul_kernel_grad);
     handlers["xla_ops.fan_in_matmul.input_grad"] = capsule(xla_ops::fan_in_matmul_input_grad);
+    handlers["xla_ops.fan_in_loss.value"] = capsule(xla_ops::fan_in_loss_value);
+    handlers["xla_ops.fan_in_loss.gradients"] = capsule(xla_ops::fan_in_loss_gradients);
+    handlers["xla_ops.fan_in_top_k"] = capsule(xla_ops::fan_in_top_k);
     return handlers;
   });
   m.def("isa", [] { return xla_ops::isa().name; });

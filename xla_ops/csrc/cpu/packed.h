@@ -21,6 +21,10 @@ namespace xla_ops {
 // Labels worked on at once: their rows (kBlock * kTile floats) fit in the first-level cache.
 constexpr int64_t kBlock = 128;
 
+struct Shape {
+  int64_t batch, in_features, labels, fan_in;
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Free {
@@ -49,12 +53,17 @@ inline void expect_writes(void* data, size_t bytes) {
 #endif
 }
 
-// Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower.
+// Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower. The same `beside`
+// serves again for a count that is no larger.
 inline float* accumulator(float* out, int64_t, Buffer<float>*) { return out; }
 inline float* accumulator(bfloat16*, int64_t count, Buffer<float>* beside) {
-  *beside = allocate<float>(count);
+  if (!*beside) *beside = allocate<float>(count);
   return beside->get();
 }
+
+// Threads that scatter into the same features each use a copy of their own. A copy costs as much as in_features
+// connections, so there are never more copies than the work pays for.
+inline int64_t worthwhile_copies(const Shape& s) { return s.labels * s.fan_in / (s.in_features + 1); }
 
 struct Tile {
   int64_t first, size;  // examples [first, first + size)

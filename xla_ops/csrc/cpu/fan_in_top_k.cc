@@ -1,0 +1,122 @@
+// The k best labels of each example, streaming over blocks of labels: the logits of all labels never exist.
+
+#include "fan_in_top_k.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "handler.h"
+#include "kernels.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace xla_ops {
+namespace {
+
+// Candidates of `examples` examples, best first; of equal scores the one that was offered first.
+struct Ranking {
+  Ranking(int64_t examples, int64_t k)
+      : k(k), scores(allocate<float>(examples * k)), labels(allocate<int32_t>(examples * k)) {
+    std::fill_n(scores.get(), examples * k, -std::numeric_limits<float>::infinity());
+    std::fill_n(labels.get(), examples * k, -1);
+  }
+
+  float worst(int64_t example) const { return scores[(example + 1) * k - 1]; }
+
+  void offer(int64_t example, float score, int32_t label) {
+    float* s = scores.get() + example * k;
+    int32_t* l = labels.get() + example * k;
+    int64_t at = k;
+    for (; at > 0 && s[at - 1] < score; --at) {
+      if (at < k) s[at] = s[at - 1], l[at] = l[at - 1];
+    }
+    if (at < k) s[at] = score, l[at] = label;
+  }
+
+  const int64_t k;
+  Buffer<float> scores;
+  Buffer<int32_t> labels;
+};
+
+template <typename T, typename I>
+void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T* kernel, const I* indices,
+           const T* bias, float* scores, int32_t* labels) {
+  const Tiles tiles(s.batch, s.in_features);
+  const Buffer<T> packed = pack(pool, tiles, x);
+  const int64_t blocks = ceil_div(s.labels, kBlock);
+  const int64_t threads_per_tile = ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count));
+  const int64_t parts = std::max<int64_t>(1, std::min(threads_per_tile, blocks));
+  const int64_t labels_per_part = ceil_div(blocks, parts) * kBlock;
+  std::vector<Ranking> rankings;
+  rankings.reserve(parts);
+  for (int64_t p = 0; p < parts; ++p) rankings.emplace_back(s.batch, k);
+
+  parallel_for(pool, tiles.count * parts, [&](int64_t item) {
+    const Tile tile = tiles[item % tiles.count];
+    const int64_t part = item / tiles.count;
+    Ranking& ranking = rankings[part];
+    alignas(64) float rows[kBlock * kTile];
+    alignas(64) float worst[kTile];
+    std::fill_n(worst, kTile, std::numeric_limits<float>::infinity());  // padding is never a candidate
+    std::fill_n(worst, tile.size, -std::numeric_limits<float>::infinity());
+    const int64_t end = std::min(s.labels, (part + 1) * labels_per_part);
+    for (int64_t label = part * labels_per_part; label < end; label += kBlock) {
+      const int64_t n = std::min(kBlock, end - label);
+      fan_in_kernels<T, I>().logits(packed.get() + tile.offset, s.in_features, tile.width, kernel + label * s.fan_in,
+                                    indices + label * s.fan_in, bias ? bias + label : nullptr, n, s.fan_in, rows);
+      for (int64_t i = 0; i < n; ++i) {
+        const float* row = rows + i * tile.width;
+        if (!row_kernels().any_above(row, worst, tile.width)) continue;
+        for (int64_t b = 0; b < tile.size; ++b) {
+          if (!(row[b] > worst[b])) continue;
+          ranking.offer(tile.first + b, row[b], static_cast<int32_t>(label + i));
+          worst[b] = ranking.worst(tile.first + b);
+        }
+      }
+    }
+  });
+
+  // Parts are offered in the order of their labels, so that ties go to the lower one.
+  Ranking& best = rankings[0];
+  for (int64_t p = 1; p < parts; ++p) {
+    for (int64_t i = 0; i < s.batch * k && k; ++i) {
+      if (rankings[p].labels[i] >= 0) best.offer(i / k, rankings[p].scores[i], rankings[p].labels[i]);
+    }
+  }
+  std::copy_n(best.scores.get(), s.batch * k, scores);
+  std::copy_n(best.labels.get(), s.batch * k, labels);
+}
+
+ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
+  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
+  XLA_OPS_RETURN_IF_ERROR(matrices(*scores, indices));
+  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
+  const int64_t k = scores->dimensions()[1];
+  const bool has_bias = !has_shape(bias, {0});
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
+  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, {s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("scores", *scores, {s.batch, k}));
+  XLA_OPS_RETURN_IF_ERROR(check("labels", *labels, {s.batch, k}));
+  return dispatch(x, indices, [&](auto* t, auto* i) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using I = std::remove_pointer_t<decltype(i)>;
+    top_k<T, I>(pool, s, k, data<T>(x), data<T>(kernel), data<I>(indices), has_bias ? data<T>(bias) : nullptr,
+                data<float>(*scores), data<int32_t>(*labels));
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_top_k, top_k_impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
+                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
+                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
+                                  .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
+                                  .Ret<ffi::AnyBuffer>()    // scores [B, k] float32
+                                  .Ret<ffi::AnyBuffer>());  // labels [B, k] int32
+
+}  // namespace xla_ops

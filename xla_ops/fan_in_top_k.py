@@ -1,0 +1,52 @@
+"""The best labels of a fixed fan-in output layer, streaming over all labels."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from xla_ops import _native
+from xla_ops._arguments import check_connections, check_values
+from xla_ops.fan_in_matmul import fan_in_matmul_reference
+
+
+def fan_in_top_k(
+    x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None, k: int
+) -> tuple[Array, Array]:
+    """The k largest of `fan_in_matmul(x, kernel, indices, bias)` for each row of x, and their labels.
+
+    The logits [B, L] never exist. Not differentiable.
+
+    Args:
+      x: [..., D], float32 or bfloat16.
+      kernel: [L, F], of x's dtype.
+      indices: [L, F], uint16 (for D <= 65,536) or int32; one outside [0, D) contributes nothing.
+      bias: [L], of x's dtype, or None.
+      k: from 0 to L.
+
+    Returns:
+      scores float32 [..., k], descending, and labels int32 [..., k]. Of equal scores the lower label comes
+      first. Scores of NaN or -inf are never chosen: where fewer than k others exist, the rest has score -inf
+      and label -1.
+
+    Raises:
+      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+    """
+    x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
+    bias = jnp.zeros(0, x.dtype) if bias is None else jnp.asarray(bias)
+    check_values("x", x, ndim_at_least=1)
+    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
+    if not 0 <= k <= kernel.shape[0]:
+        raise ValueError(f"k must be between 0 and the number of labels, {kernel.shape[0]}, got {k}")
+    _native.cpu()
+    rows = x.reshape(-1, x.shape[-1])
+    results = [jax.ShapeDtypeStruct((rows.shape[0], k), dtype) for dtype in (jnp.float32, jnp.int32)]
+    call = jax.ffi.ffi_call("xla_ops.fan_in_top_k", results, vmap_method="sequential")
+    scores, labels = call(rows, kernel, indices, bias)
+    return scores.reshape(*x.shape[:-1], k), labels.reshape(*x.shape[:-1], k)
+
+
+def fan_in_top_k_reference(x, kernel, indices, bias, k: int) -> tuple[Array, Array]:
+    """`fan_in_top_k` in plain `jax.numpy`, with the logits of all labels. Same arguments and result."""
+    x, kernel = jnp.asarray(x).astype(jnp.float32), jnp.asarray(kernel).astype(jnp.float32)
+    return jax.lax.top_k(fan_in_matmul_reference(x, kernel, indices, bias), k)
