@@ -5,7 +5,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -104,3 +106,24 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return output.stdout.strip()
+
+
+class PeakMemory:
+    """The growth of this process's peak resident memory since the object was made.
+
+    Attributes:
+      method: how it is measured, in words.
+    """
+
+    method = "peak resident size of the process minus its resident size before the model was built"
+
+    def __init__(self):
+        self._before = psutil.Process().memory_info().rss
+
+    def bytes(self) -> int:
+        """The growth so far, in bytes; device memory on a GPU is not in it."""
+        status = Path("/proc/self/status")
+        if status.exists():  # Linux: unlike ru_maxrss, this starts afresh with the program
+            return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE).group(1)) - self._before
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before

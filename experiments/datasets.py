@@ -1,0 +1,93 @@
+"""Loads the data sets that experiments name by their files."""
+
+import dataclasses
+from pathlib import Path
+
+from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_dense, read_tsv, read_xmc_text
+
+TEXT_ENCODER = "text_encoder.json"
+LABELS = "labels.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """A data set's two parts, and, where they came as raw text, what encoded them.
+
+    Attributes:
+      train: the training points.
+      test: the test points.
+      text_encoder: turns text into features, or None.
+      label_encoder: names the labels, or None.
+    """
+
+    train: Dataset
+    test: Dataset
+    text_encoder: TextEncoder | None = None
+    label_encoder: LabelEncoder | None = None
+
+    def save_encoders(self, directory: Path) -> None:
+        """Writes the encoders, if there are any, into a directory."""
+        if self.text_encoder is not None:
+            self.text_encoder.save(directory / TEXT_ENCODER)
+            self.label_encoder.save(directory / LABELS)
+
+
+def load(
+    train: str,
+    test: str,
+    *,
+    train_features: str | None = None,
+    test_features: str | None = None,
+    cache_dir: str | None = None,
+) -> Splits:
+    """Loads a training and a test set.
+
+    Args:
+      train: path of `labels<TAB>text` lines (`.tsv`), or of a file in the text format of the Extreme
+        Classification Repository (any other name); either may end in `.gz` or `.xz`.
+      test: likewise.
+      train_features: path of a `.npy` of dense features beside the labels in `train`.
+      test_features: likewise.
+      cache_dir: where parsed files of the repository's format are kept, to be memory-mapped.
+
+    Returns:
+      The two sets, with the same features and labels.
+
+    Raises:
+      ValueError: a file is malformed, or the two sets do not fit each other.
+      FileNotFoundError: a file is missing.
+    """
+    for path in filter(None, (train, test, train_features, test_features)):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file")
+    if (train_features is None) != (test_features is None):
+        raise ValueError("train_features and test_features go together: give both or neither")
+    if _is_text(train) != _is_text(test):
+        raise ValueError(f"train and test must be in the same format, got {train} and {test}")
+    if _is_text(train):
+        return _load_text(train, test)
+    if train_features:
+        splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
+    else:
+        splits = Splits(read_xmc_text(train, cache_dir), read_xmc_text(test, cache_dir))
+    for what in ("num_features", "num_labels"):
+        ours, theirs = getattr(splits.train, what), getattr(splits.test, what)
+        if ours != theirs:
+            raise ValueError(f"{what} differ: {ours} in {train_features or train}, {theirs} in {test_features or test}")
+    return splits
+
+
+def _is_text(path: str) -> bool:
+    return Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".tsv")
+
+
+def _load_text(train: str, test: str) -> Splits:
+    train_labels, train_texts = read_tsv(train)
+    test_labels, test_texts = read_tsv(test)
+    texts, labels = TextEncoder.fit(train_texts), LabelEncoder.fit(train_labels)
+    return Splits(
+        train=Dataset(texts(train_texts), labels(train_labels)),
+        test=Dataset(texts(test_texts), labels(test_labels)),
+        text_encoder=texts,
+        label_encoder=labels,
+    )

@@ -1,0 +1,85 @@
+"""Checkpoints of a training run, by Orbax: everything that a run needs to go on as if it had never stopped."""
+
+import os
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from sparse_xmc.models import Classifier
+from sparse_xmc.training import Trainer
+
+
+class Checkpoints:
+    """The checkpoints in a directory: the latest of the whole state, and the best weights.
+
+    Writes are atomic: a run that is killed while saving finds the checkpoint before.
+
+    Args:
+      directory: where they are; made if missing.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._latest = ocp.CheckpointManager(directory / "latest", options=options)
+        self._best = ocp.CheckpointManager(directory / "best", options=options)
+
+    def save_latest(self, trainer: Trainer, progress: dict) -> None:
+        """Saves all of a trainer, and `progress`, which must be ready for JSON."""
+        if self._latest.latest_step() == trainer.step:
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(trainer.state), progress=ocp.args.JsonSave(progress)
+        )
+        self._latest.save(trainer.step, args=args)
+
+    def restore_latest(self, trainer: Trainer) -> dict | None:
+        """Puts a trainer into the state last saved and returns its progress; None where nothing was saved."""
+        step = self._latest.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_shapes(trainer.state)), progress=ocp.args.JsonRestore()
+        )
+        restored = self._latest.restore(step, args=args)
+        trainer.state, trainer.step = restored["state"], step
+        return restored["progress"]
+
+    def save_best(self, trainer: Trainer) -> None:
+        """Saves the weights, in place of those saved before."""
+        if self._best.latest_step() != trainer.step:
+            self._best.save(trainer.step, args=ocp.args.StandardSave(_weights(trainer.state)))
+
+    def restore_best(self, trainer: Trainer) -> None:
+        """Puts the best weights back; the moments stay as they are."""
+        weights = self._best.restore(
+            self._best.latest_step(), args=ocp.args.StandardRestore(_shapes(_weights(trainer.state)))
+        )
+        trainer.state.update(weights)
+
+
+def save_model(path: str | os.PathLike, model: Classifier) -> None:
+    """Saves a classifier's weights and connections in a new directory, in place of one that is there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), nnx.split(model)[1], force=True)
+
+
+def load_model(path: str | os.PathLike, config) -> Classifier:
+    """Loads what `save_model` saved of a classifier with the given `ClassifierConfig`."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0))))
+    with ocp.StandardCheckpointer() as checkpointer:
+        return nnx.merge(graphdef, checkpointer.restore(Path(path).absolute(), _shapes(state)))
+
+
+def _weights(state: dict) -> dict:
+    return {"params": state["params"], "other": state["other"]}
+
+
+def _shapes(state):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_local()), state)
+
+
+def _local():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
