@@ -279,10 +279,10 @@ def table(report: dict) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, {report['instruction_set']}, "
         f"copies memory at {report['copy_gb_per_second']:.1f} GB/s",
         "",
-        f"{'ms: median (quartiles), runs':28}" + "".join(f"{p:>34}" for p in PASSES),
+        f"{'ms: median (quartiles), runs':28}" + "".join(f"{p:>42}" for p in PASSES),
     ]
     lines += [
-        f"{name:28}" + "".join(f"{_cell(result[p]):>34}" for p in PASSES)
+        f"{name:28}" + "".join(f"{_cell(result[p]):>42}" for p in PASSES)
         for name, result in report["contenders"].items()
     ]
     for name, result in report["contenders"].items():

@@ -124,6 +124,7 @@ class PeakMemory:
         """The growth so far, in bytes; device memory on a GPU is not in it."""
         status = Path("/proc/self/status")
         if status.exists():  # Linux: unlike ru_maxrss, this starts afresh with the program
-            return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE).group(1)) - self._before
+            kilobytes = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE).group(1)
+            return 1024 * int(kilobytes) - self._before
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from tqdm import tqdm
 
@@ -49,6 +49,7 @@ flags.DEFINE_integer("penultimate", 8192, "Width of the penultimate layer; 0 for
 flags.DEFINE_integer("embedding", 512, "Size of the word embeddings, for sparse features.")
 flags.DEFINE_float("dropout", 0.1, "Dropout rate on the input features.")
 flags.DEFINE_float("output_bias", 0.0, "Where the output layer's bias starts.")
+flags.DEFINE_float("output_bound", None, "The output kernel starts in +- this; by default as in the paper's code.")
 
 flags.DEFINE_enum("loss", "squared_hinge", list(LOSSES), "The loss.")
 flags.DEFINE_integer("epochs", 100, "The most epochs to train.")
@@ -67,6 +68,7 @@ def main(argv):
     """Runs the experiment that the flags describe."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
     workdir = Path(FLAGS.workdir)
     if (workdir / "result.json").exists():
         print(f"{workdir / 'result.json'} is there already: nothing to do. Choose another --workdir to run again.")
@@ -203,6 +205,7 @@ def _model_config(dataset: Dataset) -> ClassifierConfig:
         output_layer=FLAGS.output_layer,
         fan_in=FLAGS.fan_in,
         output_bias=FLAGS.output_bias,
+        output_bound=FLAGS.output_bound,
     )
 
 

@@ -28,6 +28,15 @@ def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = j
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def symmetric_uniform(bound: float) -> Initializer:
+    """Uniform in +-bound."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
 class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
@@ -132,8 +141,9 @@ class EmbeddingBag(nnx.Module):
         self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features), param_dtype))
 
     def __call__(self, bags: BagOfWords) -> Array:
-        """Maps a batch of B bags to [B, E]."""
-        entries = self.embedding[...].at[bags.words].get(mode="clip") * bags.weights[:, None]
+        """Maps a batch of B bags to float32 [B, E]."""
+        embeddings = self.embedding[...].at[bags.words].get(mode="clip")
+        entries = embeddings.astype(bags.weights.dtype) * bags.weights[:, None]
         return jax.ops.segment_sum(
             entries, bags.rows, num_segments=bags.num_examples, indices_are_sorted=True, mode="drop"
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.layers import BagOfWords, EmbeddingBag, FixedFanInLinear
+from sparse_xmc.layers import BagOfWords, EmbeddingBag, FixedFanInLinear, flat_glorot_uniform, symmetric_uniform
 from sparse_xmc.losses import LOSSES
 from xla_ops import fan_in_loss, fan_in_top_k
 
@@ -29,6 +29,8 @@ class ClassifierConfig:
       fan_in: F, the inputs of each label, for `fixed_fan_in`.
       output_bias: where the output layer's bias starts. -1 puts every label on the negative side of the
         squared hinge's margin, so that easy negatives have no gradient from the first step.
+      output_bound: the kernel of a fixed fan-in output layer starts uniformly in +-output_bound; None for the
+        much smaller bound of the paper's code.
     """
 
     num_features: int
@@ -40,6 +42,7 @@ class ClassifierConfig:
     output_layer: str = "fixed_fan_in"
     fan_in: int = 32
     output_bias: float = 0.0
+    output_bound: float | None = None
 
     def __post_init__(self):
         if self.output_layer not in OUTPUT_LAYERS:
@@ -67,7 +70,10 @@ class Classifier(nnx.Module):
             width = config.penultimate
         bias_init = nnx.initializers.constant(config.output_bias)
         if config.output_layer == "fixed_fan_in":
-            self.output = FixedFanInLinear(width, config.num_labels, config.fan_in, bias_init=bias_init, rngs=rngs)
+            kernel_init = flat_glorot_uniform if config.output_bound is None else symmetric_uniform(config.output_bound)
+            self.output = FixedFanInLinear(
+                width, config.num_labels, config.fan_in, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
+            )
         else:
             kernel_init = nnx.initializers.glorot_uniform()
             self.output = nnx.Linear(

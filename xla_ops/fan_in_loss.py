@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import check_connections, check_dtype, check_shape, check_values
+from xla_ops._arguments import check_connections, check_dtype, check_values
 from xla_ops.fan_in_matmul import fan_in_matmul_reference
 
 LOSSES = ("squared_hinge", "bce")
@@ -50,9 +50,10 @@ def fan_in_loss(
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
     """
     x, kernel, indices, positives = (jnp.asarray(a) for a in (x, kernel, indices, positives))
-    bias = jnp.zeros(0, x.dtype) if bias is None else jnp.asarray(bias)
+    bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=2)
-    check_shape("x", x, x.shape[:2], "a batch of feature vectors")
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [B, D], got {list(x.shape)}")
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[1])
     check_dtype("positives", positives, [jnp.int32])
     if positives.ndim != 2 or positives.shape[0] != x.shape[0]:
@@ -60,13 +61,14 @@ def fan_in_loss(
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     _native.cpu()
+    bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
     return _loss(x, kernel, indices, bias, positives, loss)
 
 
 def fan_in_loss_reference(x, kernel, indices, bias, positives, *, loss: str = "squared_hinge") -> Array:
     """`fan_in_loss` in plain `jax.numpy`, with logits and a dense target matrix. Same arguments and result."""
     logits = fan_in_matmul_reference(x, kernel, indices, bias).astype(jnp.float32)
-    is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0]), axis=1)
+    is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0])[None, None], axis=1)
     margin = jnp.where(is_positive, logits, -logits)
     if loss == "squared_hinge":
         return jnp.mean(jnp.square(jnp.maximum(0, 1 - margin)))

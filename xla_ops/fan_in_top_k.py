@@ -1,5 +1,7 @@
 """The best labels of a fixed fan-in output layer, streaming over all labels."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -33,13 +35,14 @@ def fan_in_top_k(
       TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
     """
     x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
-    bias = jnp.zeros(0, x.dtype) if bias is None else jnp.asarray(bias)
+    bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=1)
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
     if not 0 <= k <= kernel.shape[0]:
         raise ValueError(f"k must be between 0 and the number of labels, {kernel.shape[0]}, got {k}")
     _native.cpu()
-    rows = x.reshape(-1, x.shape[-1])
+    bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handler takes for none
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results = [jax.ShapeDtypeStruct((rows.shape[0], k), dtype) for dtype in (jnp.float32, jnp.int32)]
     call = jax.ffi.ffi_call("xla_ops.fan_in_top_k", results, vmap_method="sequential")
     scores, labels = call(rows, kernel, indices, bias)

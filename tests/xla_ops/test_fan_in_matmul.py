@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from xla_ops import _native, fan_in_matmul, fan_in_matmul_reference
+from xla_ops import fan_in_matmul, fan_in_matmul_reference
 
 HANDLERS = [f"xla_ops.fan_in_matmul.{name}" for name in ("forward", "kernel_grad", "input_grad")]
 
@@ -108,20 +108,6 @@ def with_gradients(matmul):
 
 run = with_gradients(fan_in_matmul)
 run_jit = jax.jit(run)
-
-
-@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
-def instruction_set(request):
-    """Runs the test with each instruction set that this processor has."""
-    if jax.default_backend() != "cpu":
-        pytest.skip("the instruction set is the CPU's")
-    before = _native.cpu().isa()
-    try:
-        _native.cpu().select_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.cpu().select_isa(before)
 
 
 # Around the kernels' tiles of 64 examples in lanes of 16, blocks of 128 labels, chunks of 1,024 features, and

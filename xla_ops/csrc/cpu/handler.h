@@ -55,7 +55,7 @@ ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices,
       default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
     }
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for the packed features");
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for temporaries");
   }
 }
 

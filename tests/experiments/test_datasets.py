@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import scipy.sparse
+
+from experiments import datasets
+from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, write_xmc_text
+
+TRAIN = (
+    "mammal|pet\tsmall furry cat\nmammal|pet\tlarge furry dog\nbird\tsmall yellow bird\nbird\tlarge bird\n"
+)
+TEST = "pet|fish\ta small gold fish\n\tlarge\nbird\tnothing known\n"
+
+
+def random_dataset(size, num_features=6, num_labels=5, seed=0):
+    rng = np.random.default_rng(seed)
+    features = np.where(rng.random((size, num_features)) < 0.5, rng.random((size, num_features)), 0)
+    labels = rng.random((size, num_labels)) < 0.4
+    return Dataset(scipy.sparse.csr_array(features.astype(np.float32)), scipy.sparse.csr_array(labels))
+
+
+def assert_equal(dataset, other):
+    for field in ("features", "labels"):
+        a, b = getattr(dataset, field), getattr(other, field)
+        assert a.shape == b.shape
+        np.testing.assert_array_equal(a.toarray(), b.toarray())
+
+
+@pytest.fixture
+def xmc(tmp_path):
+    """A training and a test set, and the paths of the files that hold them."""
+    splits = random_dataset(8), random_dataset(4, seed=1)
+    paths = [str(tmp_path / name) for name in ("train.txt", "test.txt")]
+    for path, dataset in zip(paths, splits, strict=True):
+        write_xmc_text(path, dataset)
+    return splits, paths
+
+
+@pytest.fixture
+def tsv(tmp_path):
+    paths = tmp_path / "train.tsv", tmp_path / "test.tsv"
+    for path, text in zip(paths, (TRAIN, TEST), strict=True):
+        path.write_text(text)
+    return [str(path) for path in paths]
+
+
+def test_text_is_encoded_by_what_the_training_points_have(tsv):
+    splits = datasets.load(*tsv)
+    assert splits.label_encoder.names == ["bird", "mammal", "pet"]
+    np.testing.assert_array_equal(splits.train.labels.toarray(), [[0, 1, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(splits.test.labels.toarray(), [[0, 0, 1], [0, 0, 0], [1, 0, 0]])  # no fish
+    # Words in at least two training texts: bird, furry, large, small.
+    assert splits.train.features.shape == (4, 4)
+    np.testing.assert_array_equal(splits.test.features.toarray(), [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
+
+
+def test_saved_encoders_give_the_same_points(tsv, tmp_path):
+    splits = datasets.load(*tsv)
+    splits.save_encoders(tmp_path)
+    text, labels = (
+        TextEncoder.load(tmp_path / datasets.TEXT_ENCODER),
+        LabelEncoder.load(tmp_path / datasets.LABELS),
+    )
+    encoded = Dataset(text(["a small gold fish", "large", "nothing known"]), labels([["pet"], [], ["bird"]]))
+    assert_equal(encoded, splits.test)
+
+
+def test_repository_format(xmc, tmp_path):
+    (train, test), paths = xmc
+    for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
+        splits = datasets.load(*paths, cache_dir=cache_dir)
+        assert_equal(splits.train, train)
+        assert_equal(splits.test, test)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    splits.save_encoders(tmp_path / "none")  # there are none to save
+    assert not (tmp_path / "none").exists()
+
+
+def test_dense_features_beside_labels(xmc, tmp_path):
+    (train, test), paths = xmc
+    dense = []
+    for name, dataset in (("train", train), ("test", test)):
+        dense.append(np.random.default_rng(len(dataset)).normal(size=(len(dataset), 3)).astype(np.float32))
+        np.save(tmp_path / f"{name}.npy", dense[-1])
+    splits = datasets.load(
+        *paths, train_features=str(tmp_path / "train.npy"), test_features=str(tmp_path / "test.npy")
+    )
+    for split, features, labels in zip(
+        (splits.train, splits.test), dense, (train.labels, test.labels), strict=True
+    ):
+        np.testing.assert_array_equal(split.features, features)
+        np.testing.assert_array_equal(split.labels.toarray(), labels.toarray())
+
+
+@pytest.mark.parametrize("missing", ["train", "test", "train_features", "test_features"])
+def test_a_missing_file_is_named(xmc, tmp_path, missing):
+    _, (train, test) = xmc
+    np.save(tmp_path / "x.npy", np.zeros((8, 2), np.float32))
+    files = {
+        "train": train,
+        "test": test,
+        "train_features": tmp_path / "x.npy",
+        "test_features": tmp_path / "x.npy",
+    }
+    files = {name: str(path) for name, path in files.items()} | {missing: "nowhere/file.txt"}
+    with pytest.raises(FileNotFoundError, match=r"^nowhere/file\.txt: no such file$"):
+        datasets.load(**files)
+
+
+def test_features_for_one_split_only_are_an_error(xmc, tmp_path):
+    _, paths = xmc
+    np.save(tmp_path / "x.npy", np.zeros((8, 2), np.float32))
+    with pytest.raises(ValueError, match="train_features and test_features go together"):
+        datasets.load(*paths, train_features=str(tmp_path / "x.npy"))
+
+
+def test_two_formats_are_an_error(xmc, tsv):
+    _, (train, _) = xmc
+    with pytest.raises(ValueError, match=r"must be in the same format, got .*train\.txt and .*test\.tsv"):
+        datasets.load(train, tsv[1])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_features": 7}, r"num_features differ: 6 in .*train\.txt, 7 in .*test\.txt"),
+        ({"num_labels": 4}, r"num_labels differ: 5 in .*train\.txt, 4 in .*test\.txt"),
+    ],
+)
+def test_splits_that_do_not_fit_each_other_are_an_error(xmc, sizes, message):
+    _, (train, test) = xmc
+    write_xmc_text(test, random_dataset(4, **sizes))
+    with pytest.raises(ValueError, match=message):
+        datasets.load(train, test)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_names_that_mean_text(suffix):
+    assert datasets._is_text(f"a/b.tsv{suffix}")
+    assert not datasets._is_text(f"a.tsv/b.txt{suffix}")

@@ -1,0 +1,173 @@
+"""`python -m experiments.run` on a tiny data set, as users run it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+import experiments
+from experiments import datasets
+from sparse_xmc.checkpoints import load_model
+from sparse_xmc.data import Dataset, write_tsv, write_xmc_text
+from sparse_xmc.evaluation import evaluate
+from sparse_xmc.models import ClassifierConfig
+
+COMMAND = [sys.executable, "-m", "experiments.run"]
+ROOT = Path(experiments.__file__).parents[1]
+SMALL = ["--embedding=32", "--penultimate=64", "--fan_in=8", "--batch_size=4", "--learning_rate=0.01"]
+
+
+def run(*flags):
+    """Runs the program to its end, whatever that is."""
+    return subprocess.run([*COMMAND, *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def output_of(*flags):
+    finished = run(*flags)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def error_of(*flags):
+    finished = run(*flags)
+    assert finished.returncode != 0
+    return finished.stderr.splitlines()[-1]
+
+
+def records(workdir):
+    """What metrics.jsonl has of each epoch, but for the time it took."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def result(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tsv(tmp_path_factory):
+    """Flags of 60 training and 20 test points; a point's words are its labels' and some noise."""
+    directory, rng = tmp_path_factory.mktemp("tsv"), np.random.default_rng(0)
+    for name, size in (("train", 60), ("test", 20)):
+        labels = [sorted(rng.choice(12, rng.integers(1, 4), replace=False)) for _ in range(size)]
+        texts = [" ".join(f"word{i}" for i in [*row, *rng.integers(0, 12, 1)]) for row in labels]
+        write_tsv(directory / f"{name}.tsv", [[f"label {i:02}" for i in row] for row in labels], texts)
+    return [f"--train={directory / 'train.tsv'}", f"--test={directory / 'test.tsv'}"]
+
+
+@pytest.fixture(scope="module")
+def finished(tsv, tmp_path_factory):
+    """The working directory of a run that ended, its flags and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "first"
+    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--seed=3", "--epochs=20", "--rewire_interval=7"]
+    flags += ["--validation_fraction=0.2", "--output_bias=-1", "--checkpoint_minutes=0"]
+    return workdir, flags, output_of(*flags)
+
+
+def test_result(finished):
+    workdir, _, printed = finished
+    report = result(workdir)
+    assert report["name"] == "first"
+    assert report["validated_on"] == "12 held-out training points"
+    assert report["train_seconds"] > 0
+    assert report["peak_memory_bytes"] > 0
+    assert report["seed"] == 3
+    assert report["model"]["num_labels"] == 12
+    assert report["training"]["rewire_interval"] == 7
+    assert {"versions", "cpu", "commit"} <= report["environment"].keys()
+    # Two float32 layers of [12, 32] and [32, 64] + [64]; kernel [12, 8] and bias [12], indices in uint16.
+    assert report["model_bytes"] == 4 * (12 * 32 + 32 * 64 + 64 + 12 * 8 + 12) + 2 * 12 * 8
+    for split in ("test", "train"):
+        names = {f"{name}@{k}" for name in ("p", "ndcg", "recall", "psp", "psndcg") for k in (1, 3, 5)}
+        assert report[split].keys() == names
+    assert f"p@1       {100 * report['test']['p@1']:8.2f}" in printed
+    assert report["test"]["recall@5"] > 0.7  # it did learn: 5 of 12 labels at random reach 0.42
+
+
+def test_epochs_are_recorded(finished):
+    workdir, _, printed = finished
+    epochs = records(workdir)
+    assert [record["epoch"] for record in epochs] == list(range(1, result(workdir)["epochs"] + 1))
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    assert all(f"epoch {record['epoch']:3d}  loss {record['loss']:.3e}" in printed for record in epochs)
+    assert all({"learning_rate", "p@3"} <= record.keys() for record in epochs)
+
+
+def test_saved_model_and_encoders_repeat_the_test_metrics(finished, tsv):
+    workdir, *_ = finished
+    model = load_model(
+        workdir / "model", ClassifierConfig(**json.loads((workdir / "model.json").read_text()))
+    )
+    splits = datasets.load(*(flag.partition("=")[2] for flag in tsv))
+    for name in (datasets.TEXT_ENCODER, datasets.LABELS):
+        assert (workdir / name).exists()
+    metrics = evaluate(model, splits.test)
+    assert metrics == {name: result(workdir)["test"][name] for name in metrics}
+
+
+def test_an_existing_result_is_kept(finished):
+    workdir, flags, _ = finished
+    before = (workdir / "result.json").stat()
+    assert "result.json is there already: nothing to do" in output_of(*flags)
+    assert (workdir / "result.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
+    # It has its flags from the finished one's flags.cfg, which therefore must repeat it.
+    workdir, *_ = finished
+    flags = [f"--flagfile={workdir / 'flags.cfg'}", f"--workdir={tmp_path / 'again'}"]
+    killed = subprocess.Popen(
+        [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len([p for p in tmp_path.glob("again/checkpoints/latest/*") if p.name.isdigit()]) == 0:
+        assert killed.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "again" / "result.json").exists()
+
+    printed = output_of(*flags)
+    assert "going on after epoch" in printed
+    assert records(tmp_path / "again") == records(workdir)
+    ours, theirs = result(tmp_path / "again"), result(workdir)
+    for key in ("test", "train", "epochs", "model", "training"):
+        assert ours[key] == theirs[key]
+
+
+def test_dense_features_validated_on_the_test_points(tmp_path):
+    rng = np.random.default_rng(0)
+    flags = [f"--workdir={tmp_path / 'dense'}", "--validate_on_test", "--schedule=linear", "--epochs=2"]
+    for name, size in (("train", 24), ("test", 9)):
+        labels = scipy.sparse.csr_array(rng.random((size, 12)) < 0.2)
+        features = rng.normal(size=(size, 10)).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", features)
+        write_xmc_text(tmp_path / f"{name}.txt", Dataset(features, labels))
+        flags += [f"--{name}={tmp_path / name}.txt", f"--{name}_features={tmp_path / name}.npy"]
+    printed = output_of(*SMALL, *flags)
+    report = result(tmp_path / "dense")
+    assert "validation is on the test set, as in the paper" in printed
+    assert report["validated_on"] == "test"
+    assert report["model"]["bag_of_words"] is False
+    assert report["model"]["num_features"] == 10
+    epochs = records(tmp_path / "dense")
+    # The rate at the start of an epoch falls evenly; nothing goes back to the weights of another epoch.
+    assert [record["learning_rate"] for record in epochs] == pytest.approx([0.01, 0.005])
+    assert epochs[-1]["p@3"] == report["test"]["p@3"]
+
+
+def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
+    (tmp_path / "flags.cfg").write_text("--seed=1\n")
+    assert "flags.cfg belongs to a run with other flags" in error_of(
+        *tsv, f"--workdir={tmp_path}", "--seed=2"
+    )
+    assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    flags = ["--train=nowhere.txt", "--test=nowhere.txt", f"--workdir={tmp_path / 'run'}"]
+    assert error_of(*flags) == "FileNotFoundError: nowhere.txt: no such file"

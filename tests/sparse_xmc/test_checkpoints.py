@@ -1,0 +1,154 @@
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+
+from sparse_xmc.checkpoints import Checkpoints, load_model, save_model
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import Batches
+from sparse_xmc.models import Classifier, ClassifierConfig
+from sparse_xmc.rewire import RewireConfig
+from sparse_xmc.training import Trainer, TrainingConfig
+
+CONFIG = ClassifierConfig(12, 30, penultimate=16, fan_in=4, dropout=0.3)
+RATE = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def batches():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(40, 12)).astype(np.float32), rng.random((40, 30)) < 0.1
+    return Batches(Dataset(features, scipy.sparse.csr_array(labels)), 8)
+
+
+def new_trainer(seed=0, config=CONFIG):
+    options = TrainingConfig(batch_size=8, rewire=RewireConfig(fraction=0.3), rewire_interval=3)
+    return Trainer(Classifier(config, rngs=nnx.Rngs(seed)), options, seed=1)
+
+
+def train(trainer, batches, epochs):
+    """The losses of all steps in the given epochs, of 5 steps each."""
+    return [float(loss) for epoch in epochs for loss in trainer.epoch(batches, epoch, lambda step: RATE)]
+
+
+def values(state):
+    """All arrays of a state, as NumPy's."""
+    is_key = jax.dtypes.prng_key
+    return [
+        np.asarray(jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, is_key) else a)
+        for a in jax.tree.leaves(state)
+    ]
+
+
+def assert_equal(state, other):
+    for a, b in zip(values(state), values(other), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches):
+    trainer = new_trainer()
+    train(trainer, batches, [0, 1])
+    Checkpoints(tmp_path).save_latest(trainer, {"epochs": 2, "best": 0.1})
+    expected = train(trainer, batches, [2, 3])
+
+    # As in a new process: another initial state, and a new look at the directory.
+    restored = new_trainer(seed=7)
+    assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 2, "best": 0.1}
+    assert restored.step == 10
+    assert train(restored, batches, [2, 3]) == expected
+    assert_equal(restored.state, trainer.state)
+
+
+def test_what_the_test_above_relies_on(batches):
+    # Dropout and rewiring happen in the steps compared, and depend on what is restored.
+    trainer, other = new_trainer(), new_trainer()
+    train(trainer, batches, [0, 1])
+    before = np.array(trainer.model.output.indices[...])
+    losses = train(trainer, batches, [2])
+    assert np.any(before != trainer.model.output.indices[...])
+    train(other, batches, [0, 1])
+    for path, leaf in nnx.to_flat_state(other.state["other"]):
+        if path[-1] == "count":
+            leaf[...] = leaf[...] + 1
+    assert train(other, batches, [2]) != losses
+
+
+def test_the_latest_replaces_those_before(tmp_path, batches):
+    trainer, checkpoints = new_trainer(), Checkpoints(tmp_path)
+    for epoch in range(3):
+        train(trainer, batches, [epoch])
+        checkpoints.save_latest(trainer, {"epochs": epoch + 1})
+    checkpoints.save_latest(trainer, {"epochs": "saved at this step already"})
+    restored = new_trainer()
+    assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 3}
+    assert_equal(restored.state, trainer.state)
+    assert [path.name for path in (tmp_path / "latest").iterdir()] == ["15"]
+
+
+def test_nothing_to_restore(tmp_path):
+    trainer = new_trainer()
+    assert Checkpoints(tmp_path / "new").restore_latest(trainer) is None
+    assert_equal(trainer.state, new_trainer().state)
+    assert trainer.step == 0
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path, batches):
+    trainer = new_trainer()
+    train(trainer, batches, [0])
+    Checkpoints(tmp_path).save_latest(trainer, {"epochs": 1})
+    saved = tmp_path / "latest" / "5"
+    half = tmp_path / "latest" / "10.orbax-checkpoint-tmp"  # what Orbax writes to before it renames
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "d").write_bytes(b"half")
+    restored = new_trainer(seed=7)
+    assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 1}
+    assert_equal(restored.state, trainer.state)
+    assert saved.is_dir()
+    # And it is not in the way of the one to be written there.
+    train(restored, batches, [1])
+    Checkpoints(tmp_path).save_latest(restored, {"epochs": 2})
+    assert Checkpoints(tmp_path).restore_latest(new_trainer()) == {"epochs": 2}
+
+
+def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
+    trainer, checkpoints = new_trainer(), Checkpoints(tmp_path)
+    for epoch in range(2):  # the second is better than the first
+        train(trainer, batches, [epoch])
+        checkpoints.save_best(trainer)
+    best = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Not(nnx.RngState))))
+    train(trainer, batches, [2, 3])
+    moments = values(trainer.state["optimizer"])
+    checkpoints.restore_best(trainer)
+    after = nnx.to_pure_dict(nnx.state(trainer.model, nnx.Not(nnx.RngState)))
+    jax.tree.map(np.testing.assert_array_equal, after, best)
+    for a, b in zip(values(trainer.state["optimizer"]), moments, strict=True):
+        np.testing.assert_array_equal(a, b)
+    train(trainer, batches, [4])  # the restored arrays can be trained on
+
+
+@pytest.mark.parametrize("options", [{}, {"output_layer": "dense"}, {"bag_of_words": True}], ids=str)
+def test_models_round_trip(tmp_path, options):
+    config = ClassifierConfig(12, 30, penultimate=16, fan_in=4, embedding=6, **options)
+    model = Classifier(config, rngs=nnx.Rngs(3))
+    save_model(tmp_path / "model", Classifier(config, rngs=nnx.Rngs(4)))
+    save_model(tmp_path / "model", model)  # in place of that one
+    loaded = load_model(tmp_path / "model", config)
+    assert loaded.config == config
+    assert_equal(nnx.state(loaded), nnx.state(model))
+    x = np.random.default_rng(0).normal(size=(5, 6 if config.bag_of_words else 12)).astype(np.float32)
+    for m in (model, loaded):
+        m.eval()
+    np.testing.assert_array_equal(loaded.output(loaded.penultimate(x)), model.output(model.penultimate(x)))
+
+
+def test_a_missing_model_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_model(tmp_path / "nowhere", CONFIG)

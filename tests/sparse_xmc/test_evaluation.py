@@ -1,0 +1,92 @@
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+
+from sparse_xmc.data import Dataset
+from sparse_xmc.evaluation import evaluate, predict
+from sparse_xmc.models import OUTPUT_LAYERS, Classifier, ClassifierConfig
+
+
+def make_dataset(size, *, sparse=False):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(size, 12)).astype(np.float32)
+    features = scipy.sparse.csr_array(np.where(features > 0, features, 0)) if sparse else features
+    return Dataset(features, scipy.sparse.csr_array(rng.random((size, 20)) < 0.2))
+
+
+def make_model(**options):
+    config = ClassifierConfig(12, 20, penultimate=16, fan_in=4, embedding=6, dropout=0.5, **options)
+    return Classifier(config, rngs=nnx.Rngs(0))
+
+
+def all_logits(model, dataset):
+    """Every point's logits without dropout, one point at a time."""
+    features = dataset.features if isinstance(dataset.features, np.ndarray) else dataset.features.toarray()
+    if model.config.bag_of_words:
+        features = np.maximum(0, features @ np.asarray(model.embedding.embedding[...]))
+    hidden = [
+        np.maximum(0, x @ np.asarray(model.penultimate.kernel[...]) + np.asarray(model.penultimate.bias[...]))
+        for x in features
+    ]
+    return np.stack([np.asarray(model.output(x)) for x in hidden])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
+@pytest.mark.parametrize(
+    "options", [{"output_layer": name} for name in OUTPUT_LAYERS] + [{"bag_of_words": True}], ids=str
+)
+def test_predictions_are_the_best_labels_in_order(options, batch_size):
+    model, dataset = make_model(**options), make_dataset(23, sparse="bag_of_words" in options)
+    logits = all_logits(model, dataset)
+    seen = []
+    for points, scores, labels in predict(model, dataset, 6, batch_size=batch_size):
+        seen += range(points.start, points.stop)
+        assert scores.shape == labels.shape == (points.stop - points.start, 6)
+        expected = np.argsort(-logits[points], axis=1, kind="stable")[:, :6]
+        np.testing.assert_array_equal(labels, expected)
+        np.testing.assert_allclose(scores, np.take_along_axis(logits[points], expected, axis=1), rtol=1e-4)
+    assert seen == list(range(23))
+
+
+@pytest.mark.parametrize("batch_size", [7, 256])
+def test_metrics_by_hand(batch_size):
+    model, dataset = make_model(), make_dataset(23)
+    ranked = np.argsort(-all_logits(model, dataset), axis=1)
+    positives = dataset.labels.toarray()
+    weights = np.linspace(1, 3, 20)
+    metrics = evaluate(model, dataset, ks=(1, 4), inv_propensities=weights, batch_size=batch_size)
+    hits = [[positives[i, label] for label in ranked[i, :4]] for i in range(23)]
+    assert metrics["p@1"] == pytest.approx(sum(h[0] for h in hits) / 23)
+    assert metrics["p@4"] == pytest.approx(sum(sum(h) for h in hits) / 23 / 4)
+    best = sum(weights[positives[i]].max(initial=0) for i in range(23))
+    assert metrics["psp@1"] == pytest.approx(
+        sum(weights[ranked[i, 0]] * hits[i][0] for i in range(23)) / best
+    )
+    assert set(metrics) == {
+        f"{name}@{k}" for name in ("p", "ndcg", "recall", "psp", "psndcg") for k in (1, 4)
+    }
+    assert "psp@1" not in evaluate(model, dataset, ks=(1,))
+
+
+def test_model_is_not_changed():
+    model, dataset = make_model(), make_dataset(10)
+    before = jax.tree.map(
+        lambda a: np.asarray(a).copy(), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
+    )
+    first, second = (evaluate(model, dataset) for _ in range(2))
+    assert first == second
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert not model.dropout.deterministic  # still ready to train
+
+
+def test_more_labels_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="k must be between 0 and the number of labels, 20, got 21"):
+        evaluate(make_model(), make_dataset(5), ks=(1, 21))
+
+
+def test_no_points_is_an_error():
+    with pytest.raises(ValueError, match="expected at least one point"):
+        evaluate(make_model(), make_dataset(5).take(slice(0)))

@@ -1,0 +1,161 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.sparse
+from flax import nnx
+
+from sparse_xmc.layers import BagOfWords, Connectivity, EmbeddingBag, FixedFanInLinear, flat_glorot_uniform
+
+
+def loop(x, layer):
+    """The layer's output in float64, one connection at a time."""
+    kernel, indices = np.asarray(layer.kernel[...], np.float64), np.asarray(layer.indices[...])
+    y = np.zeros((len(x), layer.out_features))
+    for label in range(layer.out_features):
+        for weight, i in zip(kernel[label], indices[label], strict=True):
+            y[:, label] += weight * x[:, i].astype(np.float64)
+        if layer.bias is not None:
+            y[:, label] += float(layer.bias[label])
+    return y
+
+
+class TestFixedFanInLinear:
+    @pytest.mark.parametrize("use_bias", [True, False])
+    def test_matches_a_loop(self, use_bias):
+        init = nnx.initializers.normal(1)
+        layer = FixedFanInLinear(
+            20, 30, 4, use_bias=use_bias, kernel_init=init, bias_init=init, rngs=nnx.Rngs(0)
+        )
+        x = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
+        y = layer(x)
+        np.testing.assert_allclose(y, loop(x, layer), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(layer(x.reshape(2, 3, 20)), y.reshape(2, 3, 30))
+        assert (layer.bias is not None) == use_bias
+
+    def test_variables(self):
+        layer = FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0))
+        assert {path[0]: type(v) for path, v in nnx.to_flat_state(nnx.state(layer))} == {
+            "kernel": nnx.Param,
+            "bias": nnx.Param,
+            "indices": Connectivity,
+        }
+        assert not issubclass(Connectivity, nnx.Param)
+        assert layer.kernel.shape == layer.indices.shape == (30, 4)
+        assert layer.indices.dtype == jnp.uint16
+        assert all(len(set(row)) == 4 for row in np.asarray(layer.indices[...]).tolist())
+        np.testing.assert_array_equal(layer.bias[...], np.zeros(30))
+
+    def test_kernel_starts_within_the_flat_glorot_bound(self):
+        kernel = flat_glorot_uniform(jax.random.key(0), (300, 40))
+        bound = np.sqrt(3 / (300 * 40))
+        assert np.abs(kernel).max() <= bound
+        assert kernel.max() > 0.99 * bound
+        assert kernel.min() < -0.99 * bound
+        np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.03)
+
+    def test_trains_in_a_users_model_while_connections_stay(self):
+        class Model(nnx.Module):
+            def __init__(self, rngs):
+                self.hidden = nnx.Linear(5, 16, rngs=rngs)
+                self.output = FixedFanInLinear(16, 40, 3, rngs=rngs)
+
+            def __call__(self, x):
+                return self.output(nnx.relu(self.hidden(x)))
+
+        rng = np.random.default_rng(0)
+        x, target = rng.normal(size=(8, 5)).astype(np.float32), rng.normal(size=(8, 40)).astype(np.float32)
+        model = Model(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+        def loss(model):
+            return jnp.mean((model(x) - target) ** 2)
+
+        @nnx.jit
+        def step(model, optimizer):
+            value, grads = nnx.value_and_grad(loss)(model)
+            optimizer.update(model, grads)
+            return value, grads
+
+        before = jax.tree.map(np.array, nnx.state(model))
+        with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+            _, grads = step(model, optimizer)
+            values = [float(step(model, optimizer)[0]) for _ in range(20)]
+        assert values[-1] < 0.9 * values[0]
+        assert set(grads["output"]) == {"kernel", "bias"}  # none for the indices
+        np.testing.assert_array_equal(model.output.indices[...], before["output"]["indices"][...])
+        for kernel, old in ((model.hidden.kernel, before["hidden"]), (model.output.kernel, before["output"])):
+            assert np.any(kernel[...] != old["kernel"][...])
+
+    @pytest.mark.parametrize(
+        ("dtype", "param_dtype", "expected"),
+        [
+            (None, jnp.float32, jnp.float32),
+            (None, jnp.bfloat16, jnp.bfloat16),
+            (jnp.bfloat16, jnp.float32, jnp.bfloat16),
+            (jnp.float32, jnp.bfloat16, jnp.float32),
+        ],
+    )
+    def test_dtypes(self, dtype, param_dtype, expected):
+        init = nnx.initializers.normal(1)
+        layer = FixedFanInLinear(
+            20, 30, 4, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=nnx.Rngs(0)
+        )
+        x = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
+        y = layer(x)
+        assert layer.kernel.dtype == layer.bias.dtype == param_dtype
+        assert y.dtype == expected
+        # Each of 4 products and their sum is rounded.
+        tolerance = 8 * float(jnp.finfo(expected).eps)
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64), loop(x, layer), rtol=tolerance, atol=tolerance * 4
+        )
+        grads = nnx.grad(lambda layer: layer(x).astype(jnp.float32).sum())(layer)
+        assert grads["kernel"].dtype == grads["bias"].dtype == param_dtype
+
+    @pytest.mark.parametrize("fan_in", [0, 21, -1])
+    def test_a_fan_in_that_does_not_fit_is_an_error(self, fan_in):
+        with pytest.raises(ValueError, match=f"fan_in must be between 1 and in_features = 20, got {fan_in}"):
+            FixedFanInLinear(20, 30, fan_in, rngs=nnx.Rngs(0))
+
+
+class TestEmbeddingBag:
+    @staticmethod
+    def bags(matrix, padding):
+        rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+        return BagOfWords(
+            rows=np.pad(rows, (0, padding), constant_values=matrix.shape[0]).astype(np.int32),
+            words=np.pad(matrix.indices, (0, padding)).astype(np.int32),
+            weights=np.pad(matrix.data, (0, padding), constant_values=7),  # which must not matter
+            num_examples=matrix.shape[0],
+        )
+
+    @pytest.mark.parametrize("padding", [0, 9])
+    def test_is_a_product_with_a_sparse_matrix(self, padding):
+        rng = np.random.default_rng(0)
+        matrix = scipy.sparse.random_array((12, 30), density=0.2, rng=rng, dtype=np.float32, format="csr")
+        dense = matrix.toarray()
+        dense[[0, 5, 11]] = 0  # empty rows: the first, the last, and one between
+        matrix = scipy.sparse.csr_array(dense)
+        layer = EmbeddingBag(30, 4, rngs=nnx.Rngs(0))
+        bags = self.bags(matrix, padding)
+        embedding = np.asarray(layer.embedding[...], np.float64)
+        np.testing.assert_allclose(jax.jit(layer)(bags), dense @ embedding, rtol=1e-5, atol=1e-6)
+
+        cotangent = rng.normal(size=(12, 4)).astype(np.float32)
+        grads = nnx.grad(lambda layer: jnp.sum(layer(bags) * cotangent))(layer)
+        np.testing.assert_allclose(grads["embedding"][...], dense.T @ cotangent, rtol=1e-5, atol=1e-6)
+
+    def test_nothing_but_padding(self):
+        layer = EmbeddingBag(30, 4, rngs=nnx.Rngs(0))
+        empty = scipy.sparse.csr_array((3, 30), dtype=np.float32)
+        np.testing.assert_array_equal(layer(self.bags(empty, 16)), np.zeros((3, 4)))
+
+    def test_parameters_in_bfloat16(self):
+        layer = EmbeddingBag(30, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        matrix = scipy.sparse.csr_array(np.eye(30, dtype=np.float32)[:5])
+        assert layer.embedding.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(
+            layer(self.bags(matrix, 3)).astype(jnp.float32), layer.embedding[:5].astype(jnp.float32)
+        )

@@ -1,0 +1,173 @@
+"""Rewiring against the rule as the paper states it, worked out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.rewire import PAPER, RewireConfig, kth_smallest_magnitude, reset_moments, rewire
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def random_layer(labels=300, fan_in=8, in_features=50, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(labels, fan_in)).astype(np.float32)
+    indices = np.stack([rng.choice(in_features, fan_in, replace=False) for _ in range(labels)]).astype(np.uint16)
+    return kernel, indices, in_features
+
+
+def run(kernel, indices, in_features, config, seed=0):
+    result = rewire(jax.random.key(seed), jnp.array(kernel), jnp.array(indices), in_features, config)
+    return tuple(np.asarray(a) for a in result)
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=60),
+    st.data(),
+)
+def test_kth_smallest_magnitude_is_that_of_a_sort(values, data):
+    k = data.draw(st.integers(1, len(values)))
+    x = np.array(values, np.float32)
+    assert kth_smallest_magnitude(jnp.array(x), k) == np.sort(np.abs(x))[k - 1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kth_smallest_magnitude_with_ties_and_low_precision(dtype):
+    x = jnp.array([[3, -1, 1], [0, -2, 1]], dtype)
+    assert [float(kth_smallest_magnitude(x, k)) for k in range(1, 7)] == [0, 1, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("config", [PAPER, RewireConfig()])
+@pytest.mark.parametrize("labels", [1, 300, 4096, 5000])  # blocks of 4096 rows; the last one overlaps
+def test_the_weakest_connections_move_and_no_others(config, labels):
+    kernel, indices, in_features = random_layer(labels)
+    k = round(0.1 * kernel.size)
+    expected = np.abs(kernel) < (np.sort(np.abs(kernel).ravel())[k - 1] if k else 0)
+    assert expected.sum() == max(0, k - 1)
+
+    new_kernel, new_indices, moved = run(kernel, indices, in_features, config)
+
+    np.testing.assert_array_equal(moved, expected)
+    np.testing.assert_array_equal(new_indices[~moved], indices[~moved])
+    assert new_indices.max() < in_features
+    if moved.sum() > 20:
+        assert np.mean(new_indices[moved] != indices[moved]) > 0.8
+    np.testing.assert_array_equal(new_kernel, np.where(moved, 0, kernel) if config.zero_weights else kernel)
+
+
+def test_the_papers_choices_allow_repeats_and_ours_do_not():
+    kernel, indices, in_features = random_layer(labels=2000, fan_in=8, in_features=10)
+
+    def rows_with_repeats(config):
+        _, new, _ = run(kernel, indices, in_features, config)
+        return sum(len(set(row)) < len(row) for row in new.tolist())
+
+    assert rows_with_repeats(RewireConfig(fraction=0.5, distinct=False)) > 100
+    assert rows_with_repeats(RewireConfig(fraction=0.5)) == 0
+
+
+def test_nothing_moves_where_as_many_weights_as_would_move_are_zero():
+    kernel, indices, in_features = random_layer(labels=10, fan_in=10)
+    kernel.ravel()[:10] = 0
+    new_kernel, new_indices, moved = run(kernel, indices, in_features, PAPER)
+    assert not moved.any()
+    np.testing.assert_array_equal(new_indices, indices)
+    np.testing.assert_array_equal(new_kernel, kernel)
+
+    kernel.ravel()[9] = 5.0  # nine zeros left: the tenth smallest is above them
+    assert run(kernel, indices, in_features, PAPER)[2].sum() == 9
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001])
+def test_a_fraction_that_rounds_to_nothing_moves_nothing(fraction):
+    kernel, indices, in_features = random_layer(labels=10, fan_in=2, in_features=5)
+    _, new, moved = run(kernel, indices, in_features, RewireConfig(fraction=fraction))
+    assert not moved.any()
+    np.testing.assert_array_equal(new, indices)
+
+
+def test_new_inputs_are_uniform_and_depend_on_the_key_alone():
+    kernel, indices, in_features = random_layer(labels=4000, fan_in=8, in_features=40)
+    config = RewireConfig(fraction=1.0, distinct=False)
+    first, again, other = (run(kernel, indices, in_features, config, seed)[1] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+    counts = np.bincount(first.ravel(), minlength=in_features)
+    expected = first.size / in_features
+    assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected))
+
+
+def test_a_fraction_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match="fraction must be between 0 and 1, got 1.5"):
+        RewireConfig(fraction=1.5)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adam(1e-2),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale(-1e-2)),
+        optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+        optax.sgd(1e-2, momentum=0.9),
+        optax.adam(1e-2, mu_dtype=jnp.bfloat16),
+    ],
+    ids=["adam", "chain", "inject_hyperparams", "momentum", "bfloat16 moments"],
+)
+def test_moments_of_moved_connections_are_zeroed_in_any_chain(tx):
+    params = {"output": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)}, "other": {"kernel": jnp.ones((3, 4))}}
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    moved = np.zeros((3, 4), bool)
+    moved[0, 1] = moved[2, 3] = True
+
+    new = reset_moments(tx, state, params, lambda path: path[0].key == "output" and path[1].key == "kernel", moved)
+
+    zeroed = 0
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(new), strict=True
+    ):
+        before, after = np.asarray(before, np.float32), np.asarray(after, np.float32)
+        if before.shape == (3, 4) and "output" in jax.tree_util.keystr(path):
+            np.testing.assert_array_equal(after, np.where(moved, 0, before))
+            assert np.all(before != 0)
+            zeroed += 1
+        else:
+            np.testing.assert_array_equal(after, before)
+    assert zeroed == (1 if len(jax.tree.leaves(state)) == 3 else 2)
+
+
+def test_factored_moments_are_left_alone():
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=2)
+    params = {"kernel": jnp.ones((300, 400))}
+    _, state = tx.update(params, tx.init(params), params)
+    new = reset_moments(tx, state, params, lambda path: True, jnp.ones((300, 400), bool))
+    factored = [a for a in jax.tree.leaves(new) if a.shape in ((300,), (400,))]
+    assert len(factored) == 2
+    assert all(np.all(np.asarray(a) > 0) for a in factored)
+
+
+def test_rewiring_a_layer_in_a_users_own_nnx_training():
+    layer = FixedFanInLinear(20, 30, fan_in=4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(1), (8, 20))
+    grads = nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(layer)
+    optimizer.update(layer, grads)
+
+    kernel, indices, moved = rewire(
+        jax.random.key(2), layer.kernel.get_value(), layer.indices.get_value(), layer.in_features
+    )
+    layer.kernel.set_value(kernel)
+    layer.indices.set_value(indices)
+    assert moved.sum() == 11
+    np.testing.assert_array_equal(layer.kernel[...] == 0, moved)
+    assert layer(x).shape == (8, 30)

@@ -1,0 +1,177 @@
+"""The training loop on small problems, step by step against plain Optax, and the rules of the paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.sparse
+from flax import nnx
+
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import Batch, Batches
+from sparse_xmc.models import Classifier, ClassifierConfig
+from sparse_xmc.rewire import RewireConfig
+from sparse_xmc.training import Plateau, Trainer, TrainingConfig
+
+CONFIG = ClassifierConfig(num_features=12, num_labels=30, penultimate=24, fan_in=4, dropout=0.0)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def random_batches(count, batch_size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        positives = np.stack([rng.choice(30, 3, replace=False) for _ in range(batch_size)]).astype(np.int32)
+        yield Batch(rng.normal(size=(batch_size, 12)).astype(np.float32), positives)
+
+
+def new_trainer(seed=0, **options):
+    model = Classifier(CONFIG, rngs=nnx.Rngs(seed))
+    return Trainer(model, TrainingConfig(batch_size=8, **options), seed=seed)
+
+
+def indices_of(trainer):
+    return np.asarray(trainer.model.output.indices[...])
+
+
+def test_steps_are_those_of_optax_adam_on_dense_arithmetic():
+    trainer = new_trainer(rewire=None, epsilon=1e-7)
+    model = trainer.model
+    columns = indices_of(trainer)
+    params = {
+        "w1": model.penultimate.kernel[...],
+        "b1": model.penultimate.bias[...],
+        "w2": model.output.kernel[...],
+        "b2": model.output.bias[...],
+    }
+    params = jax.tree.map(jnp.copy, params)  # the trainer donates its own
+
+    def loss_of(params, batch):
+        hidden = jnp.maximum(batch.inputs @ params["w1"] + params["b1"][None], 0)
+        logits = jnp.sum(hidden[:, columns] * params["w2"][None], axis=2) + params["b2"][None]
+        signs = np.full(logits.shape, -1.0, np.float32)
+        np.put_along_axis(signs, batch.positives, 1.0, axis=1)
+        return jnp.mean(jnp.square(jnp.maximum(0, 1 - signs * logits)))
+
+    tx = optax.adam(3e-3, eps=1e-7)
+    state = tx.init(params)
+    for batch in random_batches(5):
+        expected, grads = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = tx.update(grads, state)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(trainer.train_step(batch, 3e-3), expected, rtol=1e-5)
+    np.testing.assert_allclose(trainer.model.output.kernel[...], params["w2"], rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(trainer.model.penultimate.kernel[...], params["w1"], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(3, [1, 4, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [1])])
+def test_connections_move_after_steps_1_and_then_every_interval(interval, expected):
+    trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=interval)
+    changed, before = [], indices_of(trainer)
+    for step, batch in enumerate(random_batches(7), start=1):
+        trainer.train_step(batch, 1e-3)
+        after = indices_of(trainer)
+        if np.any(after != before):
+            changed.append(step)
+        before = after
+    assert changed == expected
+
+
+def test_an_interval_of_minus_one_rewires_once_at_the_end_of_an_epoch():
+    rng = np.random.default_rng(0)
+    labels = scipy.sparse.csr_array(rng.random((40, 30)) < 0.1)
+    batches = Batches(Dataset(rng.normal(size=(40, 12)).astype(np.float32), labels), 8)
+    trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=-1)
+    start = indices_of(trainer)
+    epoch = trainer.epoch(batches, 0, lambda step: 1e-3)
+    for _ in range(5):
+        next(epoch)
+        np.testing.assert_array_equal(indices_of(trainer), start)
+    assert next(epoch, None) is None
+    assert np.any(indices_of(trainer) != start)
+
+
+def test_rewiring_zeroes_weights_and_moments_of_what_moved():
+    trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=1000)
+    (batch,) = random_batches(1)
+    trainer.train_step(batch, 1e-3)
+    kernel = np.asarray(trainer.model.output.kernel[...])
+    moments = [np.asarray(m["output"]["kernel"][...]) for m in trainer.state["optimizer"][1:]]
+    assert (kernel == 0).sum() == 30 * 4 // 2 - 1
+    for moment in moments:
+        assert np.all(moment[kernel == 0] == 0)
+        assert np.any(moment[kernel != 0] != 0)
+
+
+def test_dense_output_layers_train_without_rewiring():
+    model = Classifier(
+        ClassifierConfig(num_features=12, num_labels=30, penultimate=6, output_layer="bottleneck"), rngs=nnx.Rngs(0)
+    )
+    trainer = Trainer(model, TrainingConfig(batch_size=8, rewire_interval=1), seed=0)
+    (batch,) = random_batches(1)
+    losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(30)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("loss", ["squared_hinge", "bce"])
+def test_a_small_problem_is_learnt(loss):
+    trainer = new_trainer(loss=loss, rewire_interval=20)
+    (batch,) = random_batches(1)
+    losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit():
+    def losses(seed):
+        trainer = new_trainer(seed=seed, rewire_interval=2)
+        return [float(trainer.train_step(batch, 1e-3)) for batch in random_batches(6)]
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_plateau_halves_after_two_epochs_without_a_thousandth():
+    plateau = Plateau(1e-3)
+    rates = []
+    for metric in [0.1, 0.2, 0.2005, 0.2009, 0.3, 0.3, 0.3]:
+        plateau.update(metric)
+        rates.append(plateau.learning_rate)
+    assert rates == [1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 5e-4, 2.5e-4]
+
+
+def test_plateau_stays_above_its_floor():
+    plateau = Plateau(1e-3)
+    for _ in range(30):
+        plateau.update(0.5)
+    assert plateau.learning_rate == 1e-4
+
+
+def test_plateau_stops_after_four_epochs_without_an_improvement():
+    plateau = Plateau(1e-3)
+    for metric in [0.5, 0.50004, 0.49, 0.5]:  # 4e-5 is not enough
+        plateau.update(metric)
+        assert not plateau.should_stop
+    plateau.update(0.5)
+    assert plateau.should_stop
+    plateau.update(0.6)
+    assert not plateau.should_stop
+    assert plateau.best == 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be one of squared_hinge, bce, got 'hinge'"),
+        ({"schedule": "cosine"}, "schedule must be one of plateau, linear, got 'cosine'"),
+        ({"rewire_interval": 0}, "rewire_interval must be positive, or -1 for once an epoch, got 0"),
+    ],
+)
+def test_bad_choices_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**options)
