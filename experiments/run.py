@@ -55,6 +55,8 @@ flags.DEFINE_enum("loss", "squared_hinge", list(LOSSES), "The loss.")
 flags.DEFINE_integer("epochs", 100, "The most epochs to train.")
 flags.DEFINE_integer("batch_size", 32, "Batch size.")
 flags.DEFINE_float("learning_rate", 1e-3, "Adam's learning rate.")
+flags.DEFINE_float("embedding_rate", 1.0, "The embedding learns at this times the learning rate.")
+flags.DEFINE_float("penultimate_rate", 1.0, "The penultimate layer learns at this times the learning rate.")
 flags.DEFINE_float("epsilon", PAPER_EPSILON, "Adam's epsilon.")
 flags.DEFINE_enum("schedule", "plateau", SCHEDULES, "How the learning rate falls; see TrainingConfig.")
 flags.DEFINE_float("rewire_fraction", 0.1, "The part of the connections that a rewiring moves; 0 for never.")
@@ -216,6 +218,8 @@ def _training_config() -> TrainingConfig:
         batch_size=FLAGS.batch_size,
         loss=FLAGS.loss,
         learning_rate=FLAGS.learning_rate,
+        embedding_rate=FLAGS.embedding_rate,
+        penultimate_rate=FLAGS.penultimate_rate,
         epsilon=FLAGS.epsilon,
         schedule=FLAGS.schedule,
         rewire=rewire if FLAGS.rewire_fraction else None,

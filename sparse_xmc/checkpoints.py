@@ -49,8 +49,11 @@ class Checkpoints:
 
     def save_best(self, trainer: Trainer) -> None:
         """Saves the weights, in place of those saved before."""
-        if self._best.latest_step() != trainer.step:
-            self._best.save(trainer.step, args=ocp.args.StandardSave(_weights(trainer.state)))
+        # A run that goes on from an earlier checkpoint may have saved this step or later ones before it stopped.
+        for step in self._best.all_steps():
+            if step >= trainer.step:
+                self._best.delete(step)
+        self._best.save(trainer.step, args=ocp.args.StandardSave(_weights(trainer.state)))
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""

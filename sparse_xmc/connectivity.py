@@ -24,7 +24,12 @@ def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinc
 
     Returns:
       [L, F], of the dtype of `indices`.
+
+    Raises:
+      ValueError: `distinct`, and F > D.
     """
+    if distinct and indices.shape[1] > in_features:
+        raise ValueError(f"{indices.shape[1]} distinct inputs do not exist among {in_features}")
 
     def draw(key):
         return jax.random.randint(key, indices.shape, 0, in_features).astype(indices.dtype)

@@ -28,13 +28,16 @@ SCHEDULES = ("plateau", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How a classifier is trained. The defaults are the paper's, but for the validation points.
+    """How a classifier is trained.
 
     Attributes:
       epochs: the most epochs to train.
       batch_size: B.
       loss: one of `sparse_xmc.losses.LOSSES`.
       learning_rate: Adam's, at the start.
+      embedding_rate: the embedding learns at this times the learning rate. Adam moves every weight by about the
+        learning rate, whatever the gradient; a word's embedding is large, and most batches do not have the word.
+      penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
       epsilon: Adam's.
       schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
         down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; "linear" lowers it evenly to 0
@@ -47,12 +50,17 @@ class TrainingConfig:
     batch_size: int = 32
     loss: str = "squared_hinge"
     learning_rate: float = 1e-3
+    embedding_rate: float = 1.0
+    penultimate_rate: float = 1.0
     epsilon: float = PAPER_EPSILON
     schedule: str = "plateau"
     rewire: RewireConfig | None = RewireConfig()
     rewire_interval: int = 1000
 
     def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, value, choices in (("loss", self.loss, LOSSES), ("schedule", self.schedule, SCHEDULES)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -113,7 +121,11 @@ class Trainer:
         self.seed = seed
         self.step = 0
         self._sparse = isinstance(model.output, FixedFanInLinear)
-        self._tx = optax.scale_by_adam(eps=config.epsilon)
+        self._tx = optax.chain(
+            optax.scale_by_adam(eps=config.epsilon),
+            _scale_layer("embedding", config.embedding_rate),
+            _scale_layer("penultimate", config.penultimate_rate),
+        )
         self._graphdef, params, other = nnx.split(model, nnx.Param, ...)
         self.state = {"params": params, "other": other, "optimizer": self._tx.init(params)}
         self._train_step = jax.jit(
@@ -178,6 +190,16 @@ def _train_step(graphdef, tx, loss_name, state, batch, learning_rate):
     return {"params": params, "other": other, "optimizer": optimizer}, loss
 
 
+def _names(path) -> list:
+    return [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+
+
 def _is_output_kernel(path) -> bool:
-    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
-    return names[:2] == ["output", "kernel"]
+    return _names(path)[:2] == ["output", "kernel"]
+
+
+def _scale_layer(name: str, factor: float) -> optax.GradientTransformation:
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[0] == name, params)
+
+    return optax.masked(optax.scale(factor), mask)

@@ -16,9 +16,7 @@ def make_model(**options):
     sizes = {"num_features": 12, "num_labels": 20, "embedding": 6, "fan_in": 3, "penultimate": 8}
     model = Classifier(ClassifierConfig(**sizes | options), rngs=nnx.Rngs(0))
     model.eval()
-    for i, param in enumerate(
-        jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
-    ):
+    for i, (_, param) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.Param))):
         param[...] = jax.random.normal(jax.random.key(i), param.shape)
     return model
 

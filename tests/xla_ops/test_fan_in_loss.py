@@ -309,7 +309,6 @@ def test_no_gradient_where_the_margin_is_met(instruction_set, dtype, excess):
 
 
 @LOSS
-@pytest.mark.xfail(strict=True, reason="the kernels take NaN for a met margin")
 def test_nan_is_not_hidden(instruction_set, loss):
     problem = make_problem(20, 9, 30, 4)
     problem.x[11] = np.nan

@@ -31,7 +31,7 @@ struct Term {
 // The loss of one logit, and its derivative, where the label is a positive.
 Term positive_term(Loss loss, float s) {
   if (loss == Loss::kSquaredHinge) {
-    const float slack = std::max(0.0f, 1 - s);
+    const float slack = 1 - s < 0 ? 0 : 1 - s;  // NaN stays NaN
     return {slack * slack, -2 * slack};
   }
   return {std::max(-s, 0.0f) + std::log1p(std::exp(-std::abs(s))), -1 / (1 + std::exp(s))};

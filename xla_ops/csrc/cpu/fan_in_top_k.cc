@@ -42,6 +42,7 @@ struct Ranking {
 template <typename T, typename I>
 void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T* kernel, const I* indices,
            const T* bias, float* scores, int32_t* labels) {
+  if (k == 0) return;
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, x);
   const int64_t blocks = ceil_div(s.labels, kBlock);
@@ -80,7 +81,7 @@ void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T
   // Parts are offered in the order of their labels, so that ties go to the lower one.
   Ranking& best = rankings[0];
   for (int64_t p = 1; p < parts; ++p) {
-    for (int64_t i = 0; i < s.batch * k && k; ++i) {
+    for (int64_t i = 0; i < s.batch * k; ++i) {
       if (rankings[p].labels[i] >= 0) best.offer(i / k, rankings[p].scores[i], rankings[p].labels[i]);
     }
   }

@@ -292,7 +292,8 @@ void input_grad(const float* rows, int64_t in_features, int64_t width, const T* 
 
 // ---- losses ----
 
-XLA_OPS_INLINE Vec max0(Vec x) { return x > 0 ? x : Vec{}; }
+// Comparisons are turned so that NaN passes through.
+XLA_OPS_INLINE Vec max0(Vec x) { return x < 0 ? Vec{} : x; }
 
 struct SquaredHinge {
   static XLA_OPS_INLINE Vec value_and_slope(Vec s, Vec* slope) {
@@ -323,7 +324,7 @@ XLA_OPS_INLINE Vec exp_negative(Vec x) {
 struct BinaryCrossEntropy {
   static XLA_OPS_INLINE Vec value_and_slope(Vec s, Vec* slope) {
     const Vec magnitude = s > 0 ? s : -s;
-    const Vec e = exp_negative(magnitude < 87 ? -magnitude : Vec{} - 87);
+    const Vec e = exp_negative(magnitude > 87 ? Vec{} - 87 : -magnitude);
     *slope = (s > 0 ? Vec{} + 1 : e) / (1 + e);
     // log(1 + e) = 2 artanh(z) with z = e / (2 + e) <= 1/3
     const Vec z = e / (2 + e), z2 = z * z;
