@@ -27,8 +27,8 @@ class BuildExt(build_ext):
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
             raise SystemExit(
-                f"error: the C++ compiler {compiler!r} was not found. Install one (Debian/Ubuntu: apt-get install g++, "
-                "Fedora: dnf install gcc-c++, macOS: xcode-select --install) or name yours in the variable CXX."
+                f"error: the C++ compiler {compiler!r} was not found. Install one (Debian, Ubuntu: apt-get "
+                "install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or name yours in CXX."
             )
         for isa, flags in ISA_FLAGS.items():
             ext.extra_objects += self.compiler.compile(

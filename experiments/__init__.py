@@ -1,0 +1,1 @@
+"""Programs that train, evaluate, measure and compare."""

@@ -73,7 +73,9 @@ def load(
     for what in ("num_features", "num_labels"):
         ours, theirs = getattr(splits.train, what), getattr(splits.test, what)
         if ours != theirs:
-            raise ValueError(f"{what} differ: {ours} in {train_features or train}, {theirs} in {test_features or test}")
+            raise ValueError(
+                f"{what} differ: {ours} in {train_features or train}, {theirs} in {test_features or test}"
+            )
     return splits
 
 

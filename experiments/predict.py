@@ -31,12 +31,18 @@ def main(argv):
     workdir = Path(_WORKDIR.value)
     for name in ("model.json", "model", TEXT_ENCODER, LABELS):
         if not (workdir / name).exists():
-            raise FileNotFoundError(f"{workdir / name}: not there; is this the directory of a finished run on text?")
+            raise FileNotFoundError(
+                f"{workdir / name}: not there; is this the directory of a finished run on text?"
+            )
     config = ClassifierConfig(**json.loads((workdir / "model.json").read_text()))
     encoder, names = TextEncoder.load(workdir / TEXT_ENCODER), LabelEncoder.load(workdir / LABELS).names
-    texts = (Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()).splitlines()
+    texts = (
+        Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()
+    ).splitlines()
     points = Dataset(encoder(texts), scipy.sparse.csr_array((len(texts), len(names)), dtype=bool))
-    for _, scores, labels in predict(load_model(workdir / "model", config), points, min(_K.value, len(names))):
+    for _, scores, labels in predict(
+        load_model(workdir / "model", config), points, min(_K.value, len(names))
+    ):
         for row in zip(labels, scores, strict=True):
             print("\t".join(f"{names[label]}\t{score:.4f}" for label, score in zip(*row, strict=True)))
 

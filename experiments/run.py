@@ -34,12 +34,16 @@ flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.", r
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 flags.DEFINE_string("name", "", "The name of the run in tables; by default that of the working directory.")
 
-flags.DEFINE_string("train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.", required=True)
+flags.DEFINE_string(
+    "train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.", required=True
+)
 flags.DEFINE_string("test", None, "Test points, in the same format.", required=True)
 flags.DEFINE_string("train_features", None, "Dense features of the training points, .npy float32 [N, D].")
 flags.DEFINE_string("test_features", None, "Dense features of the test points.")
 flags.DEFINE_string("cache_dir", None, "Where parsed .txt files are kept and memory-mapped.")
-flags.DEFINE_enum("propensities", "default", list(PROPENSITY_CONSTANTS), "The family of data sets, for PSP@k.")
+flags.DEFINE_enum(
+    "propensities", "default", list(PROPENSITY_CONSTANTS), "The family of data sets, for PSP@k."
+)
 flags.DEFINE_float("validation_fraction", 0.02, "The part of the training points held out for validation.")
 flags.DEFINE_bool("validate_on_test", False, "Validate on the test set, as the paper does.")
 
@@ -49,7 +53,9 @@ flags.DEFINE_integer("penultimate", 8192, "Width of the penultimate layer; 0 for
 flags.DEFINE_integer("embedding", 512, "Size of the word embeddings, for sparse features.")
 flags.DEFINE_float("dropout", 0.1, "Dropout rate on the input features.")
 flags.DEFINE_float("output_bias", 0.0, "Where the output layer's bias starts.")
-flags.DEFINE_float("output_bound", None, "The output kernel starts in +- this; by default as in the paper's code.")
+flags.DEFINE_float(
+    "output_bound", None, "The output kernel starts in +- this; by default as in the paper's code."
+)
 
 flags.DEFINE_enum("loss", "squared_hinge", list(LOSSES), "The loss.")
 flags.DEFINE_integer("epochs", 100, "The most epochs to train.")
@@ -63,7 +69,9 @@ flags.DEFINE_float("rewire_fraction", 0.1, "The part of the connections that a r
 flags.DEFINE_integer("rewire_interval", 1000, "Steps from rewiring to rewiring; -1 for once an epoch.")
 flags.DEFINE_bool("rewire_distinct", True, "Never give a label the same input twice.")
 flags.DEFINE_bool("rewire_zero", True, "Moved connections start at weight 0.")
-flags.DEFINE_float("checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed.")
+flags.DEFINE_float(
+    "checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed."
+)
 
 
 def main(argv):
@@ -73,7 +81,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
     workdir = Path(FLAGS.workdir)
     if (workdir / "result.json").exists():
-        print(f"{workdir / 'result.json'} is there already: nothing to do. Choose another --workdir to run again.")
+        print(f"{workdir / 'result.json'} is there already. Choose another --workdir to run again.")
         return
     workdir.mkdir(parents=True, exist_ok=True)
     _save_flags(workdir / "flags.cfg")
@@ -144,10 +152,17 @@ def _train(trainer: Trainer, train: Dataset, validation: Dataset, workdir: Path)
 
         loss, seconds = _train_epoch(trainer, batches, epoch, learning_rate)
         metrics = evaluate(trainer.model, validation)
-        record = {"epoch": epoch + 1, "loss": loss, "seconds": seconds, "learning_rate": learning_rate(0), **metrics}
+        record = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "seconds": seconds,
+            "learning_rate": learning_rate(0),
+            **metrics,
+        }
         records.append(record)
         print(
-            f"epoch {epoch + 1:3d}  loss {loss:.3e}  validation P@1/3/5 {_p_at(metrics)}  {seconds:.1f} s", flush=True
+            f"epoch {epoch + 1:3d}  loss {loss:.3e}  validation P@1/3/5 {_p_at(metrics)}  {seconds:.1f} s",
+            flush=True,
         )
         if plateau:
             plateau.update(metrics["p@3"])
@@ -232,7 +247,9 @@ def _save_flags(path: Path) -> None:
     ours = FLAGS.flags_by_module_dict()[sys.argv[0]]
     text = "".join(f"{flag.serialize()}\n" for flag in ours if flag.value is not None)
     if path.exists() and path.read_text() != text:
-        raise ValueError(f"{path} belongs to a run with other flags; choose another --workdir, or delete that one")
+        raise ValueError(
+            f"{path} belongs to a run with other flags; choose another --workdir, or delete that one"
+        )
     path.write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, by Orbax: everything that a run needs to go on as if it had never stopped."""
+"""Checkpoints of a training run, by Orbax: all that it needs to go on as if it had never stopped."""
 
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ class Checkpoints:
 
     def save_best(self, trainer: Trainer) -> None:
         """Saves the weights, in place of those saved before."""
-        # A run that goes on from an earlier checkpoint may have saved this step or later ones before it stopped.
+        # A run that goes on from an earlier checkpoint may have saved this or later steps before it stopped.
         for step in self._best.all_steps():
             if step >= trainer.step:
                 self._best.delete(step)

@@ -93,7 +93,12 @@ class FixedFanInLinear(nnx.Module):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         dtype = kernel.dtype if self.dtype is None else self.dtype
-        return x.astype(dtype), kernel.astype(dtype), self.indices[...], bias if bias is None else bias.astype(dtype)
+        return (
+            x.astype(dtype),
+            kernel.astype(dtype),
+            self.indices[...],
+            bias if bias is None else bias.astype(dtype),
+        )
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., D] to [..., L]."""

@@ -1,4 +1,4 @@
-"""Losses against sparse positives: every label that is not listed is a negative, and no target matrix is made.
+"""Losses against sparse positives: a label that is not listed is a negative, and no target matrix is made.
 
 Both are means over labels, then over the batch, as in the paper. With L labels a logit's gradient is of order
 1/L, so an Adam epsilon near it matters: see `sparse_xmc.training.PAPER_EPSILON`.

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.layers import BagOfWords, EmbeddingBag, FixedFanInLinear, flat_glorot_uniform, symmetric_uniform
+from sparse_xmc.layers import (
+    BagOfWords,
+    EmbeddingBag,
+    FixedFanInLinear,
+    flat_glorot_uniform,
+    symmetric_uniform,
+)
 from sparse_xmc.losses import LOSSES
 from xla_ops import fan_in_loss, fan_in_top_k
 
@@ -46,7 +52,9 @@ class ClassifierConfig:
 
     def __post_init__(self):
         if self.output_layer not in OUTPUT_LAYERS:
-            raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {self.output_layer!r}")
+            raise ValueError(
+                f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {self.output_layer!r}"
+            )
 
 
 class Classifier(nnx.Module):
@@ -70,9 +78,16 @@ class Classifier(nnx.Module):
             width = config.penultimate
         bias_init = nnx.initializers.constant(config.output_bias)
         if config.output_layer == "fixed_fan_in":
-            kernel_init = flat_glorot_uniform if config.output_bound is None else symmetric_uniform(config.output_bound)
+            kernel_init = (
+                flat_glorot_uniform if config.output_bound is None else symmetric_uniform(config.output_bound)
+            )
             self.output = FixedFanInLinear(
-                width, config.num_labels, config.fan_in, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
+                width,
+                config.num_labels,
+                config.fan_in,
+                kernel_init=kernel_init,
+                bias_init=bias_init,
+                rngs=rngs,
             )
         else:
             kernel_init = nnx.initializers.glorot_uniform()
@@ -81,7 +96,7 @@ class Classifier(nnx.Module):
             )
 
     def features(self, inputs: Array | BagOfWords) -> Array:
-        """The output layer's inputs, [B, D], for dense features [B, num_features] or a `BagOfWords` of size B."""
+        """The output layer's inputs, [B, D], for dense features [B, num_features] or a `BagOfWords`."""
         x = nnx.relu(self.embedding(inputs)) if self.config.bag_of_words else inputs
         x = self.dropout(x)
         return nnx.relu(self.penultimate(x)) if self.config.penultimate else x

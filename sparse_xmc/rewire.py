@@ -1,4 +1,4 @@
-"""Rewiring: moving the weakest connections of a fixed fan-in layer to other inputs (sparse evolutionary training)."""
+"""Rewiring: moving the weakest connections of a fixed fan-in layer to other inputs."""
 
 import dataclasses
 import functools

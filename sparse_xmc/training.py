@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -12,8 +11,6 @@ import optax
 from flax import nnx
 
 from sparse_xmc.data.batches import Batch, Batches
-from sparse_xmc.data.formats import Dataset
-from sparse_xmc.evaluation import evaluate
 from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.models import Classifier
@@ -35,8 +32,8 @@ class TrainingConfig:
       batch_size: B.
       loss: one of `sparse_xmc.losses.LOSSES`.
       learning_rate: Adam's, at the start.
-      embedding_rate: the embedding learns at this times the learning rate. Adam moves every weight by about the
-        learning rate, whatever the gradient; a word's embedding is large, and most batches do not have the word.
+      embedding_rate: the embedding learns at this times the learning rate. Adam moves a weight by about the
+        learning rate, whatever the gradient; embeddings are large, and few batches have a given word.
       penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
       epsilon: Adam's.
       schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
@@ -65,7 +62,9 @@ class TrainingConfig:
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.rewire_interval < 1 and self.rewire_interval != -1:
-            raise ValueError(f"rewire_interval must be positive, or -1 for once an epoch, got {self.rewire_interval}")
+            raise ValueError(
+                f"rewire_interval must be positive, or -1 for once an epoch, got {self.rewire_interval}"
+            )
 
 
 @dataclasses.dataclass
@@ -159,12 +158,17 @@ class Trainer:
         kernel, indices, moved = rewire(
             key, output["kernel"][...], other["indices"][...], in_features, self.config.rewire
         )
-        output["kernel"], other["indices"] = output["kernel"].replace(kernel), other["indices"].replace(indices)
+        output["kernel"], other["indices"] = (
+            output["kernel"].replace(kernel),
+            other["indices"].replace(indices),
+        )
         self.state["optimizer"] = self._reset_moments(
             opt_state=self.state["optimizer"], params=self.state["params"], moved=moved
         )
 
-    def epoch(self, batches: Batches, epoch: int, learning_rate: Callable[[int], float]) -> Iterator[jax.Array]:
+    def epoch(
+        self, batches: Batches, epoch: int, learning_rate: Callable[[int], float]
+    ) -> Iterator[jax.Array]:
         """Trains for one epoch, yielding each step's loss.
 
         Args:

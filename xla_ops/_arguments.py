@@ -32,7 +32,9 @@ def check_values(name: str, array, *, ndim_at_least: int) -> None:
     """Raises unless `array` holds float32 or bfloat16 values in at least so many dimensions."""
     check_dtype(name, array, VALUE_DTYPES)
     if array.ndim < ndim_at_least:
-        raise ValueError(f"{name} must have at least {ndim_at_least} dimension(s), got shape {list(array.shape)}")
+        raise ValueError(
+            f"{name} must have at least {ndim_at_least} dimension(s), got shape {list(array.shape)}"
+        )
 
 
 def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None:

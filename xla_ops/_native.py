@@ -37,7 +37,7 @@ def check_ffi_version(module) -> None:
 
 @functools.cache
 def cpu():
-    """The CPU module, its handlers registered. Raises ImportError where it is missing or does not fit jaxlib."""
+    """The CPU module, its handlers registered. Raises ImportError if it is missing or does not fit jaxlib."""
     try:
         module = importlib.import_module("xla_ops._cpu")
     except ModuleNotFoundError as error:

@@ -57,7 +57,9 @@ def fan_in_loss(
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[1])
     check_dtype("positives", positives, [jnp.int32])
     if positives.ndim != 2 or positives.shape[0] != x.shape[0]:
-        raise ValueError(f"positives must have shape [{x.shape[0]}, P] (one row per row of x), got {list(positives.shape)}")
+        raise ValueError(
+            f"positives must have shape [{x.shape[0]}, P] (one row per row of x), got {list(positives.shape)}"
+        )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     _native.cpu()
@@ -66,7 +68,7 @@ def fan_in_loss(
 
 
 def fan_in_loss_reference(x, kernel, indices, bias, positives, *, loss: str = "squared_hinge") -> Array:
-    """`fan_in_loss` in plain `jax.numpy`, with logits and a dense target matrix. Same arguments and result."""
+    """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
     logits = fan_in_matmul_reference(x, kernel, indices, bias).astype(jnp.float32)
     is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0])[None, None], axis=1)
     margin = jnp.where(is_positive, logits, -logits)
@@ -90,7 +92,9 @@ def _loss(x, kernel, indices, bias, positives, loss):
 
 def _loss_fwd(x, kernel, indices, bias, positives, loss):
     gradients = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
-    value, *gradients = _call("gradients", (_SCALAR, *gradients), x, kernel, indices, bias, positives, loss=loss)
+    value, *gradients = _call(
+        "gradients", (_SCALAR, *gradients), x, kernel, indices, bias, positives, loss=loss
+    )
     return value, gradients
 
 

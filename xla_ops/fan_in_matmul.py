@@ -12,7 +12,9 @@ from xla_ops import _native
 from xla_ops._arguments import check_connections, check_values
 
 
-def fan_in_matmul(x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None = None) -> Array:
+def fan_in_matmul(
+    x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None = None
+) -> Array:
     """Multiplies by a sparse matrix in which every output has exactly F inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`

@@ -25,7 +25,7 @@ class Batch:
 
 
 class Batches:
-    """Cuts a data set into batches whose arrays have (nearly) always the same shapes, so that jit compiles once.
+    """Cuts a data set into batches whose arrays nearly always have the same shapes: jit compiles once.
 
     Args:
       dataset: the points.

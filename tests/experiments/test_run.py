@@ -113,7 +113,7 @@ def test_saved_model_and_encoders_repeat_the_test_metrics(finished, tsv):
 def test_an_existing_result_is_kept(finished):
     workdir, flags, _ = finished
     before = (workdir / "result.json").stat()
-    assert "result.json is there already: nothing to do" in output_of(*flags)
+    assert "result.json is there already" in output_of(*flags)
     assert (workdir / "result.json").stat().st_mtime_ns == before.st_mtime_ns
 
 

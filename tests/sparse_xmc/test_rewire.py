@@ -23,7 +23,9 @@ def standard_promotion():
 def random_layer(labels=300, fan_in=8, in_features=50, seed=0):
     rng = np.random.default_rng(seed)
     kernel = rng.normal(size=(labels, fan_in)).astype(np.float32)
-    indices = np.stack([rng.choice(in_features, fan_in, replace=False) for _ in range(labels)]).astype(np.uint16)
+    indices = np.stack([rng.choice(in_features, fan_in, replace=False) for _ in range(labels)]).astype(
+        np.uint16
+    )
     return kernel, indices, in_features
 
 
@@ -109,7 +111,7 @@ def test_new_inputs_are_uniform_and_depend_on_the_key_alone():
 
 
 def test_a_fraction_out_of_range_is_an_error():
-    with pytest.raises(ValueError, match="fraction must be between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"fraction must be between 0 and 1, got 1\.5"):
         RewireConfig(fraction=1.5)
 
 
@@ -125,12 +127,17 @@ def test_a_fraction_out_of_range_is_an_error():
     ids=["adam", "chain", "inject_hyperparams", "momentum", "bfloat16 moments"],
 )
 def test_moments_of_moved_connections_are_zeroed_in_any_chain(tx):
-    params = {"output": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)}, "other": {"kernel": jnp.ones((3, 4))}}
+    params = {
+        "output": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)},
+        "other": {"kernel": jnp.ones((3, 4))},
+    }
     _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     moved = np.zeros((3, 4), bool)
     moved[0, 1] = moved[2, 3] = True
 
-    new = reset_moments(tx, state, params, lambda path: path[0].key == "output" and path[1].key == "kernel", moved)
+    new = reset_moments(
+        tx, state, params, lambda path: path[0].key == "output" and path[1].key == "kernel", moved
+    )
 
     zeroed = 0
     for (path, before), after in zip(

@@ -111,7 +111,8 @@ def test_rewiring_zeroes_weights_and_moments_of_what_moved():
 
 def test_dense_output_layers_train_without_rewiring():
     model = Classifier(
-        ClassifierConfig(num_features=12, num_labels=30, penultimate=6, output_layer="bottleneck"), rngs=nnx.Rngs(0)
+        ClassifierConfig(num_features=12, num_labels=30, penultimate=6, output_layer="bottleneck"),
+        rngs=nnx.Rngs(0),
     )
     trainer = Trainer(model, TrainingConfig(batch_size=8, rewire_interval=1), seed=0)
     (batch,) = random_batches(1)
