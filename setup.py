@@ -28,7 +28,7 @@ class BuildExt(build_ext):
         if shutil.which(compiler) is None:
             raise SystemExit(
                 f"error: the C++ compiler {compiler!r} was not found. Install one (Debian, Ubuntu: apt-get "
-                "install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or name yours in CXX."
+                "install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX."
             )
         for isa, flags in ISA_FLAGS.items():
             ext.extra_objects += self.compiler.compile(

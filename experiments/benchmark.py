@@ -23,9 +23,11 @@ import psutil
 from absl import app, flags
 from jax import Array
 from jax.experimental import sparse
+from scipy import stats
 
 import xla_ops
 from experiments import environment
+from sparse_xmc.losses import squared_hinge
 from xla_ops import _native
 
 _LABELS_AT_ONCE = 128
@@ -38,6 +40,7 @@ class Shape(NamedTuple):
     inputs: int
     fan_in: int
     batch: int
+    density: float = 1.0  # of the gradient of the logits, for fan_in_loss
 
 
 class Contender(NamedTuple):
@@ -60,7 +63,7 @@ class Problem(NamedTuple):
 
 def fan_in_matmul(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
     """The problem for `xla_ops.fan_in_matmul`, with connections drawn uniformly."""
-    labels, inputs, fan_in, batch = shape
+    labels, inputs, fan_in, batch, _ = shape
 
     def normal(*size):
         return jnp.asarray(rng.standard_normal(size, np.float32)).astype(dtype)
@@ -175,7 +178,41 @@ def _bcsr_both_ways_bwd(residuals, dy):
 _bcsr_both_ways.defvjp(_bcsr_both_ways_fwd, _bcsr_both_ways_bwd)
 
 
-OPS = {"fan_in_matmul": fan_in_matmul}
+# ---- fan_in_loss: contenders take x [B, D], kernel [L, F], bias [L] and return the squared hinge loss ----
+
+
+def fan_in_loss(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
+    """The problem for `xla_ops.fan_in_loss`: normal logits, whose mean gives the gradient its density."""
+    labels, inputs, fan_in, batch, density = shape
+
+    def normal(*size, scale=1.0):
+        return jnp.asarray(scale * rng.standard_normal(size, np.float32)).astype(dtype)
+
+    # A negative with logit s has a gradient where s > -1.
+    bias = jnp.full(labels, -1 + stats.norm.ppf(min(density, 0.999)), dtype)
+    indices = rng.integers(0, inputs, (labels, fan_in), np.int32).astype(xla_ops.index_dtype(inputs))
+    positives = rng.integers(0, labels, (batch, 8), np.int32)
+    positives = np.where(np.triu(positives[:, :, None] == positives[:, None], 1).any(axis=1), -1, positives)
+    constants = (jnp.asarray(indices), jnp.asarray(positives))
+    return Problem(
+        values=(normal(batch, inputs), normal(labels, fan_in, scale=fan_in**-0.5), bias),
+        cotangent=jnp.float32(1),
+        contenders={
+            "xla_ops.fan_in_loss": Contender(_fused_loss, constants),
+            "fan_in_matmul + jnp loss": Contender(_loss_of_logits, constants),
+        },
+    )
+
+
+def _fused_loss(x, kernel, bias, indices, positives):
+    return xla_ops.fan_in_loss(x, kernel, indices, bias, positives)
+
+
+def _loss_of_logits(x, kernel, bias, indices, positives):
+    return squared_hinge(xla_ops.fan_in_matmul(x, kernel, indices, bias).astype(jnp.float32), positives)
+
+
+OPS = {"fan_in_matmul": fan_in_matmul, "fan_in_loss": fan_in_loss}
 
 
 # ---- measuring ----
@@ -220,7 +257,7 @@ def _require_memory(program) -> None:
 
 def check_agreement(problem: Problem) -> None:
     """Raises AssertionError unless all contenders that run return what the first does."""
-    tolerance = 4 * float(jnp.finfo(problem.cotangent.dtype).eps) * problem.cotangent.shape[0] ** 0.5
+    tolerance = 4 * float(jnp.finfo(problem.values[0].dtype).eps) * problem.values[0].shape[0] ** 0.5
     expected = {}
     for (name, pass_name), call in compile_contenders(problem).items():
         if isinstance(call, str):
@@ -234,7 +271,7 @@ def check_agreement(problem: Problem) -> None:
 
 def measure(op: str, shape: Shape, dtype: str, repeats: int) -> dict:
     """Times all contenders of an op; the returned report is ready for JSON."""
-    small = Shape(*map(min, shape, (300, 70, shape.fan_in, shape.batch)))
+    small = shape._replace(labels=min(shape.labels, 300), inputs=min(shape.inputs, 70))
     check_agreement(OPS[op](small, jnp.dtype(dtype), np.random.default_rng(0)))
     problem = OPS[op](shape, jnp.dtype(dtype), np.random.default_rng(0))
     calls = compile_contenders(problem)
@@ -312,6 +349,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("fan_in", 32, "Connections per label.", lower_bound=1)
     flags.DEFINE_integer("batch", 32, "Examples in the batch.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the values.")
+    flags.DEFINE_float("density", 1.0, "The part of the logits with a gradient, for fan_in_loss.", 0.0, 1.0)
     flags.DEFINE_integer("repeats", 15, "Runs of each contender, fewer for slow ones.", lower_bound=1)
     flags.DEFINE_string("json", None, "File to write the report to.")
 
@@ -321,7 +359,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    shape = Shape(values.labels, values.inputs, values.fan_in, values.batch)
+    shape = Shape(values.labels, values.inputs, values.fan_in, values.batch, values.density)
     report = measure(values.op, shape, values.dtype, values.repeats)
     print(table(report))
     if values.json is not None:
