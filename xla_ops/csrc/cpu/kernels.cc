@@ -194,12 +194,12 @@ XLA_OPS_INLINE bool is_zero(const float* row, int64_t width) {
 static_assert(kTile == 4 * kLanes, "XLA_OPS_FOR_WIDTH covers every width");
 
 // The gather's latency is hidden by asking for the next label's features while this one's are summed.
-template <typename T, typename I, int NV>
+template <int NV, int Write, typename T, typename I>
 XLA_OPS_INLINE void prefetch(const T* packed, int64_t in_features, I index) {
   const char* row = reinterpret_cast<const char*>(packed + row_of(index, in_features) * NV * W);
 #pragma GCC unroll 16
   for (int64_t byte = 0; byte < static_cast<int64_t>(NV * W * sizeof(T)); byte += 64) {
-    __builtin_prefetch(row + byte);
+    __builtin_prefetch(row + byte, Write);
   }
 }
 
@@ -213,7 +213,7 @@ void logits_of_width(const T* packed, int64_t in_features, const T* kernel, cons
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) sum[i] = start;
     for (int64_t f = 0; f < fan_in; ++f) {
-      prefetch<T, I, NV>(packed, in_features, next[f]);
+      prefetch<NV, 0>(packed, in_features, next[f]);
       const T* x = packed + row_of(indices[f], in_features) * NV * W;
       const float weight = to_float(kernel[f]);
 #pragma GCC unroll 16
@@ -272,10 +272,12 @@ void input_grad_of_width(const float* rows, int64_t in_features, const T* kernel
                          int64_t labels, int64_t fan_in, float* d_packed) {
   for (int64_t n = 0; n < labels; ++n, rows += NV * W, kernel += fan_in, indices += fan_in) {
     if (is_zero(rows, NV * W)) continue;
+    const I* next = indices + (n + 1 < labels ? fan_in : 0);
     Vec row[NV];
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) row[i] = load(rows + i * W);
     for (int64_t f = 0; f < fan_in; ++f) {
+      prefetch<NV, 1>(d_packed, in_features, next[f]);
       float* d = d_packed + row_of(indices[f], in_features) * NV * W;
       const float weight = to_float(kernel[f]);
 #pragma GCC unroll 16

@@ -18,8 +18,9 @@
 
 namespace xla_ops {
 
-// Labels worked on at once: their rows (kBlock * kTile floats) fit in the first-level cache.
-constexpr int64_t kBlock = 128;
+// Labels worked on at once. Their rows (kBlock * kTile floats) fit in the first-level cache, and at a fan-in of 32
+// the features that they read, and the gradients of those, in the second-level one.
+constexpr int64_t kBlock = 64;
 
 struct Shape {
   int64_t batch, in_features, labels, fan_in;
@@ -27,30 +28,35 @@ struct Shape {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr uintptr_t kHugePage = 2 << 20;
+
+// Asks for huge pages under a large buffer that is about to be written. XLA takes results fresh from the system
+// on every call, and faulting them in 4 KiB at a time costs about as much as computing them.
+inline void expect_writes(void* data, size_t bytes) {
+#ifdef __linux__
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 template <typename T>
 using Buffer = std::unique_ptr<T[], Free>;
 
-// Uninitialised and aligned to a cache line. Throws std::bad_alloc.
+// Uninitialised and aligned to a cache line. Large ones are in huge pages: features are read all over the place,
+// and would miss the address cache as well. Throws std::bad_alloc.
 template <typename T>
 Buffer<T> allocate(int64_t count) {
-  const size_t bytes = static_cast<size_t>(ceil_div(std::max<int64_t>(1, count) * sizeof(T), 64) * 64);
-  void* p = std::aligned_alloc(64, bytes);
+  const int64_t wanted = std::max<int64_t>(1, count) * sizeof(T);
+  const int64_t alignment = wanted < static_cast<int64_t>(kHugePage) ? 64 : kHugePage;
+  const size_t bytes = ceil_div(wanted, alignment) * alignment;
+  void* p = std::aligned_alloc(alignment, bytes);
   if (!p) throw std::bad_alloc();
+  if (alignment == kHugePage) expect_writes(p, bytes);
   return Buffer<T>(static_cast<T*>(p));
-}
-
-// Asks for huge pages under a large result that is about to be written. XLA takes such buffers fresh from the
-// system on every call, and faulting them in 4 KiB at a time costs about as much as computing them.
-inline void expect_writes(void* data, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower. The same `beside`
