@@ -3,6 +3,7 @@ import subprocess
 import time
 
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import environment
 
@@ -53,3 +54,13 @@ def test_slow_calls_leave_early_and_failing_ones_say_why(monkeypatch):
     assert 1 <= len(times["slow"]) <= 2
     assert len(times["too slow"]) == 1
     assert times["failing"] == "ValueError: no gradient"
+
+
+def test_peak_memory_is_what_came_and_went_since():
+    before = np.ones(400 << 20, np.uint8)  # an earlier, higher peak
+    del before
+    memory = environment.PeakMemory()
+    assert memory.bytes() < 50 << 20
+    array = np.ones(200 << 20, np.uint8)
+    del array
+    assert 195 << 20 < memory.bytes() < 260 << 20
