@@ -1,8 +1,10 @@
 """Builds the native modules; everything else about the package is in pyproject.toml."""
 
 import glob
+import pathlib
 import platform
 import shutil
+import sysconfig
 
 import jaxlib
 import pybind11
@@ -29,6 +31,11 @@ class BuildExt(build_ext):
             raise SystemExit(
                 f"error: the C++ compiler {compiler!r} was not found. Install one (Debian, Ubuntu: apt-get "
                 "install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX."
+            )
+        if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists():
+            raise SystemExit(
+                "error: Python.h was not found. Install Python's headers (Debian, Ubuntu: apt-get install "
+                "python3-dev; Fedora: dnf install python3-devel)."
             )
         for isa, flags in ISA_FLAGS.items():
             ext.extra_objects += self.compiler.compile(

@@ -1,4 +1,4 @@
-r"""Times an op of `xla_ops` against the fastest plain JAX that computes the same.
+r"""Times an op of `xla_ops` against other ways to compute the same in JAX.
 
     python -m experiments.benchmark --op=fan_in_matmul --labels=670091 --json=result.json
 
@@ -189,7 +189,7 @@ def fan_in_loss(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
         return jnp.asarray(scale * rng.standard_normal(size, np.float32)).astype(dtype)
 
     # A negative with logit s has a gradient where s > -1.
-    bias = jnp.full(labels, -1 + stats.norm.ppf(min(density, 0.999)), dtype)
+    bias = jnp.full(labels, -1 + stats.norm.ppf(np.clip(density, 1e-6, 0.999)), dtype)
     indices = rng.integers(0, inputs, (labels, fan_in), np.int32).astype(xla_ops.index_dtype(inputs))
     positives = rng.integers(0, labels, (batch, 8), np.int32)
     positives = np.where(np.triu(positives[:, :, None] == positives[:, None], 1).any(axis=1), -1, positives)

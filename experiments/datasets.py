@@ -51,7 +51,8 @@ def load(
       cache_dir: where parsed files of the repository's format are kept, to be memory-mapped.
 
     Returns:
-      The two sets, with the same features and labels.
+      The two sets, with the same features and labels. Of raw text, labels and words that no training point
+      has are left out.
 
     Raises:
       ValueError: a file is malformed, or the two sets do not fit each other.
@@ -64,6 +65,8 @@ def load(
         raise ValueError("train_features and test_features go together: give both or neither")
     if _is_text(train) != _is_text(test):
         raise ValueError(f"train and test must be in the same format, got {train} and {test}")
+    if _is_text(train) and train_features is not None:
+        raise ValueError(f"dense features need labels in the repository's format beside them, got {train}")
     if _is_text(train):
         return _load_text(train, test)
     if train_features:

@@ -100,7 +100,7 @@ def _cpu_model() -> str:
 
 def _commit() -> str:
     try:
-        command = ["git", "rev-parse", "HEAD"]
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         output = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )

@@ -33,7 +33,8 @@ import numpy as np
 from absl import app, flags
 from scipy.sparse import csr_array, csr_matrix
 
-from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_tsv, write_xmc_text
+from experiments import datasets
+from sparse_xmc.data import Dataset, write_xmc_text
 from sparse_xmc.metrics import RankingMetrics
 
 _WORDNET = Path(__file__).parent / "data" / "wordnet"
@@ -183,12 +184,8 @@ def main(argv: list[str]) -> None:
     require_peers()
     ours = [json.loads(Path(path).read_text()) for path in _OURS.value]
 
-    train_labels, train_texts = read_tsv(_TRAIN.value)
-    test_labels, test_texts = read_tsv(_TEST.value)
-    encode_text, encode_labels = TextEncoder.fit(train_texts), LabelEncoder.fit(train_labels)
-    train = Dataset(encode_text(train_texts), encode_labels(train_labels))
-    test = Dataset(encode_text(test_texts), encode_labels(test_labels))
-
+    splits = datasets.load(_TRAIN.value, _TEST.value)
+    train, test = splits.train, splits.test
     peers = run_peers(train, test)
     print(markdown_table(peers + ours))
     if _JSON.value is not None:

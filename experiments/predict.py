@@ -36,9 +36,8 @@ def main(argv):
             )
     config = ClassifierConfig(**json.loads((workdir / "model.json").read_text()))
     encoder, names = TextEncoder.load(workdir / TEXT_ENCODER), LabelEncoder.load(workdir / LABELS).names
-    texts = (
-        Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()
-    ).splitlines()
+    text = Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()
+    texts = text.removesuffix("\n").split("\n") if text else []
     points = Dataset(encoder(texts), scipy.sparse.csr_array((len(texts), len(names)), dtype=bool))
     for _, scores, labels in predict(
         load_model(workdir / "model", config), points, min(_K.value, len(names))

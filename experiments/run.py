@@ -80,11 +80,10 @@ def main(argv):
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
     workdir = Path(FLAGS.workdir)
+    _check_flags(workdir / "flags.cfg")
     if (workdir / "result.json").exists():
         print(f"{workdir / 'result.json'} is there already. Choose another --workdir to run again.")
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    _save_flags(workdir / "flags.cfg")
 
     splits = datasets.load(
         FLAGS.train,
@@ -93,9 +92,12 @@ def main(argv):
         test_features=FLAGS.test_features,
         cache_dir=FLAGS.cache_dir,
     )
-    splits.save_encoders(workdir)
     train, validation = _hold_out(splits.train, splits.test)
     model_config, training_config = _model_config(splits.train), _training_config()
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
+    splits.save_encoders(workdir)
     (workdir / "model.json").write_text(json.dumps(dataclasses.asdict(model_config), indent=2) + "\n")
 
     memory = environment.PeakMemory()
@@ -122,6 +124,7 @@ def main(argv):
         "model_bytes": sum(a.nbytes for a in jax.tree.leaves(trainer.state["params"])) + _index_bytes(model),
         "model": dataclasses.asdict(model_config),
         "training": dataclasses.asdict(training_config),
+        "flags": {flag.name: flag.value for flag in _own_flags()},
         "seed": FLAGS.seed,
         "environment": environment.describe(),
     }
@@ -168,11 +171,11 @@ def _train(trainer: Trainer, train: Dataset, validation: Dataset, workdir: Path)
             plateau.update(metrics["p@3"])
             if plateau.epochs_since_best == 0:
                 checkpoints.save_best(trainer)
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         if time.monotonic() - saved > 60 * FLAGS.checkpoint_minutes:
             progress = {"records": records, "plateau": dataclasses.asdict(plateau) if plateau else None}
             checkpoints.save_latest(trainer, progress)
             saved = time.monotonic()
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
     if plateau:
         checkpoints.restore_best(trainer)
@@ -202,7 +205,7 @@ def _train_epoch(trainer, batches, epoch, learning_rate) -> tuple[float, float]:
 def _hold_out(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
     """The points to train on and those to validate on."""
     if FLAGS.validate_on_test:
-        print("validation is on the test set, as in the paper: test scores are those of the best epoch on it")
+        print("validation is on the test set, as in the paper: with --schedule=plateau it chooses the epoch")
         return train, test
     if not 0 < FLAGS.validation_fraction < 1:
         raise ValueError(f"--validation_fraction must be between 0 and 1, got {FLAGS.validation_fraction}")
@@ -242,15 +245,29 @@ def _training_config() -> TrainingConfig:
     )
 
 
-def _save_flags(path: Path) -> None:
-    """Writes this run's flags as a flagfile; if one is there already, it must be the same."""
-    ours = FLAGS.flags_by_module_dict()[sys.argv[0]]
-    text = "".join(f"{flag.serialize()}\n" for flag in ours if flag.value is not None)
-    if path.exists() and path.read_text() != text:
+def _own_flags() -> list[flags.Flag]:
+    return FLAGS.flags_by_module_dict()[sys.argv[0]]
+
+
+def _flag_lines() -> list[str]:
+    return [flag.serialize() for flag in _own_flags() if flag.value is not None]
+
+
+def _check_flags(path: Path) -> None:
+    """Raises if a run with other flags began in this directory; flags that change no result may differ."""
+
+    def that_matter(lines):
+        return {
+            line for line in lines if not line.startswith(("--workdir=", "--name=", "--checkpoint_minutes="))
+        }
+
+    if not path.exists():
+        return
+    theirs = path.read_text().splitlines()
+    if different := sorted(that_matter(theirs) ^ that_matter(_flag_lines())):
         raise ValueError(
-            f"{path} belongs to a run with other flags; choose another --workdir, or delete that one"
+            f"{path} belongs to a run with other flags ({' '.join(different)}); choose another --workdir"
         )
-    path.write_text(text)
 
 
 def _index_bytes(model: Classifier) -> int:

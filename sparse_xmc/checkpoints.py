@@ -49,11 +49,10 @@ class Checkpoints:
 
     def save_best(self, trainer: Trainer) -> None:
         """Saves the weights, in place of those saved before."""
-        # A run that goes on from an earlier checkpoint may have saved this or later steps before it stopped.
-        for step in self._best.all_steps():
-            if step >= trainer.step:
-                self._best.delete(step)
-        self._best.save(trainer.step, args=ocp.args.StandardSave(_weights(trainer.state)))
+        # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again, and
+        # Orbax takes no number twice.
+        number = (self._best.latest_step() or 0) + 1
+        self._best.save(number, args=ocp.args.StandardSave(_weights(trainer.state)))
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""

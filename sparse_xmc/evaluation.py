@@ -43,8 +43,13 @@ def evaluate(
     inv_propensities: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> dict[str, float]:
-    """The metrics of `RankingMetrics` of a model on a data set; never holds more than one batch of scores."""
+    """The metrics of `RankingMetrics` of a model on a data set; never holds more than one batch of scores.
+
+    Ranks beyond the number of labels count as misses.
+    """
     metrics = RankingMetrics(ks=ks, inv_propensities=inv_propensities)
-    for points, _, labels in predict(model, dataset, max(ks), batch_size=batch_size):
-        metrics.update(labels, dataset.labels[points])
+    k = min(max(ks), dataset.num_labels)
+    for points, _, labels in predict(model, dataset, k, batch_size=batch_size):
+        ranks = np.pad(labels, ((0, 0), (0, max(ks) - k)), constant_values=-1)
+        metrics.update(ranks, dataset.labels[points])
     return metrics.compute()

@@ -17,7 +17,7 @@ from sparse_xmc.layers import (
 from sparse_xmc.losses import LOSSES
 from xla_ops import fan_in_loss, fan_in_top_k
 
-OUTPUT_LAYERS = ("fixed_fan_in", "dense", "bottleneck")
+OUTPUT_LAYERS = ("fixed_fan_in", "dense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,9 @@ class ClassifierConfig:
       bag_of_words: whether the features are bags of words; they are embedded first.
       embedding: E, the size of the embedding of bags of words.
       dropout: the rate of dropout on the input features (after the embedding).
-      penultimate: I, the width of the penultimate layer; 0 for none. For `bottleneck`, its narrow width.
-      output_layer: one of `OUTPUT_LAYERS`.
+      penultimate: I, the width of the penultimate layer; 0 for none.
+      output_layer: one of `OUTPUT_LAYERS`. The paper's "dense" is `dense` with penultimate=0, its
+        "bottleneck" `dense` with penultimate=64.
       fan_in: F, the inputs of each label, for `fixed_fan_in`.
       output_bias: where the output layer's bias starts. -1 puts every label on the negative side of the
         squared hinge's margin, so that easy negatives have no gradient from the first step.

@@ -38,7 +38,8 @@ class TrainingConfig:
       epsilon: Adam's.
       schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
         down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; "linear" lowers it evenly to 0
-        over all `epochs`. Either ends with the weights of the epoch with the best validation P@3.
+        over all `epochs`. The first ends with the weights of the epoch with the best validation P@3, the
+        second with the last.
       rewire: which connections a rewiring moves, and how; None for never.
       rewire_interval: after how many steps a rewiring follows (the first after step 1); -1 for once an epoch.
     """
@@ -176,10 +177,10 @@ class Trainer:
           epoch: the epoch's number, from 0; with the seed it fixes the order of the points.
           learning_rate: from a step's number within the epoch.
         """
+        if self.config.rewire_interval == -1 and epoch > 0:
+            self.rewire()  # not at an epoch's end: what is evaluated has had time to use its connections
         for i, batch in enumerate(batches.shuffled(self.seed, epoch)):
             yield self.train_step(batch, learning_rate(i))
-        if self.config.rewire_interval == -1:
-            self.rewire()
 
 
 def _train_step(graphdef, tx, loss_name, state, batch, learning_rate):

@@ -1,6 +1,7 @@
 """Fixed fan-in operations for JAX: native CPU kernels behind plain functions."""
 
 from xla_ops._arguments import index_dtype
+from xla_ops._native import register
 from xla_ops.fan_in_loss import fan_in_loss, fan_in_loss_reference
 from xla_ops.fan_in_matmul import fan_in_matmul, fan_in_matmul_reference
 from xla_ops.fan_in_top_k import fan_in_top_k, fan_in_top_k_reference
@@ -13,4 +14,5 @@ __all__ = [
     "fan_in_top_k",
     "fan_in_top_k_reference",
     "index_dtype",
+    "register",
 ]

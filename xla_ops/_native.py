@@ -7,7 +7,7 @@ import re
 
 import jax
 
-_REBUILD = "python -m pip install --force-reinstall --no-deps --no-build-isolation -e ."
+_REBUILD = "python -m pip install --force-reinstall --no-deps -e ."
 
 
 def runtime_ffi_version() -> tuple[int, int]:
@@ -30,9 +30,18 @@ def check_ffi_version(module) -> None:
     if built[0] != runtime[0] or built > runtime:
         raise ImportError(
             f"{module.__name__} was built for XLA FFI {built[0]}.{built[1]}, but the installed jaxlib "
-            f"{jax.lib.__version__} has {runtime[0]}.{runtime[1]}. Rebuild it against this jaxlib, "
+            f"{jax.lib.__version__} has {runtime[0]}.{runtime[1]}. Rebuild it, "
             f"from the root of the repository:\n    {_REBUILD}"
         )
+
+
+def register() -> tuple[str, ...]:
+    """Registers the handlers with XLA, as the first call of any op does, and returns their names.
+
+    A program that runs what `jax.export` saved needs the first; exporting with ops in it needs the second:
+    `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]`.
+    """
+    return tuple(cpu().registrations())
 
 
 @functools.cache

@@ -20,9 +20,9 @@ def fan_in_matmul(
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
 
     Differentiable (reverse mode, once) in x, kernel and bias. An input that is listed twice in a row of
-    `indices` counts twice; an index outside [0, D) contributes nothing and gets no gradient. float32
-    accumulation, also for bfloat16. Results repeat bit for bit on the same machine with the same number of
-    threads.
+    `indices` counts twice; an index outside [0, D) contributes nothing (given a finite weight) and gets no
+    gradient. float32 accumulation, also for bfloat16. Results repeat bit for bit on the same machine with the
+    same number of threads.
 
     Args:
       x: [..., D], float32 or bfloat16.

@@ -162,12 +162,26 @@ def test_dense_features_validated_on_the_test_points(tmp_path):
 
 def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
     (tmp_path / "flags.cfg").write_text("--seed=1\n")
-    assert "flags.cfg belongs to a run with other flags" in error_of(
-        *tsv, f"--workdir={tmp_path}", "--seed=2"
-    )
+    (tmp_path / "result.json").write_text("{}")
+    error = error_of(*tsv, f"--workdir={tmp_path}", "--seed=2")
+    assert "flags.cfg belongs to a run with other flags" in error
+    assert "--seed=1 --seed=2" in error
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
 
 
 def test_a_missing_file_is_an_error(tmp_path):
     flags = ["--train=nowhere.txt", "--test=nowhere.txt", f"--workdir={tmp_path / 'run'}"]
     assert error_of(*flags) == "FileNotFoundError: nowhere.txt: no such file"
+    assert not (tmp_path / "run").exists()
+
+
+def test_predictions_for_new_texts(finished, tmp_path):
+    workdir, *_ = finished
+    (tmp_path / "texts.txt").write_text("word3 word3\nword7\u2028word7\n\n", encoding="utf-8")
+    command = [sys.executable, "-m", "experiments.predict", f"--workdir={workdir}", "--k=2"]
+    command.append(f"--input={tmp_path / 'texts.txt'}")
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line.split("\t") for line in printed.splitlines()]
+    assert len(lines) == 3
+    assert all(len(line) == 4 and float(line[1]) >= float(line[3]) for line in lines)
+    assert [line[0] for line in lines[:2]] == ["label 03", "label 07"]

@@ -82,9 +82,16 @@ def test_model_is_not_changed():
     assert not model.dropout.deterministic  # still ready to train
 
 
-def test_more_labels_than_there_are_is_an_error():
+def test_ranks_beyond_the_number_of_labels_are_misses():
+    model, points = make_model(), make_dataset(5)
+    metrics = evaluate(model, points, ks=(20, 25))
+    assert metrics["recall@25"] == metrics["recall@20"] > 0
+    assert metrics["p@25"] == pytest.approx(metrics["p@20"] * 20 / 25)
+
+
+def test_more_labels_than_there_are_cannot_be_predicted():
     with pytest.raises(ValueError, match="k must be between 0 and the number of labels, 20, got 21"):
-        evaluate(make_model(), make_dataset(5), ks=(1, 21))
+        next(predict(make_model(), make_dataset(5), 21))
 
 
 def test_no_points_is_an_error():

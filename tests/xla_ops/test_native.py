@@ -1,13 +1,16 @@
+import subprocess
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import xla_ops
 from xla_ops import _native
 
 MAJOR, MINOR = _native.runtime_ffi_version()
-REBUILD = "python -m pip install --force-reinstall --no-deps --no-build-isolation -e ."
+REBUILD = "python -m pip install --force-reinstall --no-deps -e ."
 
 
 def module_built_for(*version):
@@ -82,3 +85,19 @@ def test_handlers_check_shapes_themselves(handler, shapes, result, message):
     result = jax.ShapeDtypeStruct(result, jnp.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", result)(*arguments))
+
+
+def test_an_exported_program_runs_in_a_process_that_registered(tmp_path):
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
+    kernel, indices = jnp.ones((4, 2)), jnp.array([[0, 1], [1, 2], [2, 0], [0, 0]])
+    program = jax.jit(lambda x: xla_ops.fan_in_matmul(x, kernel, indices))
+    exported = jax.export.export(program, disabled_checks=checks)(jax.ShapeDtypeStruct((1, 3), jnp.float32))
+    (tmp_path / "program").write_bytes(exported.serialize())
+    script = (
+        "import pathlib, sys, jax, numpy, xla_ops; xla_ops.register(); "
+        "program = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes())); "
+        "print(program.call(numpy.array([[1, 10, 100]], numpy.float32)).tolist())"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "program"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[[11.0, 110.0, 101.0, 2.0]]"

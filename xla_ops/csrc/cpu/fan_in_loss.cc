@@ -205,9 +205,15 @@ ffi::Error impl(ffi::ThreadPool& pool, ffi::AnyBuffer& x, ffi::AnyBuffer& kernel
   const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
   const int64_t max_positives = positives.dimensions()[1];
   const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, {s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, {s.batch, max_positives}));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
+  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s.batch, max_positives}));
+  XLA_OPS_RETURN_IF_ERROR(check("value", value, ffi::F32, {}));
+  if (d_x) {
+    XLA_OPS_RETURN_IF_ERROR(check("d_x", *d_x, x.element_type(), {s.batch, s.in_features}));
+    XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, x.element_type(), {s.labels, s.fan_in}));
+    if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("d_bias", *d_bias, x.element_type(), {s.labels}));
+  }
   if (loss != 0 && loss != 1) return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;

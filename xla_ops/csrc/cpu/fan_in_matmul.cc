@@ -94,9 +94,9 @@ ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer k
   XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
   const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
   const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, {s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("y", *y, {s.batch, s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
+  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("y", *y, x.element_type(), {s.batch, s.labels}));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
@@ -109,8 +109,8 @@ ffi::Error kernel_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
                             ffi::Result<ffi::AnyBuffer> d_kernel) {
   XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
   const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, {s.batch, s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, {s.labels, s.fan_in}));
+  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, x.element_type(), {s.batch, s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, x.element_type(), {s.labels, s.fan_in}));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
@@ -122,8 +122,8 @@ ffi::Error input_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuff
                            ffi::Result<ffi::AnyBuffer> d_x) {
   XLA_OPS_RETURN_IF_ERROR(matrices(*d_x, indices));
   const Shape s{d_x->dimensions()[0], d_x->dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, {s.batch, s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
+  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, d_x->element_type(), {s.batch, s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, d_x->element_type(), {s.labels, s.fan_in}));
   return dispatch(dy, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;

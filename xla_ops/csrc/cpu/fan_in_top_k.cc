@@ -96,10 +96,10 @@ ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ker
   const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
   const int64_t k = scores->dimensions()[1];
   const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, {s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("scores", *scores, {s.batch, k}));
-  XLA_OPS_RETURN_IF_ERROR(check("labels", *labels, {s.batch, k}));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
+  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("scores", *scores, ffi::F32, {s.batch, k}));
+  XLA_OPS_RETURN_IF_ERROR(check("labels", *labels, ffi::S32, {s.batch, k}));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;

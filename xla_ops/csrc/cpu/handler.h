@@ -27,7 +27,11 @@ inline bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_
 }
 
 // Python has checked the arguments; this guards handlers that are called by other means.
-inline ffi::Error check(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> dims) {
+inline ffi::Error check(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type,
+                        std::initializer_list<int64_t> dims) {
+  if (buffer.element_type() != type) {
+    return ffi::Error::InvalidArgument(std::string(name) + " has an element type that does not fit the call");
+  }
   if (has_shape(buffer, dims)) return ffi::Error::Success();
   std::string expected = "[";
   for (int64_t d : dims) expected += (expected.size() > 1 ? ", " : "") + std::to_string(d);
@@ -65,8 +69,10 @@ T* data(const ffi::AnyBuffer& buffer) {
 }
 
 inline ffi::Error matrices(const ffi::AnyBuffer& batched, const ffi::AnyBuffer& indices) {
-  if (batched.dimensions().size() == 2 && indices.dimensions().size() == 2) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("expected matrices, got shapes " + shape_string(batched.dimensions()) + " and " +
+  if (batched.dimensions().size() == 2 && indices.dimensions().size() == 2 && indices.dimensions()[1] >= 1) {
+    return ffi::Error::Success();
+  }
+  return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(batched.dimensions()) + " and " +
                                      shape_string(indices.dimensions()));
 }
 
