@@ -70,7 +70,13 @@ OTHER = (7, 7)
         ("forward", (X, OTHER, W, BIAS), Y, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
         ("forward", (X, W, W, (9,)), Y, r"bias must have shape \[4\], got \[9\]"),
         ("forward", (X, W, W, BIAS), OTHER, r"y must have shape \[2, 4\], got \[7, 7\]"),
-        ("forward", ((5,), W, W, BIAS), Y, r"expected matrices, got shapes \[5\] and \[4, 3\]"),
+        ("forward", ((5,), W, W, BIAS), Y, r"expected matrices .* got shapes \[5\] and \[4, 3\]"),
+        (
+            "forward",
+            (X, (4, 0), (4, 0), BIAS),
+            Y,
+            r"a fan-in of at least 1, got shapes \[2, 5\] and \[4, 0\]",
+        ),
         ("kernel_grad", (X, OTHER, W), W, r"dy must have shape \[2, 4\], got \[7, 7\]"),
         ("kernel_grad", (X, Y, W), OTHER, r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
         ("input_grad", (OTHER, W, W), X, r"dy must have shape \[2, 4\], got \[7, 7\]"),
@@ -85,6 +91,14 @@ def test_handlers_check_shapes_themselves(handler, shapes, result, message):
     result = jax.ShapeDtypeStruct(result, jnp.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", result)(*arguments))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
+def test_handlers_check_types_themselves():
+    x, kernel, indices = jnp.zeros(X), jnp.zeros(W, jnp.bfloat16), jnp.zeros(W, jnp.int32)
+    call = jax.ffi.ffi_call("xla_ops.fan_in_matmul.forward", jax.ShapeDtypeStruct(Y, jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="kernel has an element type that does not fit"):
+        jax.block_until_ready(call(x, kernel, indices, jnp.zeros(BIAS)))
 
 
 def test_an_exported_program_runs_in_a_process_that_registered(tmp_path):
