@@ -29,8 +29,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("registrations", [] {
     py::dict handlers;
     handlers["xla_ops.fan_in_matmul.forward"] = capsule(xla_ops::fan_in_matmul_forward);
-    handlers["xla_ops.fan_in_matmul.kernel_grad"] = capsule(xla_ops::fan_in_matmul_kernel_grad);
-    handlers["xla_ops.fan_in_matmul.input_grad"] = capsule(xla_ops::fan_in_matmul_input_grad);
+    handlers["xla_ops.fan_in_matmul.gradients"] = capsule(xla_ops::fan_in_matmul_gradients);
     handlers["xla_ops.fan_in_loss.value"] = capsule(xla_ops::fan_in_loss_value);
     handlers["xla_ops.fan_in_loss.gradients"] = capsule(xla_ops::fan_in_loss_gradients);
     handlers["xla_ops.fan_in_top_k"] = capsule(xla_ops::fan_in_top_k);

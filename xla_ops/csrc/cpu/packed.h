@@ -93,6 +93,22 @@ struct Tiles {
   int64_t batch, in_features, count, elements;
 };
 
+// A fixed fan-in layer: kernel and indices [labels, fan_in], bias [labels] or null.
+template <typename T, typename I>
+struct Layer {
+  // rows[n, tile.width] = the logits of labels [label, label + n) for one tile of the packed input.
+  void logits(const T* packed, const Tile& tile, int64_t label, int64_t n, float* rows) const {
+    fan_in_kernels<T, I>().logits(packed + tile.offset, shape.in_features, tile.width, kernel + label * shape.fan_in,
+                                  indices + label * shape.fan_in, bias ? bias + label : nullptr, n, shape.fan_in,
+                                  rows);
+  }
+
+  Shape shape;
+  const T* kernel;
+  const I* indices;
+  const T* bias;
+};
+
 constexpr int64_t kFeaturesAtOnce = 1024;
 
 // The packed form of x [batch, in_features].
