@@ -127,7 +127,12 @@ def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel
     nothing = jnp.zeros((), bool)
     masks = jax.tree_util.tree_map_with_path(lambda path, _: moved if is_kernel(path) else nothing, params)
 
-    def reset(moment, mask):
-        return jnp.where(mask, 0, moment).astype(moment.dtype) if moment.shape == mask.shape else moment
+    def is_masked(moment):  # what optax.masked and optax.partition keep for the parameters of others
+        return isinstance(moment, optax.MaskedNode)
 
-    return optax.tree_utils.tree_map_params(tx, reset, opt_state, masks)
+    def reset(moment, mask):
+        if is_masked(moment) or moment.shape != mask.shape:
+            return moment
+        return jnp.where(mask, 0, moment).astype(moment.dtype)
+
+    return optax.tree_utils.tree_map_params(tx, reset, opt_state, masks, is_leaf=is_masked)

@@ -190,7 +190,7 @@ def _train_step(graphdef, tx, loss_name, state, batch, learning_rate):
         return loss, nnx.split(model, nnx.Param, ...)[2]
 
     (loss, other), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"], state["other"])
-    updates, optimizer = tx.update(grads, state["optimizer"])
+    updates, optimizer = tx.update(grads, state["optimizer"], state["params"])
     params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state["params"], updates)
     return {"params": params, "other": other, "optimizer": optimizer}, loss
 
