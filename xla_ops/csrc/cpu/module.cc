@@ -8,6 +8,7 @@
 
 #include "fan_in_loss.h"
 #include "fan_in_matmul.h"
+#include "fan_in_step.h"
 #include "fan_in_top_k.h"
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -32,6 +33,8 @@ PYBIND11_MODULE(_cpu, m) {
     handlers["xla_ops.fan_in_matmul.gradients"] = capsule(xla_ops::fan_in_matmul_gradients);
     handlers["xla_ops.fan_in_loss.value"] = capsule(xla_ops::fan_in_loss_value);
     handlers["xla_ops.fan_in_loss.gradients"] = capsule(xla_ops::fan_in_loss_gradients);
+    handlers["xla_ops.fan_in_step.adam"] = capsule(xla_ops::fan_in_step_adam);
+    handlers["xla_ops.fan_in_step.sgd"] = capsule(xla_ops::fan_in_step_sgd);
     handlers["xla_ops.fan_in_top_k"] = capsule(xla_ops::fan_in_top_k);
     return handlers;
   });
