@@ -120,9 +120,9 @@ def fan_in_sgd_step(
 
     `kernel -= learning_rate * gradient`, and the same for the bias: no moments, and the kernel's gradient is
     never held. Sums are float32; a bfloat16 weight is then rounded stochastically, up or down with the
-    probability that makes it right on average, so that updates far below its precision are not lost. Updated in
-    place if the caller's `jit` donates kernel and bias. Not differentiable: pass `d_x` on to the layers in front
-    (`jax.vjp`).
+    probability that makes it right on average, so that updates far below its precision are not lost. Updated
+    in place if the caller's `jit` donates kernel and bias. Not differentiable: pass `d_x` on to the layers in
+    front (`jax.vjp`).
 
     The loss is a mean over B and L: for a rate that does not depend on either, multiply it by B * L.
 
