@@ -11,6 +11,7 @@
 #include "fan_in_step.h"
 #include "fan_in_top_k.h"
 #include "kernels.h"
+#include "packed.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_cpu, m) {
     handlers["xla_ops.fan_in_top_k"] = capsule(xla_ops::fan_in_top_k);
     return handlers;
   });
+  m.def("peak_scratch_bytes", [] { return xla_ops::scratch().peak.load(); });
   m.def("isa", [] { return xla_ops::isa().name; });
   m.def("select_isa", [](const std::string& name) {
     if (!xla_ops::select_isa(name.c_str())) {
