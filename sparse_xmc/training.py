@@ -161,6 +161,10 @@ class Trainer:
             self.rewire()
         return loss
 
+    def lower_step(self, batch: Batch) -> jax.stages.Lowered:
+        """The step for batches like this one, lowered and not run: for its memory analysis."""
+        return self._train_step.lower(self.state, batch, np.float32(0), np.int32(0))
+
     def rewire(self) -> None:
         """Moves connections of the output layer now, if it has any and the configuration says so."""
         if self._rewires:
