@@ -1,9 +1,9 @@
 """One training step of a classifier, as functions of its whole state.
 
-A classifier with a fixed fan-in output layer is trained in place: `xla_ops` updates that layer, and the
-kernel of the penultimate layer, as it computes their gradients, which are therefore never held. What remains
-(biases, embedding), and all of a classifier with another output layer, is trained by Optax. Either way the
-arithmetic is Optax's.
+On a CPU, a classifier with a fixed fan-in output layer is trained in place: `xla_ops` updates that layer, and
+the kernel of the penultimate layer, as it computes their gradients, which are therefore never held. Optax
+trains what remains (biases, embedding), and all of a classifier on a GPU or with another output layer. Either
+way the arithmetic is Optax's.
 """
 
 import functools
@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import xla_ops
-from sparse_xmc.rewire import rewire
+from sparse_xmc.rewire import reset_moments, rewire
 
 # ---- by Optax alone ----
 
@@ -34,7 +34,7 @@ def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) 
 
     (loss, other), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
     if config.output_optimizer == "sgd":
-        scale = config.output_rate * batch.positives.shape[0] * grads["output"]["kernel"][...].shape[-1]
+        scale = config.output_rate * batch.positives.shape[0] * grads["output"]["bias"][...].size
         grads["output"] = jax.tree.map(lambda g: scale * g, grads["output"])
     params, optimizer = _apply(config, grads, state["optimizer"], state["params"], learning_rate)
     return {"params": params, "other": other, "optimizer": optimizer}, loss
@@ -42,25 +42,30 @@ def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) 
 
 def _optimizer(config) -> optax.GradientTransformation:
     """What turns gradients into steps, but for the learning rate."""
-    if config.moments == "factored":
-        tx = optax.scale_by_factored_rms()
-    else:
-        tx = optax.scale_by_adam(eps=config.epsilon, mu_dtype=jnp.dtype(config.moments))
+    mu_dtype = jnp.dtype("float32" if config.moments == "float32" else "bfloat16")
+    adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=mu_dtype)
     rates = {"embedding": config.embedding_rate, "penultimate": config.penultimate_rate}
+    without_adam = []
+    if config.moments == "factored":
+        without_adam.append("penultimate")
     if config.output_optimizer == "sgd":
-        tx = optax.masked(tx, functools.partial(_in_layer, lambda name: name != "output"))
+        without_adam.append("output")
     else:
         rates["output"] = config.output_rate
-    scales = [
-        optax.masked(optax.scale(rate), functools.partial(_in_layer, layer.__eq__))
-        for layer, rate in rates.items()
-    ]
-    return optax.chain(tx, *scales)
+    transforms = [_masked(adam, lambda layer: layer not in without_adam)]
+    if config.moments == "factored":
+        transforms.append(_masked(optax.scale_by_factored_rms(), "penultimate".__eq__))
+    transforms += [_masked(optax.scale(rate), layer.__eq__) for layer, rate in rates.items()]
+    return optax.chain(*transforms)
 
 
-def _in_layer(condition, params):
-    """For each parameter, whether the name of its layer satisfies a condition."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: condition(path[0].key), params)
+def _masked(tx: optax.GradientTransformation, is_layer) -> optax.GradientTransformation:
+    """`tx` for the parameters of the layers whose name `is_layer` accepts."""
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_layer(path[0].key), params)
+
+    return optax.masked(tx, mask)
 
 
 def _apply(config, grads, optimizer, params, learning_rate):
@@ -155,21 +160,33 @@ def _step_penultimate(config, state, new, x, dy, kernel, learning_rate, before):
     return kernel.replace(value)
 
 
-def rewire_state(config, in_features: int, state: dict, key: jax.Array) -> dict:
-    """Moves connections of a fixed fan-in output layer; what Adam remembers of them is forgotten."""
+# ---- rewiring ----
+
+
+def rewire_state(config, in_features: int, in_place: bool, state: dict, key: jax.Array) -> dict:
+    """Moves connections of a fixed fan-in output layer; what its optimizer remembers of them is forgotten."""
     output, connectivity = state["params"]["output"], state["other"]["output"]
     moments = state.get("output_moments")
-    kernel, indices, _, of_kernel = rewire(
+    kernel, indices, moved, of_kernel = rewire(
         key,
         output["kernel"][...],
         connectivity["indices"][...],
         in_features,
-        config,
+        config.rewire,
         moments=() if moments is None else (moments.mu_kernel, moments.nu_kernel),
     )
+    new = dict(state)
+    if moments is not None:
+        mu, nu = of_kernel
+        new["output_moments"] = moments._replace(mu_kernel=mu, nu_kernel=nu)
+    elif not in_place:
+        new["optimizer"] = reset_moments(
+            _optimizer(config), state["optimizer"], state["params"], _is_output_kernel, moved
+        )
     output["kernel"] = output["kernel"].replace(kernel)
     connectivity["indices"] = connectivity["indices"].replace(indices)
-    if moments is None:
-        return state
-    mu, nu = of_kernel
-    return state | {"output_moments": moments._replace(mu_kernel=mu, nu_kernel=nu)}
+    return new
+
+
+def _is_output_kernel(path) -> bool:
+    return [entry.key for entry in path[:2]] == ["output", "kernel"]

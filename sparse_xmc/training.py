@@ -41,8 +41,8 @@ class TrainingConfig:
         stochastically. SGD follows the sum of the losses over batch and labels, not the mean, so that its
         rate depends on neither's number.
       moments: what Adam keeps of the layers in front of the output layer: both moments in "float32"; the
-        first in "bfloat16"; or "factored": no first moment, and of the second the means of rows and columns
-        (Adafactor's, `optax.scale_by_factored_rms`).
+        first in "bfloat16"; or "factored": as "bfloat16", but of the penultimate layer no first moment, and
+        of the second the means of rows and columns (Adafactor's, `optax.scale_by_factored_rms`).
       epsilon: Adam's.
       schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
         down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; "linear" lowers it evenly to 0
@@ -137,8 +137,9 @@ class Trainer:
         self.config = config
         self.seed = seed
         self.step = 0
-        in_place = isinstance(model.output, FixedFanInLinear)
-        self._rewires = in_place and config.rewire is not None
+        sparse = isinstance(model.output, FixedFanInLinear)
+        self._rewires = sparse and config.rewire is not None
+        in_place = sparse and jax.default_backend() == "cpu"
         init, step = (init_in_place, step_in_place) if in_place else (init_optax, step_optax)
         self._graphdef, params, other = nnx.split(model, nnx.Param, ...)
         self.state = init(config, params, other)
