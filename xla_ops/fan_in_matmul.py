@@ -76,15 +76,15 @@ def _matmul_fwd(x, kernel, indices, bias):
 def _matmul_bwd(residuals, dy):
     x, kernel, indices, bias = residuals
     d_bias = dy.sum(axis=0, dtype=jnp.float32).astype(bias.dtype) if bias.size else jnp.zeros_like(bias)
-    return _input_grad(dy, kernel, indices, x.shape[1]), _kernel_grad(x, dy, indices), None, d_bias
+    d_x, d_kernel = _gradients(x, dy, kernel, indices)
+    return d_x, d_kernel, None, d_bias
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd, optimize_remat=True)
 
 
-def _call(name, shape, dtype, *args):
-    result = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", result, vmap_method="sequential")(*args)
+def _call(name, results, *args):
+    return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", results, vmap_method="sequential")(*args)
 
 
 def _fold_vmap(function):
@@ -105,16 +105,10 @@ def _fold_vmap(function):
 
 @_fold_vmap
 def _forward(x, kernel, indices, bias):
-    return _call("forward", (x.shape[0], kernel.shape[0]), x.dtype, x, kernel, indices, bias)
+    y = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype)
+    return _call("forward", y, x, kernel, indices, bias)
 
 
-def _kernel_grad(x, dy, indices):
-    return _call("kernel_grad", indices.shape, x.dtype, x, dy, indices)
-
-
-def _input_grad(dy, kernel, indices, in_features):
-    @_fold_vmap
-    def call(dy, kernel, indices):
-        return _call("input_grad", (dy.shape[0], in_features), dy.dtype, dy, kernel, indices)
-
-    return call(dy, kernel, indices)
+def _gradients(x, dy, kernel, indices):
+    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel))
+    return _call("gradients", results, x, dy, kernel, indices)

@@ -77,20 +77,22 @@ OTHER = (7, 7)
             Y,
             r"a fan-in of at least 1, got shapes \[2, 5\] and \[4, 0\]",
         ),
-        ("kernel_grad", (X, OTHER, W), W, r"dy must have shape \[2, 4\], got \[7, 7\]"),
-        ("kernel_grad", (X, Y, W), OTHER, r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("input_grad", (OTHER, W, W), X, r"dy must have shape \[2, 4\], got \[7, 7\]"),
-        ("input_grad", (Y, OTHER, W), X, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, OTHER, W, W), (X, W), r"dy must have shape \[2, 4\], got \[7, 7\]"),
+        ("gradients", (X, Y, OTHER, W), (X, W), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (OTHER, W), r"d_x must have shape \[2, 5\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (X, OTHER), r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
     ],
 )
 def test_handlers_check_shapes_themselves(handler, shapes, result, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
-    _native.cpu()
-    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)  # the third argument is always the indices
-    arguments = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
-    result = jax.ShapeDtypeStruct(result, jnp.float32)
+    _native.register()
+    at = {"forward": 2, "gradients": 3}[handler]  # where the indices are
+    arguments = [jnp.zeros(shape, jnp.int32 if i == at else jnp.float32) for i, shape in enumerate(shapes)]
+    results = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), result, is_leaf=lambda r: isinstance(r[0], int)
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", result)(*arguments))
+        jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", results)(*arguments))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")

@@ -6,7 +6,7 @@
 // squared hinge has no gradient for a label in a tile, which is nearly everywhere once training is under way,
 // the two backward products are skipped.
 
-#include "fan_in_loss.h"
+#include "../fan_in_loss.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,15 +14,12 @@
 #include <utility>
 #include <vector>
 
-#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
 
 namespace xla_ops {
 namespace {
-
-enum class Loss { kSquaredHinge, kBinaryCrossEntropy };
 
 struct Term {
   float value, gradient;
@@ -200,29 +197,20 @@ float run(ffi::ThreadPool& pool, const Shape& s, Loss loss, const T* x, const T*
 ffi::Error impl(ffi::ThreadPool& pool, ffi::AnyBuffer& x, ffi::AnyBuffer& kernel, ffi::AnyBuffer& indices,
                 ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss, ffi::AnyBuffer& value,
                 ffi::AnyBuffer* d_x, ffi::AnyBuffer* d_kernel, ffi::AnyBuffer* d_bias) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  XLA_OPS_RETURN_IF_ERROR(matrices(positives, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  const int64_t max_positives = positives.dimensions()[1];
-  const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s.batch, max_positives}));
-  XLA_OPS_RETURN_IF_ERROR(check("value", value, ffi::F32, {}));
+  Shape s;
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, value, &s));
+  const bool biased = has_bias(bias);
   if (d_x) {
-    XLA_OPS_RETURN_IF_ERROR(check("d_x", *d_x, x.element_type(), {s.batch, s.in_features}));
-    XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, x.element_type(), {s.labels, s.fan_in}));
-    if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("d_bias", *d_bias, x.element_type(), {s.labels}));
+    XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(*d_x, *d_kernel, *d_bias, x.element_type(), biased, s));
   }
-  if (loss != 0 && loss != 1) return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
     Gradients<T> gradients{};
-    if (d_x) gradients = {data<T>(*d_x), data<T>(*d_kernel), has_bias ? data<T>(*d_bias) : nullptr};
+    if (d_x) gradients = {data<T>(*d_x), data<T>(*d_kernel), biased ? data<T>(*d_bias) : nullptr};
     *data<float>(value) = run<T, I>(pool, s, static_cast<Loss>(loss), data<T>(x), data<T>(kernel), data<I>(indices),
-                                    has_bias ? data<T>(bias) : nullptr, data<int32_t>(positives), max_positives,
-                                    d_x ? &gradients : nullptr);
+                                    biased ? data<T>(bias) : nullptr, data<int32_t>(positives),
+                                    positives.dimensions()[1], d_x ? &gradients : nullptr);
   });
 }
 
@@ -241,22 +229,10 @@ ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
 
 }  // namespace
 
-#define XLA_OPS_LOSS_ARGUMENTS                   \
-  ffi::Ffi::Bind()                               \
-      .Ctx<ffi::ThreadPool>()                    \
-      .Arg<ffi::AnyBuffer>() /* x [B, D] */      \
-      .Arg<ffi::AnyBuffer>() /* kernel [L, F] */ \
-      .Arg<ffi::AnyBuffer>() /* indices [L, F] */ \
-      .Arg<ffi::AnyBuffer>() /* bias [L], or [0] for none */ \
-      .Arg<ffi::AnyBuffer>() /* positives [B, P] */ \
-      .Attr<int64_t>("loss") /* 0: squared hinge, 1: binary cross-entropy */ \
-      .Ret<ffi::AnyBuffer>() /* loss [] float32 */
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_value, value_impl, XLA_OPS_LOSS_ARGUMENTS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_value, value_impl,
+                              bind_fan_in_loss_value(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_gradients, gradients_impl,
-                              XLA_OPS_LOSS_ARGUMENTS.Ret<ffi::AnyBuffer>()  // d_x [B, D]
-                                  .Ret<ffi::AnyBuffer>()                    // d_kernel [L, F]
-                                  .Ret<ffi::AnyBuffer>());                  // d_bias [L], or [0]
+                              bind_fan_in_loss_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

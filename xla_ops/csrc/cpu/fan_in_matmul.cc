@@ -5,12 +5,11 @@
 // Every sum is taken in an order that depends on the shapes and the number of threads only, so results repeat
 // bit for bit.
 
-#include "fan_in_matmul.h"
+#include "../fan_in_matmul.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -91,42 +90,25 @@ void input_grad(ffi::ThreadPool& pool, const Shape& s, const T* dy, const T* ker
 
 ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("y", *y, x.element_type(), {s.batch, s.labels}));
+  Shape s;
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(x, kernel, indices, bias, *y, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    forward<T, I>(pool, s, data<T>(x), data<T>(kernel), data<I>(indices), has_bias ? data<T>(bias) : nullptr,
+    forward<T, I>(pool, s, data<T>(x), data<T>(kernel), data<I>(indices), has_bias(bias) ? data<T>(bias) : nullptr,
                   data<T>(*y));
   });
 }
 
-ffi::Error kernel_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer indices,
-                            ffi::Result<ffi::AnyBuffer> d_kernel) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, x.element_type(), {s.batch, s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, x.element_type(), {s.labels, s.fan_in}));
+ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer kernel,
+                          ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
+                          ffi::Result<ffi::AnyBuffer> d_kernel) {
+  Shape s;
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
     kernel_grad<T, I>(pool, s, data<T>(x), data<T>(dy), data<I>(indices), data<T>(*d_kernel));
-  });
-}
-
-ffi::Error input_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                           ffi::Result<ffi::AnyBuffer> d_x) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(*d_x, indices));
-  const Shape s{d_x->dimensions()[0], d_x->dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, d_x->element_type(), {s.batch, s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, d_x->element_type(), {s.labels, s.fan_in}));
-  return dispatch(dy, indices, [&](auto* t, auto* i) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using I = std::remove_pointer_t<decltype(i)>;
     input_grad<T, I>(pool, s, data<T>(dy), data<T>(kernel), data<I>(indices), data<T>(*d_x));
   });
 }
@@ -134,28 +116,9 @@ ffi::Error input_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuff
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
-                                  .Ret<ffi::AnyBuffer>());  // y [B, L]
+                              bind_fan_in_matmul_forward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_kernel_grad, kernel_grad_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()    // dy [B, L]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Ret<ffi::AnyBuffer>());  // d_kernel [L, F]
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_input_grad, input_grad_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // dy [B, L]
-                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Ret<ffi::AnyBuffer>());  // d_x [B, D]
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_gradients, gradients_impl,
+                              bind_fan_in_matmul_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

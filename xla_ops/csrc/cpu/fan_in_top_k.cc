@@ -1,12 +1,11 @@
 // The k best labels of each example, streaming over blocks of labels: the logits of all labels never exist.
 
-#include "fan_in_top_k.h"
+#include "../fan_in_top_k.h"
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -91,19 +90,13 @@ void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T
 
 ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  XLA_OPS_RETURN_IF_ERROR(matrices(*scores, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  const int64_t k = scores->dimensions()[1];
-  const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("scores", *scores, ffi::F32, {s.batch, k}));
-  XLA_OPS_RETURN_IF_ERROR(check("labels", *labels, ffi::S32, {s.batch, k}));
+  Shape s;
+  int64_t k;
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    top_k<T, I>(pool, s, k, data<T>(x), data<T>(kernel), data<I>(indices), has_bias ? data<T>(bias) : nullptr,
+    top_k<T, I>(pool, s, k, data<T>(x), data<T>(kernel), data<I>(indices), has_bias(bias) ? data<T>(bias) : nullptr,
                 data<float>(*scores), data<int32_t>(*labels));
   });
 }
@@ -111,13 +104,6 @@ ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ker
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_top_k, top_k_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
-                                  .Ret<ffi::AnyBuffer>()    // scores [B, k] float32
-                                  .Ret<ffi::AnyBuffer>());  // labels [B, k] int32
+                              bind_fan_in_top_k(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

@@ -1,7 +1,7 @@
 // What the handlers share: checking shapes, and choosing the types that a call's buffers hold.
 
-#ifndef XLA_OPS_CSRC_CPU_HANDLER_H_
-#define XLA_OPS_CSRC_CPU_HANDLER_H_
+#ifndef XLA_OPS_CSRC_HANDLER_H_
+#define XLA_OPS_CSRC_HANDLER_H_
 
 #include <algorithm>
 #include <initializer_list>
@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "kernels.h"
+#include "types.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla_ops {
@@ -68,14 +68,28 @@ T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-inline ffi::Error matrices(const ffi::AnyBuffer& batched, const ffi::AnyBuffer& indices) {
-  if (batched.dimensions().size() == 2 && indices.dimensions().size() == 2 && indices.dimensions()[1] >= 1) {
-    return ffi::Error::Success();
+inline bool has_bias(const ffi::AnyBuffer& bias) { return !has_shape(bias, {0}); }
+
+// Checks that both are matrices, and reads the call's sizes from them: `batched` is [B, D], `indices` [L, F].
+inline ffi::Error check_matrices(const ffi::AnyBuffer& batched, const ffi::AnyBuffer& indices, Shape* s) {
+  const auto b = batched.dimensions(), i = indices.dimensions();
+  if (b.size() != 2 || i.size() != 2 || i[1] < 1) {
+    return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(b) +
+                                       " and " + shape_string(i));
   }
-  return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(batched.dimensions()) + " and " +
-                                     shape_string(indices.dimensions()));
+  *s = {b[0], b[1], i[0], i[1]};
+  return ffi::Error::Success();
+}
+
+// Checks the operands that describe the layer and its input, and reads the sizes.
+inline ffi::Error check_layer(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
+                              const ffi::AnyBuffer& bias, Shape* s) {
+  XLA_OPS_RETURN_IF_ERROR(check_matrices(x, indices, s));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s->labels, s->fan_in}));
+  if (!has_bias(bias)) return ffi::Error::Success();
+  return check("bias", bias, x.element_type(), {s->labels});
 }
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CSRC_CPU_HANDLER_H_
+#endif  // XLA_OPS_CSRC_HANDLER_H_
