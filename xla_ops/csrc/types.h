@@ -17,8 +17,6 @@ struct Shape {
 
 enum class Loss { kSquaredHinge, kBinaryCrossEntropy };
 
-static inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace xla_ops
 
 #endif  // XLA_OPS_CSRC_TYPES_H_

@@ -22,6 +22,8 @@ namespace xla_ops {
 // the features that they read, and the gradients of those, in the second-level one.
 constexpr int64_t kBlock = 64;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr uintptr_t kHugePage = 2 << 20;
 
 // Asks for huge pages under a large buffer that is about to be written. XLA takes results fresh from the system
