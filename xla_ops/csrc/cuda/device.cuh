@@ -105,6 +105,14 @@ struct LabelBlock {
   int size;
 };
 
+// Examples [first, first + size) of a tile.
+struct Examples {
+  __device__ Examples(int64_t batch, int64_t tile)
+      : first(tile * kTile), size(static_cast<int>(min(int64_t{kTile}, batch - first))) {}
+  int64_t first;
+  int size;
+};
+
 // This thread's label within a block of them, and its lane of the label's group.
 template <typename T>
 __device__ int my_label() { return threadIdx.x / Group<T>::kLanes; }

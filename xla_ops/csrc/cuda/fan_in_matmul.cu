@@ -21,14 +21,6 @@ namespace {
 // that threads do not meet in the same bank when they go along an example or a label.
 using LabelTile = float[kTile][kLabels + 1];
 
-// Examples [first, first + size) of a tile.
-struct Examples {
-  __device__ Examples(int64_t batch, int64_t tile)
-      : first(tile * kTile), size(static_cast<int>(min(int64_t{kTile}, batch - first))) {}
-  int64_t first;
-  int size;
-};
-
 template <bool kInShared, typename T, typename Out>
 __global__ void XLA_OPS_GROUP_BOUNDS(T)
     forward_kernel(const Layer<T> layer, Out* __restrict__ y, int64_t y_stride) {

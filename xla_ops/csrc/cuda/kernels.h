@@ -39,6 +39,21 @@ template <typename T>
 cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* dy,
                                     const T* kernel, Indices indices, T* d_x, T* d_kernel);
 
+// value = the mean loss against positives [B, width]; the gradients of all but the positives.
+template <typename T>
+cudaError_t fan_in_loss_value(cudaStream_t stream, Scratch& scratch, const Shape& s, Loss loss, const T* x,
+                              const T* kernel, Indices indices, const T* bias, const int32_t* positives, int64_t width,
+                              float* value);
+template <typename T>
+cudaError_t fan_in_loss_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, Loss loss, const T* x,
+                                  const T* kernel, Indices indices, const T* bias, const int32_t* positives,
+                                  int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias);
+
+// scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
+template <typename T>
+cudaError_t fan_in_top_k(cudaStream_t stream, Scratch& scratch, const Shape& s, int64_t k, int64_t labels_at_once,
+                         const T* x, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels);
+
 }  // namespace xla_ops::cuda
 
 #endif  // XLA_OPS_CSRC_CUDA_KERNELS_H_
