@@ -62,7 +62,7 @@ def fan_in_loss(
         )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    _native.cpu()
+    _native.register()
     bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
     return _loss(x, kernel, indices, bias, positives, loss)
 

@@ -1,7 +1,7 @@
 """The CUDA kernels, compiled as C++ and run on the host by `cuda_on_host`, against brute force.
 
-The source is what nvcc compiles. AddressSanitizer and UndefinedBehaviorSanitizer watch; every result and every
-temporary starts as NaN, so that what is not written, or read before it is, shows.
+The source is what nvcc compiles. AddressSanitizer and UndefinedBehaviorSanitizer watch; every result and
+every temporary starts as NaN, so that what is not written, or read before it is, shows.
 """
 
 import concurrent.futures
@@ -20,12 +20,12 @@ from xla_ops.fan_in_loss import LOSSES
 
 HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = Path(__file__).parents[2] / "xla_ops" / "csrc" / "cuda"
-FLAGS = "-std=c++17 -O1 -g -fno-strict-aliasing -Wall -Werror -Wno-unknown-pragmas -x c++".split()
+FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 # Processors, blocks of threads on each, and bytes of shared memory that a block can have.
-SMALL = (2, 1, 0)  # few blocks at once, so that each takes many items; no features in shared memory
-LARGE = (16, 2, 99 << 10)
+SMALL = (2, 1, 0)  # no features in shared memory; so few blocks at once that each takes many items
+SHARED = (2, 1, 99 << 10)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,17 @@ def program(tmp_path_factory):
         assert finished.returncode == 0, finished.stderr
 
     def compile_one(source):
-        run(*FLAGS, f"-I{HERE}", f"-I{KERNELS}", "-c", source, "-o", directory / f"{source.stem}.o")
+        run(
+            "-x",
+            "c++",
+            *FLAGS,
+            f"-I{HERE}",
+            f"-I{KERNELS}",
+            "-c",
+            source,
+            "-o",
+            directory / f"{source.stem}.o",
+        )
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, [*HERE.glob("*.cc"), *KERNELS.glob("*.cu")]))
@@ -82,7 +92,7 @@ SHAPES = pytest.mark.parametrize(
 )
 EMPTY = pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 0, 6, 3), (5, 6, 0, 3)], ids=str)
 DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-DEVICE = pytest.mark.parametrize("device", [SMALL, LARGE], ids=["small", "large"])
+DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "shared"])
 
 
 # ---- fan_in_matmul ----
@@ -198,7 +208,8 @@ def test_loss_of_nothing(run, shape, loss):
     batch, in_features, labels, fan_in = shape
     problem = loss_test.make_problem(batch, max(1, in_features), max(1, labels), fan_in)
     problem = problem._replace(
-        x=problem.x[:, :in_features], **{n: getattr(problem, n)[:labels] for n in ("kernel", "indices", "bias")}
+        x=problem.x[:, :in_features],
+        **{n: getattr(problem, n)[:labels] for n in ("kernel", "indices", "bias")},
     )
     results = check_loss(run, problem, loss, SMALL)
     if batch and labels:
@@ -287,9 +298,7 @@ def test_top_k_matches_a_stable_sort(run, batch, in_features, labels, fan_in, k,
     problem = top_k_test.make_problem(
         batch, in_features, labels, fan_in, dtype=dtype, index_dtype=index_dtype, with_bias=labels != 70
     )
-    top_k_test.assert_same(
-        check_top_k(run, problem, k, labels_at_once), top_k_test.brute_force(*problem, k)
-    )
+    top_k_test.assert_same(check_top_k(run, problem, k, labels_at_once), top_k_test.brute_force(*problem, k))
 
 
 @pytest.mark.parametrize("k", [1, 5, 300])
@@ -297,7 +306,12 @@ def test_of_equal_scores_the_lower_label_comes_first(run, k):
     bias = np.zeros(300, np.float32)
     bias[::2] = -0.0
     bias[[250, 270]] = 1
-    problem = (np.ones((3, 2), np.float32), np.zeros((300, 1), np.float32), np.zeros((300, 1), np.int32), bias)
+    problem = (
+        np.ones((3, 2), np.float32),
+        np.zeros((300, 1), np.float32),
+        np.zeros((300, 1), np.int32),
+        bias,
+    )
     expected = [250, 270, *(label for label in range(300) if label not in (250, 270))][:k]
     for labels_at_once in (64, 512):
         _, labels = check_top_k(run, problem, k, labels_at_once)
@@ -308,7 +322,12 @@ def test_nan_and_minus_infinity_are_never_chosen(run):
     bias = np.full(200, -np.inf, np.float32)
     bias[50:100] = np.nan
     bias[[7, 60, 150]] = [-3e38, 2, np.inf]
-    problem = (np.ones((2, 2), np.float32), np.zeros((200, 1), np.float32), np.zeros((200, 1), np.int32), bias)
+    problem = (
+        np.ones((2, 2), np.float32),
+        np.zeros((200, 1), np.float32),
+        np.zeros((200, 1), np.int32),
+        bias,
+    )
     for labels_at_once in (64, 512):
         scores, labels = check_top_k(run, problem, 5, labels_at_once)
         np.testing.assert_array_equal(labels, [[150, 60, 7, -1, -1]] * 2)

@@ -197,7 +197,7 @@ float run(ffi::ThreadPool& pool, const Shape& s, Loss loss, const T* x, const T*
 ffi::Error impl(ffi::ThreadPool& pool, ffi::AnyBuffer& x, ffi::AnyBuffer& kernel, ffi::AnyBuffer& indices,
                 ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss, ffi::AnyBuffer& value,
                 ffi::AnyBuffer* d_x, ffi::AnyBuffer* d_kernel, ffi::AnyBuffer* d_bias) {
-  Shape s;
+  Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, value, &s));
   const bool biased = has_bias(bias);
   if (d_x) {

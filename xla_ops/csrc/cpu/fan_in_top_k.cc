@@ -90,8 +90,8 @@ void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T
 
 ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
-  Shape s;
-  int64_t k;
+  Shape s{};
+  int64_t k = 0;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;

@@ -33,12 +33,12 @@ class XlaScratch : public cuda::Scratch {
 // one of XLA's.
 template <typename Fn>
 ffi::Error launch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
-  cudaError_t error = cudaSuccess;
-  XLA_OPS_RETURN_IF_ERROR(dispatch(values, indices, [&](auto* t, auto*) { error = fn(t); }));
-  if (error == cudaSuccess) return ffi::Error::Success();
+  cudaError_t status = cudaSuccess;
+  XLA_OPS_RETURN_IF_ERROR(dispatch(values, indices, [&](auto* t, auto*) { status = fn(t); }));
+  if (status == cudaSuccess) return ffi::Error::Success();
   const auto code =
-      error == cudaErrorMemoryAllocation ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInternal;
-  return ffi::Error(code, std::string("CUDA: ") + cudaGetErrorString(error));
+      status == cudaErrorMemoryAllocation ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInternal;
+  return ffi::Error(code, std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
 cuda::Indices indices_of(const ffi::AnyBuffer& buffer) {
@@ -52,7 +52,7 @@ const T* data_or_null(const ffi::AnyBuffer& bias) {
 
 ffi::Error forward_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
                         ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  Shape s;
+  Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(x, kernel, indices, bias, *y, &s));
   XlaScratch scratch(std::move(allocator));
   return launch(x, indices, [&](auto* t) {
@@ -65,7 +65,7 @@ ffi::Error forward_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ff
 ffi::Error gradients_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer dy,
                           ffi::AnyBuffer kernel, ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
                           ffi::Result<ffi::AnyBuffer> d_kernel) {
-  Shape s;
+  Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, &s));
   XlaScratch scratch(std::move(allocator));
   return launch(x, indices, [&](auto* t) {
@@ -79,7 +79,7 @@ ffi::Error gradients_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, 
 ffi::Error value_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
                       ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
                       ffi::Result<ffi::AnyBuffer> value) {
-  Shape s;
+  Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
   XlaScratch scratch(std::move(allocator));
   return launch(x, indices, [&](auto* t) {
@@ -95,7 +95,7 @@ ffi::Error loss_gradients_impl(cudaStream_t stream, ffi::ScratchAllocator alloca
                                ffi::AnyBuffer positives, int64_t loss, ffi::Result<ffi::AnyBuffer> value,
                                ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
                                ffi::Result<ffi::AnyBuffer> d_bias) {
-  Shape s;
+  Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
   XLA_OPS_RETURN_IF_ERROR(
       check_fan_in_loss_gradients(*d_x, *d_kernel, *d_bias, x.element_type(), has_bias(bias), s));
@@ -115,8 +115,8 @@ constexpr int64_t kLogitsAtOnce = 1 << 22, kLabelsAtOnce = 1024;
 ffi::Error top_k_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
                       ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores,
                       ffi::Result<ffi::AnyBuffer> labels) {
-  Shape s;
-  int64_t k;
+  Shape s{};
+  int64_t k = 0;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
   XlaScratch scratch(std::move(allocator));
   const int64_t labels_at_once = std::max(kLabelsAtOnce, kLogitsAtOnce / std::max<int64_t>(1, s.batch));
