@@ -96,7 +96,7 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
     def build_cuda(self, ext, compiler):
-        """Builds the CUDA module with nvcc, and leaves what ptxas says of each kernel for the tests to read."""
+        """Builds the CUDA module with nvcc; what ptxas says of each kernel is left for the tests to read."""
         nvcc = [find_nvcc(), "-ccbin", compiler]
         module = pathlib.Path(self.get_ext_fullpath(ext.name))
         if not self.force and not newer_group(ext.depends, str(module)):

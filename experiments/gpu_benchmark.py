@@ -1,13 +1,13 @@
 """Times `xla_ops.fan_in_matmul` on a GPU at the size of Amazon-670K, against floors and other formulations.
 
-For each shape: ours forward, and both gradients together at three densities of the gradient of the logits; then
-forward alone and forward with gradients of ours and of the formulations of `experiments.benchmark` (plain gathers,
-BCOO and BCSR, which use cuSPARSE), and of a dense layer with as many multiplications.
+For each shape: ours forward, and both gradients together at three densities of the gradient of the logits;
+then forward alone and forward with gradients, of ours and of the formulations of `experiments.benchmark`
+(plain gathers, BCOO and BCSR, which use cuSPARSE), and of a dense layer with as many multiplications.
 
-A floor is the time that moving the bytes takes at the least: each operand and result once through memory, at the
-bandwidth of a copy measured here; or the rows that the connections gather, out of the second-level cache or, where
-a tile of the features fits in there, out of shared memory, at the assumed bandwidths of --l2_tb_per_second and
---shared_tb_per_second, whichever takes longer.
+A floor is the time that moving the bytes takes at the least, whichever takes longer: each operand and
+result once through memory, at the bandwidth of a copy measured here; or the rows that the connections
+gather, out of the second-level cache or, where a tile of the features fits in there, out of shared memory,
+at bandwidths that --l2_tb_per_second and --shared_tb_per_second assume.
 """
 
 import functools
@@ -67,7 +67,7 @@ def floor_seconds(shape: Shape, dtype, bandwidths: Bandwidths) -> float:
 
 
 def seconds_per_call(call: Callable, rounds: int, calls: int = 5) -> float:
-    """The median over rounds of the time of calls that are queued together, so that the device never waits."""
+    """The median over rounds of the time of calls that are queued together: the device does not wait."""
     jax.block_until_ready(call())
     times = []
     for _ in range(rounds):
@@ -156,9 +156,9 @@ def table_row(row: dict) -> str:
     """One row for the terminal."""
     gradients = " ".join(f"{s * 1e3:8.3f}" for s in row["gradients_seconds"].values())
     speedup = "".join(f"  {s['ratio']:.1f}x {s['over']}" for s in row["speedup"].values())
+    forward = f"{row['floor_seconds'] * 1e3:8.3f} {row['forward_seconds'] * 1e3:8.3f}"
     return (
-        f"{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['dtype']:9}{row['floor_seconds'] * 1e3:8.3f} "
-        f"{row['forward_seconds'] * 1e3:8.3f} {gradients}{speedup}"
+        f"{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['dtype']:9}{forward} {gradients}{speedup}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Training steps of the paper's largest Amazon-670K model but one, on random data: peak memory and step time.
+"""Training steps of the paper's Amazon-670K model, 32k penultimate layer, on random data: memory and time.
 
-`experiments.gpu_check` runs this with the memory of JAX's allocator limited. The paper reports 1.45 GB and 271 s
-an epoch on a V100 for this model (fixed fan-in 32, penultimate layer of 32k, CascadeXML features).
+`experiments.gpu_check` runs this with the memory of JAX's allocator limited. The paper reports 1.45 GB and
+271 s an epoch for this model (fixed fan-in 32, CascadeXML features), on a V100.
 """
 
 import json

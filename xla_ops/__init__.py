@@ -1,4 +1,4 @@
-"""Fixed fan-in operations for JAX: native CPU kernels behind plain functions."""
+"""Fixed fan-in operations for JAX: native CPU and CUDA kernels behind plain functions."""
 
 from xla_ops._arguments import index_dtype
 from xla_ops._native import register

@@ -6,12 +6,12 @@ import pytest
 
 from experiments import gpu_check
 
-JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite name="pytest" tests="5">
-<testcase classname="tests.test_one" name="test_good" time="0.1" />
-<testcase classname="tests.test_one" name="test_bad" time="0.1"><failure message="assert 1 == 2">...</failure></testcase>
-<testcase classname="tests.test_two" name="test_broken"><error message="failed on setup">...</error></testcase>
-<testcase classname="tests.test_two" name="test_a"><skipped type="pytest.skip" message="no nvcc">x</skipped></testcase>
-<testcase classname="tests.test_two" name="test_b"><skipped type="pytest.skip" message="no nvcc">x</skipped></testcase>
+JUNIT = """<testsuites><testsuite name="pytest" tests="5">
+<testcase classname="tests.one" name="test_good" />
+<testcase classname="tests.one" name="test_bad"><failure message="assert 1 == 2">...</failure></testcase>
+<testcase classname="tests.two" name="test_broken"><error message="failed on setup">...</error></testcase>
+<testcase classname="tests.two" name="test_a"><skipped message="no nvcc">...</skipped></testcase>
+<testcase classname="tests.two" name="test_b"><skipped message="no nvcc">...</skipped></testcase>
 </testsuite></testsuites>"""
 
 
@@ -20,8 +20,8 @@ def test_tests_are_counted():
         "passed": 1,
         "skipped": {"no nvcc": 2},
         "failed": {
-            "tests.test_one::test_bad": "assert 1 == 2",
-            "tests.test_two::test_broken": "failed on setup",
+            "tests.one::test_bad": "assert 1 == 2",
+            "tests.two::test_broken": "failed on setup",
         },
     }
 

@@ -63,7 +63,7 @@ def test_parse():
 ptxas info    : Compiling entry function '_Z3onev' for 'sm_75'
 ptxas info    : Function properties for _Z3onev
     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack size, 16896 bytes smem, 440 bytes cmem[0]
+ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack size, 16896 bytes smem
 ptxas info    : Compile time = 23.314 ms
 ptxas info    : Compiling entry function '_Z3twov' for 'sm_90'
 ptxas info    : Function properties for _Z3twov
