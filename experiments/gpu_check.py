@@ -2,9 +2,9 @@ r"""Builds, tests and measures everything on a machine with an NVIDIA GPU, and w
 
     python -m experiments.gpu_check --json=gpu.json
 
-From the root of a clone, with nvcc, jax[cuda12] or jax[cuda13] and the packages that pyproject.toml names (for
-building too); without network. The parts run one after the other, each in processes of its own, so that one
-that fails is recorded and the rest go on:
+From the root of a clone, with nvcc, jax[cuda12] or jax[cuda13], and the packages that pyproject.toml names
+(for building too); without network. The parts run one after the other, each in processes of its own, so that
+one that fails is recorded and the rest go on:
 
   device    what it runs on: GPU, driver, CUDA, jax, commit
   build     the native modules, CUDA's among them

@@ -5,6 +5,7 @@ every temporary starts as NaN, so that what is not written, or read before it is
 """
 
 import concurrent.futures
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,55 +29,58 @@ SMALL = (2, 1, 0)  # no features in shared memory; so few blocks at once that ea
 SHARED = (2, 1, 99 << 10)
 
 
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
-    """The kernels and the executor, compiled into one program."""
+def build(directory, *defines):
+    """Compiles the kernels and the executor into one program."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ with its sanitizers compiles the kernels")
-    directory = tmp_path_factory.mktemp("cuda_on_host")
-    path = directory / "kernels_on_host"
 
     def run(*arguments):
         finished = subprocess.run([compiler, *SANITIZERS, *arguments], capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
 
     def compile_one(source):
-        run(
-            "-x",
-            "c++",
-            *FLAGS,
-            f"-I{HERE}",
-            f"-I{KERNELS}",
-            "-c",
-            source,
-            "-o",
-            directory / f"{source.stem}.o",
-        )
+        include = [f"-I{HERE}", f"-I{KERNELS}"]
+        run("-x", "c++", *FLAGS, *defines, *include, "-c", source, "-o", directory / f"{source.stem}.o")
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, [*HERE.glob("*.cc"), *KERNELS.glob("*.cu")]))
+    path = directory / "kernels_on_host"
     run(*directory.glob("*.o"), "-o", path)
     return path
 
 
+def call(program, directory, op, arrays, results, device, *more):
+    """Runs an op on arrays by name; returns `results`, given as (name, shape, dtype)."""
+    for name, array in arrays.items():
+        (np.zeros(0) if array is None else array).tofile(directory / name)
+    (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays["indices"].shape
+    dtypes = [arrays[name].dtype.name for name in ("x", "indices")]
+    numbers = map(str, [batch, in_features, labels, fan_in, *device, *more])
+    finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture(scope="session")
+def program_with_vector_atomics(tmp_path_factory):
+    """As for compute capability 9.0 and later, where d_x is summed four values at a time."""
+    return build(tmp_path_factory.mktemp("cuda_on_host"), "-DXLA_OPS_VECTOR_ATOMICS=1")
+
+
 @pytest.fixture
 def run(program, tmp_path):
-    """Runs an op: `run(op, arrays, results, device, *more)` returns the results, by name."""
+    return functools.partial(call, program, tmp_path)
 
-    def call(op, arrays, results, device, *more):
-        for name, array in arrays.items():
-            (np.zeros(0) if array is None else array).tofile(tmp_path / name)
-        (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays["indices"].shape
-        dtypes = [arrays[name].dtype.name for name in ("x", "indices")]
-        numbers = [batch, in_features, labels, fan_in, *device, *more]
-        finished = subprocess.run(
-            [program, op, tmp_path, *dtypes, *map(str, numbers)], capture_output=True, text=True
-        )
-        assert finished.returncode == 0, finished.stderr
-        return [np.fromfile(tmp_path / name, dtype).reshape(shape) for name, shape, dtype in results]
 
-    return call
+@pytest.fixture
+def run_with_vector_atomics(program_with_vector_atomics, tmp_path):
+    return functools.partial(call, program_with_vector_atomics, tmp_path)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -164,6 +168,15 @@ def test_matmul_with_zero_gradients(run, dtype, is_zero):
     b, label = np.mgrid[:70, :132]
     problem.dy[is_zero(b, label)] = 0
     check_matmul(run, problem, SMALL)
+
+
+@DTYPE
+def test_gradients_with_vector_atomics(run_with_vector_atomics, dtype):
+    problem = matmul.make_problem(70, 40, 130, 35, dtype=dtype)
+    check_matmul(run_with_vector_atomics, problem, SMALL)
+    problem = loss_test.make_problem(70, 40, 130, 35, dtype=dtype)
+    results = check_loss(run_with_vector_atomics, problem, "squared_hinge", SMALL)
+    loss_test.assert_matches_brute_force(results, problem, "squared_hinge")
 
 
 # ---- fan_in_loss ----
@@ -301,17 +314,24 @@ def test_top_k_matches_a_stable_sort(run, batch, in_features, labels, fan_in, k,
     top_k_test.assert_same(check_top_k(run, problem, k, labels_at_once), top_k_test.brute_force(*problem, k))
 
 
+@pytest.mark.parametrize("labels_at_once", [100, 1000])
+def test_top_k_of_logits_that_differ_little(run, labels_at_once):
+    problem = matmul.make_problem(3, 40, 700, 4)
+    problem = problem._replace(bias=np.full(700, 1000, np.float32))  # few bits are left to tell them apart
+    (logits,) = run("fan_in_matmul.forward", problem._asdict(), [("y", (3, 700), np.float32)], SMALL)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :60]
+    scores, labels = check_top_k(run, problem[:4], 60, labels_at_once)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(logits, expected, axis=1))
+
+
 @pytest.mark.parametrize("k", [1, 5, 300])
 def test_of_equal_scores_the_lower_label_comes_first(run, k):
-    bias = np.zeros(300, np.float32)
-    bias[::2] = -0.0
+    # All of 0 or -0, but for labels 250 and 270.
+    bias, kernel = np.zeros(300, np.float32), np.zeros((300, 4), np.float32)
+    bias[::3], kernel[::3] = -0.0, -0.0
     bias[[250, 270]] = 1
-    problem = (
-        np.ones((3, 2), np.float32),
-        np.zeros((300, 1), np.float32),
-        np.zeros((300, 1), np.int32),
-        bias,
-    )
+    problem = (np.ones((3, 2), np.float32), kernel, np.zeros((300, 4), np.int32), bias)
     expected = [250, 270, *(label for label in range(300) if label not in (250, 270))][:k]
     for labels_at_once in (64, 512):
         _, labels = check_top_k(run, problem, k, labels_at_once)

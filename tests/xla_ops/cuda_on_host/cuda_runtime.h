@@ -31,6 +31,10 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // ---- the host's side ----
 
@@ -144,6 +148,10 @@ T atomicAdd(T* p, T value) {
   return before;
 }
 
+inline float4 atomicAdd(float4* p, float4 value) {
+  return make_float4(atomicAdd(&p->x, value.x), atomicAdd(&p->y, value.y), atomicAdd(&p->z, value.z),
+                     atomicAdd(&p->w, value.w));
+}
 template <typename T>
 T atomicOr(T* p, T value) {
   const T before = *p;

@@ -223,24 +223,49 @@ __device__ float sum_to_own_lane(float (&values)[kAtOnce], int lane) {
   return values[0];
 }
 
-__device__ inline void add_to(float* p, const float* v) {
+// Sums of d_x for a tile are [D, kTile] like its features, but within a row they are in the order in which a warp adds
+// to them: what one instruction adds for a label is contiguous. From compute capability 9.0 on that is 16 bytes of
+// each lane, before it is one value of each. To be used by device code only, where the two are told apart.
+#ifndef XLA_OPS_VECTOR_ATOMICS
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(p), make_float4(v[0], v[1], v[2], v[3]));
+#define XLA_OPS_VECTOR_ATOMICS 1
 #else
-  for (int i = 0; i < 4; ++i) atomicAdd(p + i, v[i]);
+#define XLA_OPS_VECTOR_ATOMICS 0
+#endif
+#endif
+
+// Where in a row the sum for an example is.
+template <typename T>
+__device__ int sum_position(int example) {
+  const int lane = example / Group<T>::kValues, value = example % Group<T>::kValues;
+  return XLA_OPS_VECTOR_ATOMICS ? example : value * Group<T>::kLanes + lane;
+}
+
+// row[b] += weight * dy[b], for this lane's examples b.
+template <typename T>
+__device__ void add_to_sums(float* row, int lane, float weight, const float (&dy)[Group<T>::kValues]) {
+#if XLA_OPS_VECTOR_ATOMICS
+#pragma unroll
+  for (int v = 0; v < Group<T>::kValues; v += 4) {
+    atomicAdd(reinterpret_cast<float4*>(row + lane * Group<T>::kValues + v),
+              make_float4(weight * dy[v], weight * dy[v + 1], weight * dy[v + 2], weight * dy[v + 3]));
+  }
+#else
+#pragma unroll
+  for (int v = 0; v < Group<T>::kValues; ++v) atomicAdd(row + v * Group<T>::kLanes + lane, weight * dy[v]);
 #endif
 }
 
 // Adds one tile's part of the gradients, given dy, those of this thread's label for its examples (0 where there is
 // no such label or example):
 //   sums[label, f] (+)= sum_b dy[b] * x[b, index], for the labels of the block: added to only if `add`.
-//   d_tile[index, b] += kernel[label, f] * dy[b], atomically. d_tile is the tile's [D, kTile].
+//   sums_of_d_x[index, b] += kernel[label, f] * dy[b], atomically.
 // Returns false, and does nothing, if all gradients of the block are 0. A label whose gradients are all 0 costs no
 // row of features or of d_x. To be called by all threads of a block.
 template <typename T>
 __device__ bool add_gradients(const Layer<T>& layer, const T* features, const LabelBlock& labels,
                               const float (&dy)[Group<T>::kValues], bool add, Connection* staged, float* sums,
-                              float* d_tile) {
+                              float* sums_of_d_x) {
   constexpr int kLanes = Group<T>::kLanes, kValues = Group<T>::kValues;
   const int label = my_label<T>(), lane = my_lane<T>();
   bool nonzero = false;
@@ -248,8 +273,6 @@ __device__ bool add_gradients(const Layer<T>& layer, const T* features, const La
   const unsigned nonzero_lanes = __ballot_sync(kAllLanes, nonzero);
   if (!__syncthreads_or(nonzero_lanes != 0)) return false;
   const bool label_nonzero = (nonzero_lanes >> (threadIdx.x % kWarp - lane)) & ((1u << kLanes) - 1);
-
-  float* const to = d_tile + lane * kValues;
 
   for (int64_t f = 0; f < layer.shape.fan_in; f += kConnections) {
     stage(layer, labels, f, staged);
@@ -264,17 +287,13 @@ __device__ bool add_gradients(const Layer<T>& layer, const T* features, const La
         load_rows<false>(features, mine + c, lane, rows);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          float x[kValues], d_x[kValues];
+          float x[kValues];
           unpack(rows[i], x);
           const Connection connection = mine[c + i];
 #pragma unroll
-          for (int v = 0; v < kValues; ++v) {
-            products[i] = fmaf(dy[v], x[v], products[i]);
-            d_x[v] = connection.weight * dy[v];
-          }
+          for (int v = 0; v < kValues; ++v) products[i] = fmaf(dy[v], x[v], products[i]);
           if (connection.row < layer.shape.in_features) {
-#pragma unroll
-            for (int v = 0; v < kValues; v += 4) add_to(to + static_cast<int64_t>(connection.row) * kTile + v, d_x + v);
+            add_to_sums<T>(sums_of_d_x + static_cast<int64_t>(connection.row) * kTile, lane, connection.weight, dy);
           }
         }
       }

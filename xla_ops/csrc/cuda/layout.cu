@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_item(ceil_div(s.batch, kTile) * ceil_div(rows, kTile), [&](int64_t item) {
     const Square at(item, rows);
     for (int i = row; i < kTile && at.feature + i < rows; i += kRowsAtOnce) {
-      square[i][column] = sums[(at.tile * rows + at.feature + i) * kTile + column];
+      square[i][column] = sums[(at.tile * rows + at.feature + i) * kTile + sum_position<T>(column)];
     }
     __syncthreads();
     for (int i = row; i < kTile && at.tile * kTile + i < s.batch; i += kRowsAtOnce) {

@@ -14,7 +14,7 @@ cudaError_t pack(cudaStream_t stream, Scratch& scratch, const Shape& s, const T*
 // Allocates packed sums for d_x, without a row of zeros, and sets them to 0.
 cudaError_t zero_sums(cudaStream_t stream, Scratch& scratch, const Shape& s, float** sums);
 
-// d_x [B, D] = packed sums.
+// d_x [B, D] = packed sums, whose order within a row is that of sum_position (device.cuh).
 template <typename T>
 cudaError_t unpack_sums(cudaStream_t stream, const Shape& s, const float* sums, T* d_x);
 
