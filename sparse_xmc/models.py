@@ -12,12 +12,14 @@ from sparse_xmc.layers import (
     EmbeddingBag,
     FixedFanInLinear,
     flat_glorot_uniform,
+    glorot_uniform,
     symmetric_uniform,
 )
 from sparse_xmc.losses import LOSSES
 from xla_ops import fan_in_loss, fan_in_top_k
 
 OUTPUT_LAYERS = ("fixed_fan_in", "dense")
+OUTPUT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ClassifierConfig:
         squared hinge's margin, so that easy negatives have no gradient from the first step.
       output_bound: the kernel of a fixed fan-in output layer starts uniformly in +-output_bound; None for the
         much smaller bound of the paper's code.
+      output_dtype: "float32" or "bfloat16", of the parameters of a fixed fan-in output layer.
     """
 
     num_features: int
@@ -50,11 +53,16 @@ class ClassifierConfig:
     fan_in: int = 32
     output_bias: float = 0.0
     output_bound: float | None = None
+    output_dtype: str = "float32"
 
     def __post_init__(self):
         if self.output_layer not in OUTPUT_LAYERS:
             raise ValueError(
                 f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {self.output_layer!r}"
+            )
+        if self.output_dtype not in OUTPUT_DTYPES:
+            raise ValueError(
+                f"output_dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {self.output_dtype!r}"
             )
 
 
@@ -74,8 +82,7 @@ class Classifier(nnx.Module):
             width = config.embedding
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs)
         if config.penultimate:
-            kernel_init = nnx.initializers.glorot_uniform()
-            self.penultimate = nnx.Linear(width, config.penultimate, kernel_init=kernel_init, rngs=rngs)
+            self.penultimate = nnx.Linear(width, config.penultimate, kernel_init=glorot_uniform, rngs=rngs)
             width = config.penultimate
         bias_init = nnx.initializers.constant(config.output_bias)
         if config.output_layer == "fixed_fan_in":
@@ -88,12 +95,12 @@ class Classifier(nnx.Module):
                 config.fan_in,
                 kernel_init=kernel_init,
                 bias_init=bias_init,
+                param_dtype=jnp.dtype(config.output_dtype),
                 rngs=rngs,
             )
         else:
-            kernel_init = nnx.initializers.glorot_uniform()
             self.output = nnx.Linear(
-                width, config.num_labels, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
+                width, config.num_labels, kernel_init=glorot_uniform, bias_init=bias_init, rngs=rngs
             )
 
     def features(self, inputs: Array | BagOfWords) -> Array:

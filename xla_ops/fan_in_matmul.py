@@ -1,6 +1,5 @@
 """The fixed fan-in matrix product: every output reads exactly F inputs."""
 
-import functools
 import math
 
 import jax
@@ -65,7 +64,7 @@ def fan_in_matmul_reference(
     return y.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def _matmul(x, kernel, indices, bias):
     return _forward(x, kernel, indices, bias)
 
@@ -76,8 +75,8 @@ def _matmul_fwd(x, kernel, indices, bias):
 
 def _matmul_bwd(residuals, dy):
     x, kernel, indices, bias = residuals
-    d_bias = dy.sum(axis=0, dtype=jnp.float32).astype(bias.dtype) if bias.size else jnp.zeros_like(bias)
-    d_x, d_kernel = _gradients(x, dy, kernel, indices)
+    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
+    d_x, d_kernel, d_bias = _call("gradients", results, x, dy, kernel, indices)
     return d_x, d_kernel, None, d_bias
 
 
@@ -88,28 +87,18 @@ def _call(name, results, *args):
     return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", results, vmap_method="sequential")(*args)
 
 
-def _fold_vmap(function):
-    """Under vmap over the first argument alone, widens the batch instead of calling once per element."""
-    batched = jax.custom_batching.custom_vmap(function)
-
-    @batched.def_vmap
-    def _rule(axis_size, in_batched, first, *rest):
-        if in_batched[0] and not any(in_batched[1:]):
-            batch = first.shape[1]
-            y = batched(first.reshape(axis_size * batch, first.shape[2]), *rest)
-            return y.reshape(axis_size, batch, y.shape[1]), True
-        axes = [0 if b else None for b in in_batched]
-        return jax.vmap(function, in_axes=axes)(first, *rest), True
-
-    return batched
-
-
-@_fold_vmap
+@jax.custom_batching.custom_vmap
 def _forward(x, kernel, indices, bias):
-    y = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype)
-    return _call("forward", y, x, kernel, indices, bias)
+    return _call(
+        "forward", jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype), x, kernel, indices, bias
+    )
 
 
-def _gradients(x, dy, kernel, indices):
-    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel))
-    return _call("gradients", results, x, dy, kernel, indices)
+@_forward.def_vmap
+def _forward_vmap(axis_size, in_batched, x, *layer):
+    """With one layer for all, widens the batch instead of calling once per element."""
+    if in_batched[0] and not any(in_batched[1:]):
+        y = _forward(x.reshape(axis_size * x.shape[1], x.shape[2]), *layer)
+        return y.reshape(axis_size, x.shape[1], y.shape[1]), True
+    axes = [0 if b else None for b in in_batched]
+    return jax.vmap(_forward.fun, in_axes=axes)(x, *layer), True

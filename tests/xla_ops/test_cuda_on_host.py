@@ -103,18 +103,14 @@ DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "share
 
 
 def check_matmul(run, problem, device):
-    x, dy, kernel = problem.x, problem.dy, problem.kernel
-    (y,) = run("fan_in_matmul.forward", problem._asdict(), [("y", dy.shape, x.dtype)], device)
-    d_x, d_kernel = run(
-        "fan_in_matmul.gradients",
-        problem._asdict(),
-        [("d_x", x.shape, x.dtype), ("d_kernel", kernel.shape, x.dtype)],
-        device,
-    )
-    d_bias = dy.astype(np.float32).sum(axis=0).astype(x.dtype)  # not the kernels' work
-    results = [y, d_x, d_kernel, None if problem.bias is None else d_bias]
-    matmul.assert_matches_brute_force(results, problem)
-    return results
+    dtype = problem.x.dtype
+    shapes = {"y": problem.dy.shape, "d_x": problem.x.shape, "d_kernel": problem.kernel.shape}
+    if problem.bias is not None:
+        shapes["d_bias"] = problem.bias.shape
+    y, *gradients = [(name, shape, dtype) for name, shape in shapes.items()]
+    results = run("fan_in_matmul.forward", problem._asdict(), [y], device)
+    results += run("fan_in_matmul.gradients", problem._asdict(), gradients, device)
+    matmul.assert_matches_brute_force(results + [None] * (problem.bias is None), problem)
 
 
 @SHAPES

@@ -72,7 +72,9 @@ def test_refused_module_registers_nothing(monkeypatch, load):
 
 @pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
 def test_cuda_module_has_the_handlers_of_the_cpu_module():
-    assert set(_native.cuda().registrations()) == set(_native.cpu().registrations())
+    there = set(_native.cpu().registrations())
+    steps = {name for name in there if name.startswith("xla_ops.fan_in_step.")}  # on CPUs only so far
+    assert set(_native.cuda().registrations()) == there - steps
     assert _native.cuda().ffi_version == _native.cpu().ffi_version
 
 
@@ -89,34 +91,33 @@ OTHER = (7, 7)
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
 @pytest.mark.parametrize(
-    ("handler", "shapes", "result", "message"),
+    ("handler", "shapes", "results", "message"),
     [
-        ("forward", (X, OTHER, W, BIAS), Y, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("forward", (X, W, W, (9,)), Y, r"bias must have shape \[4\], got \[9\]"),
-        ("forward", (X, W, W, BIAS), OTHER, r"y must have shape \[2, 4\], got \[7, 7\]"),
-        ("forward", ((5,), W, W, BIAS), Y, r"expected matrices .* got shapes \[5\] and \[4, 3\]"),
+        ("forward", (X, OTHER, W, BIAS), (Y,), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("forward", (X, W, W, (9,)), (Y,), r"bias must have shape \[4\], got \[9\]"),
+        ("forward", (X, W, W, BIAS), (OTHER,), r"y must have shape \[2, 4\], got \[7, 7\]"),
+        ("forward", ((5,), W, W, BIAS), (Y,), r"expected matrices .* got shapes \[5\] and \[4, 3\]"),
         (
             "forward",
             (X, (4, 0), (4, 0), BIAS),
-            Y,
+            (Y,),
             r"a fan-in of at least 1, got shapes \[2, 5\] and \[4, 0\]",
         ),
-        ("gradients", (X, OTHER, W, W), (X, W), r"dy must have shape \[2, 4\], got \[7, 7\]"),
-        ("gradients", (X, Y, OTHER, W), (X, W), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("gradients", (X, Y, W, W), (OTHER, W), r"d_x must have shape \[2, 5\], got \[7, 7\]"),
-        ("gradients", (X, Y, W, W), (X, OTHER), r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, OTHER, W, W), (X, W, BIAS), r"dy must have shape \[2, 4\], got \[7, 7\]"),
+        ("gradients", (X, Y, OTHER, W), (X, W, BIAS), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (OTHER, W, BIAS), r"d_x must have shape \[2, 5\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (X, OTHER, BIAS), r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (X, W, (9,)), r"bias must have shape \[4\], got \[9\]"),
     ],
 )
-def test_handlers_check_shapes_themselves(handler, shapes, result, message):
+def test_handlers_check_shapes_themselves(handler, shapes, results, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
     _native.register()
-    at = {"forward": 2, "gradients": 3}[handler]  # where the indices are
-    arguments = [jnp.zeros(shape, jnp.int32 if i == at else jnp.float32) for i, shape in enumerate(shapes)]
-    results = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        result,
-        is_leaf=lambda r: isinstance(r[0], int),
-    )
+    indices = {"forward": 2, "gradients": 3}[handler]
+    arguments = [
+        jnp.zeros(shape, jnp.int32 if i == indices else jnp.float32) for i, shape in enumerate(shapes)
+    ]
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", results)(*arguments))
 

@@ -3,7 +3,6 @@
 #ifndef XLA_OPS_CSRC_FAN_IN_LOSS_H_
 #define XLA_OPS_CSRC_FAN_IN_LOSS_H_
 
-#include <string>
 #include <utility>
 
 #include "handler.h"
@@ -36,24 +35,18 @@ auto bind_fan_in_loss_gradients(Context&& context) {
 
 inline ffi::Error check_fan_in_loss_value(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
                                           const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
-                                          const ffi::AnyBuffer& positives, int64_t loss, const ffi::AnyBuffer& value,
+                                          const ffi::AnyBuffer& positives, int64_t loss, const ffi::AnyBuffer& mean,
                                           Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(check_matrices(positives, indices, s));
-  const int64_t width = positives.dimensions()[1];
-  XLA_OPS_RETURN_IF_ERROR(check_layer(x, kernel, indices, bias, s));
-  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s->batch, width}));
-  XLA_OPS_RETURN_IF_ERROR(check("value", value, ffi::F32, {}));
-  if (loss == 0 || loss == 1) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, s));
+  return check_loss(*s, positives, loss, mean);
 }
 
-inline ffi::Error check_fan_in_loss_gradients(const ffi::AnyBuffer& d_x, const ffi::AnyBuffer& d_kernel,
-                                              const ffi::AnyBuffer& d_bias, ffi::DataType type, bool has_bias,
-                                              const Shape& s) {
+inline ffi::Error check_fan_in_loss_gradients(const Shape& s, const ffi::AnyBuffer& bias, const ffi::AnyBuffer& d_x,
+                                              const ffi::AnyBuffer& d_kernel, const ffi::AnyBuffer& d_bias) {
+  const ffi::DataType type = bias.element_type();
   XLA_OPS_RETURN_IF_ERROR(check("d_x", d_x, type, {s.batch, s.in_features}));
   XLA_OPS_RETURN_IF_ERROR(check("d_kernel", d_kernel, type, {s.labels, s.fan_in}));
-  if (!has_bias) return ffi::Error::Success();
-  return check("d_bias", d_bias, type, {s.labels});
+  return check("d_bias", d_bias, type, {bias.dimensions()[0]});
 }
 
 }  // namespace xla_ops

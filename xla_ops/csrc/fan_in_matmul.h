@@ -26,7 +26,7 @@ auto bind_fan_in_matmul_forward(Context&& context) {
 inline ffi::Error check_fan_in_matmul_forward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
                                               const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
                                               const ffi::AnyBuffer& y, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(check_layer(x, kernel, indices, bias, s));
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, s));
   return check("y", y, x.element_type(), {s->batch, s->labels});
 }
 
@@ -38,15 +38,16 @@ auto bind_fan_in_matmul_gradients(Context&& context) {
       .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()   // indices [L, F]
       .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
-      .template Ret<ffi::AnyBuffer>();  // d_kernel [L, F]
+      .template Ret<ffi::AnyBuffer>()   // d_kernel [L, F]
+      .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0] for none
 }
 
 inline ffi::Error check_fan_in_matmul_gradients(const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
                                                 const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
-                                                const ffi::AnyBuffer& d_x, const ffi::AnyBuffer& d_kernel, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(check_matrices(x, indices, s));
+                                                const ffi::AnyBuffer& d_x, const ffi::AnyBuffer& d_kernel,
+                                                const ffi::AnyBuffer& d_bias, Shape* s) {
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, d_bias, s));
   XLA_OPS_RETURN_IF_ERROR(check("dy", dy, x.element_type(), {s->batch, s->labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s->labels, s->fan_in}));
   XLA_OPS_RETURN_IF_ERROR(check("d_x", d_x, x.element_type(), {s->batch, s->in_features}));
   return check("d_kernel", d_kernel, x.element_type(), {s->labels, s->fan_in});
 }

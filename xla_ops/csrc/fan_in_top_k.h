@@ -26,9 +26,8 @@ auto bind_fan_in_top_k(Context&& context) {
 inline ffi::Error check_fan_in_top_k(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
                                      const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
                                      const ffi::AnyBuffer& scores, const ffi::AnyBuffer& labels, Shape* s, int64_t* k) {
-  XLA_OPS_RETURN_IF_ERROR(check_matrices(scores, indices, s));
-  *k = scores.dimensions()[1];
-  XLA_OPS_RETURN_IF_ERROR(check_layer(x, kernel, indices, bias, s));
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, s));
+  *k = scores.dimensions().size() == 2 ? scores.dimensions()[1] : 0;
   XLA_OPS_RETURN_IF_ERROR(check("scores", scores, ffi::F32, {s->batch, *k}));
   return check("labels", labels, ffi::S32, {s->batch, *k});
 }

@@ -5,7 +5,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include <type_traits>
+#include <map>
+#include <string>
 
 #include "fan_in_loss.h"
 #include "fan_in_matmul.h"
@@ -14,24 +15,26 @@
 
 namespace xla_ops {
 
-template <typename Handler>
-pybind11::capsule capsule(Handler* handler) {
-  static_assert(std::is_invocable_r_v<XLA_FFI_Error*, Handler, XLA_FFI_CallFrame*>, "not an XLA FFI handler");
-  return pybind11::capsule(reinterpret_cast<void*>(handler));
-}
+using Handlers = std::map<std::string, XLA_FFI_Handler*>;
 
 // Sets `ffi_version`, the version of XLA's FFI that the handlers were built for, and `registrations()`, which maps
-// the names of the handlers to capsules.
-inline void export_handlers(pybind11::module_& m) {
+// the names of the handlers to capsules: those that all platforms have, and `more`.
+inline void export_handlers(pybind11::module_& m, const Handlers& more = {}) {
   m.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  m.def("registrations", [] {
-    pybind11::dict handlers;
-    handlers["xla_ops.fan_in_matmul.forward"] = capsule(fan_in_matmul_forward);
-    handlers["xla_ops.fan_in_matmul.gradients"] = capsule(fan_in_matmul_gradients);
-    handlers["xla_ops.fan_in_loss.value"] = capsule(fan_in_loss_value);
-    handlers["xla_ops.fan_in_loss.gradients"] = capsule(fan_in_loss_gradients);
-    handlers["xla_ops.fan_in_top_k"] = capsule(fan_in_top_k);
-    return handlers;
+  Handlers handlers = {
+      {"xla_ops.fan_in_matmul.forward", fan_in_matmul_forward},
+      {"xla_ops.fan_in_matmul.gradients", fan_in_matmul_gradients},
+      {"xla_ops.fan_in_loss.value", fan_in_loss_value},
+      {"xla_ops.fan_in_loss.gradients", fan_in_loss_gradients},
+      {"xla_ops.fan_in_top_k", fan_in_top_k},
+  };
+  handlers.insert(more.begin(), more.end());
+  m.def("registrations", [handlers] {
+    pybind11::dict capsules;
+    for (const auto& [name, handler] : handlers) {
+      capsules[name.c_str()] = pybind11::capsule(reinterpret_cast<void*>(handler));
+    }
+    return capsules;
   });
 }
 

@@ -94,9 +94,10 @@ cudaError_t run(const Call& call) {
   }
   if (call.op == "fan_in_matmul.gradients") {
     const Operand<T> dy(call, "dy");
-    const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in);
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
+        d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_matmul_gradients(nullptr, scratch, s, x.get(), dy.get(), kernel.get(), indices, d_x.get(),
-                                   d_kernel.get());
+                                   d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
     const Operand<int32_t> positives(call, "positives");

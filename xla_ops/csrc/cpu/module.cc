@@ -5,10 +5,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "fan_in_step.h"
 #include "kernels.h"
+#include "packed.h"
 
 PYBIND11_MODULE(_cpu, m) {
-  xla_ops::export_handlers(m);
+  xla_ops::export_handlers(m, {{"xla_ops.fan_in_step.adam", xla_ops::fan_in_step_adam},
+                               {"xla_ops.fan_in_step.sgd", xla_ops::fan_in_step_sgd}});
+  m.def("peak_scratch_bytes", [] { return xla_ops::scratch().peak.load(); });
   m.def("isa", [] { return xla_ops::isa().name; });
   m.def("select_isa", [](const std::string& name) {
     if (!xla_ops::select_isa(name.c_str())) {

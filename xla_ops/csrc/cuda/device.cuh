@@ -318,6 +318,14 @@ __device__ void write_kernel_gradients(const Layer<T>& layer, const LabelBlock& 
   __syncthreads();  // before they are written again
 }
 
+// out[label] = the sum of `sum` over the lanes of the label's group. To be called by all threads of a block.
+template <typename T>
+__device__ void write_bias_gradients(const LabelBlock& labels, float sum, T* out) {
+#pragma unroll
+  for (int other = 1; other < Group<T>::kLanes; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+  if (my_lane<T>() == 0 && my_label<T>() < labels.size) set(out + labels.first + my_label<T>(), sum);
+}
+
 }  // namespace xla_ops::cuda
 
 #endif  // XLA_OPS_CSRC_CUDA_DEVICE_CUH_

@@ -111,9 +111,7 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T> layer, Loss l
     }
     if constexpr (kGradients) {
       write_kernel_gradients(layer, labels, any, sums, out.d_kernel);
-#pragma unroll
-      for (int other = 1; other < Group<T>::kLanes; other *= 2) d_bias += __shfl_xor_sync(kAllLanes, d_bias, other);
-      if (out.d_bias && lane == 0 && label < labels.size) set(out.d_bias + labels.first + label, d_bias);
+      if (out.d_bias) write_bias_gradients(labels, d_bias, out.d_bias);
     }
   });
   __syncthreads();  // the sums go where connections may be in use

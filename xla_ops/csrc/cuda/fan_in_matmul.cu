@@ -68,7 +68,7 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
 template <typename T>
 __global__ void XLA_OPS_GROUP_BOUNDS(T)
     gradients_kernel(const Layer<T> layer, const T* __restrict__ dy, float* __restrict__ sums_of_blocks, float* d_packed,
-                     T* __restrict__ d_kernel) {
+                     T* __restrict__ d_kernel, T* __restrict__ d_bias) {
   union Shared {
     Connection staged[kStaged];
     LabelTile dy;
@@ -79,6 +79,7 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
   for_each_item(layer.blocks(), [&](int64_t block) {
     const LabelBlock labels(layer, block);
     bool any = false;
+    float bias_sum = 0;
     for (int64_t tile = 0; tile < layer.tiles(); ++tile) {
       const Examples examples(layer.shape.batch, tile);
       __syncthreads();  // the last tile's connections are in use until here
@@ -93,11 +94,13 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
 #pragma unroll
       for (int v = 0; v < Group<T>::kValues; ++v) {
         mine[v] = shared.dy[my_lane<T>() * Group<T>::kValues + v][my_label<T>()];
+        bias_sum += mine[v];
       }
       any |= add_gradients(layer, layer.tile(tile), labels, mine, any, shared.staged, sums,
                            d_packed + tile * layer.shape.in_features * kTile);
     }
     write_kernel_gradients(layer, labels, any, sums, d_kernel);
+    if (d_bias) write_bias_gradients(labels, bias_sum, d_bias);
   });
 }
 
@@ -129,7 +132,7 @@ cudaError_t fan_in_matmul_forward(cudaStream_t stream, Scratch& scratch, const S
 
 template <typename T>
 cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* dy,
-                                    const T* kernel, Indices indices, T* d_x, T* d_kernel) {
+                                    const T* kernel, Indices indices, T* d_x, T* d_kernel, T* d_bias) {
   const T* packed;
   float *sums, *d_packed;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, scratch, s, x, &packed));
@@ -138,7 +141,7 @@ cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const
   Launch<decltype(&gradients_kernel<T>)> gradients;
   XLA_OPS_RETURN_IF_CUDA_ERROR(plan(&gradients_kernel<T>, layer.blocks(), Group<T>::kThreads, 0, &gradients));
   XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, gradients.blocks * kLabels * s.fan_in, &sums));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(gradients(stream, layer, dy, sums, d_packed, d_kernel));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(gradients(stream, layer, dy, sums, d_packed, d_kernel, d_bias));
   return unpack_sums(stream, s, d_packed, d_x);
 }
 
@@ -146,7 +149,7 @@ cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const
   template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Scratch&, const Shape&, const T*, const T*, Indices, \
                                                 const T*, T*);                                                     \
   template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Scratch&, const Shape&, const T*, const T*,        \
-                                                  const T*, Indices, T*, T*);                                      \
+                                                  const T*, Indices, T*, T*, T*);                                    \
   template cudaError_t write_logits<T, float>(cudaStream_t, const Layer<T>&, float*, int64_t);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)

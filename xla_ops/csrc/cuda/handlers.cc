@@ -45,11 +45,6 @@ cuda::Indices indices_of(const ffi::AnyBuffer& buffer) {
   return {buffer.untyped_data(), buffer.element_type() == ffi::U16};
 }
 
-template <typename T>
-const T* data_or_null(const ffi::AnyBuffer& bias) {
-  return has_bias(bias) ? data<const T>(bias) : nullptr;
-}
-
 ffi::Error forward_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
                         ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
   Shape s{};
@@ -58,21 +53,21 @@ ffi::Error forward_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ff
   return launch(x, indices, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_matmul_forward(stream, scratch, s, data<const T>(x), data<const T>(kernel),
-                                       indices_of(indices), data_or_null<T>(bias), data<T>(*y));
+                                       indices_of(indices), optional_data<const T>(bias), data<T>(*y));
   });
 }
 
 ffi::Error gradients_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer dy,
                           ffi::AnyBuffer kernel, ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
-                          ffi::Result<ffi::AnyBuffer> d_kernel) {
+                          ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, *d_bias, &s));
   XlaScratch scratch(std::move(allocator));
   return launch(x, indices, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_matmul_gradients(stream, scratch, s, data<const T>(x), data<const T>(dy),
                                          data<const T>(kernel), indices_of(indices), data<T>(*d_x),
-                                         data<T>(*d_kernel));
+                                         data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
@@ -85,7 +80,7 @@ ffi::Error value_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi:
   return launch(x, indices, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_loss_value(stream, scratch, s, static_cast<Loss>(loss), data<const T>(x),
-                                   data<const T>(kernel), indices_of(indices), data_or_null<T>(bias),
+                                   data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                    data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value));
   });
 }
@@ -97,15 +92,14 @@ ffi::Error loss_gradients_impl(cudaStream_t stream, ffi::ScratchAllocator alloca
                                ffi::Result<ffi::AnyBuffer> d_bias) {
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
-  XLA_OPS_RETURN_IF_ERROR(
-      check_fan_in_loss_gradients(*d_x, *d_kernel, *d_bias, x.element_type(), has_bias(bias), s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, *d_x, *d_kernel, *d_bias));
   XlaScratch scratch(std::move(allocator));
   return launch(x, indices, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_loss_gradients(stream, scratch, s, static_cast<Loss>(loss), data<const T>(x),
-                                       data<const T>(kernel), indices_of(indices), data_or_null<T>(bias),
+                                       data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                        data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value),
-                                       data<T>(*d_x), data<T>(*d_kernel), has_bias(bias) ? data<T>(*d_bias) : nullptr);
+                                       data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
@@ -123,7 +117,7 @@ ffi::Error top_k_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi:
   return launch(x, indices, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_top_k(stream, scratch, s, k, labels_at_once, data<const T>(x), data<const T>(kernel),
-                              indices_of(indices), data_or_null<T>(bias), data<float>(*scores),
+                              indices_of(indices), optional_data<const T>(bias), data<float>(*scores),
                               data<int32_t>(*labels));
   });
 }

@@ -34,10 +34,10 @@ template <typename T>
 cudaError_t fan_in_matmul_forward(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* kernel,
                                   Indices indices, const T* bias, T* y);
 
-// d_x [B, D], d_kernel [L, F], from dy [B, L].
+// d_x [B, D], d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
 template <typename T>
 cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* dy,
-                                    const T* kernel, Indices indices, T* d_x, T* d_kernel);
+                                    const T* kernel, Indices indices, T* d_x, T* d_kernel, T* d_bias);
 
 // value = the mean loss against positives [B, width]; the gradients of all but the positives.
 template <typename T>
