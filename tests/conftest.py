@@ -4,12 +4,17 @@ import os
 
 # XLA reads this once, before the first import of jax. JAX_PLATFORMS stays the user's, as do other XLA flags.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
+# On a GPU: leave memory to the programs that tests start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+    "jax_default_matmul_precision", "highest"
+)  # GPUs round float32 products to 10 bits otherwise
 
 # Compilation makes the first example of a shape slow, hence no deadline.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)

@@ -1,4 +1,4 @@
-"""Fixed fan-in operations for JAX: native CPU kernels behind plain functions."""
+"""Fixed fan-in operations for JAX: native CPU and CUDA kernels behind plain functions."""
 
 from xla_ops._arguments import index_dtype
 from xla_ops._native import register
@@ -14,7 +14,7 @@ from xla_ops.fan_in_loss import fan_in_loss, fan_in_loss_reference
 from xla_ops.fan_in_matmul import fan_in_matmul, fan_in_matmul_reference
 from xla_ops.fan_in_step import AdamState, adam_init, fan_in_adam_step, fan_in_sgd_step
 from xla_ops.fan_in_top_k import fan_in_top_k, fan_in_top_k_reference
-from xla_ops.kth_smallest import kth_smallest_magnitude
+from xla_ops.kth_smallest import kth_smallest_magnitude, kth_smallest_magnitude_reference
 
 __all__ = [
     "AdamState",
@@ -35,5 +35,6 @@ __all__ = [
     "fan_in_top_k_reference",
     "index_dtype",
     "kth_smallest_magnitude",
+    "kth_smallest_magnitude_reference",
     "register",
 ]

@@ -4,6 +4,7 @@ import functools
 import importlib
 import pathlib
 import re
+import warnings
 
 import jax
 
@@ -35,12 +36,14 @@ def check_ffi_version(module) -> None:
         )
 
 
+@functools.cache
 def register() -> tuple[str, ...]:
     """Registers the handlers with XLA, as the first call of any op does, and returns their names.
 
     A program that runs what `jax.export` saved needs the first; exporting with ops in it needs the second:
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]`.
     """
+    cuda()
     return tuple(cpu().registrations())
 
 
@@ -54,7 +57,28 @@ def cpu():
             "The native module xla_ops._cpu has not been built for this Python. "
             f"Build it from the root of the repository:\n    {_REBUILD}"
         ) from error
+    _register_handlers(module, "cpu")
+    return module
+
+
+@functools.cache
+def cuda():
+    """The CUDA module, its handlers registered under the same names; None where there is none.
+
+    It needs neither a GPU nor CUDA's libraries to load. Raises ImportError if it does not fit jaxlib.
+    """
+    try:
+        module = importlib.import_module("xla_ops._cuda")
+    except ModuleNotFoundError:
+        return None  # built without nvcc
+    except ImportError as error:
+        warnings.warn(f"xla_ops runs on CPUs only: xla_ops._cuda does not load: {error}", stacklevel=2)
+        return None
+    _register_handlers(module, "CUDA")
+    return module
+
+
+def _register_handlers(module, platform: str) -> None:
     check_ffi_version(module)
     for name, handler in module.registrations().items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return module
+        jax.ffi.register_ffi_target(name, handler, platform=platform)

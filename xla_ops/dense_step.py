@@ -179,7 +179,7 @@ def _check(x, dy, kernel) -> tuple[Array, Array, Array]:
             raise ValueError(f"{name} must be a matrix, got shape {list(array.shape)}")
     check_shape("dy", dy, (x.shape[0], kernel.shape[1]), "rows of x by columns of kernel")
     check_shape("kernel", kernel, (x.shape[1], dy.shape[1]), "columns of x by columns of dy")
-    _native.cpu()
+    _native.register()
     return x, dy, kernel
 
 

@@ -29,7 +29,7 @@ def fan_in_loss(
     Labels are taken in blocks through logits, loss and all gradients, so that neither logits nor their
     gradient [B, L] exist, forward or backward; and where the squared hinge has no gradient the backward
     products are skipped. Differentiable (reverse mode, once) in x, kernel and bias. Results repeat bit for
-    bit on the same machine with the same number of threads.
+    bit on the same machine with the same number of threads; on a GPU all but the gradient of x do.
 
     Args:
       x: [B, D], float32 or bfloat16.
@@ -77,7 +77,7 @@ def check_loss(x, kernel, indices, bias, positives, loss) -> tuple[Array, Array,
         )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    _native.cpu()
+    _native.register()
     return x, kernel, indices, jnp.zeros(0, x.dtype) if bias is None else bias, positives
 
 

@@ -21,7 +21,8 @@ def fan_in_matmul(
     Differentiable (reverse mode, once) in x, kernel and bias. An input that is listed twice in a row of
     `indices` counts twice; an index outside [0, D) contributes nothing (given a finite weight) and gets no
     gradient. float32 accumulation, also for bfloat16. Results repeat bit for bit on the same machine with the
-    same number of threads.
+    same number of threads; on a GPU all but the gradient of x do, whose sums are taken by atomic additions in
+    whatever order they come.
 
     Args:
       x: [..., D], float32 or bfloat16.
@@ -42,7 +43,7 @@ def fan_in_matmul(
     bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=1)
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
-    _native.cpu()
+    _native.register()
     bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
     y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), kernel, indices, bias)
     return y.reshape(*x.shape[:-1], kernel.shape[0])

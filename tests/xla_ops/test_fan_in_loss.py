@@ -343,9 +343,15 @@ def test_no_input_features(loss):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_results_repeat_bit_for_bit(instruction_set, dtype, loss):
     problem = make_problem(100, 60, 3000, 20, dtype=dtype)
-    first = [np.asarray(a).tobytes() for a in run(*problem, loss)]
+
+    def results():
+        value, d_x, *others = run(*problem, loss)
+        promised = [value, *others] + ([d_x] if jax.default_backend() == "cpu" else [])
+        return [np.asarray(a).tobytes() for a in promised]
+
+    first = results()
     for _ in range(5):
-        assert [np.asarray(a).tobytes() for a in run(*problem, loss)] == first
+        assert results() == first
 
 
 def test_logits_take_no_memory():
@@ -366,7 +372,8 @@ def test_logits_take_no_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(fan_in_loss) < batch * labels * 4 / 10
-    assert temporary_bytes(fan_in_loss_reference) > batch * labels * 4  # so the measurement sees them
+    if jax.default_backend() == "cpu":  # so the measurement sees them; a GPU's compiler may fuse them away
+        assert temporary_bytes(fan_in_loss_reference) > batch * labels * 4
 
 
 # ---- transformations ----
@@ -529,7 +536,7 @@ def test_bad_arguments_are_named(changes, error, message):
 )
 def test_handler_checks_arguments_itself(changes, loss, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
-    _native.cpu()
+    _native.register()
     call = jax.ffi.ffi_call("xla_ops.fan_in_loss.value", jax.ShapeDtypeStruct((), jnp.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(call(*(GOOD | changes).values(), loss=np.int64(loss)))

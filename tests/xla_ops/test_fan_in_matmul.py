@@ -222,9 +222,15 @@ def test_zero_gradients(instruction_set, dtype, is_zero, zero):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_results_repeat_bit_for_bit(instruction_set, dtype):
     problem = make_problem(100, 60, 3000, 20, dtype=dtype)
-    first = [np.asarray(a).tobytes() for a in run_jit(*problem)]
+
+    def results():
+        y, d_x, *others = run_jit(*problem)
+        promised = [y, *others] + ([d_x] if jax.default_backend() == "cpu" else [])
+        return [np.asarray(a).tobytes() for a in promised]
+
+    first = results()
     for _ in range(10):
-        assert [np.asarray(a).tobytes() for a in run_jit(*problem)] == first
+        assert results() == first
 
 
 def test_more_threads_than_labels():

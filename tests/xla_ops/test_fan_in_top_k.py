@@ -179,7 +179,8 @@ def test_logits_take_no_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(fan_in_top_k) < 64 * 100_000 * 4 / 10
-    assert temporary_bytes(fan_in_top_k_reference) >= 64 * 100_000 * 4  # so the measurement sees them
+    if jax.default_backend() == "cpu":  # so the measurement sees them
+        assert temporary_bytes(fan_in_top_k_reference) >= 64 * 100_000 * 4
 
 
 def test_other_devices():

@@ -42,14 +42,40 @@ def test_missing_module_says_how_to_build(monkeypatch):
     assert REBUILD in str(raised.value)
 
 
-def test_refused_module_registers_nothing(monkeypatch):
+def test_cuda_module_is_optional(monkeypatch):
+    def not_there(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(_native.importlib, "import_module", not_there)
+    assert _native.cuda.__wrapped__() is None
+
+
+def test_cuda_module_that_does_not_load_is_left_out(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: cudaLaunch")
+
+    monkeypatch.setattr(_native.importlib, "import_module", broken)
+    with pytest.warns(UserWarning, match=r"CPUs only: xla_ops\._cuda does not load: undefined symbol"):
+        assert _native.cuda.__wrapped__() is None
+
+
+@pytest.mark.parametrize("load", [_native.cpu, _native.cuda])
+def test_refused_module_registers_nothing(monkeypatch, load):
     # Its handlers would break every operation of JAX.
     registered = []
     monkeypatch.setattr(_native.importlib, "import_module", lambda name: module_built_for(MAJOR, MINOR + 1))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **kwargs: registered.append(args))
     with pytest.raises(ImportError, match="Rebuild"):
-        _native.cpu.__wrapped__()
+        load.__wrapped__()
     assert registered == []
+
+
+@pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
+def test_cuda_module_has_the_handlers_of_the_cpu_module():
+    there = set(_native.cpu().registrations())
+    steps = {name for name in there if name.startswith("xla_ops.fan_in_step.")}  # on CPUs only so far
+    assert set(_native.cuda().registrations()) == there - steps
+    assert _native.cuda().ffi_version == _native.cpu().ffi_version
 
 
 def test_unknown_instruction_set_is_an_error():
@@ -86,7 +112,7 @@ OTHER = (7, 7)
 )
 def test_handlers_check_shapes_themselves(handler, shapes, results, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
-    _native.cpu()
+    _native.register()
     indices = {"forward": 2, "gradients": 3}[handler]
     arguments = [
         jnp.zeros(shape, jnp.int32 if i == indices else jnp.float32) for i, shape in enumerate(shapes)

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "handler.h"
+#include "../handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"

@@ -1,12 +1,11 @@
 // The loss of a fixed fan-in output layer against sparse positives, and all of its gradients, in one sweep over the
 // labels: the logits of all labels never exist.
 
-#include "fan_in_loss.h"
+#include "../fan_in_loss.h"
 
 #include <algorithm>
 
 #include "backward.h"
-#include "handler.h"
 #include "kernels.h"
 #include "loss_rows.h"
 #include "packed.h"
@@ -49,14 +48,9 @@ struct GradientBuffers {
 ffi::Error impl(ffi::ThreadPool& pool, ffi::AnyBuffer& x, ffi::AnyBuffer& kernel, ffi::AnyBuffer& indices,
                 ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss, ffi::AnyBuffer& mean,
                 GradientBuffers* d) {
-  Shape s;
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, &s));
-  XLA_OPS_RETURN_IF_ERROR(check_loss(s, positives, loss, mean));
-  if (d) {
-    XLA_OPS_RETURN_IF_ERROR(check("d_x", d->x, x.element_type(), {s.batch, s.in_features}));
-    XLA_OPS_RETURN_IF_ERROR(check("d_kernel", d->kernel, x.element_type(), {s.labels, s.fan_in}));
-    XLA_OPS_RETURN_IF_ERROR(check("d_bias", d->bias, x.element_type(), {bias.dimensions()[0]}));
-  }
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, mean, &s));
+  if (d) XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, d->x, d->kernel, d->bias));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
@@ -86,22 +80,10 @@ ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
 
 }  // namespace
 
-#define XLA_OPS_LOSS_ARGUMENTS                   \
-  ffi::Ffi::Bind()                               \
-      .Ctx<ffi::ThreadPool>()                    \
-      .Arg<ffi::AnyBuffer>() /* x [B, D] */      \
-      .Arg<ffi::AnyBuffer>() /* kernel [L, F] */ \
-      .Arg<ffi::AnyBuffer>() /* indices [L, F] */ \
-      .Arg<ffi::AnyBuffer>() /* bias [L], or [0] for none */ \
-      .Arg<ffi::AnyBuffer>() /* positives [B, P] */ \
-      .Attr<int64_t>("loss") /* 0: squared hinge, 1: binary cross-entropy */ \
-      .Ret<ffi::AnyBuffer>() /* loss [] float32 */
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_value, value_impl, XLA_OPS_LOSS_ARGUMENTS);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_value, value_impl,
+                              bind_fan_in_loss_value(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_gradients, gradients_impl,
-                              XLA_OPS_LOSS_ARGUMENTS.Ret<ffi::AnyBuffer>()  // d_x [B, D]
-                                  .Ret<ffi::AnyBuffer>()                    // d_kernel [L, F]
-                                  .Ret<ffi::AnyBuffer>());                  // d_bias [L], or [0]
+                              bind_fan_in_loss_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

@@ -5,12 +5,11 @@
 // Every sum is taken in an order that depends on the shapes and the number of threads only, so results repeat
 // bit for bit.
 
-#include "fan_in_matmul.h"
+#include "../fan_in_matmul.h"
 
 #include <algorithm>
 
 #include "backward.h"
-#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -61,9 +60,8 @@ void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const T* x, cons
 
 ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  Shape s;
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, &s));
-  XLA_OPS_RETURN_IF_ERROR(check("y", *y, x.element_type(), {s.batch, s.labels}));
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(x, kernel, indices, bias, *y, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
@@ -74,11 +72,8 @@ ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer k
 ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer kernel,
                           ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
                           ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
-  Shape s;
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, *d_bias, &s));
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, x.element_type(), {s.batch, s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("d_x", *d_x, x.element_type(), {s.batch, s.in_features}));
-  XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, x.element_type(), {s.labels, s.fan_in}));
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, *d_bias, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
@@ -90,23 +85,9 @@ ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
-                                  .Ret<ffi::AnyBuffer>());  // y [B, L]
+                              bind_fan_in_matmul_forward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_gradients, gradients_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()    // dy [B, L]
-                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Ret<ffi::AnyBuffer>()    // d_x [B, D]
-                                  .Ret<ffi::AnyBuffer>()    // d_kernel [L, F]
-                                  .Ret<ffi::AnyBuffer>());  // d_bias [L], or [0] for none
+                              bind_fan_in_matmul_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

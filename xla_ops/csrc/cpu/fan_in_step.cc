@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "backward.h"
-#include "handler.h"
+#include "../handler.h"
 #include "kernels.h"
 #include "loss_rows.h"
 #include "packed.h"

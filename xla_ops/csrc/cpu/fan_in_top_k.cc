@@ -1,12 +1,11 @@
 // The k best labels of each example, streaming over blocks of labels: the logits of all labels never exist.
 
-#include "fan_in_top_k.h"
+#include "../fan_in_top_k.h"
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -90,11 +89,9 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const T* 
 
 ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
-  Shape s;
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, &s));
-  const int64_t k = scores->dimensions().size() == 2 ? scores->dimensions()[1] : 0;
-  XLA_OPS_RETURN_IF_ERROR(check("scores", *scores, ffi::F32, {s.batch, k}));
-  XLA_OPS_RETURN_IF_ERROR(check("labels", *labels, ffi::S32, {s.batch, k}));
+  Shape s{};
+  int64_t k = 0;
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
@@ -106,13 +103,6 @@ ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer ker
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_top_k, top_k_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()    // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
-                                  .Ret<ffi::AnyBuffer>()    // scores [B, k] float32
-                                  .Ret<ffi::AnyBuffer>());  // labels [B, k] int32
+                              bind_fan_in_top_k(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

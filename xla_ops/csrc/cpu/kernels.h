@@ -12,14 +12,12 @@
 
 #include <stdint.h>
 
+#include "../types.h"
+
 namespace xla_ops {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // T is float or bfloat16, I is uint16_t or int32_t.
 template <typename T, typename I>

@@ -13,8 +13,6 @@
 
 namespace xla_ops {
 
-enum class Loss { kSquaredHinge, kBinaryCrossEntropy };
-
 struct Term {
   float value, gradient;
 };

@@ -23,10 +23,6 @@ namespace xla_ops {
 // the features that they read, and the gradients of those, in the second-level one.
 constexpr int64_t kBlock = 64;
 
-struct Shape {
-  int64_t batch, in_features, labels, fan_in;
-};
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr uintptr_t kHugePage = 2 << 20;

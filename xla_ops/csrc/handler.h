@@ -1,7 +1,7 @@
 // What the handlers share: checking shapes, and choosing the types that a call's buffers hold.
 
-#ifndef XLA_OPS_CSRC_CPU_HANDLER_H_
-#define XLA_OPS_CSRC_CPU_HANDLER_H_
+#ifndef XLA_OPS_CSRC_HANDLER_H_
+#define XLA_OPS_CSRC_HANDLER_H_
 
 #include <algorithm>
 #include <initializer_list>
@@ -9,8 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "kernels.h"
-#include "packed.h"
+#include "types.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla_ops {
@@ -119,4 +118,4 @@ inline ffi::Error check_loss(const Shape& s, const ffi::AnyBuffer& positives, in
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CSRC_CPU_HANDLER_H_
+#endif  // XLA_OPS_CSRC_HANDLER_H_

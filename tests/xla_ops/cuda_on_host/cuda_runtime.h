@@ -1,0 +1,162 @@
+// Stands in for CUDA's <cuda_runtime.h>, so that a C++ compiler can build the kernels and run them on the host, under
+// its sanitizers. Device memory is host memory and streams do not exist: a launch runs the whole grid, then returns.
+//
+// The blocks of a grid run one after the other. The threads of a block are fibers on one thread of the system: each
+// runs until it meets the others, at a barrier or a warp's exchange. Whatever a thread reads without waiting for the
+// thread that writes it is therefore read too early, in every second block, in which the threads run in reverse.
+//
+// Only what the kernels use is here.
+
+#ifndef TESTS_XLA_OPS_CUDA_ON_HOST_CUDA_RUNTIME_H_
+#define TESTS_XLA_OPS_CUDA_ON_HOST_CUDA_RUNTIME_H_
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __host__
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+#define __shared__ static  // there is but one block at a time
+
+struct dim3 {
+  dim3(unsigned x = 1) : x(x) {}
+  unsigned x;
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// ---- the host's side ----
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorInvalidConfiguration };
+using cudaStream_t = void*;
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+namespace cuda_on_host {
+
+// The device that kernels see. Set by the tests.
+struct Device {
+  int processors = 2;
+  int blocks_per_processor = 2;
+  int shared_bytes = 64 << 10;
+};
+extern Device device;
+
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+
+// Waits for all threads of the block. Returns whether any of them passed true.
+bool meet_block(bool value);
+// Exchanges a word with the other lanes of the warp: returns that of lane `from`, or of all lanes, 32 of them.
+uint32_t exchange(uint32_t word, int from);
+const uint32_t* exchange_all(uint32_t word);
+void* dynamic_shared_memory();
+
+template <typename To, typename From>
+To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+}  // namespace cuda_on_host
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto& device = cuda_on_host::device;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? device.processors : device.shared_bytes;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  return attributes->sharedSizeBytes = 0, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  return *blocks = cuda_on_host::device.blocks_per_processor, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int byte, size_t bytes, cudaStream_t) {
+  return std::memset(data, byte, bytes), cudaSuccess;
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  return cuda_on_host::run_grid(*config, [&] { kernel(arguments...); });
+}
+
+// ---- the device's side ----
+
+namespace xla_ops::cuda {
+inline void* dynamic_shared() { return cuda_on_host::dynamic_shared_memory(); }
+}  // namespace xla_ops::cuda
+
+template <typename T>
+T min(T a, T b) { return b < a ? b : a; }
+template <typename T>
+T max(T a, T b) { return a < b ? b : a; }
+
+inline float __uint_as_float(uint32_t x) { return cuda_on_host::bits<float>(x); }
+inline uint32_t __float_as_uint(float x) { return cuda_on_host::bits<uint32_t>(x); }
+
+template <typename T>
+T __ldg(const T* p) { return *p; }
+template <typename T>
+T __ldcs(const T* p) { return *p; }
+
+inline void __syncthreads() { cuda_on_host::meet_block(false); }
+inline int __syncthreads_or(int value) { return cuda_on_host::meet_block(value != 0); }
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  const int lane = threadIdx.x % 32;
+  return __uint_as_float(cuda_on_host::exchange(__float_as_uint(value), lane ^ mask));
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const uint32_t* lanes = cuda_on_host::exchange_all(value);
+  unsigned ballot = 0;
+  for (int i = 0; i < 32; ++i) ballot |= lanes[i] << i;
+  return ballot;
+}
+
+template <typename T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
+}
+
+inline float4 atomicAdd(float4* p, float4 value) {
+  return make_float4(atomicAdd(&p->x, value.x), atomicAdd(&p->y, value.y), atomicAdd(&p->z, value.z),
+                     atomicAdd(&p->w, value.w));
+}
+template <typename T>
+T atomicOr(T* p, T value) {
+  const T before = *p;
+  *p |= value;
+  return before;
+}
+
+#endif  // TESTS_XLA_OPS_CUDA_ON_HOST_CUDA_RUNTIME_H_

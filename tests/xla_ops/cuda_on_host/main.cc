@@ -1,0 +1,138 @@
+// Runs one launcher of xla_ops/csrc/cuda on arrays in files.
+//
+//   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F processors blocks_per_processor shared_bytes [...]
+//
+// where the rest is (loss, P) for fan_in_loss and (k, labels at once) for fan_in_top_k.
+// Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
+// sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f).
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using xla_ops::Shape;
+using xla_ops::bfloat16;
+using xla_ops::cuda::Indices;
+
+struct HostScratch : xla_ops::cuda::Scratch {
+  void* allocate(size_t bytes) override {
+    buffers.emplace_back(new (std::align_val_t(256)) char[bytes]);
+    std::memset(buffers.back().get(), 0xff, bytes);
+    return buffers.back().get();
+  }
+  struct Delete {
+    void operator()(char* p) const { operator delete[](p, std::align_val_t(256)); }
+  };
+  std::vector<std::unique_ptr<char[], Delete>> buffers;
+};
+
+struct Call {
+  std::string op, directory;
+  Shape shape;
+  bool is_uint16;
+  std::vector<int64_t> more;
+
+  std::string path(const char* name) const { return directory + "/" + name; }
+};
+
+// An operand, exactly as long as its file.
+template <typename T>
+class Operand {
+ public:
+  Operand(const Call& call, const char* name) {
+    std::ifstream file(call.path(name), std::ios::binary);
+    const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
+    data_.reset(new T[bytes.size() / sizeof(T)]);
+    std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(data_.get()));
+    empty_ = bytes.empty();
+  }
+  const T* get() const { return data_.get(); }
+  const T* or_null() const { return empty_ ? nullptr : data_.get(); }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  bool empty_;
+};
+
+// A result, written to its file at the end.
+template <typename T>
+class Result {
+ public:
+  Result(const Call& call, const char* name, int64_t count)
+      : path_(call.path(name)), count_(count), data_(new T[count]) {
+    std::memset(static_cast<void*>(data_.get()), std::is_same_v<T, int32_t> ? 0x7f : 0xff, count * sizeof(T));
+  }
+  ~Result() {
+    std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(data_.get()), count_ * sizeof(T));
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  std::string path_;
+  int64_t count_;
+  std::unique_ptr<T[]> data_;
+};
+
+template <typename T>
+cudaError_t run(const Call& call) {
+  const Shape& s = call.shape;
+  HostScratch scratch;
+  const Operand<T> x(call, "x"), kernel(call, "kernel"), bias(call, "bias");
+  const Operand<char> index_bytes(call, "indices");
+  const Indices indices{index_bytes.get(), call.is_uint16};
+  if (call.op == "fan_in_matmul.forward") {
+    const Result<T> y(call, "y", s.batch * s.labels);
+    return fan_in_matmul_forward(nullptr, scratch, s, x.get(), kernel.get(), indices, bias.or_null(), y.get());
+  }
+  if (call.op == "fan_in_matmul.gradients") {
+    const Operand<T> dy(call, "dy");
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
+        d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
+    return fan_in_matmul_gradients(nullptr, scratch, s, x.get(), dy.get(), kernel.get(), indices, d_x.get(),
+                                   d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
+  }
+  if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
+    const Operand<int32_t> positives(call, "positives");
+    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
+    const int64_t width = call.more.at(1);
+    const Result<float> value(call, "value", 1);
+    if (call.op == "fan_in_loss.value") {
+      return fan_in_loss_value(nullptr, scratch, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
+                               positives.get(), width, value.get());
+    }
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
+        d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
+    return fan_in_loss_gradients(nullptr, scratch, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
+                                 positives.get(), width, value.get(), d_x.get(), d_kernel.get(),
+                                 bias.or_null() ? d_bias.get() : nullptr);
+  }
+  if (call.op == "fan_in_top_k") {
+    const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
+    const Result<float> scores(call, "scores", s.batch * k);
+    const Result<int32_t> labels(call, "labels", s.batch * k);
+    return fan_in_top_k(nullptr, scratch, s, k, labels_at_once, x.get(), kernel.get(), indices, bias.or_null(),
+                        scores.get(), labels.get());
+  }
+  std::fprintf(stderr, "no such op: %s\n", call.op.c_str());
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  Call call{argv[1], argv[2], {}, std::string(argv[4]) == "uint16", {}};
+  std::vector<int64_t> numbers;
+  for (char** a = argv + 5; *a; ++a) numbers.push_back(std::strtoll(*a, nullptr, 10));
+  call.shape = {numbers[0], numbers[1], numbers[2], numbers[3]};
+  cuda_on_host::device = {static_cast<int>(numbers[4]), static_cast<int>(numbers[5]), static_cast<int>(numbers[6])};
+  call.more.assign(numbers.begin() + 7, numbers.end());
+  return std::string(argv[3]) == "float32" ? run<float>(call) : run<bfloat16>(call);
+}

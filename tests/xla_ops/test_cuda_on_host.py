@@ -1,0 +1,350 @@
+"""The CUDA kernels, compiled as C++ and run on the host by `cuda_on_host`, against brute force.
+
+The source is what nvcc compiles. AddressSanitizer and UndefinedBehaviorSanitizer watch; every result and
+every temporary starts as NaN, so that what is not written, or read before it is, shows.
+"""
+
+import concurrent.futures
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_fan_in_loss as loss_test
+import test_fan_in_matmul as matmul
+import test_fan_in_top_k as top_k_test
+
+from xla_ops.fan_in_loss import LOSSES
+
+HERE = Path(__file__).parent / "cuda_on_host"
+KERNELS = Path(__file__).parents[2] / "xla_ops" / "csrc" / "cuda"
+FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+# Processors, blocks of threads on each, and bytes of shared memory that a block can have.
+SMALL = (2, 1, 0)  # no features in shared memory; so few blocks at once that each takes many items
+SHARED = (2, 1, 99 << 10)
+
+
+def build(directory, *defines):
+    """Compiles the kernels and the executor into one program."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ with its sanitizers compiles the kernels")
+
+    def run(*arguments):
+        finished = subprocess.run([compiler, *SANITIZERS, *arguments], capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+
+    def compile_one(source):
+        include = [f"-I{HERE}", f"-I{KERNELS}"]
+        run("-x", "c++", *FLAGS, *defines, *include, "-c", source, "-o", directory / f"{source.stem}.o")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, [*HERE.glob("*.cc"), *KERNELS.glob("*.cu")]))
+    path = directory / "kernels_on_host"
+    run(*directory.glob("*.o"), "-o", path)
+    return path
+
+
+def call(program, directory, op, arrays, results, device, *more):
+    """Runs an op on arrays by name; returns `results`, given as (name, shape, dtype)."""
+    for name, array in arrays.items():
+        (np.zeros(0) if array is None else array).tofile(directory / name)
+    (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays["indices"].shape
+    dtypes = [arrays[name].dtype.name for name in ("x", "indices")]
+    numbers = map(str, [batch, in_features, labels, fan_in, *device, *more])
+    finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture(scope="session")
+def program_with_vector_atomics(tmp_path_factory):
+    """As for compute capability 9.0 and later, where d_x is summed four values at a time."""
+    return build(tmp_path_factory.mktemp("cuda_on_host"), "-DXLA_OPS_VECTOR_ATOMICS=1")
+
+
+@pytest.fixture
+def run(program, tmp_path):
+    return functools.partial(call, program, tmp_path)
+
+
+@pytest.fixture
+def run_with_vector_atomics(program_with_vector_atomics, tmp_path):
+    return functools.partial(call, program_with_vector_atomics, tmp_path)
+
+
+SHAPES = pytest.mark.parametrize(
+    ("batch", "in_features", "labels", "fan_in"),
+    [
+        (1, 7, 1, 1),
+        (31, 50, 67, 3),
+        (32, 33, 64, 32),
+        (33, 64, 129, 64),
+        (257, 40, 70, 33),
+        (2, 300, 200, 100),
+    ],
+)
+EMPTY = pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 0, 6, 3), (5, 6, 0, 3)], ids=str)
+DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "shared"])
+
+
+# ---- fan_in_matmul ----
+
+
+def check_matmul(run, problem, device):
+    dtype = problem.x.dtype
+    shapes = {"y": problem.dy.shape, "d_x": problem.x.shape, "d_kernel": problem.kernel.shape}
+    if problem.bias is not None:
+        shapes["d_bias"] = problem.bias.shape
+    y, *gradients = [(name, shape, dtype) for name, shape in shapes.items()]
+    results = run("fan_in_matmul.forward", problem._asdict(), [y], device)
+    results += run("fan_in_matmul.gradients", problem._asdict(), gradients, device)
+    matmul.assert_matches_brute_force(results + [None] * (problem.bias is None), problem)
+
+
+@SHAPES
+@DTYPE
+@DEVICE
+def test_matmul_matches_brute_force(run, batch, in_features, labels, fan_in, dtype, device):
+    index_dtype = np.uint16 if fan_in % 2 else np.int32
+    problem = matmul.make_problem(
+        batch, in_features, labels, fan_in, dtype=dtype, index_dtype=index_dtype, with_bias=labels != 70
+    )
+    check_matmul(run, problem, device)
+
+
+@EMPTY
+@DEVICE
+def test_matmul_of_nothing(run, shape, device):
+    batch, in_features, labels, fan_in = shape
+    problem = matmul.make_problem(batch, max(1, in_features), labels, fan_in)
+    check_matmul(run, problem._replace(x=problem.x[:, :in_features]), device)
+
+
+@DTYPE
+@DEVICE
+def test_matmul_touches_nothing_outside(run, dtype, device):
+    problem = matmul.make_problem(33, 40, 70, 17, dtype=dtype)
+    outside = np.array([40, 41, 2**31 - 1, -(2**31), -1, -40, -41], np.int32)
+    problem = problem._replace(
+        x=np.full_like(problem.x, np.nan), indices=np.resize(outside, problem.indices.shape)
+    )
+    (y,) = run("fan_in_matmul.forward", problem._asdict(), [("y", (33, 70), dtype)], device)
+    np.testing.assert_array_equal(y, np.broadcast_to(problem.bias, y.shape))
+    results = [("d_x", (33, 40), dtype), ("d_kernel", (70, 17), dtype)]
+    for gradient in run("fan_in_matmul.gradients", problem._asdict(), results, device):
+        assert not np.any(gradient)
+
+
+@DTYPE
+@pytest.mark.parametrize(
+    "is_zero",
+    [
+        lambda b, label: b >= 0,
+        lambda b, label: label % 3 != 0,
+        lambda b, label: b < 64,
+        lambda b, label: b >= 32,
+        lambda b, label: (b != 69) | (label != 131),
+    ],
+    ids=["all", "labels", "first tiles", "last tiles", "all but one"],
+)
+def test_matmul_with_zero_gradients(run, dtype, is_zero):
+    problem = matmul.make_problem(70, 30, 132, 35, dtype=dtype)
+    b, label = np.mgrid[:70, :132]
+    problem.dy[is_zero(b, label)] = 0
+    check_matmul(run, problem, SMALL)
+
+
+@DTYPE
+def test_gradients_with_vector_atomics(run_with_vector_atomics, dtype):
+    problem = matmul.make_problem(70, 40, 130, 35, dtype=dtype)
+    check_matmul(run_with_vector_atomics, problem, SMALL)
+    problem = loss_test.make_problem(70, 40, 130, 35, dtype=dtype)
+    results = check_loss(run_with_vector_atomics, problem, "squared_hinge", SMALL)
+    loss_test.assert_matches_brute_force(results, problem, "squared_hinge")
+
+
+# ---- fan_in_loss ----
+
+LOSS = pytest.mark.parametrize("loss", LOSSES)
+
+
+def check_loss(run, problem, loss, device):
+    dtype, more = problem.x.dtype, (LOSSES.index(loss), problem.positives.shape[1])
+    arrays = problem._asdict()
+    shapes = {f"d_{name}": getattr(problem, name) for name in ("x", "kernel", "bias")}
+    results = [(name, () if a is None else a.shape, dtype) for name, a in shapes.items() if a is not None]
+    value, *gradients = run(
+        "fan_in_loss.gradients", arrays, [("value", (), np.float32), *results], device, *more
+    )
+    (alone,) = run("fan_in_loss.value", arrays, [("value", (), np.float32)], device, *more)
+    np.testing.assert_array_equal(alone, value)
+    return [value, *gradients, *([None] if problem.bias is None else [])]
+
+
+@SHAPES
+@DTYPE
+@LOSS
+def test_loss_matches_brute_force(run, batch, in_features, labels, fan_in, dtype, loss):
+    index_dtype = np.int32 if fan_in % 2 else np.uint16
+    problem = loss_test.make_problem(
+        batch,
+        in_features,
+        labels,
+        fan_in,
+        num_positives=40 if batch == 33 else batch % 5,
+        dtype=dtype,
+        index_dtype=index_dtype,
+        with_bias=labels != 70,
+    )
+    loss_test.assert_matches_brute_force(check_loss(run, problem, loss, SMALL), problem, loss)
+
+
+@EMPTY
+@LOSS
+def test_loss_of_nothing(run, shape, loss):
+    batch, in_features, labels, fan_in = shape
+    problem = loss_test.make_problem(batch, max(1, in_features), max(1, labels), fan_in)
+    problem = problem._replace(
+        x=problem.x[:, :in_features],
+        **{n: getattr(problem, n)[:labels] for n in ("kernel", "indices", "bias")},
+    )
+    results = check_loss(run, problem, loss, SMALL)
+    if batch and labels:
+        loss_test.assert_matches_brute_force(results, problem, loss)
+    else:
+        assert np.isnan(results[0])
+        assert not any(np.any(gradient) for gradient in results[1:])
+
+
+@DTYPE
+def test_loss_without_a_gradient(run, dtype):
+    # Every logit is its bias, and meets its margin, but for one point that does not have label 3.
+    problem = loss_test.make_problem(70, 20, 130, 5, dtype=dtype)
+    bias = np.full(130, -1.5).astype(dtype)
+    bias[3] = 1.5
+    problem = problem._replace(x=np.zeros_like(problem.x), bias=bias, positives=np.full((70, 1), 3, np.int32))
+    for result in check_loss(run, problem, "squared_hinge", SMALL):
+        assert not np.any(result)
+    problem.positives[40] = -1
+    value, d_x, d_kernel, d_bias = check_loss(run, problem, "squared_hinge", SMALL)
+    assert value > 0
+    assert not np.any(d_kernel)
+    np.testing.assert_array_equal(np.flatnonzero(np.any(d_x.astype(np.float32), axis=1)), [40])
+    np.testing.assert_array_equal(np.flatnonzero(d_bias.astype(np.float32)), [3])
+
+
+@LOSS
+def test_loss_does_not_hide_nan(run, loss):
+    problem = loss_test.make_problem(40, 9, 70, 4)
+    problem.x[35] = np.nan
+    value, d_x, *_ = check_loss(run, problem, loss, SMALL)
+    assert np.isnan(value)
+    assert np.isnan(d_x[35]).any()
+    assert np.isfinite(np.delete(d_x, 35, axis=0)).all()
+
+
+def test_cross_entropy_of_extreme_logits(run):
+    # Logits of +1e4 and -1e4; the first two labels are positives.
+    problem = loss_test.Problem(
+        x=np.ones((20, 1), np.float32),
+        kernel=np.array([[1e4], [-1e4], [1e4], [-1e4]], np.float32),
+        indices=np.zeros((4, 1), np.int32),
+        bias=np.zeros(4, np.float32),
+        positives=np.tile(np.array([[0, 1]], np.int32), (20, 1)),
+    )
+    value, d_x, d_kernel, d_bias = check_loss(run, problem, "bce", SMALL)
+    np.testing.assert_allclose(value, 2 * 1e4 / 4, rtol=1e-6)
+    np.testing.assert_allclose(d_bias, [0, -0.25, 0.25, 0], rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(d_kernel[:, 0], [0, -0.25, 0.25, 0], rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(d_x, np.full((20, 1), 2 * 1e4 / 80), rtol=1e-6)
+
+
+# ---- fan_in_top_k ----
+
+
+def check_top_k(run, problem, k, labels_at_once, device=SMALL):
+    x, kernel, indices, bias = problem
+    shape = (x.shape[0], k)
+    return run(
+        "fan_in_top_k",
+        {"x": x, "kernel": kernel, "indices": indices, "bias": bias},
+        [("scores", shape, np.float32), ("labels", shape, np.int32)],
+        device,
+        k,
+        labels_at_once,
+    )
+
+
+@pytest.mark.parametrize("labels_at_once", [100, 1000])
+@pytest.mark.parametrize(
+    ("batch", "in_features", "labels", "fan_in", "k"),
+    [
+        (1, 7, 1, 1, 1),
+        (31, 50, 67, 3, 5),
+        (33, 9, 300, 33, 1),
+        (3, 64, 700, 64, 690),
+        (3, 5, 400, 100, 64),
+        (2, 5, 70, 3, 0),
+        (5, 1, 130, 3, 130),
+        (0, 5, 10, 3, 4),
+    ],
+)
+@DTYPE
+def test_top_k_matches_a_stable_sort(run, batch, in_features, labels, fan_in, k, labels_at_once, dtype):
+    index_dtype = np.int32 if fan_in % 2 else np.uint16
+    problem = top_k_test.make_problem(
+        batch, in_features, labels, fan_in, dtype=dtype, index_dtype=index_dtype, with_bias=labels != 70
+    )
+    top_k_test.assert_same(check_top_k(run, problem, k, labels_at_once), top_k_test.brute_force(*problem, k))
+
+
+@pytest.mark.parametrize("labels_at_once", [100, 1000])
+def test_top_k_of_logits_that_differ_little(run, labels_at_once):
+    problem = matmul.make_problem(3, 40, 700, 4)
+    problem = problem._replace(bias=np.full(700, 1000, np.float32))  # few bits are left to tell them apart
+    (logits,) = run("fan_in_matmul.forward", problem._asdict(), [("y", (3, 700), np.float32)], SMALL)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :60]
+    scores, labels = check_top_k(run, problem[:4], 60, labels_at_once)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(logits, expected, axis=1))
+
+
+@pytest.mark.parametrize("k", [1, 5, 300])
+def test_of_equal_scores_the_lower_label_comes_first(run, k):
+    # All of 0 or -0, but for labels 250 and 270.
+    bias, kernel = np.zeros(300, np.float32), np.zeros((300, 4), np.float32)
+    bias[::3], kernel[::3] = -0.0, -0.0
+    bias[[250, 270]] = 1
+    problem = (np.ones((3, 2), np.float32), kernel, np.zeros((300, 4), np.int32), bias)
+    expected = [250, 270, *(label for label in range(300) if label not in (250, 270))][:k]
+    for labels_at_once in (64, 512):
+        _, labels = check_top_k(run, problem, k, labels_at_once)
+        np.testing.assert_array_equal(labels, np.tile(expected, (3, 1)))
+
+
+def test_nan_and_minus_infinity_are_never_chosen(run):
+    bias = np.full(200, -np.inf, np.float32)
+    bias[50:100] = np.nan
+    bias[[7, 60, 150]] = [-3e38, 2, np.inf]
+    problem = (
+        np.ones((2, 2), np.float32),
+        np.zeros((200, 1), np.float32),
+        np.zeros((200, 1), np.int32),
+        bias,
+    )
+    for labels_at_once in (64, 512):
+        scores, labels = check_top_k(run, problem, 5, labels_at_once)
+        np.testing.assert_array_equal(labels, [[150, 60, 7, -1, -1]] * 2)
+        np.testing.assert_array_equal(scores, np.float32([[np.inf, 2, -3e38, -np.inf, -np.inf]] * 2))

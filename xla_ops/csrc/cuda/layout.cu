@@ -1,0 +1,92 @@
+// See layout.h. Both directions transpose squares of 32 features by 32 examples through shared memory, so that
+// reads and writes are of whole runs of memory.
+
+#include "layout.h"
+
+#include "device.cuh"
+#include "launch.cuh"
+
+namespace xla_ops::cuda {
+namespace {
+
+constexpr int kRowsAtOnce = 8;
+constexpr int kThreads = kTile * kRowsAtOnce;
+
+// Features [feature, feature + kTile) of tile `tile`.
+struct Square {
+  __device__ Square(int64_t item, int64_t rows)
+      : tile(item / ceil_div(rows, kTile)), feature(item % ceil_div(rows, kTile) * kTile) {}
+  int64_t tile, feature;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) pack_kernel(Shape s, const T* __restrict__ x, T* __restrict__ packed) {
+  __shared__ float square[kTile][kTile + 1];
+  const int64_t rows = s.in_features + 1;
+  const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
+  for_each_item(ceil_div(s.batch, kTile) * ceil_div(rows, kTile), [&](int64_t item) {
+    const Square at(item, rows);
+    for (int i = row; i < kTile; i += kRowsAtOnce) {
+      const int64_t example = at.tile * kTile + i, feature = at.feature + column;
+      const bool inside = example < s.batch && feature < s.in_features;
+      square[i][column] = inside ? to_float(x[example * s.in_features + feature]) : 0;
+    }
+    __syncthreads();
+    for (int i = row; i < kTile && at.feature + i < rows; i += kRowsAtOnce) {
+      set(packed + (at.tile * rows + at.feature + i) * kTile + column, square[column][i]);
+    }
+    __syncthreads();
+  });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Shape s, const float* __restrict__ sums, T* __restrict__ d_x) {
+  __shared__ float square[kTile][kTile + 1];
+  const int64_t rows = s.in_features;
+  const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
+  for_each_item(ceil_div(s.batch, kTile) * ceil_div(rows, kTile), [&](int64_t item) {
+    const Square at(item, rows);
+    for (int i = row; i < kTile && at.feature + i < rows; i += kRowsAtOnce) {
+      square[i][column] = sums[(at.tile * rows + at.feature + i) * kTile + sum_position<T>(column)];
+    }
+    __syncthreads();
+    for (int i = row; i < kTile && at.tile * kTile + i < s.batch; i += kRowsAtOnce) {
+      if (at.feature + column < rows) {
+        set(d_x + (at.tile * kTile + i) * rows + at.feature + column, square[column][i]);
+      }
+    }
+    __syncthreads();
+  });
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t pack(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T** packed) {
+  const int64_t tiles = ceil_div(s.batch, kTile), rows = s.in_features + 1;
+  T* out;
+  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, tiles * rows * kTile, &out));
+  *packed = out;
+  return launch(pack_kernel<T>, tiles * ceil_div(rows, kTile), kThreads, 0, stream, s, x, out);
+}
+
+cudaError_t zero_sums(cudaStream_t stream, Scratch& scratch, const Shape& s, float** sums) {
+  const int64_t count = ceil_div(s.batch, kTile) * s.in_features * kTile;
+  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, count, sums));
+  return cudaMemsetAsync(*sums, 0, count * sizeof(float), stream);
+}
+
+template <typename T>
+cudaError_t unpack_sums(cudaStream_t stream, const Shape& s, const float* sums, T* d_x) {
+  const int64_t items = ceil_div(s.batch, kTile) * ceil_div(s.in_features, kTile);
+  return launch(unpack_kernel<T>, items, kThreads, 0, stream, s, sums, d_x);
+}
+
+#define XLA_OPS_INSTANTIATE(T)                                                                     \
+  template cudaError_t pack<T>(cudaStream_t, Scratch&, const Shape&, const T*, const T**);         \
+  template cudaError_t unpack_sums<T>(cudaStream_t, const Shape&, const float*, T*);
+XLA_OPS_INSTANTIATE(float)
+XLA_OPS_INSTANTIATE(bfloat16)
+
+}  // namespace xla_ops::cuda

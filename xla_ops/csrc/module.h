@@ -1,0 +1,43 @@
+// What the Python modules of all platforms export.
+
+#ifndef XLA_OPS_CSRC_MODULE_H_
+#define XLA_OPS_CSRC_MODULE_H_
+
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <string>
+
+#include "fan_in_loss.h"
+#include "fan_in_matmul.h"
+#include "fan_in_top_k.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace xla_ops {
+
+using Handlers = std::map<std::string, XLA_FFI_Handler*>;
+
+// Sets `ffi_version`, the version of XLA's FFI that the handlers were built for, and `registrations()`, which maps
+// the names of the handlers to capsules: those that all platforms have, and `more`.
+inline void export_handlers(pybind11::module_& m, const Handlers& more = {}) {
+  m.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  Handlers handlers = {
+      {"xla_ops.fan_in_matmul.forward", fan_in_matmul_forward},
+      {"xla_ops.fan_in_matmul.gradients", fan_in_matmul_gradients},
+      {"xla_ops.fan_in_loss.value", fan_in_loss_value},
+      {"xla_ops.fan_in_loss.gradients", fan_in_loss_gradients},
+      {"xla_ops.fan_in_top_k", fan_in_top_k},
+  };
+  handlers.insert(more.begin(), more.end());
+  m.def("registrations", [handlers] {
+    pybind11::dict capsules;
+    for (const auto& [name, handler] : handlers) {
+      capsules[name.c_str()] = pybind11::capsule(reinterpret_cast<void*>(handler));
+    }
+    return capsules;
+  });
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CSRC_MODULE_H_
