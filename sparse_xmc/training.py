@@ -145,7 +145,7 @@ class Trainer:
         self.state = init(config, params, other)
         self._train_step = jax.jit(functools.partial(step, self._graphdef, config, seed), donate_argnums=0)
         self._rewire = jax.jit(
-            functools.partial(rewire_state, config.rewire, model.output.in_features), donate_argnums=0
+            functools.partial(rewire_state, config, model.output.in_features, in_place), donate_argnums=0
         )
 
     @property
