@@ -13,7 +13,7 @@ from xla_ops._arguments import VALUE_DTYPES, check_dtype
 def kth_smallest_magnitude(x: ArrayLike, k: int) -> Array:
     """The k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
 
-    On a CPU, two counting passes over x, without temporaries; elsewhere by `kth_smallest_magnitude_reference`.
+    On a CPU, two counting passes over x, without temporaries; elsewhere `kth_smallest_magnitude_reference`.
 
     Args:
       x: array of any shape, float32 or bfloat16, without NaN.
@@ -39,7 +39,7 @@ def kth_smallest_magnitude(x: ArrayLike, k: int) -> Array:
 
 
 def kth_smallest_magnitude_reference(x: ArrayLike, k: int) -> Array:
-    """`kth_smallest_magnitude` in plain `jax.numpy`: bisects on the bits, whose order is that of magnitudes."""
+    """`kth_smallest_magnitude` in plain `jax.numpy`: bisects on the bits, which are in the order of |x|."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(jnp.asarray(x).astype(jnp.float32)), jnp.uint32)
 
     def halve(_, bounds):  # the answer's bits are in low..high
