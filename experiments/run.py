@@ -48,7 +48,7 @@ flags.DEFINE_float("validation_fraction", 0.02, "The part of the training points
 flags.DEFINE_bool("validate_on_test", False, "Validate on the test set, as the paper does.")
 
 flags.DEFINE_enum("output_layer", "fixed_fan_in", OUTPUT_LAYERS, "The output layer.")
-flags.DEFINE_integer("fan_in", 32, "Inputs of each label.")
+flags.DEFINE_integer("fan_in", 32, "Inputs of each label (of an unstructured layer: on average).")
 flags.DEFINE_integer("penultimate", 8192, "Width of the penultimate layer; 0 for none.")
 flags.DEFINE_integer("embedding", 512, "Size of the word embeddings, for sparse features.")
 flags.DEFINE_float("dropout", 0.1, "Dropout rate on the input features.")
@@ -67,7 +67,9 @@ flags.DEFINE_float("epsilon", PAPER_EPSILON, "Adam's epsilon.")
 flags.DEFINE_enum("schedule", "plateau", SCHEDULES, "How the learning rate falls; see TrainingConfig.")
 flags.DEFINE_float("rewire_fraction", 0.1, "The part of the connections that a rewiring moves; 0 for never.")
 flags.DEFINE_integer("rewire_interval", 1000, "Steps from rewiring to rewiring; -1 for once an epoch.")
-flags.DEFINE_bool("rewire_distinct", True, "Never give a label the same input twice.")
+flags.DEFINE_bool(
+    "rewire_distinct", True, "Never give a label the same input twice, at the start or when rewiring."
+)
 flags.DEFINE_bool("rewire_zero", True, "Moved connections start at weight 0.")
 flags.DEFINE_float(
     "checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed."
@@ -226,6 +228,7 @@ def _model_config(dataset: Dataset) -> ClassifierConfig:
         fan_in=FLAGS.fan_in,
         output_bias=FLAGS.output_bias,
         output_bound=FLAGS.output_bound,
+        distinct=FLAGS.rewire_distinct,
     )
 
 

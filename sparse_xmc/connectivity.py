@@ -1,4 +1,4 @@
-"""Random connections: for each output (label), F distinct inputs."""
+"""Random connections: for each output (label), F distinct inputs; or anywhere between the two."""
 
 import functools
 
@@ -53,15 +53,18 @@ def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinc
     return jax.lax.while_loop(lambda s: s[2].any(), draw_again, (key, indices, conflicts(indices)))[1]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def draw_connections(key: Array, labels: int, fan_in: int, in_features: int) -> Array:
-    """For each of L labels, F distinct inputs out of D, uniformly.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="distinct")
+def draw_connections(
+    key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True
+) -> Array:
+    """For each of L labels, F inputs out of D, uniformly.
 
     Args:
       key: a random key.
       labels: L.
       fan_in: F <= D.
       in_features: D.
+      distinct: as for `redraw`.
 
     Returns:
       [L, F], uint16 for D <= 65,536, else int32.
@@ -70,7 +73,25 @@ def draw_connections(key: Array, labels: int, fan_in: int, in_features: int) -> 
 
     def block(key):
         shape = (min(labels, _ROWS_AT_ONCE), fan_in)
-        return redraw(key, jnp.zeros(shape, dtype), jnp.ones(shape, bool), in_features)
+        return redraw(key, jnp.zeros(shape, dtype), jnp.ones(shape, bool), in_features, distinct=distinct)
 
     blocks = -(-labels // _ROWS_AT_ONCE)
     return jax.lax.map(block, jax.random.split(key, blocks)).reshape(-1, fan_in)[:labels]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def draw_coordinates(key: Array, connections: int, labels: int, in_features: int) -> Array:
+    """Draws connections uniformly from all pairs of a label and an input; a pair may come twice.
+
+    Args:
+      key: a random key.
+      connections: N.
+      labels: L.
+      in_features: D.
+
+    Returns:
+      int32 [N, 2]: the label and the input of each connection.
+    """
+    label_key, input_key = jax.random.split(key)
+    label = jax.random.randint(label_key, (connections,), 0, labels)
+    return jnp.stack([label, jax.random.randint(input_key, (connections,), 0, in_features)], axis=1)

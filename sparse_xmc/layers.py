@@ -1,6 +1,7 @@
 """Flax NNX layers: the fixed fan-in output layer, and an input stage for bags of words."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -20,11 +21,11 @@ class Connectivity(nnx.Variable):
 
 
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Glorot-uniform on the flat array of all L*F weights, as the paper's code has it: +-sqrt(3 / (L*F)).
+    """Glorot-uniform on the flat array of all N = L*F weights, as the paper's code has it: +-sqrt(3 / N).
 
     The logits of a wide layer then start at almost exactly the bias.
     """
-    bound = (3 / max(1, shape[0] * shape[1])) ** 0.5
+    bound = (3 / max(1, math.prod(shape))) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -41,7 +42,7 @@ class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
-    inputs are drawn at random and distinct within an output; `sparse_xmc.rewire` moves them during training.
+    inputs are drawn at random; `sparse_xmc.rewire` moves them during training.
 
     Args:
       in_features: D, the size of the last axis of the input.
@@ -52,6 +53,7 @@ class FixedFanInLinear(nnx.Module):
       param_dtype: the dtype of the parameters, float32 or bfloat16.
       kernel_init: initializer of the kernel [L, F].
       bias_init: initializer of the bias [L].
+      distinct: whether the inputs of an output are distinct. If false they may repeat, as in the paper's code.
       rngs: random keys; the stream `params` is used.
 
     Attributes:
@@ -76,6 +78,7 @@ class FixedFanInLinear(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = flat_glorot_uniform,
         bias_init: Initializer = nnx.initializers.zeros_init(),
+        distinct: bool = True,
         rngs: nnx.Rngs,
     ):
         if not 1 <= fan_in <= in_features:
@@ -85,7 +88,9 @@ class FixedFanInLinear(nnx.Module):
         self.fan_in = fan_in
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, fan_in), param_dtype))
-        self.indices = Connectivity(draw_connections(rngs.params(), out_features, fan_in, in_features))
+        self.indices = Connectivity(
+            draw_connections(rngs.params(), out_features, fan_in, in_features, distinct=distinct)
+        )
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 
     def cast(self, x: Array) -> tuple[Array, Array, Array, Array | None]:

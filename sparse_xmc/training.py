@@ -14,7 +14,8 @@ from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.models import Classifier
-from sparse_xmc.rewire import RewireConfig, reset_moments, rewire
+from sparse_xmc.rewire import RewireConfig, reset_moments, rewire, rewire_unstructured
+from sparse_xmc.unstructured import UnstructuredLinear
 
 # The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
 # mean over 10^5 labels are as small as that.
@@ -120,7 +121,7 @@ class Trainer:
         self.config = config
         self.seed = seed
         self.step = 0
-        self._sparse = isinstance(model.output, FixedFanInLinear)
+        self._sparse = isinstance(model.output, FixedFanInLinear | UnstructuredLinear)
         self._tx = optax.chain(
             optax.scale_by_adam(eps=config.epsilon),
             _scale_layer("embedding", config.embedding_rate),
@@ -155,9 +156,16 @@ class Trainer:
             return
         output, other = self.state["params"]["output"], self.state["other"]["output"]
         key = jax.random.fold_in(jax.random.key(self.seed), self.step)
-        in_features = self.model.output.in_features
-        kernel, indices, moved = rewire(
-            key, output["kernel"][...], other["indices"][...], in_features, self.config.rewire
+        layer = self.model.output
+        move = rewire
+        if isinstance(layer, UnstructuredLinear):
+            move = functools.partial(rewire_unstructured, labels=layer.out_features)
+        kernel, indices, moved = move(
+            key,
+            output["kernel"][...],
+            other["indices"][...],
+            in_features=layer.in_features,
+            config=self.config.rewire,
         )
         output["kernel"], other["indices"] = (
             output["kernel"].replace(kernel),

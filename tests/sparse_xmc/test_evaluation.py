@@ -30,7 +30,7 @@ def all_logits(model, dataset):
         np.maximum(0, x @ np.asarray(model.penultimate.kernel[...]) + np.asarray(model.penultimate.bias[...]))
         for x in features
     ]
-    return np.stack([np.asarray(model.output(x)) for x in hidden])
+    return np.concatenate([np.asarray(model.output(x[None])) for x in hidden])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
