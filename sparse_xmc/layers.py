@@ -53,7 +53,7 @@ class FixedFanInLinear(nnx.Module):
       param_dtype: the dtype of the parameters, float32 or bfloat16.
       kernel_init: initializer of the kernel [L, F].
       bias_init: initializer of the bias [L].
-      distinct: whether the inputs of an output are distinct. If false they may repeat, as in the paper's code.
+      distinct: whether the inputs of an output are distinct; in the paper's code they may repeat.
       rngs: random keys; the stream `params` is used.
 
     Attributes:

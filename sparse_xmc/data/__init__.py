@@ -3,6 +3,7 @@
 from sparse_xmc.data.formats import (
     Dataset,
     read_dense,
+    read_filter,
     read_tsv,
     read_xmc_labels,
     read_xmc_text,
@@ -18,6 +19,7 @@ __all__ = [
     "TextEncoder",
     "load_csr",
     "read_dense",
+    "read_filter",
     "read_tsv",
     "read_xmc_labels",
     "read_xmc_text",
