@@ -23,6 +23,7 @@ A table file is TOML:
     seeds = [0, 1, 2]
 """
 
+import copy
 import hashlib
 import json
 import shlex
@@ -34,14 +35,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import app, flags
-from absl.testing import flagsaver
 
 from experiments import run
-
-_TABLE = flags.DEFINE_string("table", None, "The table file.")
-_RESULTS = flags.DEFINE_string("results", None, "Directory that results go to.")
-_RUNS = flags.DEFINE_string("runs", "runs/sweep", "Directory of the runs' working directories.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show what would run, and run nothing.")
 
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
@@ -120,9 +115,11 @@ def read_table(path: str) -> Table:
 
 def effective_flags(arguments: list[str]) -> dict:
     """What `experiments.run` would see of these arguments, but for flags that change no result."""
-    with flagsaver.flagsaver():
-        flags.FLAGS(["experiments.run", *arguments])
-        return _that_matter({flag.name: flag.value for flag in _flags_of_run()})
+    values = flags.FlagValues()
+    for flag in _flags_of_run():
+        values[flag.name] = copy.deepcopy(flag)
+    values(["experiments.run", *arguments])
+    return _that_matter({flag.name: values[flag.name].value for flag in _flags_of_run()})
 
 
 def _flags_of_run() -> list[flags.Flag]:
@@ -194,17 +191,25 @@ def _report(failures: dict[Entry, str]) -> Iterator[str]:
     yield f"{len(failures)} of the runs failed" if failures else "all runs have results"
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string("table", None, "The table file.", required=True)
+    flags.DEFINE_string("results", None, "Directory that results go to.", required=True)
+    flags.DEFINE_string("runs", "runs/sweep", "Directory of the runs' working directories.")
+    flags.DEFINE_bool("dry_run", False, "Show what would run, and run nothing.")
+
+
 def main(argv):
     """Runs the table."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    failures = sweep(read_table(_TABLE.value), Path(_RESULTS.value), Path(_RUNS.value), _DRY_RUN.value)
-    if not _DRY_RUN.value:
+    values = flags.FLAGS
+    failures = sweep(read_table(values.table), Path(values.results), Path(values.runs), values.dry_run)
+    if not values.dry_run:
         print("\n".join(_report(failures)))
     if failures:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["table", "results"])
+    _define_flags()  # not on import: experiments.tables, which imports this, has flags of the same names
     app.run(main)
