@@ -8,6 +8,7 @@ from sparse_xmc.data.formats import (
     read_xmc_labels,
     read_xmc_text,
     write_tsv,
+    write_xmc_labels,
     write_xmc_text,
 )
 from sparse_xmc.data.storage import load_csr, save_csr
@@ -25,5 +26,6 @@ __all__ = [
     "read_xmc_text",
     "save_csr",
     "write_tsv",
+    "write_xmc_labels",
     "write_xmc_text",
 ]

@@ -180,6 +180,20 @@ def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
     return rows.matrix()
 
 
+def write_xmc_labels(path: str | os.PathLike, labels: scipy.sparse.csr_array) -> None:
+    """Writes the label matrix format of the Extreme Classification Repository, for `read_xmc_labels`.
+
+    Args:
+      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      labels: `[N, L]`, as in a `Dataset`.
+    """
+    with files.open_binary(path, "wb") as file:
+        file.write(f"{labels.shape[0]} {labels.shape[1]}\n".encode())
+        for row in range(labels.shape[0]):
+            ids, _ = _entries(labels, row)
+            file.write((" ".join(f"{label}:1" for label in ids) + "\n").encode())
+
+
 def read_filter(
     path: str | os.PathLike, num_points: int, num_labels: int | None = None
 ) -> scipy.sparse.csr_array:

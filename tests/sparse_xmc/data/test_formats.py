@@ -303,7 +303,15 @@ class TestXmcLabels:
         lines = [" ".join(f"{label}{value}" for label in row.nonzero()[0]) for row in dense]
         text = "".join(f"{line}\n" for line in [f"{dense.shape[0]} {dense.shape[1]}", *lines])
         path = write(tmp_path_factory.mktemp("labels") / f"Y.txt{suffix}", text)
-        np.testing.assert_array_equal(formats.read_xmc_labels(path).toarray(), dense, strict=True)
+        labels = formats.read_xmc_labels(path)
+        np.testing.assert_array_equal(labels.toarray(), dense, strict=True)
+        again = path.with_name(f"again.txt{suffix}")
+        formats.write_xmc_labels(again, labels)
+        np.testing.assert_array_equal(formats.read_xmc_labels(again).toarray(), dense, strict=True)
+
+    def test_writes(self, tmp_path):
+        formats.write_xmc_labels(tmp_path / "Y.txt", csr([[1, 0, 1], [0, 0, 0]], bool))
+        assert (tmp_path / "Y.txt").read_text() == "2 3\n0:1 2:1\n\n"
 
     @pytest.mark.parametrize(
         ("text", "line", "fault"),
