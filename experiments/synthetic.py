@@ -2,8 +2,8 @@
 
 * Label frequencies have a long tail: the label of rank r (from 0) comes with a frequency proportional to
   1 / (r + L / 1000), Zipf's law with Mandelbrot's offset. The shipped data set fits it: a hundredth of the
-  labels has 0.35 of the occurrences (there 0.31), a tenth 0.67 (0.67). With tens of labels a point the head is
-  flatter, because a point has a label once only.
+  labels has 0.35 of the occurrences (there 0.31), a tenth 0.67 (0.67). With tens of labels a point the head
+  is flatter, because a point has a label once only.
 * A point has 1 + Poisson labels, distinct, all of one cluster of about 1,000 labels.
 * Its features are the cluster's direction, plus a direction for each of its labels, plus noise, so that there
   is something to learn for every label. A label's direction is computed from its number, not stored.

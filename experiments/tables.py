@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import sweep
+from experiments import prepare, sweep
 from sparse_xmc.metrics import LABEL_GROUPS
 
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
@@ -80,7 +80,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """The cell in words."""
-        return self.cell.replace("fixed_fan_in", "fixed fan-in").replace("_", " ")
+        return _words(self.cell)
 
     def values(self, column: Column) -> np.ndarray:
         """Our numbers, one for each result."""
@@ -90,6 +90,10 @@ class Row(NamedTuple):
         """The paper's number, if it has one."""
         text = self.paper and self.paper[column.reported]
         return float(text) if text else None
+
+
+def _words(cell: str) -> str:
+    return cell.replace("fixed_fan_in", "fixed fan-in").replace("_", " ")
 
 
 def read_reported() -> dict[tuple[str, str], dict[str, str]]:
@@ -359,6 +363,81 @@ def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
     write_csv(out / f"{name}.csv", rows)
 
 
+# ---- label scale ----
+
+_PARTS = ("features", "loss", "gradients", "step", "step, all gradients", "rewiring")
+
+
+def read_label_scale(results: Path) -> list[dict]:
+    """The results of `experiments.label_scale`, by number of labels and system.
+
+    Raises:
+      ValueError: there is none, or one is malformed.
+    """
+    found = [_read(path) for path in sorted(results.glob("*.json"))]
+    if not found:
+        raise ValueError(f"{results}: no results")
+    return sorted(found, key=lambda result: (result["scale"]["labels"], result["cell"]))
+
+
+def report_label_scale(results: list[dict], out: Path) -> None:
+    """Writes label_scale.md, .csv and .tex, and the picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    heading = ["labels", "system", "memory, GiB", *(f"{part}, ms" for part in _PARTS), "epoch, min"]
+    lines = [heading]
+    for result in results:
+        line = [f"{result['scale']['labels']:,}", _words(result["cell"])]
+        if "failed" in result:
+            line += [result["failed"], *[""] * (len(heading) - 3)]
+        else:
+            line.append(f"{result['peak_memory_bytes'] / 2**30:.2f}")
+            line += [f"{1000 * result['seconds'][part]:.1f}" for part in _PARTS]
+            line.append(f"{result['epoch_seconds'] / 60:.1f}")
+        lines.append(line)
+    finished = [result for result in results if "failed" not in result]
+    text = [
+        "# Label scale",
+        markdown(lines),
+        "![label_scale](label_scale.png)",
+        "Peak memory and the time of a step against the number of labels, on synthetic points; hollow marks "
+        "are the paper's memory. Each part of a step is timed with all before it: features, with the loss, "
+        "with gradients, with the update. Unless it says all, nearly no logit has a gradient.",
+        "\n".join(provenance(finished)),
+    ]
+    (out / "label_scale.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    (out / "label_scale.tex").write_text(latex(lines) + "\n", encoding="utf-8")
+    with open(out / "label_scale.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    _save(_draw_label_scale(finished), out / "label_scale.png")
+
+
+def _draw_label_scale(results: list[dict]) -> Figure:
+    """Memory, with the line of 4 GiB and the paper's rows, and time against the number of labels."""
+    figure = Figure(figsize=(13, 5))
+    memory, seconds = figure.subplots(1, 2)
+    families = ("dense", "bottleneck", "unstructured", "fixed_fan_in")
+    for cell in dict.fromkeys(result["cell"] for result in results):
+        of_cell = [result for result in results if result["cell"] == cell]
+        labels = [result["scale"]["labels"] for result in of_cell]
+        (family,) = (i for i, name in enumerate(families) if cell.startswith(name))
+        style = {"color": f"C{family}", "marker": "o", "label": _words(cell)}
+        memory.plot(labels, [result["peak_memory_bytes"] / 2**30 for result in of_cell], **style)
+        seconds.plot(labels, [result["seconds"]["step"] for result in of_cell], **style)
+    for row in read_reported().values():
+        color = f"C{families.index(row['output_layer'])}"
+        at = prepare.DATASETS[row["dataset"]].labels, float(row["peak_memory_gib"])
+        if at[1] > 0:  # a row that was published as 0.0 has no place on this axis
+            memory.plot(*at, color=color, marker="o", markerfacecolor="none", linestyle="")
+    memory.axhline(_FOUR_GB, color="grey", linestyle="--")
+    memory.set_ylabel("peak memory, GiB (dashed: 4)")
+    seconds.set_ylabel("time of a step, s")
+    for axes in (memory, seconds):
+        axes.set(xscale="log", yscale="log", xlabel="labels")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
 def _define_flags() -> None:
     flags.DEFINE_string("table", None, "The table file, as for experiments.sweep.")
     flags.DEFINE_string("results", None, "Directory of the results of experiments.sweep.")
@@ -374,9 +453,15 @@ def main(argv):
     out = Path(values.out)
     if (values.table is None) == (values.label_scale is None):
         raise app.UsageError("expected either --table, with --results, or --label_scale")
-    table = sweep.read_table(values.table)
-    name = Path(values.table).stem
-    report(table, read_rows(table, Path(values.results)), name, out)
+    if values.table is None:
+        name = "label_scale"
+        report_label_scale(read_label_scale(Path(values.label_scale)), out)
+    else:
+        if values.results is None:
+            raise app.UsageError("--table needs --results")
+        table = sweep.read_table(values.table)
+        name = Path(values.table).stem
+        report(table, read_rows(table, Path(values.results)), name, out)
     print((out / f"{name}.md").read_text(encoding="utf-8"))
 
 
