@@ -16,7 +16,7 @@ A table file is TOML:
 
     title = "The shipped data set"
     data = ["wordnet"]                                        # experiments/flags/data/wordnet.cfg
-    flagfiles = ["experiments/flags/wordnet_settings.cfg"]    # what all runs share
+    flagfiles = ["experiments/flags/text.cfg"]                # what all runs share
 
     [[runs]]
     cells = ["dense", "fixed_fan_in_32_8k"]                   # experiments/flags/cells/dense.cfg

@@ -171,3 +171,32 @@ def test_every_flagfile_of_the_project_is_read(path):
     if path.parent.name == "cells":
         assert values["train"] is None  # a cell goes with any data set
         assert path.stem.startswith("bottleneck" if values["penultimate"] == 64 else values["output_layer"])
+
+
+def test_paper_cfg_has_the_published_settings():
+    def settings(data):
+        files = ["paper.cfg", f"data/{data}.cfg", "cells/unstructured_32.cfg"]
+        return sweep.effective_flags([f"--flagfile=experiments/flags/{file}" for file in files])
+
+    published = {
+        "validate_on_test": True,
+        "loss": "squared_hinge",
+        "learning_rate": 1e-3,
+        "embedding_rate": 1.0,
+        "penultimate_rate": 1.0,
+        "epsilon": 1e-7,
+        "batch_size": 32,
+        "epochs": 100,
+        "schedule": "plateau",
+        "rewire_interval": 1000,
+        "rewire_distinct": False,
+        "rewire_zero": False,
+        "output_bias": 0.0,
+        "output_bound": None,
+        "dropout": 0.1,
+        "rewire_fraction": 0.01,  # of this layer without a penultimate layer
+    }
+    values = settings("amazon-670k_cascade")
+    assert {name: values[name] for name in published} == published
+    assert settings("wiki-500k_cascade")["dropout"] == 0.2
+    assert settings("wiki10-31k_cascade")["epochs"] == 200
