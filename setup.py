@@ -42,7 +42,7 @@ class BuildExt(build_ext):
                 ["xla_ops/csrc/cpu/kernels.cc"],
                 output_dir=f"{self.build_temp}/{isa}",
                 macros=[("XLA_OPS_ISA", isa)],
-                extra_postargs=[*FLAGS, *flags],
+                extra_postargs=[*FLAGS, "-fno-math-errno", *flags],
                 depends=ext.depends,
             )
         super().build_extension(ext)

@@ -28,9 +28,17 @@ from sparse_xmc.data.batches import Batches
 from sparse_xmc.evaluation import evaluate, evaluate_groups, gradient_density
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
-from sparse_xmc.models import OUTPUT_LAYERS, Classifier, ClassifierConfig
+from sparse_xmc.models import OUTPUT_DTYPES, OUTPUT_LAYERS, Classifier, ClassifierConfig
 from sparse_xmc.rewire import RewireConfig
-from sparse_xmc.training import PAPER_EPSILON, SCHEDULES, Plateau, Trainer, TrainingConfig
+from sparse_xmc.training import (
+    MOMENTS,
+    OPTIMIZERS,
+    PAPER_EPSILON,
+    SCHEDULES,
+    Plateau,
+    Trainer,
+    TrainingConfig,
+)
 
 FLAGS = flags.FLAGS
 
@@ -71,6 +79,7 @@ flags.DEFINE_float("output_bias", 0.0, "Where the output layer's bias starts.")
 flags.DEFINE_float(
     "output_bound", None, "The output kernel starts in +- this; by default as in the paper's code."
 )
+flags.DEFINE_enum("output_dtype", "float32", OUTPUT_DTYPES, "The type of the output layer's parameters.")
 
 flags.DEFINE_enum("loss", "squared_hinge", list(LOSSES), "The loss.")
 flags.DEFINE_integer("epochs", 100, "The most epochs to train.")
@@ -78,6 +87,9 @@ flags.DEFINE_integer("batch_size", 32, "Batch size.")
 flags.DEFINE_float("learning_rate", 1e-3, "Adam's learning rate.")
 flags.DEFINE_float("embedding_rate", 1.0, "The embedding learns at this times the learning rate.")
 flags.DEFINE_float("penultimate_rate", 1.0, "The penultimate layer learns at this times the learning rate.")
+flags.DEFINE_float("output_rate", 1.0, "The output layer learns at this times the learning rate.")
+flags.DEFINE_enum("output_optimizer", "adam", OPTIMIZERS, "The optimizer of the output layer.")
+flags.DEFINE_enum("moments", "float32", MOMENTS, "What Adam keeps of the layers in front of it.")
 flags.DEFINE_float("epsilon", PAPER_EPSILON, "Adam's epsilon.")
 flags.DEFINE_enum("schedule", "plateau", SCHEDULES, "How the learning rate falls; see TrainingConfig.")
 flags.DEFINE_float("rewire_fraction", 0.1, "The part of the connections that a rewiring moves; 0 for never.")
@@ -254,6 +266,7 @@ def _model_config(dataset: Dataset) -> ClassifierConfig:
         output_bias=FLAGS.output_bias,
         output_bound=FLAGS.output_bound,
         distinct=FLAGS.rewire_distinct,
+        output_dtype=FLAGS.output_dtype,
     )
 
 
@@ -266,6 +279,9 @@ def _training_config() -> TrainingConfig:
         learning_rate=FLAGS.learning_rate,
         embedding_rate=FLAGS.embedding_rate,
         penultimate_rate=FLAGS.penultimate_rate,
+        output_rate=FLAGS.output_rate,
+        output_optimizer=FLAGS.output_optimizer,
+        moments=FLAGS.moments,
         epsilon=FLAGS.epsilon,
         schedule=FLAGS.schedule,
         rewire=rewire if FLAGS.rewire_fraction else None,

@@ -8,7 +8,7 @@ from jax import Array
 
 from xla_ops import index_dtype
 
-_ROWS_AT_ONCE = 4096
+_AT_ONCE = 1 << 17
 
 
 def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinct: bool = True) -> Array:
@@ -69,14 +69,19 @@ def draw_connections(
     Returns:
       [L, F], uint16 for D <= 65,536, else int32.
     """
-    dtype = index_dtype(in_features)
-
-    def block(key):
-        shape = (min(labels, _ROWS_AT_ONCE), fan_in)
-        return redraw(key, jnp.zeros(shape, dtype), jnp.ones(shape, bool), in_features, distinct=distinct)
-
-    blocks = -(-labels // _ROWS_AT_ONCE)
-    return jax.lax.map(block, jax.random.split(key, blocks)).reshape(-1, fan_in)[:labels]
+    (indices,) = update_in_blocks(
+        lambda first, fresh, arrays: (
+            redraw(
+                jax.random.fold_in(key, first),
+                arrays[0],
+                jnp.ones(arrays[0].shape, bool),
+                in_features,
+                distinct=distinct,
+            ),
+        ),
+        (jnp.zeros((labels, fan_in), index_dtype(in_features)),),
+    )
+    return indices
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -95,3 +100,30 @@ def draw_coordinates(key: Array, connections: int, labels: int, in_features: int
     label_key, input_key = jax.random.split(key)
     label = jax.random.randint(label_key, (connections,), 0, labels)
     return jnp.stack([label, jax.random.randint(input_key, (connections,), 0, in_features)], axis=1)
+
+
+def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Updates arrays a block of rows at a time, so that temporaries stay small.
+
+    Args:
+      function: from (first, fresh, blocks) to the new blocks: `first` is the block's first row, `fresh` is
+        bool [rows], false for rows that the block before it has updated already (the last block is shifted
+        back to fit), and `blocks` are the rows of the arrays.
+      arrays: each with the same number of rows.
+
+    Returns:
+      The new arrays.
+    """
+    total = arrays[0].shape[0]
+    rows = max(1, min(total, _AT_ONCE * total // max(1, arrays[0].size)))
+
+    def update(i, arrays):
+        first = jnp.minimum(i * rows, total - rows)
+        blocks = tuple(jax.lax.dynamic_slice_in_dim(a, first, rows) for a in arrays)
+        blocks = function(first, first + jnp.arange(rows) >= i * rows, blocks)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(a, block, first, axis=0)
+            for a, block in zip(arrays, blocks, strict=True)
+        )
+
+    return jax.lax.fori_loop(0, -(-total // rows), update, arrays) if total else arrays

@@ -12,6 +12,7 @@ from sparse_xmc.layers import (
     EmbeddingBag,
     FixedFanInLinear,
     flat_glorot_uniform,
+    glorot_uniform,
     symmetric_uniform,
 )
 from sparse_xmc.losses import LOSSES
@@ -19,6 +20,7 @@ from sparse_xmc.unstructured import UnstructuredLinear
 from xla_ops import fan_in_loss, fan_in_top_k
 
 OUTPUT_LAYERS = ("fixed_fan_in", "unstructured", "dense")
+OUTPUT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ClassifierConfig:
       output_bound: the kernel of a sparse output layer starts uniformly in +-output_bound; None for the
         much smaller bound of the paper's code.
       distinct: whether the inputs of a label are distinct, for `fixed_fan_in`; the paper's code has repeats.
+      output_dtype: "float32" or "bfloat16", of the parameters of a fixed fan-in output layer.
     """
 
     num_features: int
@@ -54,11 +57,16 @@ class ClassifierConfig:
     output_bias: float = 0.0
     output_bound: float | None = None
     distinct: bool = True
+    output_dtype: str = "float32"
 
     def __post_init__(self):
         if self.output_layer not in OUTPUT_LAYERS:
             raise ValueError(
                 f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {self.output_layer!r}"
+            )
+        if self.output_dtype not in OUTPUT_DTYPES:
+            raise ValueError(
+                f"output_dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {self.output_dtype!r}"
             )
 
 
@@ -78,12 +86,11 @@ class Classifier(nnx.Module):
             width = config.embedding
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs)
         if config.penultimate:
-            kernel_init = nnx.initializers.glorot_uniform()
-            self.penultimate = nnx.Linear(width, config.penultimate, kernel_init=kernel_init, rngs=rngs)
+            self.penultimate = nnx.Linear(width, config.penultimate, kernel_init=glorot_uniform, rngs=rngs)
             width = config.penultimate
         bias_init = nnx.initializers.constant(config.output_bias)
         if config.output_layer == "dense":
-            kernel_init = nnx.initializers.glorot_uniform()
+            kernel_init = glorot_uniform
         elif config.output_bound is None:
             kernel_init = flat_glorot_uniform
         else:
@@ -91,7 +98,12 @@ class Classifier(nnx.Module):
         options = {"kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
         if config.output_layer == "fixed_fan_in":
             self.output = FixedFanInLinear(
-                width, config.num_labels, config.fan_in, distinct=config.distinct, **options
+                width,
+                config.num_labels,
+                config.fan_in,
+                distinct=config.distinct,
+                param_dtype=jnp.dtype(config.output_dtype),
+                **options,
             )
         elif config.output_layer == "unstructured":
             connections = config.num_labels * config.fan_in

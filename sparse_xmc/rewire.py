@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_xmc.connectivity import draw_coordinates, redraw
+from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
 
-_ROWS_AT_ONCE = 4096
+_AT_ONCE = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ PAPER = RewireConfig(fraction=0.1, distinct=False, zero_weights=False)
 
 
 def kth_smallest_magnitude(x: Array, k: Array) -> Array:
-    """The k-th smallest |x| (k = 1 is the smallest), exactly, without sorting and without temporaries.
+    """The k-th smallest |x| (k = 1 is the smallest), exactly, without sorting and without large temporaries.
 
     Bisects on the bit pattern, whose order is that of the magnitudes: 31 counting passes over x.
 
@@ -49,30 +49,46 @@ def kth_smallest_magnitude(x: Array, k: Array) -> Array:
     Returns:
       float32 scalar.
     """
+    flat = x.reshape(-1)
+    size = min(_AT_ONCE, flat.size)
+    whole = flat.size // size * size
 
-    def bits(values):
-        return jax.lax.bitcast_convert_type(jnp.abs(values.astype(jnp.float32)), jnp.uint32)
+    def count_up_to(bound):  # blocks, or XLA would keep the bits and the comparisons of all of x
+        def count(values):
+            magnitudes = jnp.abs(values.astype(jnp.float32))
+            return jnp.sum(jax.lax.bitcast_convert_type(magnitudes, jnp.uint32) <= bound, dtype=jnp.int32)
+
+        def add(i, total):
+            return total + count(jax.lax.dynamic_slice_in_dim(flat, i * size, size))
+
+        return jax.lax.fori_loop(0, whole // size, add, count(flat[whole:]))
 
     def halve(_, bounds):  # the answer's bits are in low..high
         low, high = bounds
         middle = low + (high - low) // 2
-        enough = jnp.sum(bits(x) <= middle, dtype=jnp.int32) >= k
+        enough = count_up_to(middle) >= k
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     bounds = jnp.uint32(0), jnp.uint32(0x7F800000)
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[0], jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("in_features", "config"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("in_features", "config"), donate_argnums=(1, 2, 5))
 def rewire(
-    key: Array, kernel: Array, indices: Array, in_features: int, config: RewireConfig = RewireConfig()
-) -> tuple[Array, Array, Array]:
+    key: Array,
+    kernel: Array,
+    indices: Array,
+    in_features: int,
+    config: RewireConfig = RewireConfig(),
+    moments: tuple[Array, ...] = (),
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
     """Moves the connections with the smallest weights to new inputs, drawn uniformly.
 
     The threshold is the k-th smallest magnitude of the whole layer, k = round(fraction * L * F); the
     connections strictly below it move. So at most k - 1 move, and none where k weights are 0.
 
-    `kernel` and `indices` are donated. Zero the optimizer's moments with `reset_moments`.
+    `kernel`, `indices` and `moments` are donated; labels are taken in blocks, so that nothing of the layer's
+    size is made but the mask that is returned (and not even that under a `jit` that does not use it).
 
     Args:
       key: a random key.
@@ -80,31 +96,35 @@ def rewire(
       indices: [L, F], integer.
       in_features: D.
       config: what moves, and how it starts.
+      moments: arrays [L, F] to be zeroed where a connection moves: what an optimizer remembers of it. For the
+        state of an Optax chain, see `reset_moments`.
 
     Returns:
-      The new kernel [L, F], the new indices [L, F], and bool [L, F], true where a connection moved.
+      The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
+      new moments.
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 4; Mocanu et al., Nature Communications 9, 2018.
     """
     k = round(config.fraction * kernel.size)
     if k == 0:
-        return kernel, indices, jnp.zeros(kernel.shape, bool)
-    moved = _weakest(kernel, k)
-    labels = kernel.shape[0]
-    rows = min(labels, _ROWS_AT_ONCE)
+        return kernel, indices, jnp.zeros(kernel.shape, bool), moments
+    threshold = kth_smallest_magnitude(kernel, k)
 
-    def block(i, indices):
-        # The last block is shifted back to fit; what the one before it moved must not move twice.
-        start = jnp.minimum(i * rows, labels - rows)
-        fresh = (start + jnp.arange(rows) >= i * rows)[:, None]
-        old, mask = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (indices, moved))
-        new = redraw(jax.random.fold_in(key, i), old, mask & fresh, in_features, distinct=config.distinct)
-        return jax.lax.dynamic_update_slice_in_dim(indices, new, start, axis=0)
+    def move(first, mask, blocks):
+        kernel, indices, moved, *moments = blocks
+        key_of_block = jax.random.fold_in(key, first)
+        indices = redraw(key_of_block, indices, mask, in_features, distinct=config.distinct)
+        zeroed = [jnp.where(mask, 0, a).astype(a.dtype) for a in (kernel, *moments)]
+        return zeroed[0] if config.zero_weights else kernel, indices, moved | mask, *zeroed[1:]
 
-    indices = jax.lax.fori_loop(0, -(-labels // rows), block, indices)
-    if config.zero_weights:
-        kernel = jnp.where(moved, 0, kernel).astype(kernel.dtype)
-    return kernel, indices, moved
+    def block(first, fresh, blocks):
+        mask = (jnp.abs(blocks[0].astype(jnp.float32)) < threshold) & fresh[:, None]
+        # The branch saves work, and makes XLA read the blocks before it writes any: else it copies the layer.
+        return jax.lax.cond(mask.any(), move, lambda first, mask, blocks: blocks, first, mask, blocks)
+
+    arrays = (kernel, indices, jnp.zeros(kernel.shape, bool), *moments)
+    kernel, indices, moved, *moments = update_in_blocks(block, arrays)
+    return kernel, indices, moved, tuple(moments)
 
 
 @functools.partial(jax.jit, static_argnames=("in_features", "labels", "config"), donate_argnums=(1, 2))
@@ -137,16 +157,11 @@ def rewire_unstructured(
     k = round(config.fraction * kernel.size)
     if k == 0:
         return kernel, indices, jnp.zeros(kernel.shape, bool)
-    moved = _weakest(kernel, k)
+    moved = jnp.abs(kernel.astype(jnp.float32)) < kth_smallest_magnitude(kernel, k)
     indices = jnp.where(moved[:, None], draw_coordinates(key, kernel.size, labels, in_features), indices)
     if config.zero_weights:
         kernel = jnp.where(moved, 0, kernel).astype(kernel.dtype)
     return kernel, indices, moved
-
-
-def _weakest(kernel: Array, k: int) -> Array:
-    """Where the magnitude is strictly below the k-th smallest."""
-    return jnp.abs(kernel.astype(jnp.float32)) < kth_smallest_magnitude(kernel, k)
 
 
 def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel, moved: Array):
@@ -169,7 +184,12 @@ def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel
     nothing = jnp.zeros((), bool)
     masks = jax.tree_util.tree_map_with_path(lambda path, _: moved if is_kernel(path) else nothing, params)
 
-    def reset(moment, mask):
-        return jnp.where(mask, 0, moment).astype(moment.dtype) if moment.shape == mask.shape else moment
+    def is_masked(moment):  # what optax.masked and optax.partition keep for the parameters of others
+        return isinstance(moment, optax.MaskedNode)
 
-    return optax.tree_utils.tree_map_params(tx, reset, opt_state, masks)
+    def reset(moment, mask):
+        if is_masked(moment) or moment.shape != mask.shape:
+            return moment
+        return jnp.where(mask, 0, moment).astype(moment.dtype)
+
+    return optax.tree_utils.tree_map_params(tx, reset, opt_state, masks, is_leaf=is_masked)

@@ -4,13 +4,18 @@ from xla_ops._arguments import index_dtype
 from xla_ops._native import register
 from xla_ops.fan_in_loss import fan_in_loss, fan_in_loss_reference
 from xla_ops.fan_in_matmul import fan_in_matmul, fan_in_matmul_reference
+from xla_ops.fan_in_step import AdamState, adam_init, fan_in_adam_step, fan_in_sgd_step
 from xla_ops.fan_in_top_k import fan_in_top_k, fan_in_top_k_reference
 
 __all__ = [
+    "AdamState",
+    "adam_init",
+    "fan_in_adam_step",
     "fan_in_loss",
     "fan_in_loss_reference",
     "fan_in_matmul",
     "fan_in_matmul_reference",
+    "fan_in_sgd_step",
     "fan_in_top_k",
     "fan_in_top_k_reference",
     "index_dtype",

@@ -49,6 +49,21 @@ def fan_in_loss(
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
     """
+    return _loss(*check_loss(x, kernel, indices, bias, positives, loss), loss)
+
+
+def fan_in_loss_reference(x, kernel, indices, bias, positives, *, loss: str = "squared_hinge") -> Array:
+    """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
+    logits = fan_in_matmul_reference(x, kernel, indices, bias).astype(jnp.float32)
+    is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0])[None, None], axis=1)
+    margin = jnp.where(is_positive, logits, -logits)
+    if loss == "squared_hinge":
+        return jnp.mean(jnp.square(jnp.maximum(0, 1 - margin)))
+    return jnp.mean(jax.nn.softplus(-margin))
+
+
+def check_loss(x, kernel, indices, bias, positives, loss) -> tuple[Array, Array, Array, Array, Array]:
+    """Checks the arguments of `fan_in_loss`, and returns the arrays as its handlers take them."""
     x, kernel, indices, positives = (jnp.asarray(a) for a in (x, kernel, indices, positives))
     bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=2)
@@ -63,23 +78,17 @@ def fan_in_loss(
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     _native.cpu()
-    bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
-    return _loss(x, kernel, indices, bias, positives, loss)
+    return x, kernel, indices, jnp.zeros(0, x.dtype) if bias is None else bias, positives
 
 
-def fan_in_loss_reference(x, kernel, indices, bias, positives, *, loss: str = "squared_hinge") -> Array:
-    """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
-    logits = fan_in_matmul_reference(x, kernel, indices, bias).astype(jnp.float32)
-    is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0])[None, None], axis=1)
-    margin = jnp.where(is_positive, logits, -logits)
-    if loss == "squared_hinge":
-        return jnp.mean(jnp.square(jnp.maximum(0, 1 - margin)))
-    return jnp.mean(jax.nn.softplus(-margin))
+def loss_code(loss: str) -> np.int64:
+    """How the handlers are told which loss."""
+    return np.int64(LOSSES.index(loss))
 
 
 def _call(name, results, *args, loss):
     call = jax.ffi.ffi_call(f"xla_ops.fan_in_loss.{name}", results, vmap_method="sequential")
-    return call(*args, loss=np.int64(LOSSES.index(loss)))
+    return call(*args, loss=loss_code(loss))
 
 
 _SCALAR = jax.ShapeDtypeStruct((), jnp.float32)

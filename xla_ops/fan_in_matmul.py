@@ -1,6 +1,5 @@
 """The fixed fan-in matrix product: every output reads exactly F inputs."""
 
-import functools
 import math
 
 import jax
@@ -64,7 +63,7 @@ def fan_in_matmul_reference(
     return y.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def _matmul(x, kernel, indices, bias):
     return _forward(x, kernel, indices, bias)
 
@@ -75,46 +74,30 @@ def _matmul_fwd(x, kernel, indices, bias):
 
 def _matmul_bwd(residuals, dy):
     x, kernel, indices, bias = residuals
-    d_bias = dy.sum(axis=0, dtype=jnp.float32).astype(bias.dtype) if bias.size else jnp.zeros_like(bias)
-    return _input_grad(dy, kernel, indices, x.shape[1]), _kernel_grad(x, dy, indices), None, d_bias
+    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
+    d_x, d_kernel, d_bias = _call("gradients", results, x, dy, kernel, indices)
+    return d_x, d_kernel, None, d_bias
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd, optimize_remat=True)
 
 
-def _call(name, shape, dtype, *args):
-    result = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", result, vmap_method="sequential")(*args)
+def _call(name, results, *args):
+    return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", results, vmap_method="sequential")(*args)
 
 
-def _fold_vmap(function):
-    """Under vmap over the first argument alone, widens the batch instead of calling once per element."""
-    batched = jax.custom_batching.custom_vmap(function)
-
-    @batched.def_vmap
-    def _rule(axis_size, in_batched, first, *rest):
-        if in_batched[0] and not any(in_batched[1:]):
-            batch = first.shape[1]
-            y = batched(first.reshape(axis_size * batch, first.shape[2]), *rest)
-            return y.reshape(axis_size, batch, y.shape[1]), True
-        axes = [0 if b else None for b in in_batched]
-        return jax.vmap(function, in_axes=axes)(first, *rest), True
-
-    return batched
-
-
-@_fold_vmap
+@jax.custom_batching.custom_vmap
 def _forward(x, kernel, indices, bias):
-    return _call("forward", (x.shape[0], kernel.shape[0]), x.dtype, x, kernel, indices, bias)
+    return _call(
+        "forward", jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype), x, kernel, indices, bias
+    )
 
 
-def _kernel_grad(x, dy, indices):
-    return _call("kernel_grad", indices.shape, x.dtype, x, dy, indices)
-
-
-def _input_grad(dy, kernel, indices, in_features):
-    @_fold_vmap
-    def call(dy, kernel, indices):
-        return _call("input_grad", (dy.shape[0], in_features), dy.dtype, dy, kernel, indices)
-
-    return call(dy, kernel, indices)
+@_forward.def_vmap
+def _forward_vmap(axis_size, in_batched, x, *layer):
+    """With one layer for all, widens the batch instead of calling once per element."""
+    if in_batched[0] and not any(in_batched[1:]):
+        y = _forward(x.reshape(axis_size * x.shape[1], x.shape[2]), *layer)
+        return y.reshape(axis_size, x.shape[1], y.shape[1]), True
+    axes = [0 if b else None for b in in_batched]
+    return jax.vmap(_forward.fun, in_axes=axes)(x, *layer), True

@@ -106,7 +106,7 @@ def test_rewiring_zeroes_weights_and_moments_of_what_moved():
     (batch,) = random_batches(1)
     trainer.train_step(batch, 1e-3)
     kernel = np.asarray(trainer.model.output.kernel[...])
-    moments = [np.asarray(m["output"]["kernel"][...]) for m in trainer.state["optimizer"][0][1:]]
+    moments = [np.asarray(m) for m in trainer.state["output_moments"][1:3]]
     assert (kernel == 0).sum() == 30 * 4 // 2 - 1
     for moment in moments:
         assert np.all(moment[kernel == 0] == 0)
@@ -193,6 +193,8 @@ def test_plateau_stops_after_four_epochs_without_an_improvement():
     ("options", "message"),
     [
         ({"loss": "hinge"}, "loss must be one of squared_hinge, bce, got 'hinge'"),
+        ({"output_optimizer": "lion"}, "output_optimizer must be one of adam, sgd, got 'lion'"),
+        ({"moments": "int8"}, "moments must be one of float32, bfloat16, factored, got 'int8'"),
         ({"schedule": "cosine"}, "schedule must be one of plateau, linear, got 'cosine'"),
         ({"rewire_interval": 0}, "rewire_interval must be positive, or -1 for once an epoch, got 0"),
     ],
@@ -214,3 +216,51 @@ def test_layers_learn_at_their_own_rates():
     plain, slow = changes(), changes(penultimate_rate=0.25)
     np.testing.assert_allclose(slow["penultimate"], 0.25 * plain["penultimate"], rtol=1e-3, atol=1e-8)
     np.testing.assert_array_equal(slow["output"], plain["output"])
+
+
+def test_sgd_follows_the_sum_of_the_losses():
+    trainer = new_trainer(rewire=None, output_optimizer="sgd", output_rate=0.5)
+    before = trainer.model
+    (batch,) = random_batches(1)
+
+    def loss_of(kernel):
+        model = nnx.clone(before)
+        model.output.kernel.set_value(kernel)
+        return model.loss(batch.inputs, batch.positives)
+
+    kernel = jnp.copy(before.output.kernel[...])
+    expected = kernel - 1e-2 * 0.5 * 8 * 30 * jax.grad(loss_of)(kernel)
+    trainer.train_step(batch, 1e-2)
+    np.testing.assert_allclose(trainer.model.output.kernel[...], expected, rtol=1e-5, atol=1e-7)
+    assert "output_moments" not in trainer.state
+
+
+@pytest.mark.parametrize("layer", ["fixed_fan_in", "dense"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
+def test_every_choice_of_optimizer_learns(layer, optimizer, moments):
+    config = dataclasses.replace(CONFIG, output_layer=layer, output_bias=-1.0, output_bound=0.5)
+    rates = {"adam": 1.0, "sgd": 3.0}
+    training = TrainingConfig(
+        batch_size=8, output_optimizer=optimizer, output_rate=rates[optimizer], moments=moments, rewire=None
+    )
+    trainer = Trainer(Classifier(config, rngs=nnx.Rngs(0)), training, seed=0)
+    (batch,) = random_batches(1)
+    losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_bfloat16_output_layer_learns_and_repeats():
+    def train(seed):
+        config = dataclasses.replace(CONFIG, output_dtype="bfloat16", output_bias=-1.0, output_bound=0.5)
+        training = TrainingConfig(batch_size=8, output_optimizer="sgd", output_rate=3.0, rewire_interval=50)
+        trainer = Trainer(Classifier(config, rngs=nnx.Rngs(0)), training, seed=seed)
+        (batch,) = random_batches(1)
+        losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
+        assert trainer.model.output.kernel[...].dtype == jnp.bfloat16
+        return losses
+
+    losses = train(0)
+    assert losses[-1] < 0.3 * losses[0]
+    assert train(0) == losses
+    assert train(1) != losses  # other bits for the rounding

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from xla_ops import fan_in_matmul, fan_in_matmul_reference
 
-HANDLERS = [f"xla_ops.fan_in_matmul.{name}" for name in ("forward", "kernel_grad", "input_grad")]
+HANDLERS = [f"xla_ops.fan_in_matmul.{name}" for name in ("forward", "gradients")]
 
 
 class Problem(NamedTuple):

@@ -65,32 +65,35 @@ OTHER = (7, 7)
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
 @pytest.mark.parametrize(
-    ("handler", "shapes", "result", "message"),
+    ("handler", "shapes", "results", "message"),
     [
-        ("forward", (X, OTHER, W, BIAS), Y, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("forward", (X, W, W, (9,)), Y, r"bias must have shape \[4\], got \[9\]"),
-        ("forward", (X, W, W, BIAS), OTHER, r"y must have shape \[2, 4\], got \[7, 7\]"),
-        ("forward", ((5,), W, W, BIAS), Y, r"expected matrices .* got shapes \[5\] and \[4, 3\]"),
+        ("forward", (X, OTHER, W, BIAS), (Y,), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("forward", (X, W, W, (9,)), (Y,), r"bias must have shape \[4\], got \[9\]"),
+        ("forward", (X, W, W, BIAS), (OTHER,), r"y must have shape \[2, 4\], got \[7, 7\]"),
+        ("forward", ((5,), W, W, BIAS), (Y,), r"expected matrices .* got shapes \[5\] and \[4, 3\]"),
         (
             "forward",
             (X, (4, 0), (4, 0), BIAS),
-            Y,
+            (Y,),
             r"a fan-in of at least 1, got shapes \[2, 5\] and \[4, 0\]",
         ),
-        ("kernel_grad", (X, OTHER, W), W, r"dy must have shape \[2, 4\], got \[7, 7\]"),
-        ("kernel_grad", (X, Y, W), OTHER, r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("input_grad", (OTHER, W, W), X, r"dy must have shape \[2, 4\], got \[7, 7\]"),
-        ("input_grad", (Y, OTHER, W), X, r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, OTHER, W, W), (X, W, BIAS), r"dy must have shape \[2, 4\], got \[7, 7\]"),
+        ("gradients", (X, Y, OTHER, W), (X, W, BIAS), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (OTHER, W, BIAS), r"d_x must have shape \[2, 5\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (X, OTHER, BIAS), r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, Y, W, W), (X, W, (9,)), r"bias must have shape \[4\], got \[9\]"),
     ],
 )
-def test_handlers_check_shapes_themselves(handler, shapes, result, message):
+def test_handlers_check_shapes_themselves(handler, shapes, results, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
     _native.cpu()
-    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)  # the third argument is always the indices
-    arguments = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
-    result = jax.ShapeDtypeStruct(result, jnp.float32)
+    indices = {"forward": 2, "gradients": 3}[handler]
+    arguments = [
+        jnp.zeros(shape, jnp.int32 if i == indices else jnp.float32) for i, shape in enumerate(shapes)
+    ]
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", result)(*arguments))
+        jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", results)(*arguments))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")

@@ -1,4 +1,4 @@
-// fan_in_matmul and its two gradients: y[b, l] = bias[l] + sum_f kernel[l, f] * x[b, indices[l, f]].
+// fan_in_matmul and its gradients: y[b, l] = bias[l] + sum_f kernel[l, f] * x[b, indices[l, f]].
 //
 // x is packed feature-major in tiles of the batch (kernels.h), so that a connection reads one contiguous
 // run; labels are worked on in blocks whose rows stay in cache between the kernel and the transposition.
@@ -8,8 +8,8 @@
 #include "fan_in_matmul.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "backward.h"
 #include "handler.h"
 #include "kernels.h"
 #include "packed.h"
@@ -18,11 +18,9 @@
 namespace xla_ops {
 namespace {
 
-// ---- the three passes, for one type of value and one of index ----
-
 template <typename T, typename I>
-void forward(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* kernel, const I* indices, const T* bias,
-             T* y) {
+void forward(ffi::ThreadPool& pool, const Layer<T, I>& layer, const T* x, T* y) {
+  const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, x);
   expect_writes(y, s.batch * s.labels * sizeof(T));
@@ -31,103 +29,61 @@ void forward(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* kernel,
     const Tile tile = tiles[item / blocks];
     const int64_t label = item % blocks * kBlock, n = std::min(kBlock, s.labels - label);
     alignas(64) float rows[kBlock * kTile];
-    fan_in_kernels<T, I>().logits(packed.get() + tile.offset, s.in_features, tile.width, kernel + label * s.fan_in,
-                                  indices + label * s.fan_in, bias ? bias + label : nullptr, n, s.fan_in, rows);
+    layer.logits(packed.get(), tile, label, n, rows);
     layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label, s.labels);
   });
 }
 
-// Accumulates in `out` itself where it is float32, else beside it.
+// Rows from a given gradient of the logits, dy [batch, labels].
+template <typename T>
+struct GivenRows {
+  const T* dy;
+  int64_t labels;
+
+  void operator()(const Tile& tile, int64_t label, int64_t n, float* rows) const {
+    layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows, tile.width);
+  }
+};
+
 template <typename T, typename I>
-void kernel_grad(ffi::ThreadPool& pool, const Shape& s, const T* x, const T* dy, const I* indices, T* d_kernel) {
+void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const T* x, const T* dy, T* d_x, T* d_kernel,
+               T* d_bias) {
+  const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, x);
   expect_writes(d_kernel, s.labels * s.fan_in * sizeof(T));
-  parallel_for(pool, ceil_div(s.labels, kBlock), [&](int64_t block) {
-    const int64_t label = block * kBlock, n = std::min(kBlock, s.labels - label);
-    const int64_t first = label * s.fan_in, count = n * s.fan_in;
-    Buffer<float> beside;
-    float* sums = accumulator(d_kernel + first, count, &beside);
-    std::memset(sums, 0, count * sizeof(float));
-    alignas(64) float rows[kBlock * kTile];
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const Tile tile = tiles[t];
-      layout_kernels<T>().to_rows(dy + tile.first * s.labels + label, s.labels, n, tile.size, tile.width, rows,
-                                  tile.width);
-      fan_in_kernels<T, I>().kernel_grad(packed.get() + tile.offset, s.in_features, tile.width, rows, indices + first,
-                                         n, s.fan_in, sums);
-    }
-    if (beside) layout_kernels<T>().narrow(sums, count, d_kernel + first);
-  });
-}
-
-template <typename T, typename I>
-void input_grad(ffi::ThreadPool& pool, const Shape& s, const T* dy, const T* kernel, const I* indices, T* d_x) {
-  const Tiles tiles(s.batch, s.in_features);
-  // Tiles do not meet in d_x; threads beyond their number share the labels of a tile out in parts.
-  const int64_t threads_per_tile = ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count));
-  const int64_t parts = std::max<int64_t>(1, std::min(threads_per_tile, worthwhile_copies(s)));
-  const int64_t blocks_per_part = ceil_div(ceil_div(s.labels, kBlock), parts);
-  const Buffer<float> d_packed = allocate<float>(parts * tiles.elements);
-  parallel_for(pool, tiles.count * parts, [&](int64_t item) {
-    const Tile tile = tiles[item % tiles.count];
-    const int64_t part = item / tiles.count;
-    float* d = d_packed.get() + part * tiles.elements + tile.offset;
-    std::memset(d, 0, (s.in_features + 1) * tile.width * sizeof(float));
-    alignas(64) float rows[kBlock * kTile];
-    const int64_t end = std::min(s.labels, (part + 1) * blocks_per_part * kBlock);
-    for (int64_t label = part * blocks_per_part * kBlock; label < end; label += kBlock) {
-      const int64_t n = std::min(kBlock, end - label);
-      layout_kernels<T>().to_rows(dy + tile.first * s.labels + label, s.labels, n, tile.size, tile.width, rows,
-                                  tile.width);
-      fan_in_kernels<T, I>().input_grad(rows, s.in_features, tile.width, kernel + label * s.fan_in,
-                                        indices + label * s.fan_in, n, s.fan_in, d);
-    }
-  });
-  unpack_sum(pool, tiles, d_packed.get(), parts, d_x);
+  backward(
+      pool, layer, tiles, packed.get(), [&] { return GivenRows<T>{dy, s.labels}; },
+      [&] { return Gradients<T>(s, d_kernel, d_bias); }, d_x);
 }
 
 // ---- handlers ----
 
 ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
+  Shape s;
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, &s));
   XLA_OPS_RETURN_IF_ERROR(check("y", *y, x.element_type(), {s.batch, s.labels}));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    forward<T, I>(pool, s, data<T>(x), data<T>(kernel), data<I>(indices), has_bias ? data<T>(bias) : nullptr,
-                  data<T>(*y));
+    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, data<T>(x), data<T>(*y));
   });
 }
 
-ffi::Error kernel_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer indices,
-                            ffi::Result<ffi::AnyBuffer> d_kernel) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
+ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer kernel,
+                          ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
+                          ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
+  Shape s;
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, *d_bias, &s));
   XLA_OPS_RETURN_IF_ERROR(check("dy", dy, x.element_type(), {s.batch, s.labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("d_x", *d_x, x.element_type(), {s.batch, s.in_features}));
   XLA_OPS_RETURN_IF_ERROR(check("d_kernel", *d_kernel, x.element_type(), {s.labels, s.fan_in}));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    kernel_grad<T, I>(pool, s, data<T>(x), data<T>(dy), data<I>(indices), data<T>(*d_kernel));
-  });
-}
-
-ffi::Error input_grad_impl(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                           ffi::Result<ffi::AnyBuffer> d_x) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(*d_x, indices));
-  const Shape s{d_x->dimensions()[0], d_x->dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, d_x->element_type(), {s.batch, s.labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, d_x->element_type(), {s.labels, s.fan_in}));
-  return dispatch(dy, indices, [&](auto* t, auto* i) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using I = std::remove_pointer_t<decltype(i)>;
-    input_grad<T, I>(pool, s, data<T>(dy), data<T>(kernel), data<I>(indices), data<T>(*d_x));
+    gradients(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), nullptr}, data<T>(x), data<T>(dy),
+              data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
@@ -142,20 +98,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl,
                                   .Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
                                   .Ret<ffi::AnyBuffer>());  // y [B, L]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_kernel_grad, kernel_grad_impl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_gradients, gradients_impl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()    // x [B, D]
                                   .Arg<ffi::AnyBuffer>()    // dy [B, L]
-                                  .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Ret<ffi::AnyBuffer>());  // d_kernel [L, F]
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_input_grad, input_grad_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()    // dy [B, L]
                                   .Arg<ffi::AnyBuffer>()    // kernel [L, F]
                                   .Arg<ffi::AnyBuffer>()    // indices [L, F]
-                                  .Ret<ffi::AnyBuffer>());  // d_x [B, D]
+                                  .Ret<ffi::AnyBuffer>()    // d_x [B, D]
+                                  .Ret<ffi::AnyBuffer>()    // d_kernel [L, F]
+                                  .Ret<ffi::AnyBuffer>());  // d_bias [L], or [0] for none
 
 }  // namespace xla_ops

@@ -6,8 +6,7 @@
 namespace xla_ops {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_matmul_forward);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_matmul_kernel_grad);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_matmul_input_grad);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_matmul_gradients);
 
 }  // namespace xla_ops
 

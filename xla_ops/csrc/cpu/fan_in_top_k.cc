@@ -40,9 +40,9 @@ struct Ranking {
 };
 
 template <typename T, typename I>
-void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T* kernel, const I* indices,
-           const T* bias, float* scores, int32_t* labels) {
+void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const T* x, float* scores, int32_t* labels) {
   if (k == 0) return;
+  const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, x);
   const int64_t blocks = ceil_div(s.labels, kBlock);
@@ -64,8 +64,7 @@ void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T
     const int64_t end = std::min(s.labels, (part + 1) * labels_per_part);
     for (int64_t label = part * labels_per_part; label < end; label += kBlock) {
       const int64_t n = std::min(kBlock, end - label);
-      fan_in_kernels<T, I>().logits(packed.get() + tile.offset, s.in_features, tile.width, kernel + label * s.fan_in,
-                                    indices + label * s.fan_in, bias ? bias + label : nullptr, n, s.fan_in, rows);
+      layer.logits(packed.get(), tile, label, n, rows);
       for (int64_t i = 0; i < n; ++i) {
         const float* row = rows + i * tile.width;
         if (!row_kernels().any_above(row, worst, tile.width)) continue;
@@ -91,20 +90,16 @@ void top_k(ffi::ThreadPool& pool, const Shape& s, int64_t k, const T* x, const T
 
 ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
-  XLA_OPS_RETURN_IF_ERROR(matrices(x, indices));
-  XLA_OPS_RETURN_IF_ERROR(matrices(*scores, indices));
-  const Shape s{x.dimensions()[0], x.dimensions()[1], indices.dimensions()[0], indices.dimensions()[1]};
-  const int64_t k = scores->dimensions()[1];
-  const bool has_bias = !has_shape(bias, {0});
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s.labels, s.fan_in}));
-  if (has_bias) XLA_OPS_RETURN_IF_ERROR(check("bias", bias, x.element_type(), {s.labels}));
+  Shape s;
+  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, &s));
+  const int64_t k = scores->dimensions().size() == 2 ? scores->dimensions()[1] : 0;
   XLA_OPS_RETURN_IF_ERROR(check("scores", *scores, ffi::F32, {s.batch, k}));
   XLA_OPS_RETURN_IF_ERROR(check("labels", *labels, ffi::S32, {s.batch, k}));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    top_k<T, I>(pool, s, k, data<T>(x), data<T>(kernel), data<I>(indices), has_bias ? data<T>(bias) : nullptr,
-                data<float>(*scores), data<int32_t>(*labels));
+    top_k(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, k, data<T>(x),
+          data<float>(*scores), data<int32_t>(*labels));
   });
 }
 

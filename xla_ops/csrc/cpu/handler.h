@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "packed.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla_ops {
@@ -68,12 +69,38 @@ T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-inline ffi::Error matrices(const ffi::AnyBuffer& batched, const ffi::AnyBuffer& indices) {
-  if (batched.dimensions().size() == 2 && indices.dimensions().size() == 2 && indices.dimensions()[1] >= 1) {
-    return ffi::Error::Success();
+// What stands for no bias is an array of no elements.
+template <typename T>
+T* optional_data(const ffi::AnyBuffer& buffer) {
+  return buffer.element_count() ? data<T>(buffer) : nullptr;
+}
+
+// Reads a call's sizes from x [batch, in_features] and indices [labels, fan_in].
+inline ffi::Error read_shape(const ffi::AnyBuffer& x, const ffi::AnyBuffer& indices, Shape* s) {
+  const auto a = x.dimensions(), b = indices.dimensions();
+  if (a.size() != 2 || b.size() != 2 || b[1] < 1) {
+    return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(a) +
+                                       " and " + shape_string(b));
   }
-  return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(batched.dimensions()) + " and " +
-                                     shape_string(indices.dimensions()));
+  *s = {a[0], a[1], b[0], b[1]};
+  return ffi::Error::Success();
+}
+
+// The same, and checks kernel [labels, fan_in] and bias ([labels], or [0] for none) against them.
+inline ffi::Error read_layer(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
+                             const ffi::AnyBuffer& bias, Shape* s) {
+  XLA_OPS_RETURN_IF_ERROR(read_shape(x, indices, s));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s->labels, s->fan_in}));
+  return check("bias", bias, x.element_type(), {bias.element_count() ? s->labels : 0});
+}
+
+// Checks what a loss takes besides the layer: positives [batch, any], and `mean`, the scalar result.
+inline ffi::Error check_loss(const Shape& s, const ffi::AnyBuffer& positives, int64_t loss,
+                             const ffi::AnyBuffer& mean) {
+  const auto dims = positives.dimensions();
+  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s.batch, dims.size() == 2 ? dims[1] : 0}));
+  if (loss != 0 && loss != 1) return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
+  return check("loss", mean, ffi::F32, {});
 }
 
 }  // namespace xla_ops

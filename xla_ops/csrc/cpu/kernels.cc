@@ -380,6 +380,103 @@ bool any_above(const float* row, const float* bounds, int64_t width) {
   return bits != 0;
 }
 
+// ---- updates ----
+
+void adam(const float* __restrict gradient, int64_t count, const AdamStep& step, float* __restrict w,
+          float* __restrict mu, float* __restrict nu) {
+  const AdamStep s = step;
+  for (int64_t i = 0; i < count; ++i) {
+    const float g = gradient[i];
+    const float m = s.b1 * mu[i] + (1 - s.b1) * g, v = s.b2 * nu[i] + (1 - s.b2) * g * g;
+    mu[i] = m;
+    nu[i] = v;
+    w[i] -= s.learning_rate * (m * s.scale1) / (__builtin_sqrtf(v * s.scale2) + s.epsilon);
+  }
+}
+
+void sgd(const float* __restrict gradient, int64_t count, float learning_rate, float* __restrict w) {
+  for (int64_t i = 0; i < count; ++i) w[i] -= learning_rate * gradient[i];
+}
+
+XLA_OPS_INLINE void multiply(uint32_t a, uint32_t b, uint32_t* high, uint32_t* low) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  *high = static_cast<uint32_t>(product >> 32);
+  *low = static_cast<uint32_t>(product);
+}
+XLA_OPS_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
+  typedef uint64_t QVec __attribute__((vector_size(8 * W)));
+  const QVec product = __builtin_convertvector(a, QVec) * static_cast<uint64_t>(b);
+  *high = __builtin_convertvector(product >> 32, UVec);
+  *low = __builtin_convertvector(product, UVec);
+}
+
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) for one counter, or for a
+// vector of them.
+template <typename V>
+XLA_OPS_INLINE void philox(V counter_low, uint32_t counter_high, const RoundingKey& key, V* words) {
+  uint32_t k0 = key.seed[0], k1 = key.seed[1];
+  V c0 = counter_low, c1 = V{} + counter_high, c2 = V{} + key.step, c3 = V{};
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    V high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, &high0, &low0);
+    multiply(c2, 0xCD9E8D57u, &high1, &low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+constexpr int64_t kPositions = 128;  // that kLanes counters serve
+
+void sgd_one(float gradient, float learning_rate, const RoundingKey& key, uint64_t position, bfloat16* w) {
+  if (gradient == 0) return;
+  const uint64_t counter = position / kPositions * kLanes + position % kLanes;
+  uint32_t words[4];
+  philox(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), key, words);
+  const uint32_t word = words[position % kPositions / (2 * kLanes)];
+  const float x = to_float(*w) - learning_rate * gradient;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  const uint32_t random = position / kLanes % 2 ? word >> 16 : word & 0xffff;
+  w->bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : bits + random) >> 16);
+}
+
+void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
+                    int64_t position, bfloat16* w) {
+  int64_t i = 0;
+  for (; i < count && (position + i) % kPositions; ++i) {
+    sgd_one(gradient[i], learning_rate, key, position + i, w + i);
+  }
+  UVec lane;
+#pragma GCC unroll 16
+  for (int j = 0; j < W; ++j) lane[j] = j;
+  for (; i + kPositions <= count; i += kPositions) {
+    if (is_zero(gradient + i, kPositions)) continue;  // as for nearly all labels, once training is under way
+    const uint64_t counter = static_cast<uint64_t>(position + i) / kPositions * kLanes;
+    for (int64_t first = 0; first < kLanes; first += W) {
+      UVec words[4];
+      philox(lane + static_cast<uint32_t>(counter + first), static_cast<uint32_t>(counter >> 32), key, words);
+#pragma GCC unroll 8
+      for (int q = 0; q < kPositions / kLanes; ++q) {
+        const int64_t at = i + q * kLanes + first;
+        const Vec x = load(w + at) - learning_rate * load(gradient + at);
+        const UVec bits = reinterpret_cast<const UVec&>(x);
+        const auto unordered = x != x;
+        const UVec nan = reinterpret_cast<const UVec&>(unordered);
+        const UVec random = q % 2 ? words[q / 2] >> 16 : words[q / 2] & 0xffff;
+        const UVec rounded = ((bits + (random & ~nan)) | (nan & 0x400000)) >> 16;
+        *reinterpret_cast<HVec*>(w + at) = __builtin_convertvector(rounded, HVec);
+      }
+    }
+  }
+  for (; i < count; ++i) sgd_one(gradient[i], learning_rate, key, position + i, w + i);
+}
+
 template <typename T, typename I>
 constexpr FanInKernels<T, I> fan_in_table() {
   return {logits<T, I>, kernel_grad<T, I>, input_grad<T, I>};
@@ -407,6 +504,7 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     layout_table<float>(),
     layout_table<bfloat16>(),
     {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, any_above},
+    {adam, sgd, sgd_stochastic},
 };
 
 }  // namespace xla_ops

@@ -60,6 +60,28 @@ struct RowKernels {
   bool (*any_above)(const float* row, const float* bounds, int64_t width);
 };
 
+struct AdamStep {
+  float learning_rate, b1, b2, epsilon;
+  float scale1, scale2;  // 1 / (1 - b1^t) and 1 / (1 - b2^t): undo the moments' start at 0
+};
+
+// What the random bits of one step's rounding are drawn from.
+struct RoundingKey {
+  uint32_t seed[2];
+  uint32_t step;
+};
+
+struct UpdateKernels {
+  void (*adam)(const float* gradient, int64_t count, const AdamStep& step, float* w, float* mu, float* nu);
+  // w -= learning_rate * gradient. In bfloat16 it is rounded up or down at random, so that it is right on average:
+  // the low 16 bits of the float32 result are added to 16 random ones, and the carry decides. Weight i takes the
+  // bits of position p = position + i, which are those of Philox4x32-10 with key `seed` and counter
+  // (c mod 2^32, c / 2^32, step, 0), c = p / 128 * 16 + p % 16: of word p % 128 / 32, the half p / 16 % 2 (0: low).
+  void (*sgd_f32)(const float* gradient, int64_t count, float learning_rate, float* w);
+  void (*sgd_bf16)(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
+                   int64_t position, bfloat16* w);
+};
+
 struct Isa {
   const char* name;
   FanInKernels<float, uint16_t> f32_u16;
@@ -69,6 +91,7 @@ struct Isa {
   LayoutKernels<float> f32;
   LayoutKernels<bfloat16> bf16;
   RowKernels rows;
+  UpdateKernels updates;
 };
 
 // The instruction set in use: the best that this processor has, unless select_isa chose a lesser one.
@@ -95,6 +118,7 @@ template <>
 inline const LayoutKernels<bfloat16>& layout_kernels() { return isa().bf16; }
 
 inline const RowKernels& row_kernels() { return isa().rows; }
+inline const UpdateKernels& update_kernels() { return isa().updates; }
 
 }  // namespace xla_ops
 

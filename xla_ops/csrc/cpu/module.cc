@@ -8,8 +8,10 @@
 
 #include "fan_in_loss.h"
 #include "fan_in_matmul.h"
+#include "fan_in_step.h"
 #include "fan_in_top_k.h"
 #include "kernels.h"
+#include "packed.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;
@@ -29,13 +31,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("registrations", [] {
     py::dict handlers;
     handlers["xla_ops.fan_in_matmul.forward"] = capsule(xla_ops::fan_in_matmul_forward);
-    handlers["xla_ops.fan_in_matmul.kernel_grad"] = capsule(xla_ops::fan_in_matmul_kernel_grad);
-    handlers["xla_ops.fan_in_matmul.input_grad"] = capsule(xla_ops::fan_in_matmul_input_grad);
+    handlers["xla_ops.fan_in_matmul.gradients"] = capsule(xla_ops::fan_in_matmul_gradients);
     handlers["xla_ops.fan_in_loss.value"] = capsule(xla_ops::fan_in_loss_value);
     handlers["xla_ops.fan_in_loss.gradients"] = capsule(xla_ops::fan_in_loss_gradients);
+    handlers["xla_ops.fan_in_step.adam"] = capsule(xla_ops::fan_in_step_adam);
+    handlers["xla_ops.fan_in_step.sgd"] = capsule(xla_ops::fan_in_step_sgd);
     handlers["xla_ops.fan_in_top_k"] = capsule(xla_ops::fan_in_top_k);
     return handlers;
   });
+  m.def("peak_scratch_bytes", [] { return xla_ops::scratch().peak.load(); });
   m.def("isa", [] { return xla_ops::isa().name; });
   m.def("select_isa", [](const std::string& name) {
     if (!xla_ops::select_isa(name.c_str())) {

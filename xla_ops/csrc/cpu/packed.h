@@ -4,6 +4,7 @@
 #define XLA_OPS_CSRC_CPU_PACKED_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -40,8 +41,28 @@ inline void expect_writes(void* data, size_t bytes) {
 #endif
 }
 
+// The bytes of temporaries that all calls together hold now, and the most they ever held.
+struct Scratch {
+  std::atomic<int64_t> now{0}, peak{0};
+
+  void add(int64_t bytes) {
+    const int64_t total = now += bytes;
+    int64_t most = peak;
+    while (total > most && !peak.compare_exchange_weak(most, total)) {
+    }
+  }
+};
+inline Scratch& scratch() {
+  static Scratch total;
+  return total;
+}
+
 struct Free {
-  void operator()(void* p) const { std::free(p); }
+  int64_t bytes = 0;
+  void operator()(void* p) const {
+    std::free(p);
+    scratch().add(-bytes);
+  }
 };
 template <typename T>
 using Buffer = std::unique_ptr<T[], Free>;
@@ -56,7 +77,8 @@ Buffer<T> allocate(int64_t count) {
   void* p = std::aligned_alloc(alignment, bytes);
   if (!p) throw std::bad_alloc();
   if (alignment == kHugePage) expect_writes(p, bytes);
-  return Buffer<T>(static_cast<T*>(p));
+  scratch().add(bytes);
+  return Buffer<T>(static_cast<T*>(p), Free{static_cast<int64_t>(bytes)});
 }
 
 // Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower. The same `beside`
@@ -91,6 +113,22 @@ struct Tiles {
   }
 
   int64_t batch, in_features, count, elements;
+};
+
+// A fixed fan-in layer: kernel and indices [labels, fan_in], bias [labels] or null.
+template <typename T, typename I>
+struct Layer {
+  // rows[n, tile.width] = the logits of labels [label, label + n) for one tile of the packed input.
+  void logits(const T* packed, const Tile& tile, int64_t label, int64_t n, float* rows) const {
+    fan_in_kernels<T, I>().logits(packed + tile.offset, shape.in_features, tile.width, kernel + label * shape.fan_in,
+                                  indices + label * shape.fan_in, bias ? bias + label : nullptr, n, shape.fan_in,
+                                  rows);
+  }
+
+  Shape shape;
+  const T* kernel;
+  const I* indices;
+  const T* bias;
 };
 
 constexpr int64_t kFeaturesAtOnce = 1024;

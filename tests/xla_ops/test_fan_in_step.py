@@ -1,0 +1,283 @@
+"""The in-place steps against fan_in_loss with Optax, a Philox written out, and the statistics of rounding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xla_ops import adam_init, fan_in_adam_step, fan_in_loss, fan_in_sgd_step
+
+LOSSES = ("squared_hinge", "bce")
+
+
+def make_problem(batch, in_features, labels, fan_in, *, dtype=jnp.float32, bias=True, seed=0):
+    """x, kernel, indices, bias, positives."""
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(rng.normal(size=(batch, in_features)), dtype),
+        jnp.asarray(rng.normal(size=(labels, fan_in)), dtype),
+        jnp.asarray(rng.integers(0, in_features + 1, (labels, fan_in)), jnp.int32),
+        jnp.asarray(rng.normal(size=labels), dtype) if bias else None,
+        jnp.asarray(rng.integers(-1, max(1, labels), (batch, 3)), jnp.int32),
+    )
+
+
+def loss_and_gradients(x, kernel, indices, bias, positives, loss):
+    """The loss, and its gradients with respect to x and to (kernel, bias)."""
+
+    def function(x, params):
+        return fan_in_loss(x, params[0], indices, params[1], positives, loss=loss)
+
+    value, (d_x, d_params) = jax.value_and_grad(function, argnums=(0, 1))(x, (kernel, bias))
+    return value, d_x, d_params
+
+
+# ---- Adam ----
+
+
+@pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
+    x, kernel, indices, bias, positives = make_problem(*shape, bias=bias)
+    b1, b2, epsilon = 0.8, 0.99, 1e-7
+    tx = optax.adam(lambda count: 0.1 / (1 + count), b1, b2, eps=epsilon)
+    params, opt_state = (kernel, bias), tx.init((kernel, bias))
+    state = adam_init(kernel, bias)
+    step = jax.jit(functools.partial(fan_in_adam_step, loss=loss, b1=b1, b2=b2, epsilon=epsilon))
+
+    for t in range(4):
+        expected_value, expected_d_x, grads = loss_and_gradients(
+            x, params[0], indices, params[1], positives, loss
+        )
+        with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+            updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        value, d_x, kernel, bias, state = step(x, kernel, indices, bias, positives, state, 0.1 / (1 + t))
+        np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+        np.testing.assert_allclose(d_x, expected_d_x, rtol=1e-4, atol=1e-6 * jnp.abs(expected_d_x).max())
+
+    adam = opt_state[0]
+    expected = (params, adam.mu, adam.nu)
+    actual = ((kernel, bias), (state.mu_kernel, state.mu_bias), (state.nu_kernel, state.nu_bias))
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=2e-4, atol=1e-5 * float(jnp.abs(e).max()))
+    assert state.count == 4
+
+
+def test_adam_needs_float32_and_moments_that_fit():
+    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
+    state = adam_init(kernel, bias)
+    low = (kernel.astype(jnp.bfloat16), indices, bias.astype(jnp.bfloat16), positives)
+    with pytest.raises(TypeError, match="kernel must have dtype float32, got bfloat16"):
+        fan_in_adam_step(x.astype(jnp.bfloat16), *low, state, 0.1)
+    with pytest.raises(ValueError, match=r"state.nu_kernel must have shape \[7, 3\]"):
+        fan_in_adam_step(x, kernel, indices, bias, positives, state._replace(nu_kernel=kernel[:4]), 0.1)
+    with pytest.raises(ValueError, match=r"state.mu_bias must have shape \[7\]"):
+        fan_in_adam_step(x, kernel, indices, bias, positives, adam_init(kernel, None), 0.1)
+    state = state._replace(mu_kernel=state.mu_kernel.astype(jnp.bfloat16))
+    with pytest.raises(TypeError, match=r"state.mu_kernel must have dtype float32, got bfloat16"):
+        fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
+
+
+# ---- SGD ----
+
+
+@pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_sgd_in_float32(instruction_set, shape, loss, bias):
+    x, kernel, indices, bias, positives = make_problem(*shape, bias=bias)
+    rate = 0.1 * shape[0] * shape[2]
+    expected_value, expected_d_x, grads = loss_and_gradients(x, kernel, indices, bias, positives, loss)
+    expected = jax.tree.map(lambda p, g: p - rate * g, (kernel, bias), grads)
+    value, d_x, *actual = jax.jit(functools.partial(fan_in_sgd_step, loss=loss))(
+        x, kernel, indices, bias, positives, rate
+    )
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    np.testing.assert_allclose(d_x, expected_d_x, rtol=1e-4, atol=1e-6 * jnp.abs(expected_d_x).max())
+    for a, e in zip(actual, expected, strict=True):
+        if e is None:
+            assert a is None
+        else:
+            np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+def philox(counter, key):
+    """Philox4x32-10, straight from the paper."""
+    c, k = [int(v) for v in counter], [int(v) for v in key]
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@pytest.mark.parametrize(  # from the known answers that come with its authors' library
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_the_tests_philox_gives_the_known_answers(counter, key, words):
+    assert philox(counter, key) == words
+
+
+def rounding_bits(positions, seed, step):
+    """16 bits for each weight, as `kernels.h` says."""
+    bits = []
+    for p in range(positions):
+        counter = p // 128 * 16 + p % 16
+        word = philox([counter & 0xFFFFFFFF, counter >> 32, step, 0], [seed, 0])[p % 128 // 32]
+        bits.append(word >> 16 if p // 16 % 2 else word & 0xFFFF)
+    return np.array(bits, np.uint32)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 21, 7), (2, 4, 9, 32), (4, 8, 150, 1), (2, 40, 300, 33)])
+def test_sgd_in_bfloat16_rounds_with_the_bits_of_its_generator(instruction_set, shape):
+    # x, kernel and bias are small integers or halves, so all sums are exact and no order of summing shows.
+    batch, in_features, labels, fan_in = shape
+    rng = np.random.default_rng(1)
+    x = rng.integers(-2, 3, (batch, in_features)).astype(np.float32)
+    kernel = rng.integers(-4, 5, (labels, fan_in)).astype(np.float32) / 2
+    indices = rng.integers(0, in_features, (labels, fan_in)).astype(np.int32)
+    bias = rng.integers(-2, 3, labels).astype(np.float32)
+    positives = rng.integers(0, labels, (batch, 2)).astype(np.int32)
+    sign = np.full((batch, labels), -1.0)
+    sign[np.arange(batch)[:, None], positives] = 1
+    logits = np.einsum("blf,lf->bl", x[:, indices], kernel) + bias
+    slope = -2 * sign * np.maximum(0, 1 - sign * logits)
+    d_kernel, d_bias = np.einsum("bl,blf->lf", slope, x[:, indices]), slope.sum(axis=0)
+    assert np.any(d_kernel == 0)
+    assert np.any(d_kernel != 0)
+
+    rate = 2.0**-10
+    updated = np.concatenate([(kernel - rate * d_kernel).ravel(), bias - rate * d_bias]).astype(np.float32)
+    sums = updated.view(np.uint32) + rounding_bits(updated.size, seed=5, step=9)
+    expected = (sums & 0xFFFF0000).view(np.float32)
+
+    low = [jnp.asarray(a, jnp.bfloat16) for a in (x, kernel, bias)]
+    scale = batch * labels  # the loss is a mean; powers of two alone divide exactly
+    _, _, new_kernel, new_bias = fan_in_sgd_step(
+        low[0], low[1], jnp.asarray(indices), low[2], jnp.asarray(positives), rate * scale, seed=5, step=9
+    )
+    actual = np.concatenate([np.asarray(new_kernel, np.float32).ravel(), np.asarray(new_bias, np.float32)])
+    if scale & (scale - 1) == 0:
+        np.testing.assert_array_equal(actual, expected)
+    else:  # a rounded scale may tip a carry here and there
+        assert np.mean(actual != expected) < 0.01
+    assert np.any(actual != np.asarray(jnp.asarray(updated, jnp.bfloat16), np.float32))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
+def test_rounding_is_unbiased_and_repeats(seed, step):
+    labels = 4096
+    x, indices = jnp.ones((1, 1), jnp.bfloat16), jnp.zeros((labels, 8), jnp.int32)
+    kernel, positives = jnp.full((labels, 8), -0.125, jnp.bfloat16), jnp.full((1, 1), -1)
+    bias = jnp.full(labels, 0.5, jnp.bfloat16)  # logits -0.5, so the slope is 1 everywhere
+    rate = labels * 0.3 * 2.0**-10  # 0.3 of the gap between neighbours below -1/8
+    key = {"seed": jnp.uint32(seed), "step": jnp.int32(step)}
+    _, _, new, _ = fan_in_sgd_step(x, kernel, indices, bias, positives, rate, **key)
+    again = fan_in_sgd_step(x, kernel, indices, bias, positives, rate, **key)[2]
+    other = fan_in_sgd_step(
+        x, kernel, indices, bias, positives, rate, seed=key["seed"], step=key["step"] + 1
+    )[2]
+    np.testing.assert_array_equal(new, again)
+    moved = np.asarray(new, np.float32) != -0.125
+    assert set(np.unique(np.asarray(new, np.float32))) == {np.float32(-0.125 - 2.0**-10), np.float32(-0.125)}
+    assert abs(moved.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / moved.size)
+    both = np.mean(moved & (np.asarray(other, np.float32) != -0.125))
+    assert abs(both - 0.09) < 5 * np.sqrt(0.09 * 0.91 / moved.size)  # steps are independent
+
+
+def test_weights_without_a_gradient_stay():
+    x, kernel, indices, _, _ = make_problem(4, 10, 300, 5, dtype=jnp.bfloat16)
+    bias, positives = jnp.full(300, -100, jnp.bfloat16), jnp.array([[7], [7], [-1], [290]])
+    value, d_x, new_kernel, new_bias = fan_in_sgd_step(x, kernel, indices, bias, positives, 1e-3)
+    changed = np.flatnonzero(np.any(np.asarray(new_kernel) != np.asarray(kernel), axis=1))
+    assert set(changed) <= {7, 290}
+    assert set(np.flatnonzero(np.asarray(new_bias) != np.asarray(bias))) <= {7, 290}
+    assert value > 0
+    assert np.any(np.asarray(d_x) != 0)
+
+
+# ---- both ----
+
+
+def test_nan_reaches_the_weights_that_read_it():
+    x = jnp.array([[jnp.nan, 1]], jnp.bfloat16)
+    kernel, indices = jnp.ones((200, 1), jnp.bfloat16), jnp.arange(200)[:, None] % 2
+    new = fan_in_sgd_step(x, kernel, indices, None, jnp.array([[-1]]), 1.0)[2]
+    np.testing.assert_array_equal(np.isnan(np.asarray(new, np.float32))[:, 0], np.arange(200) % 2 == 0)
+
+
+def test_donated_arrays_are_updated_where_they_are():
+    x, kernel, indices, bias, positives = make_problem(4, 50, 2000, 8)
+    state = adam_init(kernel, bias)
+
+    @functools.partial(jax.jit, donate_argnums=(1, 3, 5))
+    def adam(x, kernel, indices, bias, positives, state):
+        return fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
+
+    @functools.partial(jax.jit, donate_argnums=(1, 3))
+    def sgd(x, kernel, indices, bias, positives):
+        return fan_in_sgd_step(x, kernel, indices, bias, positives, 0.1)
+
+    size = 4 * kernel.size
+    compiled = adam.lower(x, kernel, indices, bias, positives, state).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 4
+    before = {a.unsafe_buffer_pointer() for a in (kernel, state.mu_kernel, state.nu_kernel)}
+    _, _, kernel, bias, state = adam(x, kernel, indices, bias, positives, state)
+    assert {a.unsafe_buffer_pointer() for a in (kernel, state.mu_kernel, state.nu_kernel)} == before
+    pointer = kernel.unsafe_buffer_pointer()
+    assert sgd(x, kernel, indices, bias, positives)[2].unsafe_buffer_pointer() == pointer
+
+
+def test_arrays_that_are_not_donated_stay():
+    x, kernel, indices, bias, positives = make_problem(4, 50, 200, 8)
+    copies = [np.array(a) for a in (kernel, bias)]
+    state = adam_init(kernel, bias)
+    fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
+    fan_in_sgd_step(x, kernel, indices, bias, positives, 0.1)
+    for array, copy in zip((kernel, bias), copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+    assert not np.any(state.mu_kernel)
+
+
+def test_an_empty_batch_changes_nothing():
+    x, kernel, indices, bias, positives = make_problem(0, 50, 200, 8)
+    value, d_x, new_kernel, new_bias = fan_in_sgd_step(x, kernel, indices, bias, positives, 0.1)
+    assert np.isnan(value)
+    assert d_x.shape == (0, 50)
+    np.testing.assert_array_equal(new_kernel, kernel)
+    np.testing.assert_array_equal(new_bias, bias)
+
+
+@pytest.mark.parametrize("step", [fan_in_sgd_step, lambda *a: fan_in_adam_step(*a[:-1], None, a[-1])])
+def test_bad_arguments_are_named(step):
+    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
+    with pytest.raises(ValueError, match=r"positives must have shape \[2, P\]"):
+        step(x, kernel, indices, bias, positives[:1], 0.1)
+    with pytest.raises(ValueError, match=r"kernel must have shape \[7, 3\]"):
+        step(x, kernel[:6], indices, bias, positives, 0.1)
+
+
+def test_a_handler_that_is_called_without_aliasing_says_so():
+    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
+    results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((), x.shape, kernel.shape, bias.shape)]
+    call = jax.ffi.ffi_call("xla_ops.fan_in_step.sgd", results)
+    arguments = (x, kernel, indices, bias, positives, jnp.float32(1), jnp.zeros(3, jnp.uint32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="kernel must be updated in place"):
+        jax.block_until_ready(call(*arguments, loss=np.int64(0)))

@@ -1,0 +1,115 @@
+// The backward pass of a fixed fan-in layer: all gradients in one sweep over the labels.
+//
+// A block of labels is taken through everything while its rows and the features that it reads are in cache:
+// gradient of the logits, gradient of the kernel, gradient of the input. Where the gradient of the logits is zero for
+// a label in a tile, which for the squared hinge is nearly everywhere once training is under way, the two products
+// are skipped. What becomes of the gradients of the kernel and the bias is up to a *sink*: `Gradients` writes them
+// out, the updates of fan_in_step.cc apply them and forget them.
+
+#ifndef XLA_OPS_CSRC_CPU_BACKWARD_H_
+#define XLA_OPS_CSRC_CPU_BACKWARD_H_
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace xla_ops {
+
+// Labels taken through all tiles together have so many connections: their weights stay in the second-level cache.
+constexpr int64_t kConnectionsPerRun = 1 << 17;
+
+// The sink that writes gradients out: d_kernel [labels, fan_in] and d_bias [labels], or null.
+template <typename T>
+class Gradients {
+ public:
+  Gradients(const Shape& s, T* d_kernel, T* d_bias) : fan_in_(s.fan_in), d_kernel_(d_kernel), d_bias_(d_bias) {}
+
+  // Where the kernel's gradient of labels [first, first + labels) is to be summed.
+  float* kernel_sums(int64_t first, int64_t labels) {
+    return accumulator(d_kernel_ + first * fan_in_, labels * fan_in_, &beside_);
+  }
+  // Takes the finished sums of those labels.
+  void take(int64_t first, int64_t labels, const float* d_kernel, const float* d_bias) {
+    if (beside_) layout_kernels<T>().narrow(d_kernel, labels * fan_in_, d_kernel_ + first * fan_in_);
+    if (d_bias_) layout_kernels<T>().narrow(d_bias, labels, d_bias_ + first);
+  }
+
+ private:
+  const int64_t fan_in_;
+  T* const d_kernel_;
+  T* const d_bias_;
+  Buffer<float> beside_;
+};
+
+// One thread's part of the labels, [begin, end). rows_of(tile, label, n, rows) fills in the gradient of the logits
+// of n labels; the gradient of the packed input is added to d_packed.
+//
+// Tiles are on the inside, so that the sink gets a run's gradients summed over the batch, but a run is long enough to
+// pay for bringing a tile's features into the cache.
+template <typename T, typename I, typename Rows, typename Sink>
+void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const T* packed, int64_t begin, int64_t end,
+                   Rows& rows_of, Sink& sink, float* d_packed) {
+  const FanInKernels<T, I>& ops = fan_in_kernels<T, I>();
+  const Shape& s = layer.shape;
+  const int64_t run_length = std::max(kBlock, kConnectionsPerRun / s.fan_in / kBlock * kBlock);
+  const Buffer<float> d_bias = allocate<float>(run_length);
+  alignas(64) float rows[kBlock * kTile];
+  for (int64_t first = begin; first < end; first += run_length) {
+    const int64_t labels = std::min(run_length, end - first);
+    float* d_kernel = sink.kernel_sums(first, labels);
+    std::fill_n(d_kernel, labels * s.fan_in, 0.0f);
+    std::fill_n(d_bias.get(), labels, 0.0f);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Tile tile = tiles[t];
+      for (int64_t done = 0; done < labels; done += kBlock) {
+        const int64_t label = first + done, n = std::min(kBlock, labels - done);
+        const I* indices = layer.indices + label * s.fan_in;
+        rows_of(tile, label, n, rows);
+        row_kernels().sums(rows, n, tile.width, d_bias.get() + done);
+        ops.kernel_grad(packed + tile.offset, s.in_features, tile.width, rows, indices, n, s.fan_in,
+                        d_kernel + done * s.fan_in);
+        ops.input_grad(rows, s.in_features, tile.width, layer.kernel + label * s.fan_in, indices, n, s.fan_in,
+                       d_packed + tile.offset);
+      }
+    }
+    sink.take(first, labels, d_kernel, d_bias.get());
+  }
+}
+
+// The labels cut into `count` parts of whole blocks.
+struct Parts {
+  Parts(const Shape& s, int64_t count)
+      : count(count), labels(s.labels), each(ceil_div(ceil_div(s.labels, kBlock), count) * kBlock) {}
+
+  int64_t begin(int64_t part) const { return std::min(labels, part * each); }
+  int64_t end(int64_t part) const { return begin(part + 1); }
+
+  const int64_t count, labels, each;
+};
+
+// d_x [batch, in_features], and everything else into the sinks. make_rows() and make_sink() are called once per
+// part; the rows come back, for what they have counted.
+template <typename T, typename I, typename MakeRows, typename MakeSink>
+auto backward(xla::ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles, const T* packed,
+              const MakeRows& make_rows, const MakeSink& make_sink, T* d_x) {
+  const Shape& s = layer.shape;
+  const Parts parts(s, std::max<int64_t>(1, std::min(pool.num_threads(), worthwhile_copies(s))));
+  const Buffer<float> d_packed = allocate<float>(parts.count * tiles.elements);
+  std::vector<decltype(make_rows())> rows(parts.count, make_rows());
+  parallel_for(pool, parts.count, [&](int64_t p) {
+    float* d = d_packed.get() + p * tiles.elements;
+    std::memset(d, 0, tiles.elements * sizeof(float));
+    auto sink = make_sink();
+    backward_part(layer, tiles, packed, parts.begin(p), parts.end(p), rows[p], sink, d);
+  });
+  unpack_sum(pool, tiles, d_packed.get(), parts.count, d_x);
+  return rows;
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CSRC_CPU_BACKWARD_H_

@@ -1,0 +1,105 @@
+// Rows of the gradient of a mean loss of the logits against sparse positives.
+
+#ifndef XLA_OPS_CSRC_CPU_LOSS_ROWS_H_
+#define XLA_OPS_CSRC_CPU_LOSS_ROWS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "packed.h"
+
+namespace xla_ops {
+
+enum class Loss { kSquaredHinge, kBinaryCrossEntropy };
+
+struct Term {
+  float value, gradient;
+};
+
+// The loss of one logit, and its derivative, where the label is a positive.
+inline Term positive_term(Loss loss, float s) {
+  if (loss == Loss::kSquaredHinge) {
+    const float slack = 1 - s < 0 ? 0 : 1 - s;  // NaN stays NaN
+    return {slack * slack, -2 * slack};
+  }
+  return {std::max(-s, 0.0f) + std::log1p(std::exp(-std::abs(s))), -1 / (1 + std::exp(s))};
+}
+
+inline float negative_value(Loss loss, float s) { return positive_term(loss, -s).value; }
+
+struct Positive {
+  int64_t label;
+  int64_t example;
+  bool operator<(const Positive& other) const {
+    return label != other.label ? label < other.label : example < other.example;
+  }
+  bool operator==(const Positive& other) const { return label == other.label && example == other.example; }
+};
+
+// The distinct positives [batch, width] in order of their labels; padding and labels out of range are left out.
+inline std::vector<Positive> by_label(const int32_t* positives, int64_t batch, int64_t width, int64_t labels) {
+  std::vector<Positive> sorted;
+  sorted.reserve(batch * width);
+  for (int64_t i = 0; i < batch * width; ++i) {
+    if (positives[i] >= 0 && positives[i] < labels) sorted.push_back({positives[i], i / width});
+  }
+  std::sort(sorted.begin(), sorted.end());
+  sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+  return sorted;
+}
+
+// Computes blocks of logits, and turns them into the gradients of the mean loss over batch and labels.
+template <typename T, typename I>
+class LossRows {
+ public:
+  LossRows(const Layer<T, I>& layer, Loss loss, const T* packed, const std::vector<Positive>& positives)
+      : layer_(layer),
+        loss_(loss),
+        scale_(1.0f / (static_cast<float>(layer.shape.batch) * static_cast<float>(layer.shape.labels))),
+        packed_(packed),
+        positives_(positives) {}
+
+  void operator()(const Tile& tile, int64_t label, int64_t n, float* rows) {
+    layer_.logits(packed_, tile, label, n, rows);
+    corrections_.clear();
+    for (auto p = std::lower_bound(positives_.begin(), positives_.end(), Positive{label, 0});
+         p != positives_.end() && p->label < label + n; ++p) {
+      if (p->example < tile.first || p->example >= tile.first + tile.size) continue;
+      const int64_t at = (p->label - label) * tile.width + p->example - tile.first;
+      const Term term = positive_term(loss_, rows[at]);
+      total_ += term.value - negative_value(loss_, rows[at]);
+      corrections_.push_back({at, term.gradient * scale_});
+    }
+    const auto negatives =
+        loss_ == Loss::kSquaredHinge ? row_kernels().squared_hinge : row_kernels().binary_cross_entropy;
+    total_ += negatives(rows, n, tile.width, tile.size, scale_);
+    for (const auto& [at, gradient] : corrections_) rows[at] = gradient;
+  }
+
+  // The sum of the losses so far.
+  double total() const { return total_; }
+
+ private:
+  const Layer<T, I>& layer_;
+  const Loss loss_;
+  const float scale_;
+  const T* const packed_;
+  const std::vector<Positive>& positives_;
+  std::vector<std::pair<int64_t, float>> corrections_;
+  double total_ = 0;
+};
+
+// The mean loss from the parts' sums.
+template <typename Rows>
+float mean_loss(const std::vector<Rows>& parts, const Shape& s) {
+  double total = 0;
+  for (const Rows& part : parts) total += part.total();
+  return static_cast<float>(total / (static_cast<double>(s.batch) * static_cast<double>(s.labels)));
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CSRC_CPU_LOSS_ROWS_H_

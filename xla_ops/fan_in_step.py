@@ -1,0 +1,162 @@
+"""Training steps of a fixed fan-in output layer that update its weights where they are."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from xla_ops._arguments import check_dtype, check_shape
+from xla_ops.fan_in_loss import check_loss, loss_code
+
+
+class AdamState(NamedTuple):
+    """What Adam remembers of a layer.
+
+    Attributes:
+      count: int32 scalar, the number of steps taken.
+      mu_kernel, nu_kernel: first and second moment of the kernel, float32 [L, F].
+      mu_bias, nu_bias: those of the bias, float32 [L], or None where there is none.
+    """
+
+    count: Array
+    mu_kernel: Array
+    nu_kernel: Array
+    mu_bias: Array | None
+    nu_bias: Array | None
+
+
+def adam_init(kernel: ArrayLike, bias: ArrayLike | None) -> AdamState:
+    """The state before the first step, for kernel [L, F] and bias ([L] or None)."""
+    return AdamState(
+        jnp.zeros((), jnp.int32),
+        *(jnp.zeros_like(kernel) for _ in range(2)),
+        *(None if bias is None else jnp.zeros_like(bias) for _ in range(2)),
+    )
+
+
+def fan_in_adam_step(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    positives: ArrayLike,
+    state: AdamState,
+    learning_rate: ArrayLike,
+    *,
+    loss: str = "squared_hinge",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    epsilon: float = 1e-7,
+) -> tuple[Array, Array, Array, Array | None, AdamState]:
+    """One step of Adam on `fan_in_loss`, in one sweep over the labels: the kernel's gradient is never held.
+
+    Gives what `fan_in_loss`, `jax.grad` and `optax.adam(learning_rate, b1, b2, eps=epsilon)` give, to within
+    rounding. Kernel, bias and moments are updated in place if the caller's `jit` donates them; otherwise XLA
+    copies them first. Not differentiable: pass `d_x` on to the layers in front (`jax.vjp`).
+
+    Args:
+      x: [B, D], float32.
+      kernel, indices, bias, positives, loss: as for `fan_in_loss`; kernel and bias float32.
+      state: from `adam_init`, or the last step.
+      learning_rate: float32 scalar.
+      b1, b2: the decay rates of the moments.
+      epsilon: added to the root of the second moment; by default the paper's framework's.
+
+    Returns:
+      The loss (of the weights before the step), its gradient with respect to x [B, D], and the new kernel,
+      bias and state.
+
+    Raises:
+      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+
+    Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+    """
+    check_dtype("kernel", kernel, [jnp.float32])
+    x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
+    shapes = {"kernel": kernel.shape, "bias": bias.shape}
+    moments = []
+    for name in ("mu_kernel", "nu_kernel", "mu_bias", "nu_bias"):
+        moment = getattr(state, name)
+        moment = jnp.zeros(0) if moment is None else jnp.asarray(moment)
+        layer_array = name.split("_")[1]
+        check_dtype(f"state.{name}", moment, [jnp.float32])
+        check_shape(f"state.{name}", moment, shapes[layer_array], f"that of the {layer_array}")
+        moments.append(moment)
+    count = state.count + 1
+    t = count.astype(jnp.float32)
+    rates = [jnp.asarray(learning_rate, jnp.float32), 1 / (1 - b1**t), 1 / (1 - b2**t)]
+    operands = (x, kernel, indices, bias, positives, *moments, jnp.stack(rates))
+    results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias, *moments))]
+    call = jax.ffi.ffi_call(
+        "xla_ops.fan_in_step.adam",
+        results,
+        input_output_aliases={1: 2, 3: 3, 5: 4, 6: 5, 7: 6, 8: 7},
+        vmap_method="sequential",
+    )
+    value, d_x, kernel, new_bias, *moments = call(
+        *operands, loss=loss_code(loss), b1=np.float32(b1), b2=np.float32(b2), epsilon=np.float32(epsilon)
+    )
+    if state.mu_bias is None:
+        return value, d_x, kernel, None, AdamState(count, *moments[:2], None, None)
+    return value, d_x, kernel, new_bias, AdamState(count, *moments)
+
+
+def fan_in_sgd_step(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    positives: ArrayLike,
+    learning_rate: ArrayLike,
+    *,
+    seed: ArrayLike = 0,
+    step: ArrayLike = 0,
+    loss: str = "squared_hinge",
+) -> tuple[Array, Array, Array, Array | None]:
+    """One step of SGD without momentum on `fan_in_loss`, in one sweep over the labels.
+
+    `kernel -= learning_rate * gradient`, and the same for the bias: no moments, and the kernel's gradient is
+    never held. Sums are float32; a bfloat16 weight is then rounded stochastically, up or down with the
+    probability that makes it right on average, so that updates far below its precision are not lost. Updated
+    in place if the caller's `jit` donates kernel and bias. Not differentiable: pass `d_x` on to the layers in
+    front (`jax.vjp`).
+
+    The loss is a mean over B and L: for a rate that does not depend on either, multiply it by B * L.
+
+    Args:
+      x: [B, D], float32 or bfloat16.
+      kernel, indices, bias, positives, loss: as for `fan_in_loss`.
+      learning_rate: float32 scalar.
+      seed: uint32 scalar, of the rounding. With `step` and a weight's position it fixes the random bits, on
+        any machine (Philox4x32-10; how exactly stands in `csrc/cpu/kernels.h`).
+      step: uint32 or int32 scalar, the number of the step; each must have its own.
+
+    Returns:
+      The loss (of the weights before the step), its gradient with respect to x [B, D], the new kernel and
+      bias.
+
+    Raises:
+      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+
+    Reference: Zhang et al., "ELMO: Efficiency via Low-precision and Peak Memory Optimization in Large Output
+    Spaces", ICML 2025, for momentum-free SGD with stochastic rounding in an extreme classifier.
+    """
+    has_bias = bias is not None
+    x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
+    key = jnp.stack([jnp.asarray(a).astype(jnp.uint32) for a in (seed, 0, step)])
+    call = jax.ffi.ffi_call(
+        "xla_ops.fan_in_step.sgd",
+        [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))],
+        input_output_aliases={1: 2, 3: 3},
+        vmap_method="sequential",
+    )
+    rate = jnp.asarray(learning_rate, jnp.float32)
+    value, d_x, kernel, bias = call(x, kernel, indices, bias, positives, rate, key, loss=loss_code(loss))
+    return value, d_x, kernel, bias if has_bias else None
+
+
+def _like(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
