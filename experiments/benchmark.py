@@ -8,6 +8,10 @@ arguments, so that nothing is folded into the program. Whatever a contender can 
 connections (sorting them, for example) is not counted.
 
 To add an op, write a function like `fan_in_matmul` below and list it in OPS.
+
+    python -m experiments.benchmark --op=training_step --json=result.json
+
+measures whole training steps instead: see `experiments.training_step`.
 """
 
 import functools
@@ -26,7 +30,7 @@ from jax.experimental import sparse
 from scipy import stats
 
 import xla_ops
-from experiments import environment
+from experiments import environment, training_step
 from sparse_xmc.losses import squared_hinge
 from xla_ops import _native
 
@@ -343,7 +347,7 @@ def _cell(result: dict) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_enum("op", "fan_in_matmul", list(OPS), "Op to time.")
+    flags.DEFINE_enum("op", "fan_in_matmul", [*OPS, "training_step"], "What to measure.")
     flags.DEFINE_integer("labels", 670_091, "Number of labels.", lower_bound=1)
     flags.DEFINE_integer("inputs", 32_768, "Number of input features.", lower_bound=1)
     flags.DEFINE_integer("fan_in", 32, "Connections per label.", lower_bound=1)
@@ -359,9 +363,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    shape = Shape(values.labels, values.inputs, values.fan_in, values.batch, values.density)
-    report = measure(values.op, shape, values.dtype, values.repeats)
-    print(table(report))
+    if values.op == "training_step":
+        report = training_step.measure(values.repeats)
+    else:
+        shape = Shape(values.labels, values.inputs, values.fan_in, values.batch, values.density)
+        report = measure(values.op, shape, values.dtype, values.repeats)
+        print(table(report))
     if values.json is not None:
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 

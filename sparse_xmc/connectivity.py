@@ -114,16 +114,26 @@ def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     Returns:
       The new arrays.
     """
+    # On CPU, XLA slices a bfloat16 array by way of a float32 copy of all of it.
+    dtypes = [a.dtype for a in arrays]
+    arrays = tuple(_as_integers(a) for a in arrays)
     total = arrays[0].shape[0]
     rows = max(1, min(total, _AT_ONCE * total // max(1, arrays[0].size)))
 
     def update(i, arrays):
         first = jnp.minimum(i * rows, total - rows)
         blocks = tuple(jax.lax.dynamic_slice_in_dim(a, first, rows) for a in arrays)
-        blocks = function(first, first + jnp.arange(rows) >= i * rows, blocks)
+        blocks = [jax.lax.bitcast_convert_type(b, d) for b, d in zip(blocks, dtypes, strict=True)]
+        blocks = function(first, first + jnp.arange(rows) >= i * rows, tuple(blocks))
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(a, block, first, axis=0)
+            jax.lax.dynamic_update_slice_in_dim(a, _as_integers(block), first, axis=0)
             for a, block in zip(arrays, blocks, strict=True)
         )
 
-    return jax.lax.fori_loop(0, -(-total // rows), update, arrays) if total else arrays
+    if total:
+        arrays = jax.lax.fori_loop(0, -(-total // rows), update, arrays)
+    return tuple(jax.lax.bitcast_convert_type(a, d) for a, d in zip(arrays, dtypes, strict=True))
+
+
+def _as_integers(array: Array) -> Array:
+    return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array

@@ -26,8 +26,8 @@ def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: float)
     """Uniform in +-bound, a block of rows at a time: the generator takes many times its result's memory."""
 
     def draw(first, fresh, blocks):
-        values = jax.random.uniform(jax.random.fold_in(key, first), blocks[0].shape, dtype, -1, 1)
-        return (values * jnp.asarray(bound, dtype),)
+        values = jax.random.uniform(jax.random.fold_in(key, first), blocks[0].shape, jnp.float32, -1, 1)
+        return ((bound * values).astype(dtype),)
 
     return update_in_blocks(draw, (jnp.zeros(shape, dtype),))[0]
 

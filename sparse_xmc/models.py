@@ -111,10 +111,13 @@ class Classifier(nnx.Module):
         else:
             self.output = nnx.Linear(width, config.num_labels, **options)
 
+    def embed(self, inputs: Array | BagOfWords) -> Array:
+        """The penultimate layer's inputs, [B, E], for dense features [B, num_features] or a `BagOfWords`."""
+        return self.dropout(nnx.relu(self.embedding(inputs)) if self.config.bag_of_words else inputs)
+
     def features(self, inputs: Array | BagOfWords) -> Array:
-        """The output layer's inputs, [B, D], for dense features [B, num_features] or a `BagOfWords`."""
-        x = nnx.relu(self.embedding(inputs)) if self.config.bag_of_words else inputs
-        x = self.dropout(x)
+        """The output layer's inputs, [B, D]."""
+        x = self.embed(inputs)
         return nnx.relu(self.penultimate(x)) if self.config.penultimate else x
 
     def __call__(self, inputs: Array | BagOfWords) -> Array:

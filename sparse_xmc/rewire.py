@@ -9,8 +9,7 @@ import optax
 from jax import Array
 
 from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
-
-_AT_ONCE = 1 << 18
+from xla_ops import kth_smallest_magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,42 +36,6 @@ class RewireConfig:
 PAPER = RewireConfig(fraction=0.1, distinct=False, zero_weights=False)
 
 
-def kth_smallest_magnitude(x: Array, k: Array) -> Array:
-    """The k-th smallest |x| (k = 1 is the smallest), exactly, without sorting and without large temporaries.
-
-    Bisects on the bit pattern, whose order is that of the magnitudes: 31 counting passes over x.
-
-    Args:
-      x: float array of any shape, without NaN.
-      k: integer scalar in 1..x.size.
-
-    Returns:
-      float32 scalar.
-    """
-    flat = x.reshape(-1)
-    size = min(_AT_ONCE, flat.size)
-    whole = flat.size // size * size
-
-    def count_up_to(bound):  # blocks, or XLA would keep the bits and the comparisons of all of x
-        def count(values):
-            magnitudes = jnp.abs(values.astype(jnp.float32))
-            return jnp.sum(jax.lax.bitcast_convert_type(magnitudes, jnp.uint32) <= bound, dtype=jnp.int32)
-
-        def add(i, total):
-            return total + count(jax.lax.dynamic_slice_in_dim(flat, i * size, size))
-
-        return jax.lax.fori_loop(0, whole // size, add, count(flat[whole:]))
-
-    def halve(_, bounds):  # the answer's bits are in low..high
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = count_up_to(middle) >= k
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    bounds = jnp.uint32(0), jnp.uint32(0x7F800000)
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[0], jnp.float32)
-
-
 @functools.partial(jax.jit, static_argnames=("in_features", "config"), donate_argnums=(1, 2, 5))
 def rewire(
     key: Array,
@@ -87,8 +50,8 @@ def rewire(
     The threshold is the k-th smallest magnitude of the whole layer, k = round(fraction * L * F); the
     connections strictly below it move. So at most k - 1 move, and none where k weights are 0.
 
-    `kernel`, `indices` and `moments` are donated; labels are taken in blocks, so that nothing of the layer's
-    size is made but the mask that is returned (and not even that under a `jit` that does not use it).
+    `kernel`, `indices` and `moments` are donated. Nothing of the layer's size is made but the mask of what
+    moves, a byte per connection: inputs are drawn for blocks of labels.
 
     Args:
       key: a random key.
@@ -109,22 +72,32 @@ def rewire(
     if k == 0:
         return kernel, indices, jnp.zeros(kernel.shape, bool), moments
     threshold = kth_smallest_magnitude(kernel, k)
+    moved = jnp.abs(kernel.astype(jnp.float32)) < threshold
 
-    def move(first, mask, blocks):
-        kernel, indices, moved, *moments = blocks
-        key_of_block = jax.random.fold_in(key, first)
-        indices = redraw(key_of_block, indices, mask, in_features, distinct=config.distinct)
-        zeroed = [jnp.where(mask, 0, a).astype(a.dtype) for a in (kernel, *moments)]
-        return zeroed[0] if config.zero_weights else kernel, indices, moved | mask, *zeroed[1:]
+    def move(moved, kernel, indices, moments):
+        def block(first, fresh, blocks):
+            mask = jax.lax.dynamic_slice_in_dim(moved, first, fresh.size) & fresh[:, None]
 
-    def block(first, fresh, blocks):
-        mask = (jnp.abs(blocks[0].astype(jnp.float32)) < threshold) & fresh[:, None]
-        # The branch saves work, and makes XLA read the blocks before it writes any: else it copies the layer.
-        return jax.lax.cond(mask.any(), move, lambda first, mask, blocks: blocks, first, mask, blocks)
+            def draw(indices):
+                fresh_key = jax.random.fold_in(key, first)
+                return redraw(fresh_key, indices, mask, in_features, distinct=config.distinct)
 
-    arrays = (kernel, indices, jnp.zeros(kernel.shape, bool), *moments)
-    kernel, indices, moved, *moments = update_in_blocks(block, arrays)
-    return kernel, indices, moved, tuple(moments)
+            return (jax.lax.cond(mask.any(), draw, _same, *blocks),)
+
+        (indices,) = update_in_blocks(block, (indices,))
+        if config.zero_weights:
+            kernel = jnp.where(moved, 0, kernel).astype(kernel.dtype)
+        return kernel, indices, tuple(jnp.where(moved, 0, m).astype(m.dtype) for m in moments)
+
+    # The branches save work, and make XLA finish reading arrays before it writes any: else it copies them.
+    kernel, indices, moments = jax.lax.cond(
+        threshold > 0, move, lambda moved, *arrays: arrays, moved, kernel, indices, moments
+    )
+    return kernel, indices, moved, moments
+
+
+def _same(array):
+    return array
 
 
 @functools.partial(jax.jit, static_argnames=("in_features", "labels", "config"), donate_argnums=(1, 2))

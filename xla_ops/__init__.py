@@ -2,14 +2,29 @@
 
 from xla_ops._arguments import index_dtype
 from xla_ops._native import register
+from xla_ops.dense_step import (
+    DenseAdamState,
+    FactoredState,
+    dense_adam_init,
+    dense_adam_step,
+    dense_factored_init,
+    dense_factored_step,
+)
 from xla_ops.fan_in_loss import fan_in_loss, fan_in_loss_reference
 from xla_ops.fan_in_matmul import fan_in_matmul, fan_in_matmul_reference
 from xla_ops.fan_in_step import AdamState, adam_init, fan_in_adam_step, fan_in_sgd_step
 from xla_ops.fan_in_top_k import fan_in_top_k, fan_in_top_k_reference
+from xla_ops.kth_smallest import kth_smallest_magnitude
 
 __all__ = [
     "AdamState",
+    "DenseAdamState",
+    "FactoredState",
     "adam_init",
+    "dense_adam_init",
+    "dense_adam_step",
+    "dense_factored_init",
+    "dense_factored_step",
     "fan_in_adam_step",
     "fan_in_loss",
     "fan_in_loss_reference",
@@ -19,5 +34,6 @@ __all__ = [
     "fan_in_top_k",
     "fan_in_top_k_reference",
     "index_dtype",
+    "kth_smallest_magnitude",
     "register",
 ]

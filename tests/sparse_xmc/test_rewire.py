@@ -8,11 +8,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sparse_xmc.layers import FixedFanInLinear
-from sparse_xmc.rewire import PAPER, RewireConfig, kth_smallest_magnitude, reset_moments, rewire
+from sparse_xmc.rewire import PAPER, RewireConfig, reset_moments, rewire
 
 
 @pytest.fixture(autouse=True)
@@ -34,22 +32,6 @@ def random_layer(labels=300, fan_in=8, in_features=50, seed=0):
 def run(kernel, indices, in_features, config, seed=0):
     result = rewire(jax.random.key(seed), jnp.array(kernel), jnp.array(indices), in_features, config)
     return tuple(np.asarray(a) for a in result[:3])
-
-
-@given(
-    st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=60),
-    st.data(),
-)
-def test_kth_smallest_magnitude_is_that_of_a_sort(values, data):
-    k = data.draw(st.integers(1, len(values)))
-    x = np.array(values, np.float32)
-    assert kth_smallest_magnitude(jnp.array(x), k) == np.sort(np.abs(x))[k - 1]
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_kth_smallest_magnitude_with_ties_and_low_precision(dtype):
-    x = jnp.array([[3, -1, 1], [0, -2, 1]], dtype)
-    assert [float(kth_smallest_magnitude(x, k)) for k in range(1, 7)] == [0, 1, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("config", [PAPER, RewireConfig()])
@@ -94,18 +76,19 @@ def test_moments_are_zeroed_where_a_connection_moves(labels):
         np.testing.assert_array_equal(a, np.where(moved, 0, b))
 
 
-def test_rewiring_in_place_makes_nothing_of_the_layers_size():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rewiring_in_place_makes_nothing_of_the_layers_size_but_the_mask(dtype):
     @functools.partial(jax.jit, donate_argnums=(1, 2, 3, 4))
     def in_place(key, kernel, indices, mu, nu):
         kernel, indices, _, moments = rewire(key, kernel, indices, 32_768, moments=(mu, nu))
         return kernel, indices, moments
 
     size = 10_000_000 * 32
-    dtypes = (jnp.float32, jnp.uint16, jnp.float32, jnp.float32)
+    dtypes = (dtype, jnp.uint16, jnp.float32, jnp.float32)
     arguments = [jax.ShapeDtypeStruct((10_000_000, 32), dtype) for dtype in dtypes]
     memory = in_place.lower(jax.random.key(0), *arguments).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= 14 * size
-    assert memory.temp_size_in_bytes < 0.05 * size, memory.temp_size_in_bytes
+    assert memory.alias_size_in_bytes >= (10 + jnp.dtype(dtype).itemsize) * size
+    assert memory.temp_size_in_bytes < 1.05 * size, memory.temp_size_in_bytes
 
 
 def test_nothing_moves_where_as_many_weights_as_would_move_are_zero():

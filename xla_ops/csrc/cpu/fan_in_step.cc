@@ -75,12 +75,6 @@ ffi::Error check_step(const Arguments& a, Shape* s) {
   return check("d_x", a.d_x, a.x.element_type(), {s->batch, s->in_features});
 }
 
-// Checks that `after` is `before`'s memory: only then is what the sweep reads what it writes.
-ffi::Error check_aliased(const char* name, const ffi::AnyBuffer& before, const ffi::AnyBuffer& after) {
-  if (before.untyped_data() == after.untyped_data() || before.element_count() == 0) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument(std::string(name) + " must be updated in place: its result must alias it");
-}
-
 template <typename T, typename I, typename Weights>
 void step(ffi::ThreadPool& pool, const Shape& s, const Arguments& a, const Weights& kernel, const Weights& bias) {
   const Layer<T, I> layer{s, data<T>(a.kernel), data<I>(a.indices), optional_data<T>(a.bias)};

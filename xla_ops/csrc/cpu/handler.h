@@ -43,6 +43,16 @@ inline ffi::Error check(const char* name, const ffi::AnyBuffer& buffer, ffi::Dat
 #define XLA_OPS_RETURN_IF_ERROR(expression) \
   if (ffi::Error error = (expression); error.failure()) return error
 
+// Calls fn, which returns an error; running out of memory becomes one as well.
+template <typename Fn>
+ffi::Error guarded(Fn&& fn) {
+  try {
+    return fn();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for temporaries");
+  }
+}
+
 // Calls fn(T*, I*) with null pointers of the types that `values` and `indices` hold.
 template <typename Fn>
 ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
@@ -53,20 +63,24 @@ ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices,
       default: return ffi::Error::InvalidArgument("indices must be uint16 or int32");
     }
   };
-  try {
+  return guarded([&] {
     switch (values.element_type()) {
       case ffi::F32: return with_index(static_cast<float*>(nullptr));
       case ffi::BF16: return with_index(static_cast<bfloat16*>(nullptr));
       default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
     }
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for temporaries");
-  }
+  });
 }
 
 template <typename T>
 T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
+}
+
+// Checks that `after` is `before`'s memory, where an update reads what it writes.
+inline ffi::Error check_aliased(const char* name, const ffi::AnyBuffer& before, const ffi::AnyBuffer& after) {
+  if (before.untyped_data() == after.untyped_data() || before.element_count() == 0) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(std::string(name) + " must be updated in place: its result must alias it");
 }
 
 // What stands for no bias is an array of no elements.

@@ -477,6 +477,31 @@ void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, c
   for (; i < count; ++i) sgd_one(gradient[i], learning_rate, key, position + i, w + i);
 }
 
+// ---- dense layers ----
+
+void products(const float* x, int64_t x_stride, const float* dy, int64_t batch, float* out) {
+  constexpr int V = kColumns / W < 4 ? kColumns / W : 4;  // kRows * V sums fit in the registers
+  for (int64_t first = 0; first < kColumns; first += V * W) {
+    Vec sums[kRows][V] = {};
+    for (int64_t b = 0; b < batch; ++b) {
+      const float* values = x + b * x_stride;
+      Vec d[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) d[v] = load(dy + b * kColumns + first + v * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] += values[r] * d[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + r * kColumns + first + v * W, sums[r][v]);
+    }
+  }
+}
+
 template <typename T, typename I>
 constexpr FanInKernels<T, I> fan_in_table() {
   return {logits<T, I>, kernel_grad<T, I>, input_grad<T, I>};
@@ -505,6 +530,7 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     layout_table<bfloat16>(),
     {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, any_above},
     {adam, sgd, sgd_stochastic},
+    {products},
 };
 
 }  // namespace xla_ops

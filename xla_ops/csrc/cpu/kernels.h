@@ -82,6 +82,15 @@ struct UpdateKernels {
                    int64_t position, bfloat16* w);
 };
 
+// Columns of a dense layer that are worked on at once, and rows.
+constexpr int64_t kColumns = 64;
+constexpr int64_t kRows = 4;
+
+struct DenseKernels {
+  // out[r, c] = sum_b x[b * x_stride + r] * dy[b, c] for r < kRows and c < kColumns; dy is [batch, kColumns].
+  void (*products)(const float* x, int64_t x_stride, const float* dy, int64_t batch, float* out);
+};
+
 struct Isa {
   const char* name;
   FanInKernels<float, uint16_t> f32_u16;
@@ -92,6 +101,7 @@ struct Isa {
   LayoutKernels<bfloat16> bf16;
   RowKernels rows;
   UpdateKernels updates;
+  DenseKernels dense;
 };
 
 // The instruction set in use: the best that this processor has, unless select_isa chose a lesser one.
@@ -119,6 +129,7 @@ inline const LayoutKernels<bfloat16>& layout_kernels() { return isa().bf16; }
 
 inline const RowKernels& row_kernels() { return isa().rows; }
 inline const UpdateKernels& update_kernels() { return isa().updates; }
+inline const DenseKernels& dense_kernels() { return isa().dense; }
 
 }  // namespace xla_ops
 

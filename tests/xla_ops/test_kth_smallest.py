@@ -1,0 +1,41 @@
+"""Selection by magnitude against a sort."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xla_ops import kth_smallest_magnitude
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=60),
+    st.data(),
+)
+def test_kth_smallest_magnitude_is_that_of_a_sort(values, data):
+    k = data.draw(st.integers(1, len(values)))
+    x = np.array(values, np.float32)
+    assert kth_smallest_magnitude(jnp.array(x), k) == np.sort(np.abs(x))[k - 1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kth_smallest_magnitude_with_ties_and_low_precision(dtype):
+    x = jnp.array([[3, -1, 1], [0, -2, 1]], dtype)
+    assert [float(kth_smallest_magnitude(x, k)) for k in range(1, 7)] == [0, 1, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_large_arrays(dtype):
+    x = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(1000, 999)), dtype))
+    ordered = np.sort(np.abs(x.astype(np.float32)).ravel())
+    for k in (1, 2, 12345, x.size - 1, x.size):
+        assert kth_smallest_magnitude(x, k) == ordered[k - 1]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="x must have dtype float32 or bfloat16, got int32"):
+        kth_smallest_magnitude(jnp.arange(3), 1)
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=rf"k must be in 1..3 \(the size of x\), got {k}"):
+            kth_smallest_magnitude(jnp.ones(3), k)

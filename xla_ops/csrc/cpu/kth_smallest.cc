@@ -1,0 +1,83 @@
+// The k-th smallest magnitude of an array, from counts of the values of its bits: their order is that of magnitudes.
+
+#include "kth_smallest.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "handler.h"
+#include "kernels.h"
+#include "packed.h"
+#include "parallel.h"
+
+namespace xla_ops {
+namespace {
+
+constexpr int kCountedBits = 16;
+
+// The magnitude's bits, 31 of them.
+uint32_t magnitude(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits & 0x7fffffff;
+}
+uint32_t magnitude(bfloat16 x) { return static_cast<uint32_t>(x.bits & 0x7fff) << 16; }
+
+// How many of x have each value of bits [shift, shift + kCountedBits), among those whose bits above are `above`.
+template <typename T>
+std::vector<int64_t> count_bits(ffi::ThreadPool& pool, const T* x, int64_t n, int shift, uint32_t above) {
+  const int64_t parts = pool.num_threads(), each = ceil_div(n, parts);
+  std::vector<std::vector<int64_t>> counts(parts, std::vector<int64_t>(1 << kCountedBits));
+  parallel_for(pool, parts, [&](int64_t part) {
+    std::vector<int64_t>& count = counts[part];
+    for (int64_t i = part * each; i < std::min(n, (part + 1) * each); ++i) {
+      const uint64_t bits = magnitude(x[i]);  // 64 bits, so that it may be shifted by 32
+      if (bits >> (shift + kCountedBits) == above) ++count[bits >> shift & ((1 << kCountedBits) - 1)];
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (size_t value = 0; value < counts[0].size(); ++value) counts[0][value] += counts[part][value];
+  }
+  return counts[0];
+}
+
+template <typename T>
+float kth(ffi::ThreadPool& pool, const T* x, int64_t n, int64_t k) {
+  uint32_t bits = 0;
+  for (int shift = 16; shift >= 0; shift -= kCountedBits) {
+    const std::vector<int64_t> counts = count_bits(pool, x, n, shift, bits);
+    uint32_t value = 0;
+    while (k > counts[value]) k -= counts[value++];
+    bits = bits << kCountedBits | value;
+  }
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result) {
+  XLA_OPS_RETURN_IF_ERROR(check("result", *result, ffi::F32, {}));
+  const int64_t n = x.element_count();
+  if (k < 1 || k > n) {
+    return ffi::Error::InvalidArgument("k must be in 1.." + std::to_string(n) + ", got " + std::to_string(k));
+  }
+  return guarded([&] {
+    switch (x.element_type()) {
+      case ffi::F32: *data<float>(*result) = kth(pool, data<float>(x), n, k); return ffi::Error::Success();
+      case ffi::BF16: *data<float>(*result) = kth(pool, data<bfloat16>(x), n, k); return ffi::Error::Success();
+      default: return ffi::Error::InvalidArgument("x must be float32 or bfloat16");
+    }
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kth_smallest, impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // x, of any shape
+                                  .Attr<int64_t>("k")
+                                  .Ret<ffi::AnyBuffer>());  // float32 []
+
+}  // namespace xla_ops
