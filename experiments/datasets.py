@@ -3,7 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_dense, read_tsv, read_xmc_text
+import numpy as np
+
+from sparse_xmc.data import (
+    Dataset,
+    LabelEncoder,
+    TextEncoder,
+    read_dense,
+    read_filter,
+    read_tsv,
+    read_xmc_text,
+)
 
 TEXT_ENCODER = "text_encoder.json"
 LABELS = "labels.txt"
@@ -38,6 +48,8 @@ def load(
     *,
     train_features: str | None = None,
     test_features: str | None = None,
+    train_filter: str | None = None,
+    test_filter: str | None = None,
     cache_dir: str | None = None,
 ) -> Splits:
     """Loads a training and a test set.
@@ -48,6 +60,9 @@ def load(
       test: likewise.
       train_features: path of a `.npy` of dense features beside the labels in `train`.
       test_features: likewise.
+      train_filter: path of `row label` lines, labels that are left out of a point's ranking in evaluation.
+        Beside raw text, a label's number is its name.
+      test_filter: likewise.
       cache_dir: where parsed files of the repository's format are kept, to be memory-mapped.
 
     Returns:
@@ -58,7 +73,7 @@ def load(
       ValueError: a file is malformed, or the two sets do not fit each other.
       FileNotFoundError: a file is missing.
     """
-    for path in filter(None, (train, test, train_features, test_features)):
+    for path in filter(None, (train, test, train_features, test_features, train_filter, test_filter)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
     if (train_features is None) != (test_features is None):
@@ -68,8 +83,8 @@ def load(
     if _is_text(train) and train_features is not None:
         raise ValueError(f"dense features need labels in the repository's format beside them, got {train}")
     if _is_text(train):
-        return _load_text(train, test)
-    if train_features:
+        splits = _load_text(train, test)
+    elif train_features:
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
         splits = Splits(read_xmc_text(train, cache_dir), read_xmc_text(test, cache_dir))
@@ -79,7 +94,25 @@ def load(
             raise ValueError(
                 f"{what} differ: {ours} in {train_features or train}, {theirs} in {test_features or test}"
             )
-    return splits
+    return dataclasses.replace(
+        splits,
+        train=_exclude(splits.train, train_filter, splits.label_encoder),
+        test=_exclude(splits.test, test_filter, splits.label_encoder),
+    )
+
+
+def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -> Dataset:
+    """The data set with what a filter file excludes."""
+    if path is None:
+        return dataset
+    if encoder is None:
+        return dataclasses.replace(dataset, excluded=read_filter(path, *dataset.labels.shape))
+    listed = read_filter(path, len(dataset))
+    rows = np.split(listed.indices.astype(str), listed.indptr[1:-1])
+    excluded = encoder(rows)
+    if listed.nnz and not excluded.nnz:
+        raise ValueError(f"{path}: none of its labels is the name of a label, such as {encoder.names[0]!r}")
+    return dataclasses.replace(dataset, excluded=excluded)
 
 
 def _is_text(path: str) -> bool:

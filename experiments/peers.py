@@ -37,12 +37,6 @@ from experiments import datasets
 from sparse_xmc.data import Dataset, write_xmc_text
 from sparse_xmc.metrics import RankingMetrics
 
-_WORDNET = Path(__file__).parent / "data" / "wordnet"
-_TRAIN = flags.DEFINE_string("train", str(_WORDNET / "train.tsv.xz"), "Training set, label|label<TAB>text.")
-_TEST = flags.DEFINE_string("test", str(_WORDNET / "test.tsv.xz"), "Test set, in the same format.")
-_JSON = flags.DEFINE_string("json", None, "File to write the peers' results to.")
-_OURS = flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
-
 _KS = (1, 3, 5)
 _PACKAGES = ("omikuji", "napkinxc")
 
@@ -177,18 +171,27 @@ def _memory_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def _define_flags() -> None:
+    wordnet = Path(__file__).parent / "data" / "wordnet"
+    flags.DEFINE_string("train", str(wordnet / "train.tsv.xz"), "Training set, label|label<TAB>text.")
+    flags.DEFINE_string("test", str(wordnet / "test.tsv.xz"), "Test set, in the same format.")
+    flags.DEFINE_string("json", None, "File to write the peers' results to.")
+    flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
+
+
 def main(argv: list[str]) -> None:
     """Prints the table of the peers and of --ours."""
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     require_peers()
-    ours = [json.loads(Path(path).read_text()) for path in _OURS.value]
+    values = flags.FLAGS
+    ours = [json.loads(Path(path).read_text()) for path in values.ours]
 
-    splits = datasets.load(_TRAIN.value, _TEST.value)
+    splits = datasets.load(values.train, values.test)
     train, test = splits.train, splits.test
     peers = run_peers(train, test)
     print(markdown_table(peers + ours))
-    if _JSON.value is not None:
+    if values.json is not None:
         report = {
             "train_points": train.labels.shape[0],
             "test_points": test.labels.shape[0],
@@ -199,8 +202,9 @@ def main(argv: list[str]) -> None:
             "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
             "results": peers,
         }
-        Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+        Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
+    _define_flags()  # not on import: tests import several programs, and their flags share names
     app.run(main)

@@ -1,11 +1,15 @@
 """Trains and evaluates one classifier: `python -m experiments.run --flagfile=FILE --workdir=DIR`.
 
+Flagfiles compose, and the last flag wins: `--flagfile=experiments/flags/data/wordnet.cfg
+--flagfile=experiments/flags/cells/dense.cfg` is the dense classifier on the shipped data set.
+
 The working directory receives `result.json`, `metrics.jsonl` (a line per epoch), `flags.cfg` (the flags that
 repeat the run), the model and what encodes its text. A run that was stopped goes on from its last checkpoint
 when it is started again with the same flags.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -21,9 +25,9 @@ from experiments import datasets, environment
 from sparse_xmc.checkpoints import Checkpoints, save_model
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
-from sparse_xmc.evaluation import evaluate
+from sparse_xmc.evaluation import evaluate, evaluate_groups, gradient_density
 from sparse_xmc.losses import LOSSES
-from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities
+from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
 from sparse_xmc.models import OUTPUT_DTYPES, OUTPUT_LAYERS, Classifier, ClassifierConfig
 from sparse_xmc.rewire import RewireConfig
 from sparse_xmc.training import (
@@ -38,16 +42,27 @@ from sparse_xmc.training import (
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.", required=True)
+# Flags that change no result, so that a run may go on with others.
+INCIDENTAL_FLAGS = ("workdir", "name", "checkpoint_minutes")
+
+# What a result keeps of each epoch's record.
+_HISTORY = ("epoch", "loss", "seconds", "learning_rate", "p@1", "p@3", "p@5", "gradient_density")
+
+# How many training batches the density of the gradient is measured on, after each epoch.
+_DENSITY_BATCHES = 4
+
+flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 flags.DEFINE_string("name", "", "The name of the run in tables; by default that of the working directory.")
 
-flags.DEFINE_string(
-    "train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.", required=True
-)
-flags.DEFINE_string("test", None, "Test points, in the same format.", required=True)
+flags.DEFINE_string("train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.")
+flags.DEFINE_string("test", None, "Test points, in the same format.")
 flags.DEFINE_string("train_features", None, "Dense features of the training points, .npy float32 [N, D].")
 flags.DEFINE_string("test_features", None, "Dense features of the test points.")
+flags.DEFINE_string(
+    "train_filter", None, "Labels to leave out when training points are ranked: lines of `row label`."
+)
+flags.DEFINE_string("test_filter", None, "The same for test points.")
 flags.DEFINE_string("cache_dir", None, "Where parsed .txt files are kept and memory-mapped.")
 flags.DEFINE_enum(
     "propensities", "default", list(PROPENSITY_CONSTANTS), "The family of data sets, for PSP@k."
@@ -56,7 +71,7 @@ flags.DEFINE_float("validation_fraction", 0.02, "The part of the training points
 flags.DEFINE_bool("validate_on_test", False, "Validate on the test set, as the paper does.")
 
 flags.DEFINE_enum("output_layer", "fixed_fan_in", OUTPUT_LAYERS, "The output layer.")
-flags.DEFINE_integer("fan_in", 32, "Inputs of each label.")
+flags.DEFINE_integer("fan_in", 32, "Inputs of each label (of an unstructured layer: on average).")
 flags.DEFINE_integer("penultimate", 8192, "Width of the penultimate layer; 0 for none.")
 flags.DEFINE_integer("embedding", 512, "Size of the word embeddings, for sparse features.")
 flags.DEFINE_float("dropout", 0.1, "Dropout rate on the input features.")
@@ -79,7 +94,9 @@ flags.DEFINE_float("epsilon", PAPER_EPSILON, "Adam's epsilon.")
 flags.DEFINE_enum("schedule", "plateau", SCHEDULES, "How the learning rate falls; see TrainingConfig.")
 flags.DEFINE_float("rewire_fraction", 0.1, "The part of the connections that a rewiring moves; 0 for never.")
 flags.DEFINE_integer("rewire_interval", 1000, "Steps from rewiring to rewiring; -1 for once an epoch.")
-flags.DEFINE_bool("rewire_distinct", True, "Never give a label the same input twice.")
+flags.DEFINE_bool(
+    "rewire_distinct", True, "Never give a label the same input twice, at the start or when rewiring."
+)
 flags.DEFINE_bool("rewire_zero", True, "Moved connections start at weight 0.")
 flags.DEFINE_float(
     "checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed."
@@ -102,6 +119,8 @@ def main(argv):
         FLAGS.test,
         train_features=FLAGS.train_features,
         test_features=FLAGS.test_features,
+        train_filter=FLAGS.train_filter,
+        test_filter=FLAGS.test_filter,
         cache_dir=FLAGS.cache_dir,
     )
     train, validation = _hold_out(splits.train, splits.test)
@@ -120,13 +139,17 @@ def main(argv):
 
     weights = inverse_propensities(splits.train.labels, *PROPENSITY_CONSTANTS[FLAGS.propensities])
     print("evaluating on the test and training points ...", flush=True)
+    options = {"inv_propensities": weights, "batch_size": FLAGS.batch_size}
     metrics = {
-        "test": evaluate(model, splits.test, inv_propensities=weights),
-        "train": evaluate(model, train, inv_propensities=weights),
+        "test": evaluate(model, splits.test, **options),
+        "train": evaluate(model, train, **options),
     }
+    groups = label_groups(splits.train.labels)
     result = {
         "name": FLAGS.name or workdir.name,
         **metrics,
+        "test_p@1_by_group": evaluate_groups(model, splits.test, groups, batch_size=FLAGS.batch_size),
+        "labels_by_group": np.bincount(groups, minlength=3).tolist(),
         "validated_on": "test" if FLAGS.validate_on_test else f"{len(validation)} held-out training points",
         "epochs": len(epochs),
         "train_seconds": sum(e["seconds"] for e in epochs),
@@ -139,6 +162,7 @@ def main(argv):
         "flags": {flag.name: flag.value for flag in _own_flags()},
         "seed": FLAGS.seed,
         "environment": environment.describe(),
+        "history": [{name: r[name] for name in _HISTORY if name in r} for r in epochs],
     }
     _print_table(result)
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -166,7 +190,7 @@ def _train(trainer: Trainer, train: Dataset, validation: Dataset, workdir: Path)
             return rate or config.learning_rate * (1 - (start + step) / total)
 
         loss, seconds = _train_epoch(trainer, batches, epoch, learning_rate)
-        metrics = evaluate(trainer.model, validation)
+        metrics = evaluate(trainer.model, validation, batch_size=config.batch_size)
         record = {
             "epoch": epoch + 1,
             "loss": loss,
@@ -174,6 +198,9 @@ def _train(trainer: Trainer, train: Dataset, validation: Dataset, workdir: Path)
             "learning_rate": learning_rate(0),
             **metrics,
         }
+        if config.loss == "squared_hinge":  # any other loss has a gradient everywhere
+            first = itertools.islice(batches.shuffled(trainer.seed, epoch + 1), _DENSITY_BATCHES)
+            record["gradient_density"] = gradient_density(trainer.model, first)
         records.append(record)
         print(
             f"epoch {epoch + 1:3d}  loss {loss:.3e}  validation P@1/3/5 {_p_at(metrics)}  {seconds:.1f} s",
@@ -238,6 +265,7 @@ def _model_config(dataset: Dataset) -> ClassifierConfig:
         fan_in=FLAGS.fan_in,
         output_bias=FLAGS.output_bias,
         output_bound=FLAGS.output_bound,
+        distinct=FLAGS.rewire_distinct,
         output_dtype=FLAGS.output_dtype,
     )
 
@@ -273,9 +301,7 @@ def _check_flags(path: Path) -> None:
     """Raises if a run with other flags began in this directory; flags that change no result may differ."""
 
     def that_matter(lines):
-        return {
-            line for line in lines if not line.startswith(("--workdir=", "--name=", "--checkpoint_minutes="))
-        }
+        return {line for line in lines if not line.startswith(tuple(f"--{n}=" for n in INCIDENTAL_FLAGS))}
 
     if not path.exists():
         return
@@ -307,4 +333,5 @@ def _print_table(result: dict) -> None:
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "train", "test"])  # not on import: `experiments.sweep` has none
     app.run(main)

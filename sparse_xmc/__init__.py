@@ -2,8 +2,9 @@
 
 from sparse_xmc.layers import BagOfWords, Connectivity, EmbeddingBag, FixedFanInLinear
 from sparse_xmc.models import Classifier, ClassifierConfig
-from sparse_xmc.rewire import RewireConfig, reset_moments, rewire
+from sparse_xmc.rewire import RewireConfig, reset_moments, rewire, rewire_unstructured
 from sparse_xmc.training import Trainer, TrainingConfig
+from sparse_xmc.unstructured import UnstructuredLinear
 
 __all__ = [
     "BagOfWords",
@@ -15,6 +16,8 @@ __all__ = [
     "RewireConfig",
     "Trainer",
     "TrainingConfig",
+    "UnstructuredLinear",
     "reset_moments",
     "rewire",
+    "rewire_unstructured",
 ]

@@ -1,4 +1,4 @@
-"""Random connections: for each output (label), F distinct inputs."""
+"""Random connections: for each output (label), F distinct inputs; or anywhere between the two."""
 
 import functools
 
@@ -53,26 +53,53 @@ def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinc
     return jax.lax.while_loop(lambda s: s[2].any(), draw_again, (key, indices, conflicts(indices)))[1]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def draw_connections(key: Array, labels: int, fan_in: int, in_features: int) -> Array:
-    """For each of L labels, F distinct inputs out of D, uniformly.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="distinct")
+def draw_connections(
+    key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True
+) -> Array:
+    """For each of L labels, F inputs out of D, uniformly.
 
     Args:
       key: a random key.
       labels: L.
       fan_in: F <= D.
       in_features: D.
+      distinct: as for `redraw`.
 
     Returns:
       [L, F], uint16 for D <= 65,536, else int32.
     """
     (indices,) = update_in_blocks(
         lambda first, fresh, arrays: (
-            redraw(jax.random.fold_in(key, first), arrays[0], jnp.ones(arrays[0].shape, bool), in_features),
+            redraw(
+                jax.random.fold_in(key, first),
+                arrays[0],
+                jnp.ones(arrays[0].shape, bool),
+                in_features,
+                distinct=distinct,
+            ),
         ),
         (jnp.zeros((labels, fan_in), index_dtype(in_features)),),
     )
     return indices
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def draw_coordinates(key: Array, connections: int, labels: int, in_features: int) -> Array:
+    """Draws connections uniformly from all pairs of a label and an input; a pair may come twice.
+
+    Args:
+      key: a random key.
+      connections: N.
+      labels: L.
+      in_features: D.
+
+    Returns:
+      int32 [N, 2]: the label and the input of each connection.
+    """
+    label_key, input_key = jax.random.split(key)
+    label = jax.random.randint(label_key, (connections,), 0, labels)
+    return jnp.stack([label, jax.random.randint(input_key, (connections,), 0, in_features)], axis=1)
 
 
 def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -1,16 +1,25 @@
-"""Ranking metrics of a model on a data set, and its predictions."""
+"""Ranking metrics of a model on a data set, its predictions, and the density of its gradient."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from sparse_xmc.data.batches import Batches
+from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.metrics import RankingMetrics
+from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.models import Classifier
+from xla_ops import fan_in_matmul
+
+# How many labels are ranked where some of them may be left out afterwards.
+CANDIDATES = 100
+
+_LABELS_AT_ONCE = 1 << 14
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -25,7 +34,7 @@ def predict(
 
     Args:
       model: the classifier; used without dropout, and not changed.
-      dataset: the points; their labels are not looked at.
+      dataset: the points; their labels are not looked at, nor what is excluded.
       k: how many labels; no more than the model has.
       batch_size: how many points are scored at once.
     """
@@ -45,11 +54,118 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of `RankingMetrics` of a model on a data set; never holds more than one batch of scores.
 
-    Ranks beyond the number of labels count as misses.
+    Labels that the data set excludes are left out of the ranking; ranks beyond the number of labels count as
+    misses.
     """
     metrics = RankingMetrics(ks=ks, inv_propensities=inv_propensities)
-    k = min(max(ks), dataset.num_labels)
-    for points, _, labels in predict(model, dataset, k, batch_size=batch_size):
-        ranks = np.pad(labels, ((0, 0), (0, max(ks) - k)), constant_values=-1)
-        metrics.update(ranks, dataset.labels[points])
+    for points, labels in _rankings(model, dataset, max(ks), batch_size):
+        metrics.update(labels, dataset.labels[points])
     return metrics.compute()
+
+
+def evaluate_groups(
+    model: Classifier, dataset: Dataset, groups: np.ndarray, *, batch_size: int = 256
+) -> dict[str, float | None]:
+    """P@1 among head, middle and tail labels: of each point's best label of that group.
+
+    The mean is over the points with at least one label of the group, None where there is no such point. A
+    point with none of the group among its `CANDIDATES` best labels counts as a miss.
+
+    Args:
+      model: the classifier.
+      dataset: the points; labels that it excludes are left out.
+      groups: int [L], from `sparse_xmc.metrics.label_groups`.
+      batch_size: how many points are scored at once.
+
+    Returns:
+      P@1 under each name in `LABEL_GROUPS`.
+    """
+    hits, totals = np.zeros((2, len(LABEL_GROUPS)), np.int64)
+    members = [dataset.labels @ (groups == group).astype(np.int64) > 0 for group in range(len(LABEL_GROUPS))]
+    for points, labels in _rankings(model, dataset, CANDIDATES, batch_size):
+        hit = is_listed(labels, dataset.labels[points])
+        for group, has_label in enumerate(members):
+            in_group = (labels >= 0) & (groups[labels] == group)
+            first = in_group.argmax(axis=1)[:, None]
+            is_hit = np.take_along_axis(in_group & hit, first, axis=1)[:, 0]
+            hits[group] += np.sum(is_hit & has_label[points])
+            totals[group] += np.sum(has_label[points])
+    return {
+        name: float(hit / total) if total else None
+        for name, hit, total in zip(LABEL_GROUPS, hits, totals, strict=True)
+    }
+
+
+def _rankings(
+    model: Classifier, dataset: Dataset, k: int, batch_size: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (points, labels [n, k]), best first, without excluded labels, padded with -1."""
+    candidates = k
+    if dataset.excluded is not None:
+        candidates = max(CANDIDATES, k + np.diff(dataset.excluded.indptr).max(initial=0))
+    candidates = min(int(candidates), dataset.num_labels)
+    for points, _, labels in predict(model, dataset, candidates, batch_size=batch_size):
+        if dataset.excluded is not None:
+            dropped = is_listed(labels, dataset.excluded[points])
+            order = np.argsort(dropped, axis=1, kind="stable")
+            labels = np.take_along_axis(np.where(dropped, -1, labels), order, axis=1)
+        yield points, np.pad(labels[:, :k], ((0, 0), (0, max(0, k - candidates))), constant_values=-1)
+
+
+def gradient_density(model: Classifier, batches: Iterable[Batch]) -> float:
+    """The part of all logits at which the squared hinge has a gradient: those within its margin, `y s < 1`.
+
+    This is the work that implicit negative mining leaves for the backward pass. Labels are taken in blocks,
+    so that the logits of all labels do not exist at once (but for an unstructured layer, whose training step
+    has them as well).
+
+    Args:
+      model: the classifier, used as in training: with dropout, unless it was set to evaluation. Not changed.
+      batches: a few training batches.
+
+    Returns:
+      A number in 0..1, over all points and labels of the batches.
+
+    Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
+    """
+    graphdef, state = nnx.split(model)
+    count = total = 0
+    for batch in batches:
+        x = _features(graphdef, state, batch.inputs)
+        start = 0
+        for logits in _logits_in_blocks(model.output, x):
+            count += int(_count_within_margin(logits, batch.positives, start))
+            total += logits.size
+            start += logits.shape[1]
+    return count / total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(graphdef, state, inputs):
+    return nnx.merge(graphdef, state, copy=True).features(inputs)
+
+
+def _logits_in_blocks(output, x: Array) -> Iterator[Array]:
+    """Yields the logits [B, n] of consecutive labels."""
+    if isinstance(output, FixedFanInLinear):
+        x, kernel, indices, bias = output.cast(x)
+        for start in range(0, output.out_features, _LABELS_AT_ONCE):
+            block = slice(start, start + _LABELS_AT_ONCE)
+            yield fan_in_matmul(x, kernel[block], indices[block], None if bias is None else bias[block])
+    elif isinstance(output, nnx.Linear):
+        kernel, bias = output.kernel[...], output.bias[...]
+        for start in range(0, output.out_features, _LABELS_AT_ONCE):
+            block = slice(start, start + _LABELS_AT_ONCE)
+            yield x @ kernel[:, block] + bias[None, block]
+    else:
+        yield output(x)
+
+
+@jax.jit
+def _count_within_margin(logits, positives, start):
+    """How many logits of labels start, start + 1, ... have a gradient under the squared hinge."""
+    local = positives - start
+    inside = (positives >= 0) & (local >= 0) & (local < logits.shape[1])
+    at_positives = jnp.take_along_axis(logits, jnp.clip(local, 0, logits.shape[1] - 1), axis=1)
+    as_negatives = jnp.sum(logits > -1) - jnp.sum(inside & (at_positives > -1))
+    return as_negatives + jnp.sum(inside & (at_positives < 1))

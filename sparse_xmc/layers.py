@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -32,11 +33,11 @@ def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: float)
 
 
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Glorot-uniform on the flat array of all L*F weights, as the paper's code has it: +-sqrt(3 / (L*F)).
+    """Glorot-uniform on the flat array of all N = L*F weights, as the paper's code has it: +-sqrt(3 / N).
 
     The logits of a wide layer then start at almost exactly the bias.
     """
-    return _uniform(key, shape, dtype, (3 / max(1, shape[0] * shape[1])) ** 0.5)
+    return _uniform(key, shape, dtype, (3 / max(1, math.prod(shape))) ** 0.5)
 
 
 def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -57,7 +58,7 @@ class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
-    inputs are drawn at random and distinct within an output; `sparse_xmc.rewire` moves them during training.
+    inputs are drawn at random; `sparse_xmc.rewire` moves them during training.
 
     Args:
       in_features: D, the size of the last axis of the input.
@@ -68,6 +69,7 @@ class FixedFanInLinear(nnx.Module):
       param_dtype: the dtype of the parameters, float32 or bfloat16.
       kernel_init: initializer of the kernel [L, F].
       bias_init: initializer of the bias [L].
+      distinct: whether the inputs of an output are distinct; in the paper's code they may repeat.
       rngs: random keys; the stream `params` is used.
 
     Attributes:
@@ -92,6 +94,7 @@ class FixedFanInLinear(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = flat_glorot_uniform,
         bias_init: Initializer = nnx.initializers.zeros_init(),
+        distinct: bool = True,
         rngs: nnx.Rngs,
     ):
         if not 1 <= fan_in <= in_features:
@@ -101,7 +104,9 @@ class FixedFanInLinear(nnx.Module):
         self.fan_in = fan_in
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, fan_in), param_dtype))
-        self.indices = Connectivity(draw_connections(rngs.params(), out_features, fan_in, in_features))
+        self.indices = Connectivity(
+            draw_connections(rngs.params(), out_features, fan_in, in_features, distinct=distinct)
+        )
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 
     def cast(self, x: Array) -> tuple[Array, Array, Array, Array | None]:

@@ -13,6 +13,9 @@ from scipy.sparse import csr_array, issparse
 # The constants (a, b) of `inverse_propensities` that Jain et al. (2016) fitted to each family of data sets.
 PROPENSITY_CONSTANTS = {"wikipedia": (0.5, 0.4), "amazon": (0.6, 2.6), "default": (0.55, 1.5)}
 
+# What `label_groups` parts labels into, from frequent to rare.
+LABEL_GROUPS = ("head", "middle", "tail")
+
 
 def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> np.ndarray:
     """Returns one weight per label, larger for rarer labels, under the model of missing labels.
@@ -121,7 +124,7 @@ class RankingMetrics:
         """
         positives = _binary_csr(positives, "positives")
         top_labels = self._checked_top_labels(top_labels, positives.shape)
-        hits = _hits(top_labels, positives)
+        hits = is_listed(top_labels, positives)
         # A point without labels has no hits: dividing by 1 gives the 0 that it contributes.
         label_counts = np.maximum(np.diff(positives.indptr), 1)[:, None]
         ideal_dcg = self._ideal_dcg[np.minimum(label_counts, self.ks)]
@@ -181,6 +184,31 @@ class RankingMetrics:
         return top_labels
 
 
+def label_groups(labels: csr_array) -> np.ndarray:
+    """Parts labels by their frequency, so that each group has a third of all label occurrences.
+
+    Labels are taken from the most to the least frequent, and those of equal frequency by their ids. A label
+    is in the group in which its first occurrence falls: head labels (0) are few and have the first third of
+    the occurrences, middle labels (1) the second, tail labels (2) the last and those that never occur.
+
+    Args:
+      labels: [N, L] label matrix of the training set; nonzero entries are positives.
+
+    Returns:
+      int8 [L]: an index into `LABEL_GROUPS` for each label.
+
+    Raises:
+      ValueError: `labels` is no CSR matrix.
+    """
+    labels = _binary_csr(labels, "labels")
+    counts = np.bincount(labels.indices, minlength=labels.shape[1])
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    groups = np.empty(len(counts), np.int8)
+    groups[order] = np.where(counts[order] > 0, 3 * before // max(1, labels.nnz), 2)
+    return groups
+
+
 def _binary_csr(matrix: csr_array, name: str) -> csr_array:
     """Returns a boolean copy with sorted columns, without duplicates or stored zeros."""
     if not issparse(matrix) or matrix.format != "csr" or matrix.ndim != 2:
@@ -191,8 +219,16 @@ def _binary_csr(matrix: csr_array, name: str) -> csr_array:
     return matrix
 
 
-def _hits(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
-    """Returns bool [n, k]: whether each ranked label is a positive of its point."""
+def is_listed(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
+    """Whether each ranked label is among those that a matrix lists for its point.
+
+    Args:
+      top_labels: integer [n, k], label ids; -1 stands for none.
+      positives: [n, L] CSR matrix with sorted indices without duplicates.
+
+    Returns:
+      Bool [n, k].
+    """
     if positives.nnz == 0:
         return np.zeros(top_labels.shape, dtype=bool)
     num_points, num_labels = positives.shape

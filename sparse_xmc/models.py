@@ -16,9 +16,10 @@ from sparse_xmc.layers import (
     symmetric_uniform,
 )
 from sparse_xmc.losses import LOSSES
+from sparse_xmc.unstructured import UnstructuredLinear
 from xla_ops import fan_in_loss, fan_in_top_k
 
-OUTPUT_LAYERS = ("fixed_fan_in", "dense")
+OUTPUT_LAYERS = ("fixed_fan_in", "unstructured", "dense")
 OUTPUT_DTYPES = ("float32", "bfloat16")
 
 
@@ -35,11 +36,13 @@ class ClassifierConfig:
       penultimate: I, the width of the penultimate layer; 0 for none.
       output_layer: one of `OUTPUT_LAYERS`. The paper's "dense" is `dense` with penultimate=0, its
         "bottleneck" `dense` with penultimate=64.
-      fan_in: F, the inputs of each label, for `fixed_fan_in`.
+      fan_in: F, the inputs of each label, for `fixed_fan_in`; `unstructured` has as many connections, L*F,
+        but anywhere.
       output_bias: where the output layer's bias starts. -1 puts every label on the negative side of the
         squared hinge's margin, so that easy negatives have no gradient from the first step.
-      output_bound: the kernel of a fixed fan-in output layer starts uniformly in +-output_bound; None for the
+      output_bound: the kernel of a sparse output layer starts uniformly in +-output_bound; None for the
         much smaller bound of the paper's code.
+      distinct: whether the inputs of a label are distinct, for `fixed_fan_in`; the paper's code has repeats.
       output_dtype: "float32" or "bfloat16", of the parameters of a fixed fan-in output layer.
     """
 
@@ -53,6 +56,7 @@ class ClassifierConfig:
     fan_in: int = 32
     output_bias: float = 0.0
     output_bound: float | None = None
+    distinct: bool = True
     output_dtype: str = "float32"
 
     def __post_init__(self):
@@ -85,23 +89,27 @@ class Classifier(nnx.Module):
             self.penultimate = nnx.Linear(width, config.penultimate, kernel_init=glorot_uniform, rngs=rngs)
             width = config.penultimate
         bias_init = nnx.initializers.constant(config.output_bias)
+        if config.output_layer == "dense":
+            kernel_init = glorot_uniform
+        elif config.output_bound is None:
+            kernel_init = flat_glorot_uniform
+        else:
+            kernel_init = symmetric_uniform(config.output_bound)
+        options = {"kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
         if config.output_layer == "fixed_fan_in":
-            kernel_init = (
-                flat_glorot_uniform if config.output_bound is None else symmetric_uniform(config.output_bound)
-            )
             self.output = FixedFanInLinear(
                 width,
                 config.num_labels,
                 config.fan_in,
-                kernel_init=kernel_init,
-                bias_init=bias_init,
+                distinct=config.distinct,
                 param_dtype=jnp.dtype(config.output_dtype),
-                rngs=rngs,
+                **options,
             )
+        elif config.output_layer == "unstructured":
+            connections = config.num_labels * config.fan_in
+            self.output = UnstructuredLinear(width, config.num_labels, connections, **options)
         else:
-            self.output = nnx.Linear(
-                width, config.num_labels, kernel_init=glorot_uniform, bias_init=bias_init, rngs=rngs
-            )
+            self.output = nnx.Linear(width, config.num_labels, **options)
 
     def embed(self, inputs: Array | BagOfWords) -> Array:
         """The penultimate layer's inputs, [B, E], for dense features [B, num_features] or a `BagOfWords`."""

@@ -1,4 +1,4 @@
-"""Rewiring: moving the weakest connections of a fixed fan-in layer to other inputs."""
+"""Rewiring: moving the weakest connections of a sparse layer."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_xmc.connectivity import redraw, update_in_blocks
+from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
 from xla_ops import kth_smallest_magnitude
 
 
@@ -100,6 +100,43 @@ def _same(array):
     return array
 
 
+@functools.partial(jax.jit, static_argnames=("in_features", "labels", "config"), donate_argnums=(1, 2))
+def rewire_unstructured(
+    key: Array,
+    kernel: Array,
+    indices: Array,
+    in_features: int,
+    labels: int,
+    config: RewireConfig = RewireConfig(),
+) -> tuple[Array, Array, Array]:
+    """Moves the weakest connections of an `UnstructuredLinear` anywhere: both their label and their input.
+
+    Which ones move is decided as in `rewire`. They are drawn uniformly, and may repeat others, whatever
+    `config.distinct` says. `kernel` and `indices` are donated.
+
+    Args:
+      key: a random key.
+      kernel: [N], float.
+      indices: int32 [N, 2], labels and inputs.
+      in_features: D.
+      labels: L.
+      config: what moves, and how it starts.
+
+    Returns:
+      The new kernel [N], the new indices [N, 2], and bool [N], true where a connection moved.
+
+    Reference: Schultheis & Babbar, ECML-PKDD 2023, section 4.
+    """
+    k = round(config.fraction * kernel.size)
+    if k == 0:
+        return kernel, indices, jnp.zeros(kernel.shape, bool)
+    moved = jnp.abs(kernel.astype(jnp.float32)) < kth_smallest_magnitude(kernel, k)
+    indices = jnp.where(moved[:, None], draw_coordinates(key, kernel.size, labels, in_features), indices)
+    if config.zero_weights:
+        kernel = jnp.where(moved, 0, kernel).astype(kernel.dtype)
+    return kernel, indices, moved
+
+
 def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel, moved: Array):
     """Zeroes what an optimizer remembers of the connections that moved.
 
@@ -112,7 +149,7 @@ def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel
       params: the parameters that it was initialised with.
       is_kernel: function of a parameter's path (as `jax.tree_util.tree_map_with_path` gives it), true for
         the kernel that was rewired.
-      moved: bool [L, F], from `rewire`.
+      moved: bool, of the kernel's shape, from `rewire` or `rewire_unstructured`.
 
     Returns:
       The new state.

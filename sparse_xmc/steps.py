@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import xla_ops
-from sparse_xmc.rewire import reset_moments, rewire
+from sparse_xmc.rewire import reset_moments, rewire, rewire_unstructured
 
 # ---- by Optax alone ----
 
@@ -71,6 +71,24 @@ def _masked(tx: optax.GradientTransformation, is_layer) -> optax.GradientTransfo
 def _apply(config, grads, optimizer, params, learning_rate):
     updates, optimizer = _optimizer(config).update(grads, optimizer, params)
     return jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), params, updates), optimizer
+
+
+def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:
+    """Moves connections of a sparse output layer; the optimizer forgets what it knows of them."""
+    output, connectivity = state["params"]["output"], state["other"]["output"]
+    kernel, indices = output["kernel"][...], connectivity["indices"][...]
+    if kernel.ndim == 1:
+        kernel, indices, moved = rewire_unstructured(key, kernel, indices, in_features, labels, config.rewire)
+    else:
+        kernel, indices, moved, _ = rewire(key, kernel, indices, in_features, config.rewire)
+
+    def is_kernel(path):
+        return [entry.key for entry in path[:2]] == ["output", "kernel"]
+
+    optimizer = reset_moments(_optimizer(config), state["optimizer"], state["params"], is_kernel, moved)
+    output["kernel"] = output["kernel"].replace(kernel)
+    connectivity["indices"] = connectivity["indices"].replace(indices)
+    return state | {"optimizer": optimizer}
 
 
 # ---- in place ----
@@ -160,14 +178,11 @@ def _step_penultimate(config, state, new, x, dy, kernel, learning_rate, before):
     return kernel.replace(value)
 
 
-# ---- rewiring ----
-
-
-def rewire_state(config, in_features: int, in_place: bool, state: dict, key: jax.Array) -> dict:
-    """Moves connections of a fixed fan-in output layer; what its optimizer remembers of them is forgotten."""
+def rewire_in_place(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:
+    """Moves connections of a fixed fan-in output layer; what Adam remembers of them is forgotten."""
     output, connectivity = state["params"]["output"], state["other"]["output"]
     moments = state.get("output_moments")
-    kernel, indices, moved, of_kernel = rewire(
+    kernel, indices, _, of_kernel = rewire(
         key,
         output["kernel"][...],
         connectivity["indices"][...],
@@ -175,18 +190,9 @@ def rewire_state(config, in_features: int, in_place: bool, state: dict, key: jax
         config.rewire,
         moments=() if moments is None else (moments.mu_kernel, moments.nu_kernel),
     )
-    new = dict(state)
-    if moments is not None:
-        mu, nu = of_kernel
-        new["output_moments"] = moments._replace(mu_kernel=mu, nu_kernel=nu)
-    elif not in_place:
-        new["optimizer"] = reset_moments(
-            _optimizer(config), state["optimizer"], state["params"], _is_output_kernel, moved
-        )
     output["kernel"] = output["kernel"].replace(kernel)
     connectivity["indices"] = connectivity["indices"].replace(indices)
-    return new
-
-
-def _is_output_kernel(path) -> bool:
-    return [entry.key for entry in path[:2]] == ["output", "kernel"]
+    if moments is None:
+        return state
+    mu, nu = of_kernel
+    return state | {"output_moments": moments._replace(mu_kernel=mu, nu_kernel=nu)}

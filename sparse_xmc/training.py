@@ -13,7 +13,14 @@ from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.models import Classifier
 from sparse_xmc.rewire import RewireConfig
-from sparse_xmc.steps import init_in_place, init_optax, rewire_state, step_in_place, step_optax
+from sparse_xmc.steps import (
+    init_in_place,
+    init_optax,
+    rewire_in_place,
+    rewire_optax,
+    step_in_place,
+    step_optax,
+)
 
 # The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
 # mean over 10^5 labels are as small as that.
@@ -137,16 +144,16 @@ class Trainer:
         self.config = config
         self.seed = seed
         self.step = 0
-        sparse = isinstance(model.output, FixedFanInLinear)
-        self._rewires = sparse and config.rewire is not None
-        in_place = sparse and jax.default_backend() == "cpu"
-        init, step = (init_in_place, step_in_place) if in_place else (init_optax, step_optax)
+        if isinstance(model.output, FixedFanInLinear) and jax.default_backend() == "cpu":
+            init, step, rewire = init_in_place, step_in_place, rewire_in_place
+        else:
+            init, step, rewire = init_optax, step_optax, rewire_optax
         self._graphdef, params, other = nnx.split(model, nnx.Param, ...)
         self.state = init(config, params, other)
         self._train_step = jax.jit(functools.partial(step, self._graphdef, config, seed), donate_argnums=0)
-        self._rewire = jax.jit(
-            functools.partial(rewire_state, config, model.output.in_features, in_place), donate_argnums=0
-        )
+        self._rewires = config.rewire is not None and not isinstance(model.output, nnx.Linear)
+        sizes = model.output.in_features, model.output.out_features
+        self._rewire = jax.jit(functools.partial(rewire, config, *sizes), donate_argnums=0)
 
     @property
     def model(self) -> Classifier:

@@ -3,10 +3,12 @@
 from sparse_xmc.data.formats import (
     Dataset,
     read_dense,
+    read_filter,
     read_tsv,
     read_xmc_labels,
     read_xmc_text,
     write_tsv,
+    write_xmc_labels,
     write_xmc_text,
 )
 from sparse_xmc.data.storage import load_csr, save_csr
@@ -18,10 +20,12 @@ __all__ = [
     "TextEncoder",
     "load_csr",
     "read_dense",
+    "read_filter",
     "read_tsv",
     "read_xmc_labels",
     "read_xmc_text",
     "save_csr",
     "write_tsv",
+    "write_xmc_labels",
     "write_xmc_text",
 ]

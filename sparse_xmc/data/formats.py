@@ -31,6 +31,8 @@ class Dataset:
       features: float32 `[N, D]`, a dense array (possibly memory-mapped) or a CSR matrix.
       labels: bool or uint8 CSR matrix `[N, L]`; a point's labels are its stored entries, which are
         sorted, distinct and not zero.
+      excluded: None, or a bool CSR matrix `[N, L]` of labels that are left out of a point's ranking when a
+        model is evaluated; see `read_filter`.
 
     Raises:
       ValueError: the two disagree about N, or have another dtype, rank or format than the above.
@@ -38,6 +40,7 @@ class Dataset:
 
     features: np.ndarray | scipy.sparse.csr_array
     labels: scipy.sparse.csr_array
+    excluded: scipy.sparse.csr_array | None = None
 
     def __post_init__(self):
         if not isinstance(self.features, np.ndarray | scipy.sparse.csr_array):
@@ -60,6 +63,10 @@ class Dataset:
             raise ValueError("labels must have sorted indices without duplicates; see sum_duplicates()")
         if not self.labels.data.all():
             raise ValueError("labels must not store zeros; see eliminate_zeros()")
+        if self.excluded is not None and self.excluded.shape != self.labels.shape:
+            raise ValueError(
+                f"excluded must have the shape of the labels, {self.labels.shape}, got {self.excluded.shape}"
+            )
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -81,7 +88,8 @@ class Dataset:
           rows: integer `[M]`, bool `[N]`, or a slice. A slice of dense features stays a view of them (and
             memory-mapped where they are); an array copies just the chosen rows into memory.
         """
-        return Dataset(self.features[rows], self.labels[rows])
+        excluded = None if self.excluded is None else self.excluded[rows]
+        return Dataset(self.features[rows], self.labels[rows], excluded)
 
 
 def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Dataset:
@@ -170,6 +178,57 @@ def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
             raise ValueError(f"{where}: expected 'label' or 'label:value', got {_show(token)}")
         rows.append(where, {int(m[1]) for m in matches if m[2] is None or float(m[2]) != 0})
     return rows.matrix()
+
+
+def write_xmc_labels(path: str | os.PathLike, labels: scipy.sparse.csr_array) -> None:
+    """Writes the label matrix format of the Extreme Classification Repository, for `read_xmc_labels`.
+
+    Args:
+      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      labels: `[N, L]`, as in a `Dataset`.
+    """
+    with files.open_binary(path, "wb") as file:
+        file.write(f"{labels.shape[0]} {labels.shape[1]}\n".encode())
+        for row in range(labels.shape[0]):
+            ids, _ = _entries(labels, row)
+            file.write((" ".join(f"{label}:1" for label in ids) + "\n").encode())
+
+
+def read_filter(
+    path: str | os.PathLike, num_points: int, num_labels: int | None = None
+) -> scipy.sparse.csr_array:
+    """Reads a filter file of the Extreme Classification Repository (`filter_labels_test.txt`).
+
+    Each line is `row label`, counted from 0: the label is left out of that point's ranking in evaluation,
+    because it is the point itself.
+
+    Args:
+      path: the file to read.
+      num_points: N.
+      num_labels: L; by default one more than the largest label in the file.
+
+    Returns:
+      Bool CSR matrix `[N, L]`, for `Dataset.excluded`.
+
+    Raises:
+      ValueError: a line is malformed, or its row or label is not below N or L; the message names the line.
+    """
+    pairs = array.array("q")
+    limits = (("row", num_points), ("label", np.inf if num_labels is None else num_labels))
+    for number, line in files.read_lines(path):
+        fields = line.split()
+        if len(fields) != 2 or not all(field.isdigit() for field in fields):
+            raise ValueError(f"{path}:{number}: expected 'row label', got {_show(line)}")
+        pair = [int(field) for field in fields]
+        for (what, limit), value in zip(limits, pair, strict=True):
+            if value >= limit:
+                raise ValueError(f"{path}:{number}: expected a {what} below {limit}, got {value}")
+        pairs.extend(pair)
+    rows, labels = np.frombuffer(pairs, np.int64).reshape(-1, 2).T
+    shape = (num_points, labels.max(initial=-1) + 1 if num_labels is None else num_labels)
+    matrix = scipy.sparse.csr_array((np.ones(len(rows), bool), (rows, labels)), shape=shape)
+    matrix.sum_duplicates()
+    return matrix
 
 
 def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Dataset:

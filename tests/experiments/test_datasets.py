@@ -91,6 +91,40 @@ def test_dense_features_beside_labels(xmc, tmp_path):
         np.testing.assert_array_equal(split.labels.toarray(), labels.toarray())
 
 
+def test_filters_beside_numbered_labels(xmc, tmp_path):
+    (train, test), paths = xmc
+    (tmp_path / "train_filter.txt").write_text("7 4\n")
+    (tmp_path / "test_filter.txt").write_text("0 1\n3 2\n")
+    splits = datasets.load(
+        *paths,
+        train_filter=str(tmp_path / "train_filter.txt"),
+        test_filter=str(tmp_path / "test_filter.txt"),
+    )
+    for excluded, pairs, labels in (
+        (splits.train.excluded, [(7, 4)], train.labels),
+        (splits.test.excluded, [(0, 1), (3, 2)], test.labels),
+    ):
+        assert excluded.shape == labels.shape
+        assert list(zip(*(axis.tolist() for axis in excluded.nonzero()), strict=True)) == pairs
+
+
+def test_filters_beside_text_whose_labels_are_named_by_numbers(tmp_path):
+    (tmp_path / "train.tsv").write_text("10|9\ta b\n9|200\ta b\n")
+    (tmp_path / "test.tsv").write_text("10\ta\n9\tb\n")
+    (tmp_path / "filter.txt").write_text("1 200\n0 9\n0 7\n")  # no training point has label 7
+    paths = [str(tmp_path / f"{name}.tsv") for name in ("train", "test")]
+    splits = datasets.load(*paths, test_filter=str(tmp_path / "filter.txt"))
+    assert splits.label_encoder.names == ["10", "200", "9"]
+    np.testing.assert_array_equal(splits.test.excluded.toarray(), [[0, 0, 1], [0, 1, 0]])
+    assert splits.train.excluded is None
+
+
+def test_a_filter_beside_labels_with_other_names_is_an_error(tsv, tmp_path):
+    (tmp_path / "filter.txt").write_text("0 1\n")
+    with pytest.raises(ValueError, match=r"none of its labels is the name of a label, such as 'bird'"):
+        datasets.load(*tsv, test_filter=str(tmp_path / "filter.txt"))
+
+
 @pytest.mark.parametrize("missing", ["train", "test", "train_features", "test_features"])
 def test_a_missing_file_is_named(xmc, tmp_path, missing):
     _, (train, test) = xmc

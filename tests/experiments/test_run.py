@@ -87,6 +87,9 @@ def test_result(finished):
         assert report[split].keys() == names
     assert f"p@1       {100 * report['test']['p@1']:8.2f}" in printed
     assert report["test"]["recall@5"] > 0.7  # it did learn: 5 of 12 labels at random reach 0.42
+    assert report["test_p@1_by_group"].keys() == {"head", "middle", "tail"}
+    assert all(0 <= p <= 1 for p in report["test_p@1_by_group"].values())
+    assert sum(report["labels_by_group"]) == 12
 
 
 def test_epochs_are_recorded(finished):
@@ -96,6 +99,12 @@ def test_epochs_are_recorded(finished):
     assert epochs[-1]["loss"] < epochs[0]["loss"]
     assert all(f"epoch {record['epoch']:3d}  loss {record['loss']:.3e}" in printed for record in epochs)
     assert all({"learning_rate", "p@3"} <= record.keys() for record in epochs)
+    densities = [record["gradient_density"] for record in epochs]
+    assert 0 < densities[-1] < densities[0] <= 1
+    for record, kept in zip(epochs, result(workdir)["history"], strict=True):
+        assert kept.pop("seconds") > 0
+        assert {"loss", "p@1", "gradient_density"} <= kept.keys()
+        assert kept.items() <= record.items()
 
 
 def test_saved_model_and_encoders_repeat_the_test_metrics(finished, tsv):
@@ -107,7 +116,7 @@ def test_saved_model_and_encoders_repeat_the_test_metrics(finished, tsv):
     for name in (datasets.TEXT_ENCODER, datasets.LABELS):
         assert (workdir / name).exists()
     metrics = evaluate(model, splits.test)
-    assert metrics == {name: result(workdir)["test"][name] for name in metrics}
+    assert metrics == pytest.approx({name: result(workdir)["test"][name] for name in metrics})
 
 
 def test_an_existing_result_is_kept(finished):

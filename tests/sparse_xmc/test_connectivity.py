@@ -104,3 +104,9 @@ def test_redraw_without_distinct_repeats_inputs():
     assert_uniform(np.bincount(np.asarray(new).ravel(), minlength=4))
     kept = redraw(jax.random.key(0), indices, ~mask, 4, distinct=False)
     np.testing.assert_array_equal(kept, indices)
+
+
+def test_repeats_come_where_they_may():
+    indices = draw_connections(jax.random.key(0), 1000, 8, 16, distinct=False)
+    assert 800 < repeats(indices) < 950  # 1 - 16!/8!/16^8 = 0.88 of the rows
+    assert np.all(np.asarray(indices) < 16)

@@ -1,11 +1,16 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
 
+from sparse_xmc import evaluation
 from sparse_xmc.data import Dataset
-from sparse_xmc.evaluation import evaluate, predict
+from sparse_xmc.data.batches import Batches
+from sparse_xmc.evaluation import evaluate, evaluate_groups, gradient_density, predict
+from sparse_xmc.losses import LOSSES
 from sparse_xmc.models import OUTPUT_LAYERS, Classifier, ClassifierConfig
 
 
@@ -30,7 +35,7 @@ def all_logits(model, dataset):
         np.maximum(0, x @ np.asarray(model.penultimate.kernel[...]) + np.asarray(model.penultimate.bias[...]))
         for x in features
     ]
-    return np.stack([np.asarray(model.output(x)) for x in hidden])
+    return np.concatenate([np.asarray(model.output(x[None])) for x in hidden])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
@@ -97,3 +102,82 @@ def test_more_labels_than_there_are_cannot_be_predicted():
 def test_no_points_is_an_error():
     with pytest.raises(ValueError, match="expected at least one point"):
         evaluate(make_model(), make_dataset(5).take(slice(0)))
+
+
+def test_excluded_labels_are_left_out_of_the_ranking():
+    model, dataset = make_model(), make_dataset(23)
+    # Up to 18 of 20 labels are dropped: the five best of what is left need deep candidates.
+    rng = np.random.default_rng(1)
+    excluded = rng.random((23, 20)) < np.linspace(0, 0.9, 23)[:, None]
+    logits = np.where(excluded, -np.inf, all_logits(model, dataset))
+    positives = dataset.labels.toarray()
+    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    hits = [[positives[i, label] and np.isfinite(logits[i, label]) for label in ranked[i]] for i in range(23)]
+    dataset = dataclasses.replace(dataset, excluded=scipy.sparse.csr_array(excluded))
+    metrics = evaluate(model, dataset, batch_size=7)
+    assert metrics["p@1"] == pytest.approx(np.mean([h[0] for h in hits]))
+    assert metrics["p@5"] == pytest.approx(np.mean(hits))
+    assert metrics["p@5"] != evaluate(model, make_dataset(23))["p@5"]
+
+
+@pytest.mark.parametrize("candidates", [20, 3])
+def test_precision_by_group_is_that_of_the_groups_best_label(monkeypatch, candidates):
+    monkeypatch.setattr(evaluation, "CANDIDATES", candidates)
+    model, dataset = make_model(), make_dataset(23)
+    excluded = np.zeros((23, 20), bool)
+    excluded[:, 3] = True
+    groups = np.repeat(np.array([0, 1, 2], np.int8), [4, 6, 10])
+    logits = np.where(excluded, -np.inf, all_logits(model, dataset))
+    positives = dataset.labels.toarray()
+    expected = []
+    for group in range(3):
+        results = []
+        for i in range(23):
+            if not positives[i, groups == group].any():
+                continue
+            ranked = [
+                label
+                for label in np.argsort(-logits[i], kind="stable")[:candidates]
+                if groups[label] == group and not excluded[i, label]
+            ]
+            results.append(bool(ranked) and bool(positives[i, ranked[0]]))
+        expected.append(np.mean(results))
+    found = evaluate_groups(
+        model,
+        dataclasses.replace(dataset, excluded=scipy.sparse.csr_array(excluded)),
+        groups,
+        batch_size=7,
+    )
+    assert list(found) == ["head", "middle", "tail"]
+    assert list(found.values()) == pytest.approx(expected)
+
+
+def test_a_group_without_test_points_has_no_precision():
+    found = evaluate_groups(make_model(), make_dataset(23), np.zeros(20, np.int8))
+    assert found["head"] > 0
+    assert found["middle"] is None
+
+
+@pytest.mark.parametrize("output_layer", OUTPUT_LAYERS)
+def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, output_layer):
+    monkeypatch.setattr(evaluation, "_LABELS_AT_ONCE", 7)  # the last block is smaller
+    model, dataset = make_model(output_layer=output_layer, output_bias=-1, output_bound=0.5), make_dataset(23)
+    model.eval()
+    batches = [batch for _, batch in Batches(dataset, 10).in_order()]
+    nonzero = 0
+    for batch in batches:
+        gradient = jax.grad(LOSSES["squared_hinge"])(model(batch.inputs), batch.positives)
+        nonzero += np.count_nonzero(gradient)
+    assert 0.05 < nonzero / (23 * 20) < 0.95
+    assert gradient_density(model, batches) == nonzero / (23 * 20)
+
+
+def test_density_is_measured_with_dropout_and_changes_nothing():
+    model, dataset = make_model(output_bound=0.5), make_dataset(200)
+    batches = [batch for _, batch in Batches(dataset, 200).in_order()]
+    counts = jax.tree.leaves(nnx.state(model, nnx.RngCount))
+    with_dropout = [gradient_density(model, batches) for _ in range(2)]
+    assert with_dropout[0] == with_dropout[1]
+    assert counts == jax.tree.leaves(nnx.state(model, nnx.RngCount))
+    model.eval()
+    assert gradient_density(model, batches) != with_dropout[0]

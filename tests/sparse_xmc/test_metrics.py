@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.sparse import csc_array, csr_array
 from sklearn.metrics import ndcg_score
 
-from sparse_xmc.metrics import PROPENSITY_CONSTANTS, RankingMetrics, inverse_propensities
+from sparse_xmc.metrics import PROPENSITY_CONSTANTS, RankingMetrics, inverse_propensities, label_groups
 
 KS = (1, 3, 5)
 
@@ -219,3 +219,21 @@ def test_label_count_must_stay_the_same():
 def test_compute_needs_a_point():
     with pytest.raises(ValueError, match="compute: expected at least one point"):
         RankingMetrics().compute()
+
+
+def test_label_groups_each_have_a_third_of_the_occurrences():
+    # Occurrences 1, 6, 0, 3, 1, 1: from the most frequent, the labels are 1, 3, 0, 4, 5, 2.
+    counts = [1, 6, 0, 3, 1, 1]
+    labels = csr_array(np.array([[row < count for count in counts] for row in range(6)]))
+    # Of 12, label 1 begins at 0, label 3 at 6, labels 0, 4 and 5 at 9, 10 and 11.
+    np.testing.assert_array_equal(label_groups(labels), [2, 0, 2, 1, 2, 2])
+
+
+def test_equally_frequent_labels_are_parted_by_their_ids():
+    labels = csr_array(np.ones((5, 6), bool))
+    np.testing.assert_array_equal(label_groups(labels), [0, 0, 1, 1, 2, 2])
+
+
+def test_labels_that_never_occur_are_tail_labels():
+    groups = label_groups(csr_array((3, 4), dtype=bool))
+    np.testing.assert_array_equal(groups, np.full(4, 2, np.int8), strict=True)

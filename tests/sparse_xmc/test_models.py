@@ -113,7 +113,7 @@ def test_sizes_of_the_parameters():
 
 
 def test_an_unknown_output_layer_is_an_error():
-    with pytest.raises(ValueError, match="output_layer must be one of fixed_fan_in, dense, got 'sparse'"):
+    with pytest.raises(ValueError, match="one of fixed_fan_in, unstructured, dense, got 'sparse'"):
         ClassifierConfig(12, 20, output_layer="sparse")
 
 

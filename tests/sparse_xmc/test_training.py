@@ -113,6 +113,24 @@ def test_rewiring_zeroes_weights_and_moments_of_what_moved():
         assert np.any(moment[kernel != 0] != 0)
 
 
+def test_unstructured_layers_are_rewired_in_both_coordinates():
+    config = ClassifierConfig(12, 30, penultimate=24, fan_in=4, dropout=0.0, output_layer="unstructured")
+    rewiring = RewireConfig(fraction=0.5)
+    trainer = Trainer(
+        Classifier(config, rngs=nnx.Rngs(0)), TrainingConfig(rewire=rewiring, rewire_interval=2), seed=0
+    )
+    first, second, third = random_batches(3)
+    trainer.train_step(first, 1e-3)
+    kernel, before = np.asarray(trainer.model.output.kernel[...]), indices_of(trainer)
+    assert (kernel == 0).sum() == 30 * 4 // 2 - 1
+    for moment in trainer.state["optimizer"][0][1:]:
+        assert np.all(np.asarray(moment["output"]["kernel"][...])[kernel == 0] == 0)
+    trainer.train_step(second, 1e-3)
+    np.testing.assert_array_equal(indices_of(trainer), before)
+    trainer.train_step(third, 1e-3)
+    assert np.all(np.any(indices_of(trainer) != before, axis=0))
+
+
 def test_dense_output_layers_train_without_rewiring():
     model = Classifier(
         ClassifierConfig(num_features=12, num_labels=30, penultimate=6, output_layer="dense"),
@@ -124,9 +142,11 @@ def test_dense_output_layers_train_without_rewiring():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("output_layer", ["fixed_fan_in", "unstructured"])
 @pytest.mark.parametrize("loss", ["squared_hinge", "bce"])
-def test_a_small_problem_is_learnt(loss):
-    trainer = new_trainer(loss=loss, rewire_interval=20)
+def test_a_small_problem_is_learnt(loss, output_layer):
+    model = Classifier(dataclasses.replace(CONFIG, output_layer=output_layer), rngs=nnx.Rngs(0))
+    trainer = Trainer(model, TrainingConfig(batch_size=8, loss=loss, rewire_interval=20), seed=0)
     (batch,) = random_batches(1)
     losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
     assert losses[-1] < 0.1 * losses[0]

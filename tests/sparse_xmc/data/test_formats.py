@@ -65,7 +65,9 @@ class TestDataset:
         "features", [FEATURES, scipy.sparse.csr_array(FEATURES)], ids=["dense", "sparse"]
     )
     def test_take(self, features, rows):
-        taken = formats.Dataset(features, LABELS).take(rows)
+        excluded = csr([[1, 0], [0, 1]], bool)
+        taken = formats.Dataset(features, LABELS, excluded).take(rows)
+        np.testing.assert_array_equal(taken.excluded.toarray(), excluded.toarray()[rows])
         dense = taken.features if isinstance(features, np.ndarray) else taken.features.toarray()
         np.testing.assert_array_equal(dense, FEATURES[rows])
         np.testing.assert_array_equal(taken.labels.toarray(), LABELS.toarray()[rows])
@@ -88,6 +90,40 @@ class TestDataset:
     def test_rejects(self, features, labels, fault):
         with pytest.raises(ValueError, match=fault):
             formats.Dataset(features, labels)
+
+    def test_rejects_exclusions_of_another_shape(self):
+        with pytest.raises(ValueError, match=r"excluded must have the shape .* \(2, 2\), got \(2, 1\)"):
+            formats.Dataset(FEATURES, LABELS, csr([[1], [0]], bool))
+
+
+class TestFilter:
+    @pytest.mark.parametrize("num_labels", [5, None])
+    def test_reads(self, tmp_path, num_labels):
+        path = write(tmp_path / "filter.txt", "0 3\n2 1\r\n0 3\n0 0\n")
+        expected = np.zeros((3, num_labels or 4), bool)
+        expected[[0, 2, 0], [3, 1, 0]] = True
+        read = formats.read_filter(path, 3, num_labels)
+        np.testing.assert_array_equal(read.toarray(), expected, strict=True)
+        assert read.has_canonical_format
+
+    def test_an_empty_file_excludes_nothing(self, tmp_path):
+        path = write(tmp_path / "filter.txt", "")
+        assert formats.read_filter(path, 3, 4).shape == (3, 4)
+        assert formats.read_filter(path, 3).nnz == 0
+
+    @pytest.mark.parametrize(
+        ("line", "fault"),
+        [
+            ("3 0", "expected a row below 3, got 3"),
+            ("0 4", "expected a label below 4, got 4"),
+            ("0", "expected 'row label', got '0'"),
+            ("0 -1", "expected 'row label', got '0 -1'"),
+            ("", "expected 'row label', got ''"),
+        ],
+    )
+    def test_malformed(self, tmp_path, line, fault):
+        with pytest.raises(ValueError, match=rf"filter\.txt:2: {fault}"):
+            formats.read_filter(write(tmp_path / "filter.txt", f"1 1\n{line}\n"), 3, 4)
 
 
 class TestXmcText:
@@ -267,7 +303,15 @@ class TestXmcLabels:
         lines = [" ".join(f"{label}{value}" for label in row.nonzero()[0]) for row in dense]
         text = "".join(f"{line}\n" for line in [f"{dense.shape[0]} {dense.shape[1]}", *lines])
         path = write(tmp_path_factory.mktemp("labels") / f"Y.txt{suffix}", text)
-        np.testing.assert_array_equal(formats.read_xmc_labels(path).toarray(), dense, strict=True)
+        labels = formats.read_xmc_labels(path)
+        np.testing.assert_array_equal(labels.toarray(), dense, strict=True)
+        again = path.with_name(f"again.txt{suffix}")
+        formats.write_xmc_labels(again, labels)
+        np.testing.assert_array_equal(formats.read_xmc_labels(again).toarray(), dense, strict=True)
+
+    def test_writes(self, tmp_path):
+        formats.write_xmc_labels(tmp_path / "Y.txt", csr([[1, 0, 1], [0, 0, 0]], bool))
+        assert (tmp_path / "Y.txt").read_text() == "2 3\n0:1 2:1\n\n"
 
     @pytest.mark.parametrize(
         ("text", "line", "fault"),

@@ -1,0 +1,309 @@
+r"""Prepares a public data set: says which files go where, checks them, and converts them.
+
+    python -m experiments.prepare --dataset=Amazon-670K
+
+The files go to DIR/DATASET in lower case, such as data/amazon-670k, where the flagfiles in
+experiments/flags/data look for them. Labels and text are those of the Extreme Classification Repository,
+http://manikvarma.org/downloads/XC/XMLRepository.html, in either of its formats:
+
+* train.txt and test.txt, a header `N D L` and lines of `label,label,... feature:value ...`;
+* for the sets named LF-, trn.json.gz and tst.json.gz, one JSON object a line, with filter_labels_train.txt
+  and filter_labels_test.txt.
+
+Dense features are not from there: row i of such a file belongs to line i of the labels.
+
+It writes trn_X_Y.txt and tst_X_Y.txt, the labels alone, and for raw text train.tsv.gz and test.tsv.gz. What
+is there already is checked and kept. All that is wrong is reported together, and the exit status is 1.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+from absl import app, flags
+
+from sparse_xmc.data import (
+    files,
+    read_filter,
+    read_tsv,
+    read_xmc_labels,
+    read_xmc_text,
+    write_tsv,
+    write_xmc_labels,
+)
+
+# The sizes of dense features.
+FEATURES = {"slice": 512, "cascade": 768}
+
+_ROWS_AT_ONCE = 1 << 14
+_TOLERANCE = 0.01  # of the labels per point, which are published with two decimals
+
+
+class Statistics(NamedTuple):
+    """What a public data set must look like.
+
+    Attributes:
+      train: the number of training points.
+      test: the number of test points.
+      labels: L.
+      labels_per_point: the mean over the training points.
+      features: the dense features that the paper uses, a key of `FEATURES` each.
+    """
+
+    train: int
+    test: int
+    labels: int
+    labels_per_point: float
+    features: tuple[str, ...] = ()
+
+
+DATASETS = {
+    "Eurlex-4K": Statistics(15_449, 3_865, 3_956, 5.30),
+    "Wiki10-31K": Statistics(14_146, 6_616, 30_938, 18.64, ("cascade",)),
+    "AmazonCat-13K": Statistics(1_186_239, 306_782, 13_330, 5.04),
+    "LF-AmazonTitles-131K": Statistics(294_805, 134_835, 131_073, 2.29),
+    "Wiki-500K": Statistics(1_779_881, 769_421, 501_070, 4.75, ("slice", "cascade")),
+    "Amazon-670K": Statistics(490_449, 153_025, 670_091, 5.45, ("slice", "cascade")),
+    "Amazon-3M": Statistics(1_717_899, 742_507, 2_812_281, 36.17, ("cascade",)),
+}
+
+_SPLITS = {"train": "trn", "test": "tst"}
+
+
+def required_files(name: str, features: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The files of a data set, as (name, what it is)."""
+    statistics, required = DATASETS[name], []
+    for split, short in _SPLITS.items():
+        points = f"{getattr(statistics, split):,} {split} points"
+        if _is_raw_text(name):
+            required.append((f"{short}.json.gz", f"{points}: title, content, target_ind"))
+            required.append((f"filter_labels_{split}.txt", f"labels that are no answer to {split} points"))
+        else:
+            required.append((f"{split}.txt", f"{points}, or their labels alone as {short}_X_Y.txt"))
+        for feature in features:
+            required.append((f"{feature}.{split}.npy", f"float32 [{points}, {FEATURES[feature]}]"))
+    return required
+
+
+def prepare(name: str, directory: Path, features: tuple[str, ...]) -> list[str]:
+    """Checks and converts a data set.
+
+    Args:
+      name: a key of `DATASETS`.
+      directory: where its files are.
+      features: the dense features to check.
+
+    Returns:
+      What is wrong, a message each, which names the file, what was expected and what came.
+    """
+    statistics, faults = DATASETS[name], []
+
+    def attempt(check: Callable, *arguments) -> None:
+        try:
+            check(*arguments)
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(str(error))
+
+    for split in _SPLITS:
+        convert = _prepare_raw_text if _is_raw_text(name) else _prepare_labels
+        attempt(convert, directory, split, statistics)
+        if _is_raw_text(name):
+            attempt(_check_filter, directory, split, statistics)
+        for feature in features:
+            shape = (getattr(statistics, split), FEATURES[feature])
+            attempt(check_features, directory / f"{feature}.{split}.npy", shape)
+    return faults
+
+
+def _is_raw_text(name: str) -> bool:
+    return name.startswith("LF-")
+
+
+def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None:
+    """Writes and checks the labels of a set in the old format."""
+    target = directory / f"{_SPLITS[split]}_X_Y.txt"
+    if not target.exists():
+        labels = read_xmc_text(_existing(directory / f"{split}.txt")).labels
+        check_labels(directory / f"{split}.txt", labels, split, statistics)
+        with _whole_file(target) as path:
+            write_xmc_labels(path, labels)
+    else:
+        labels = read_xmc_labels(target)
+        check_labels(target, labels, split, statistics)
+    print(f"{target}: {_describe(labels)}")
+
+
+def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> None:
+    """Writes and checks the text and the labels of an LF- set."""
+    short = _SPLITS[split]
+    source, text_file = directory / f"{short}.json.gz", directory / f"{split}.tsv.gz"
+    labels_file = directory / f"{short}_X_Y.txt"
+    if text_file.exists():
+        names, _ = read_tsv(text_file)
+        labels = _matrix(text_file, [list(map(int, row)) for row in names], statistics.labels)
+    else:
+        rows, texts = read_json(_existing(source))
+        labels = _matrix(source, rows, statistics.labels)
+        check_labels(source, labels, split, statistics)
+        with _whole_file(text_file) as path:
+            write_tsv(path, [[str(label) for label in row] for row in rows], texts)
+    check_labels(text_file, labels, split, statistics)
+    if labels_file.exists():
+        others = read_xmc_labels(labels_file)
+        if others.shape != labels.shape or (others != labels).nnz:
+            raise ValueError(f"{labels_file}: has other labels than {text_file}")
+    else:
+        with _whole_file(labels_file) as path:
+            write_xmc_labels(path, labels)
+    print(f"{text_file}: {_describe(labels)}")
+
+
+def _check_filter(directory: Path, split: str, statistics: Statistics) -> None:
+    path = _existing(directory / f"filter_labels_{split}.txt")
+    excluded = read_filter(path, getattr(statistics, split), statistics.labels)
+    print(f"{path}: {excluded.nnz:,} pairs")
+
+
+def read_json(path: Path) -> tuple[list[list[int]], list[str]]:
+    """Reads the points of an LF- set: a JSON object a line, with `title`, `content` and `target_ind`.
+
+    Returns:
+      The label ids of each point, and its text: title and content in one line.
+
+    Raises:
+      ValueError: a line is malformed, or the compressed data is damaged or cut off; the message names it.
+    """
+    labels, texts = [], []
+    for number, line in files.read_text_lines(path):
+        try:
+            point = json.loads(line)
+            text = f"{point['title']} {point.get('content', '')}"
+            ids = [int(label) for label in point["target_ind"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}:{number}: expected JSON with title, content and target_ind, got {line[:60]!r}"
+            ) from error
+        texts.append(re.sub(r"\s+", " ", text).strip())
+        labels.append(ids)
+    return labels, texts
+
+
+def check_labels(path: Path, labels: scipy.sparse.csr_array, split: str, statistics: Statistics) -> None:
+    """Raises ValueError unless the numbers of points, labels, and labels per training point are right."""
+    expected = (getattr(statistics, split), statistics.labels)
+    if labels.shape != expected:
+        raise ValueError(
+            f"{path}: expected {expected[0]:,} points and {expected[1]:,} labels, "
+            f"got {labels.shape[0]:,} and {labels.shape[1]:,}"
+        )
+    mean = labels.nnz / labels.shape[0]
+    if split == "train" and abs(mean / statistics.labels_per_point - 1) > _TOLERANCE:
+        raise ValueError(
+            f"{path}: expected {statistics.labels_per_point} labels per point, got {mean:.2f}: "
+            "another version?"
+        )
+
+
+def check_features(path: Path, shape: tuple[int, int]) -> None:
+    """Checks a file of dense features, without loading it as a whole.
+
+    Args:
+      path: a `.npy` file.
+      shape: what it must have.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      ValueError: it is no `.npy` file, has another shape or dtype, is cut off, or has infinite or NaN values.
+    """
+    with open(_existing(path), "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+            found, fortran_order, dtype = read_header(file)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: not a .npy file: {error}") from error
+        if found != shape or dtype != np.float32 or fortran_order:
+            raise ValueError(
+                f"{path}: expected float32 {list(shape)} in C order, got {dtype} {list(found)}"
+                + (" in Fortran order" if fortran_order else "")
+            )
+        expected = file.tell() + dtype.itemsize * shape[0] * shape[1]
+    if (size := path.stat().st_size) != expected:
+        raise ValueError(f"{path}: expected {expected:,} bytes, got {size:,}: half-downloaded?")
+    features = np.load(path, mmap_mode="r")
+    for start in range(0, shape[0], _ROWS_AT_ONCE):
+        finite = np.isfinite(features[start : start + _ROWS_AT_ONCE]).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"{path}: expected finite values, got inf or nan in row {start + finite.argmin()}"
+            )
+    print(f"{path}: {shape[0]:,} points, {shape[1]} features")
+
+
+def _matrix(path: Path, rows: list[list[int]], num_labels: int) -> scipy.sparse.csr_array:
+    """The labels of each point as a matrix; raises if one is out of range."""
+    for number, row in enumerate(rows, start=1):
+        if row and not 0 <= min(row) <= max(row) < num_labels:
+            raise ValueError(f"{path}:{number}: expected labels in 0..{num_labels - 1}, got {row}")
+    indices = np.array([label for row in rows for label in sorted(set(row))], np.int32)
+    indptr = np.cumsum([0, *(len(set(row)) for row in rows)])
+    return scipy.sparse.csr_array((np.ones(len(indices), bool), indices, indptr), (len(rows), num_labels))
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing")
+    return path
+
+
+@contextlib.contextmanager
+def _whole_file(target: Path) -> Iterator[Path]:
+    """Yields a path to write to, which becomes `target` when the block ends without an exception."""
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _describe(labels: scipy.sparse.csr_array) -> str:
+    points, num_labels = labels.shape
+    return f"{points:,} points, {num_labels:,} labels, {labels.nnz / points:.2f} labels per point"
+
+
+def _define_flags() -> None:
+    flags.DEFINE_enum("dataset", None, list(DATASETS), "The data set.", required=True)
+    flags.DEFINE_string(
+        "dir", "data", "Where data sets are; this one's files are in DIR/DATASET, in lower case."
+    )
+    flags.DEFINE_list("features", None, "The dense features to check; by default those that the paper uses.")
+
+
+def main(argv):
+    """Lists the files, and prepares the data set."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
+    features = DATASETS[name].features if values.features is None else tuple(values.features)
+    if unknown := set(features) - FEATURES.keys():
+        raise app.UsageError(f"--features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}")
+    print(f"{name} needs, in {directory}:")
+    for file, content in required_files(name, features):
+        print(f"  {file:26}{content}")
+    print(flush=True)
+    if faults := prepare(name, directory, features):
+        sys.exit("".join(f"{fault}\n" for fault in faults) + f"{directory} is not complete")
+    print(f"{directory} is complete")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -1,0 +1,215 @@
+r"""Runs a table of experiments: every data set with every cell and seed that a table file lists.
+
+    python -m experiments.sweep --table=experiments/tables/wordnet.toml --results=experiments/results/sweeps
+
+Each run is a process of `experiments.run` with the flagfiles of the table, the data set and the cell, in that
+order. Its result goes to RESULTS/DATA/CELL_seedN.json, for `experiments.tables`.
+
+* A run whose result is there already, with the same flags, is skipped. One that was stopped goes on from its
+  last checkpoint.
+* Two entries with the same flags, such as a cell that is in two tables, share one run: what identifies a run
+  is all of its flags but those that change no result. After a change of the code, remove the results.
+* A run that fails does not stop the others. The last lines of its output are shown at the end, when the
+  program exits with status 1.
+
+A table file is TOML:
+
+    title = "The shipped data set"
+    data = ["wordnet"]                                        # experiments/flags/data/wordnet.cfg
+    flagfiles = ["experiments/flags/text.cfg"]                # what all runs share
+
+    [[runs]]
+    cells = ["dense", "fixed_fan_in_32_8k"]                   # experiments/flags/cells/dense.cfg
+    seeds = [0, 1, 2]
+"""
+
+import copy
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+
+from experiments import run
+
+_FLAGS = Path("experiments/flags")
+_LAST_LINES = 15
+
+
+class Entry(NamedTuple):
+    """One run of a table."""
+
+    data: str
+    cell: str
+    seed: int
+    flagfiles: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.data} {self.cell} seed {self.seed}"
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `experiments.run`, without a working directory."""
+        files = [*self.flagfiles, _FLAGS / "data" / f"{self.data}.cfg", _FLAGS / "cells" / f"{self.cell}.cfg"]
+        return [*(f"--flagfile={file}" for file in files), f"--seed={self.seed}"]
+
+    def result(self, results: Path) -> Path:
+        """The path of its result below the directory of results."""
+        return results / self.data / f"{self.cell}_seed{self.seed}.json"
+
+
+class Table(NamedTuple):
+    """A table file's contents."""
+
+    title: str
+    entries: list[Entry]
+
+    @property
+    def data(self) -> list[str]:
+        """The data sets, in order."""
+        return list(dict.fromkeys(entry.data for entry in self.entries))
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells, in order."""
+        return list(dict.fromkeys(entry.cell for entry in self.entries))
+
+
+def read_table(path: str) -> Table:
+    """Reads a table file.
+
+    Raises:
+      ValueError: the file is malformed, lists an entry twice, or names a flagfile that does not exist.
+    """
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+        shared = tuple(table.pop("flagfiles", ()))
+        title, data, runs = table.pop("title"), table.pop("data"), table.pop("runs")
+        entries = [
+            Entry(name, cell, seed, shared)
+            for name in data
+            for group in runs
+            for cell in group["cells"]
+            for seed in group["seeds"]
+        ]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a table file (see experiments.sweep): {error!r}") from error
+    if table:
+        raise ValueError(f"{path}: unknown keys: {', '.join(table)}")
+    if len(set(entries)) < len(entries):
+        twice = next(entry for entry in entries if entries.count(entry) > 1)
+        raise ValueError(f"{path}: {twice} is listed twice")
+    for entry in entries:
+        for flag in entry.flags[:-1]:
+            if not Path(flag.partition("=")[2]).exists():
+                raise ValueError(f"{path}: {entry}: no such file as {flag.partition('=')[2]}")
+    return Table(title, entries)
+
+
+def effective_flags(arguments: list[str]) -> dict:
+    """What `experiments.run` would see of these arguments, but for flags that change no result."""
+    values = flags.FlagValues()
+    for flag in _flags_of_run():
+        values[flag.name] = copy.deepcopy(flag)
+    values(["experiments.run", *arguments])
+    return _that_matter({flag.name: values[flag.name].value for flag in _flags_of_run()})
+
+
+def _flags_of_run() -> list[flags.Flag]:
+    return flags.FLAGS.flags_by_module_dict()[run.__name__]
+
+
+def _that_matter(values: dict) -> dict:
+    """Those that change a result; a flag that a result knows nothing of had its default."""
+    defaults = {flag.name: flag.default for flag in _flags_of_run()}
+    return {name: value for name, value in (defaults | values).items() if name not in run.INCIDENTAL_FLAGS}
+
+
+def _directory(runs: Path, values: dict) -> Path:
+    """The working directory of a run, named by its flags: those that are not at their defaults."""
+    defaults = _that_matter({})
+    special = {name: value for name, value in values.items() if value != defaults.get(name)}
+    return runs / hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dict[Entry, str]:
+    """Runs what has no result yet.
+
+    Returns:
+      For each run that failed, the last lines of its output.
+    """
+    failures = {}
+    for i, entry in enumerate(table.entries, start=1):
+        values, result = effective_flags(entry.flags), entry.result(results)
+        workdir = _directory(runs, values)
+        command = [sys.executable, "-m", "experiments.run", *entry.flags]
+        command += [f"--workdir={workdir}", f"--name={entry.data} {entry.cell}"]
+        print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
+        if result.exists() and _that_matter(json.loads(result.read_text())["flags"]) == values:
+            print(f"{result} is there")
+            continue
+        if dry_run:
+            print(shlex.join(command))
+            continue
+        if (workdir / "result.json").exists():
+            print(f"{workdir} has run")
+        else:
+            print(f"running, output in {workdir}.log", flush=True)
+            if failure := _run(command, Path(f"{workdir}.log")):
+                failures[entry] = failure
+                print(f"    {failure.splitlines()[-1]}")
+                continue
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text((workdir / "result.json").read_text())
+    return failures
+
+
+def _run(command: list[str], log: Path) -> str | None:
+    """Runs a command to its end; returns the last lines of its output if it failed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as output:
+        output.write(f"$ {shlex.join(command)}\n")
+        output.flush()
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    if status == 0:
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    return "\n".join([*lines, f"{how}: {shlex.join(command)}"])
+
+
+def _report(failures: dict[Entry, str]) -> Iterator[str]:
+    for entry, output in failures.items():
+        yield f"\n{entry} failed:\n" + "".join(f"    {line}\n" for line in output.splitlines())
+    yield f"{len(failures)} of the runs failed" if failures else "all runs have results"
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("table", None, "The table file.", required=True)
+    flags.DEFINE_string("results", None, "Directory that results go to.", required=True)
+    flags.DEFINE_string("runs", "runs/sweep", "Directory of the runs' working directories.")
+    flags.DEFINE_bool("dry_run", False, "Show what would run, and run nothing.")
+
+
+def main(argv):
+    """Runs the table."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    failures = sweep(read_table(values.table), Path(values.results), Path(values.runs), values.dry_run)
+    if not values.dry_run:
+        print("\n".join(_report(failures)))
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _define_flags()  # not on import: experiments.tables, which imports this, has flags of the same names
+    app.run(main)

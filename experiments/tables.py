@@ -1,0 +1,470 @@
+r"""Renders the tables and pictures of a sweep, from its result files alone.
+
+    python -m experiments.tables --table=experiments/tables/wordnet.toml \
+        --results=experiments/results/sweeps --out=experiments/results/tables
+
+writes, in OUT, one Markdown, CSV and LaTeX file named like the table file, and the pictures that the first
+shows. The paper's numbers (experiments/paper) stand beside ours where it has any for the data set and the
+cell. Numbers are means over seeds, with the standard deviation between seeds after a ±. What has no result is
+shown as missing.
+
+    python -m experiments.tables --label_scale=experiments/results/label_scale \
+        --out=experiments/results/tables
+
+does the same for what `experiments.label_scale` measured.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from experiments import prepare, sweep
+from sparse_xmc.metrics import LABEL_GROUPS
+
+PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
+MISSING = "missing"
+_FOUR_GB = 4.0  # GiB: what the paper calls a commodity GPU
+
+
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+      title: its heading, with the unit.
+      value: takes it from a result, as read from JSON.
+      reported: the column of the paper's file.
+      digits: how many digits after the point are shown.
+    """
+
+    title: str
+    value: Callable[[dict], float]
+    reported: str
+    digits: int
+
+
+COLUMNS = (
+    *(
+        Column(f"P@{k}", lambda result, k=k: 100 * result["test"][f"p@{k}"], f"test_p{k}", 2)
+        for k in (1, 3, 5)
+    ),
+    Column("train P@1", lambda result: 100 * result["train"]["p@1"], "train_p1", 2),
+    Column("memory, GiB", lambda result: result["peak_memory_bytes"] / 2**30, "peak_memory_gib", 2),
+    Column("epochs", lambda result: result["epochs"], "epochs", 1),
+    Column("s/epoch", lambda result: result["seconds_per_epoch"], "seconds_per_epoch", 1),
+)
+
+
+class Row(NamedTuple):
+    """A cell of a sweep on a data set.
+
+    Attributes:
+      data: the data set.
+      cell: the cell.
+      results: the results of its seeds, as read from JSON; as many as there are.
+      wanted: how many seeds there should be.
+      paper: the paper's numbers by column name, or None.
+    """
+
+    data: str
+    cell: str
+    results: list[dict]
+    wanted: int
+    paper: dict[str, str] | None
+
+    @property
+    def name(self) -> str:
+        """The cell in words."""
+        return _words(self.cell)
+
+    def values(self, column: Column) -> np.ndarray:
+        """Our numbers, one for each result."""
+        return np.array([column.value(result) for result in self.results])
+
+    def reported(self, column: Column) -> float | None:
+        """The paper's number, if it has one."""
+        text = self.paper and self.paper[column.reported]
+        return float(text) if text else None
+
+
+def _words(cell: str) -> str:
+    return cell.replace("fixed_fan_in", "fixed fan-in").replace("_", " ")
+
+
+def read_reported() -> dict[tuple[str, str], dict[str, str]]:
+    """The paper's rows, by the names that our flagfiles have for the data set and the cell."""
+    with open(PAPER, encoding="utf-8", newline="") as file:
+        return {(_data_name(row), _cell_name(row)): row for row in csv.DictReader(file)}
+
+
+def _data_name(row: dict[str, str]) -> str:
+    return f"{row['dataset']}_{row['features']}".lower()
+
+
+def _cell_name(row: dict[str, str]) -> str:
+    width = int(row["intermediate"])
+    parts = [row["output_layer"]]
+    if row["output_layer"] == "bottleneck":
+        parts.append(str(width))
+    elif row["output_layer"] != "dense":
+        parts.append(row["fan_in"])
+        if width:
+            parts.append(f"{width // 1024}k" if width % 1024 == 0 else f"{width // 1000}k")
+    if row["loss"] != "squared_hinge":
+        parts.append(row["loss"])
+    return "_".join(parts)
+
+
+def read_rows(table: sweep.Table, results: Path) -> list[Row]:
+    """The rows of a table, with what results there are.
+
+    Raises:
+      ValueError: a result file is malformed; the message names it.
+    """
+    reported = read_reported()
+    rows = []
+    for data in table.data:
+        for cell in table.cells:
+            entries = [entry for entry in table.entries if (entry.data, entry.cell) == (data, cell)]
+            found = [_read(path) for entry in entries if (path := entry.result(results)).exists()]
+            rows.append(Row(data, cell, found, len(entries), reported.get((data, cell))))
+    return rows
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a result: {error}") from error
+
+
+# ---- text ----
+
+
+def cells_of(rows: list[Row]) -> list[list[str]]:
+    """The table as text, its heading first. The paper's columns are there if it has any row of these."""
+    with_paper = any(row.paper for row in rows)
+    heading = ["system"]
+    for column in COLUMNS:
+        heading += [column.title, "paper"] if with_paper else [column.title]
+    lines = [[*heading, "seeds"]]
+    for row in rows:
+        line = [row.name]
+        for column in COLUMNS:
+            line.append(_mean_and_spread(row.values(column), column.digits))
+            if with_paper:
+                reported = row.reported(column)
+                line.append("" if reported is None else f"{reported:.{column.digits}f}")
+        lines.append([*line, f"{len(row.results)} of {row.wanted}"])
+    return lines
+
+
+def _mean_and_spread(values: np.ndarray, digits: int) -> str:
+    if len(values) == 0:
+        return MISSING
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table of lines of text, the heading first."""
+    heading, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([heading, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *rest])
+
+
+def latex(lines: list[list[str]]) -> str:
+    r"""A LaTeX `tabular` (it needs the package booktabs) of lines of text, the heading first."""
+    escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$"})
+    heading, *rest = (" & ".join(field.translate(escape) for field in line) + r" \\" for line in lines)
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", heading, r"\midrule", *rest, r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}"])
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Writes means, standard deviations and the paper's numbers, empty where there are none."""
+    names = ["data", "cell", "seeds"]
+    for column in COLUMNS:
+        names += [column.reported, f"{column.reported}_std", f"{column.reported}_paper"]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        for row in rows:
+            line = [row.data, row.cell, len(row.results)]
+            for column in COLUMNS:
+                values, reported = row.values(column), row.reported(column)
+                line.append(f"{values.mean():.6g}" if len(values) else "")
+                line.append(f"{values.std(ddof=1):.6g}" if len(values) > 1 else "")
+                line.append("" if reported is None else f"{reported:g}")
+            writer.writerow(line)
+
+
+def provenance(results: Iterable[dict]) -> list[str]:
+    """Markdown lines: the machine, versions and commit of results, and how their memory was measured."""
+    counts: dict[str, int] = {}
+    for result in results:
+        e = result["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+        line = (
+            f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads, {e['memory_bytes'] / 2**30:.0f} GiB of "
+            f"memory, device {e['device']}; {versions}; commit {e['commit']}. Memory is the "
+            f"{result['peak_memory_measured_as']}."
+        )
+        counts[line] = counts.get(line, 0) + 1
+    return [f"- {count} runs: {line}" for line, count in counts.items()]
+
+
+# ---- pictures ----
+
+
+def draw(rows: list[Row], prefix: str, out: Path) -> list[Path]:
+    """Draws what the results of one data set allow, and returns the pictures' paths."""
+    finished = [row for row in rows if row.results]
+    figures = {
+        "memory": _draw_memory(rows),
+        "epochs": _draw_epochs(finished),
+        "density": _draw_density(finished),
+        "groups": _draw_groups(finished),
+    }
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            paths.append(_save(figure, out / f"{prefix}_{name}.png"))
+    return paths
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    # Without the version of matplotlib in it, equal pictures are equal files.
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
+    return path
+
+
+def _draw_curves(axes, rows: list[Row], name: str, scale: float = 1) -> None:
+    """What the results' history has under a name, by epoch: the mean over the seeds that came so far."""
+    for i, row in enumerate(rows):
+        series = [[scale * record[name] for record in result["history"]] for result in row.results]
+        longest = max(map(len, series))
+        padded = np.array([[*values, *[np.nan] * (longest - len(values))] for values in series])
+        linestyle = ("-", "--", ":", "-.")[i // 10 % 4]
+        axes.plot(
+            np.arange(1, longest + 1),
+            np.nanmean(padded, axis=0),
+            label=row.name,
+            color=f"C{i % 10}",
+            linestyle=linestyle,
+        )
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+
+
+def _draw_memory(rows: list[Row]) -> Figure | None:
+    """P@k against peak memory; the paper's in hollow marks."""
+    rows = [row for row in rows if row.results or row.paper]
+    if not rows:
+        return None
+    figure = Figure(figsize=(15, 4.5))
+    (memory,) = (column for column in COLUMNS if column.title.startswith("memory"))
+    for axes, column in zip(figure.subplots(1, 3), COLUMNS[:3], strict=True):
+        for i, row in enumerate(rows):
+            style = {"color": f"C{i % 10}", "marker": "os^D"[i // 10 % 4], "linestyle": ""}
+            label = row.name
+            if row.results:
+                axes.plot(row.values(memory).mean(), row.values(column).mean(), label=label, **style)
+                label = None
+            if row.paper:
+                at = row.reported(memory), row.reported(column)
+                axes.plot(*at, label=label, markerfacecolor="none", **style)
+        axes.set(xlabel="peak memory, GiB", ylabel=f"test {column.title}, %")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return figure
+
+
+def _draw_epochs(rows: list[Row]) -> Figure | None:
+    """P@k on the validation points after each epoch."""
+    if not rows:
+        return None
+    figure = Figure(figsize=(15, 4.5))
+    for axes, k in zip(figure.subplots(1, 3), (1, 3, 5), strict=True):
+        _draw_curves(axes, rows, f"p@{k}", scale=100)
+        axes.set_ylabel(f"validation P@{k}, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return figure
+
+
+def _draw_density(rows: list[Row]) -> Figure | None:
+    """The part of the logits with a gradient after each epoch."""
+    rows = [row for row in rows if "gradient_density" in row.results[0]["history"][0]]
+    if not rows:
+        return None
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    _draw_curves(axes, rows, "gradient_density")
+    axes.set(yscale="log", ylabel="logits with a gradient, as a part of all")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return figure
+
+
+def _draw_groups(rows: list[Row]) -> Figure | None:
+    """P@1 among head, middle and tail labels."""
+    if not rows:
+        return None
+    figure = Figure(figsize=(10, 4.5))
+    axes = figure.subplots()
+    width = 0.9 / len(rows)
+    for i, row in enumerate(rows):
+        values = [
+            np.mean([100 * (result["test_p@1_by_group"][group] or 0) for result in row.results])
+            for group in LABEL_GROUPS
+        ]
+        style = {"color": f"C{i % 10}", "hatch": ("", "//", "..", "xx")[i // 10 % 4]}
+        axes.bar(np.arange(3) + (i - len(rows) / 2 + 0.5) * width, values, width, label=row.name, **style)
+    sizes = rows[0].results[0]["labels_by_group"]
+    axes.set_xticks(range(3), [f"{g}: {n:,} labels" for g, n in zip(LABEL_GROUPS, sizes, strict=True)])
+    axes.set_ylabel("test P@1 among the group's labels, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return figure
+
+
+# ---- reports ----
+
+_CAPTIONS = {
+    "memory": "Test P@k against peak memory; hollow marks are the paper's.",
+    "epochs": "P@k on the validation points after each epoch.",
+    "density": "The part of the logits at which the squared hinge has a gradient, on a few training "
+    "batches after each epoch.",
+    "groups": "Test P@1 among head, middle and tail labels. Each group has a third of all label occurrences "
+    "in the training set; counted are the points with a label of the group, by the best label of the group.",
+}
+
+
+def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
+    """Writes `name`.md, .csv and .tex, and the pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = [f"# {table.title}"]
+    tex = []
+    for data in table.data:
+        of_data = [row for row in rows if row.data == data]
+        lines = cells_of(of_data)
+        tex += [f"% {data}", latex(lines)]
+        text += [f"## {data}", markdown(lines)]
+        for path in draw(of_data, f"{name}_{data}" if len(table.data) > 1 else name, out):
+            text.append(f"![{path.stem}]({path.name})\n\n{_CAPTIONS[path.stem.rpartition('_')[2]]}")
+    notes = provenance(result for row in rows for result in row.results)
+    text.append("\n".join(["P@k in percent, on the test points.", "", *notes]))
+    (out / f"{name}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    (out / f"{name}.tex").write_text("\n".join(tex) + "\n", encoding="utf-8")
+    write_csv(out / f"{name}.csv", rows)
+
+
+# ---- label scale ----
+
+_PARTS = ("features", "loss", "gradients", "step", "step, all gradients", "rewiring")
+
+
+def read_label_scale(results: Path) -> list[dict]:
+    """The results of `experiments.label_scale`, by number of labels and system.
+
+    Raises:
+      ValueError: there is none, or one is malformed.
+    """
+    found = [_read(path) for path in sorted(results.glob("*.json"))]
+    if not found:
+        raise ValueError(f"{results}: no results")
+    return sorted(found, key=lambda result: (result["scale"]["labels"], result["cell"]))
+
+
+def report_label_scale(results: list[dict], out: Path) -> None:
+    """Writes label_scale.md, .csv and .tex, and the picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    heading = ["labels", "system", "memory, GiB", *(f"{part}, ms" for part in _PARTS), "epoch, min"]
+    lines = [heading]
+    for result in results:
+        line = [f"{result['scale']['labels']:,}", _words(result["cell"])]
+        if "failed" in result:
+            line += [result["failed"], *[""] * (len(heading) - 3)]
+        else:
+            line.append(f"{result['peak_memory_bytes'] / 2**30:.2f}")
+            line += [f"{1000 * result['seconds'][part]:.1f}" for part in _PARTS]
+            line.append(f"{result['epoch_seconds'] / 60:.1f}")
+        lines.append(line)
+    finished = [result for result in results if "failed" not in result]
+    text = [
+        "# Label scale",
+        markdown(lines),
+        "![label_scale](label_scale.png)",
+        "Peak memory and the time of a step against the number of labels, on synthetic points; hollow marks "
+        "are the paper's memory. Each part of a step is timed with all before it: features, with the loss, "
+        "with gradients, with the update. Unless it says all, nearly no logit has a gradient.",
+        "\n".join(provenance(finished)),
+    ]
+    (out / "label_scale.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    (out / "label_scale.tex").write_text(latex(lines) + "\n", encoding="utf-8")
+    with open(out / "label_scale.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    _save(_draw_label_scale(finished), out / "label_scale.png")
+
+
+def _draw_label_scale(results: list[dict]) -> Figure:
+    """Memory, with the line of 4 GiB and the paper's rows, and time against the number of labels."""
+    figure = Figure(figsize=(13, 5))
+    memory, seconds = figure.subplots(1, 2)
+    families = ("dense", "bottleneck", "unstructured", "fixed_fan_in")
+    for cell in dict.fromkeys(result["cell"] for result in results):
+        of_cell = [result for result in results if result["cell"] == cell]
+        labels = [result["scale"]["labels"] for result in of_cell]
+        (family,) = (i for i, name in enumerate(families) if cell.startswith(name))
+        style = {"color": f"C{family}", "marker": "o", "label": _words(cell)}
+        memory.plot(labels, [result["peak_memory_bytes"] / 2**30 for result in of_cell], **style)
+        seconds.plot(labels, [result["seconds"]["step"] for result in of_cell], **style)
+    for row in read_reported().values():
+        color = f"C{families.index(row['output_layer'])}"
+        at = prepare.DATASETS[row["dataset"]].labels, float(row["peak_memory_gib"])
+        if at[1] > 0:  # a row that was published as 0.0 has no place on this axis
+            memory.plot(*at, color=color, marker="o", markerfacecolor="none", linestyle="")
+    memory.axhline(_FOUR_GB, color="grey", linestyle="--")
+    memory.set_ylabel("peak memory, GiB (dashed: 4)")
+    seconds.set_ylabel("time of a step, s")
+    for axes in (memory, seconds):
+        axes.set(xscale="log", yscale="log", xlabel="labels")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("table", None, "The table file, as for experiments.sweep.")
+    flags.DEFINE_string("results", None, "Directory of the results of experiments.sweep.")
+    flags.DEFINE_string("label_scale", None, "Directory of the results of experiments.label_scale.")
+    flags.DEFINE_string("out", None, "Directory that tables and pictures go to.", required=True)
+
+
+def main(argv):
+    """Writes the report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    values = flags.FLAGS
+    out = Path(values.out)
+    if (values.table is None) == (values.label_scale is None):
+        raise app.UsageError("expected either --table, with --results, or --label_scale")
+    if values.table is None:
+        name = "label_scale"
+        report_label_scale(read_label_scale(Path(values.label_scale)), out)
+    else:
+        if values.results is None:
+            raise app.UsageError("--table needs --results")
+        table = sweep.read_table(values.table)
+        name = Path(values.table).stem
+        report(table, read_rows(table, Path(values.results)), name, out)
+    print((out / f"{name}.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

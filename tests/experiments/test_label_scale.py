@@ -1,0 +1,135 @@
+"""`python -m experiments.label_scale` on a thousand labels, and the report of what it measures."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+import experiments
+from experiments import label_scale, tables
+from sparse_xmc.models import ClassifierConfig
+
+ROOT = Path(experiments.__file__).parents[1]
+SMALL = label_scale.Scale("small", 1000, 2.0, 3200)
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+        yield
+
+
+@pytest.mark.parametrize("cell", ["dense", "bottleneck_64", "fixed_fan_in_32", "unstructured_32"])
+def test_a_report_has_memory_times_and_densities(cell):
+    report = json.loads(json.dumps(label_scale.measure(SMALL, cell, seconds=0.01)))
+    assert report["scale"]["labels"] == 1000
+    assert report["peak_memory_bytes"] > 0
+    assert report["peak_memory_measured_as"].startswith("peak resident size")
+    assert report["seconds"].keys() == set(tables._PARTS)
+    assert all(t > 0 for t in report["seconds"].values())
+    # The bias moves by the learning rate, 1e-3, a step: at first every negative is within the margin.
+    assert report["gradient_density"]["step, all gradients"] > 0.99
+    assert report["gradient_density"]["step"] < 0.2
+    steps = 3200 / 32
+    expected = steps * (report["seconds"]["step"] + report["seconds"]["rewiring"] / 1000)
+    assert report["epoch_seconds"] == pytest.approx(expected)
+
+
+def test_what_does_not_fit_is_not_started(monkeypatch):
+    memory = type("Memory", (), {"available": 10 << 20})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(label_scale.environment, "describe", dict)
+    report = label_scale.measure(SMALL, "dense", seconds=0.01)
+    assert report["failed"] == "does not fit: needs 0.0 GiB, of which 0.0 are available"
+    assert "seconds" not in report
+
+
+def test_needed_bytes_by_hand():
+    dense = ClassifierConfig(768, 1000, penultimate=0, output_layer="dense")
+    assert label_scale.needed_bytes(dense) == 16 * (768 * 1000 + 1000) + 4 * 32 * 1000
+    sparse = ClassifierConfig(768, 1000, penultimate=64, fan_in=32)
+    assert label_scale.needed_bytes(sparse) == 12 * (768 * 64 + 64 + 32 * 1000 + 1000)
+    huge = ClassifierConfig(768, 8_623_847, penultimate=0, output_layer="dense")
+    assert label_scale.needed_bytes(huge) > 100 << 30  # and nothing was allocated
+
+
+def test_all_are_run_but_those_with_results(tmp_path, capsys):
+    (tmp_path / "dense_10000.json").write_text("{}")
+    scale = label_scale.SCALES[0]
+    failures = label_scale.run_all([scale], ["dense", "fixed_fan_in_32", "nonsense"], tmp_path, seconds=0.01)
+    printed = capsys.readouterr().out
+    assert "10,000 labels, dense: " in printed
+    assert "dense_10000.json is there" in printed
+    assert re.search(r"10,000 labels, fixed_fan_in_32: \d\.\d\d GiB, \d+ ms a step", printed)
+    assert len(failures) == 1
+    assert "nonsense" in failures[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"dense_10000.json", "fixed_fan_in_32_10000.json"}
+    assert json.loads((tmp_path / "fixed_fan_in_32_10000.json").read_text())["scale"]["labels"] == 10_000
+
+
+def test_an_unknown_number_of_labels_is_an_error(tmp_path):
+    command = [sys.executable, "-m", "experiments.label_scale", f"--results={tmp_path}", "--labels=77"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert "--labels must be among [10000, 30938," in finished.stdout + finished.stderr
+
+
+def make_report(labels, cell, gib):
+    return {
+        "scale": {"name": "x", "labels": labels, "labels_per_point": 5.0, "points": 3200},
+        "cell": cell,
+        "peak_memory_bytes": int(gib * 2**30),
+        "peak_memory_measured_as": "peak",
+        "seconds": dict.fromkeys(tables._PARTS, 0.5),
+        "epoch_seconds": 90.0,
+        "environment": {
+            "cpu": "a processor",
+            "cores": 2,
+            "threads": 2,
+            "memory_bytes": 1 << 30,
+            "device": "cpu",
+            "versions": {},
+            "commit": "abc",
+        },
+    }
+
+
+def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
+    failed = {"scale": {"labels": 10**6}, "cell": "dense", "failed": "does not fit"}
+    reports = [make_report(10**6, "fixed_fan_in_32", 1.5), make_report(10**4, "dense", 0.25), failed]
+    for i, report in enumerate(reports):
+        (tmp_path / f"{i}.json").write_text(json.dumps(report))
+    command = [sys.executable, "-m", "experiments.tables"]
+    command += [f"--label_scale={tmp_path}", f"--out={tmp_path / 'out'}"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    times = " | ".join(["500.0"] * len(tables._PARTS))
+    rows = [line for line in printed.splitlines() if line.startswith("| 1")]
+    assert rows[0] == f"| 10,000 | dense | 0.25 | {times} | 1.5 |"
+    assert rows[1].startswith("| 1,000,000 | dense | does not fit |")
+    assert rows[2] == f"| 1,000,000 | fixed fan-in 32 | 1.50 | {times} | 1.5 |"
+    assert "2 runs: a processor" in printed
+    with open(tmp_path / "out" / "label_scale.csv", newline="") as file:
+        assert {len(line) for line in csv.reader(file)} == {len(tables._PARTS) + 4}
+    assert (tmp_path / "out" / "label_scale.png").exists()
+
+
+def test_the_papers_memory_is_beside_ours():
+    figure = tables._draw_label_scale([make_report(10**4, "dense", 0.25)])
+    memory = figure.axes[0]
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines}
+    assert {(10**4, 0.25), (670_091, 13.43), (2_812_281, 56.36)} <= points
+    assert len(memory.lines) == 1 + (58 + 5 + 4 - 1) + 1  # ours; theirs, one of which is 0.0; 4 GiB
+    np.testing.assert_array_equal(memory.lines[-1].get_ydata(), [4, 4])
+
+
+def test_no_results_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        tables.read_label_scale(tmp_path)

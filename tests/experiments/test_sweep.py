@@ -1,0 +1,202 @@
+"""`python -m experiments.sweep` on tables of tiny runs; every flagfile and table of the project is read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+import experiments
+from experiments import sweep
+from sparse_xmc.data import write_tsv
+
+ROOT = Path(experiments.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    """Flagfiles name each other from the root of the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A directory with flagfiles for tiny runs, and a link to the programs."""
+    rng = np.random.default_rng(0)
+    for name, size in (("train", 30), ("test", 10)):
+        labels = [[f"{i}" for i in sorted(rng.choice(12, 2, replace=False))] for _ in range(size)]
+        write_tsv(tmp_path / f"{name}.tsv", labels, [" ".join(f"word{i}" for i in row) for row in labels])
+    files = {
+        "shared.cfg": ["--embedding=4", "--penultimate=0", "--fan_in=2", "--batch_size=10", "--epochs=1"],
+        "experiments/flags/data/tiny.cfg": ["--train=train.tsv", "--test=test.tsv", "--dropout=0.2"],
+        "experiments/flags/cells/dense.cfg": ["--output_layer=dense"],
+        "experiments/flags/cells/sparse.cfg": ["--output_layer=fixed_fan_in"],
+        "experiments/flags/cells/alias.cfg": ["--fan_in=2", "--output_layer=dense"],
+        "experiments/flags/cells/broken.cfg": ["--fan_in=1000"],
+    }
+    for name, lines in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def write_table(path, cells, seeds="[0]"):
+    runs = f"[[runs]]\ncells = {json.dumps(cells)}\nseeds = {seeds}\n"
+    path.write_text(f'title = "Tiny"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n{runs}')
+    return str(path)
+
+
+def run_sweep(*arguments):
+    command = [sys.executable, "-m", "experiments.sweep", "--results=results", "--runs=runs", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_sweep_goes_on_past_failures_and_runs_nothing_twice(project):
+    table = write_table(project / "table.toml", ["broken", "dense", "alias", "sparse"], "[0, 1]")
+    finished = run_sweep(f"--table={table}")
+    assert finished.returncode == 1
+    assert "2 of the runs failed" in finished.stdout
+    assert "tiny broken seed 1 failed:" in finished.stdout
+    assert "fan_in must be between 1 and in_features" in finished.stdout
+    results = sorted(path.relative_to(project / "results").as_posix() for path in project.glob("results/*/*"))
+    assert results == [
+        f"tiny/{name}_seed{seed}.json" for name in ("alias", "dense", "sparse") for seed in (0, 1)
+    ]
+    assert len(list(project.glob("runs/*/result.json"))) == 4  # dense and alias are one run for each seed
+    assert finished.stdout.count("has run") == 2
+
+    times = {path: path.stat().st_mtime_ns for path in project.glob("runs/*/result.json")}
+    (project / "results" / "tiny" / "dense_seed1.json").unlink()
+    again = run_sweep(f"--table={table}")
+    assert again.stdout.count("is there") == 5
+    assert again.stdout.count("has run") == 1
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert (project / "results" / "tiny" / "dense_seed1.json").exists()
+
+    # A run that was stopped is started again, in the same directory.
+    (stopped,) = {path for path in times if json.loads(path.read_text())["flags"]["seed"] == 0} & {
+        path for path in times if json.loads(path.read_text())["name"] == "tiny sparse"
+    }
+    stopped.unlink()
+    (project / "results" / "tiny" / "sparse_seed0.json").unlink()
+    resumed = run_sweep(f"--table={write_table(project / 'resumed.toml', ['sparse'])}")
+    assert resumed.returncode == 0
+    assert "all runs have results" in resumed.stdout
+    assert stopped.exists()
+
+
+def test_a_dry_run_shows_the_commands_and_runs_nothing(project):
+    finished = run_sweep("--dry_run", f"--table={write_table(project / 'table.toml', ['dense'])}")
+    assert finished.returncode == 0
+    assert "--flagfile=experiments/flags/cells/dense.cfg --seed=0 --workdir=runs/" in finished.stdout
+    assert not (project / "runs").exists()
+
+
+def test_effective_flags_are_what_the_last_flag_says(project):
+    entry = sweep.Entry("tiny", "alias", 3, ("shared.cfg",))
+    before = flags.FLAGS["fan_in"].value
+    values = sweep.effective_flags([*entry.flags, "--name=other", "--workdir=elsewhere"])
+    assert values["seed"] == 3
+    assert values["dropout"] == 0.2
+    assert values["fan_in"] == 2
+    assert values["batch_size"] == 10
+    assert not values.keys() & {"name", "workdir", "checkpoint_minutes"}
+    assert flags.FLAGS["fan_in"].value == before
+
+
+def test_directories_are_the_same_for_the_same_flags_only():
+    def directory(*arguments):
+        return sweep._directory(Path("runs"), sweep.effective_flags(["--train=a", "--test=b", *arguments]))
+
+    assert directory() == directory("--workdir=x", "--fan_in=32", "--name=y")
+    assert directory() != directory("--fan_in=33")
+    assert directory("--seed=1") != directory("--seed=2")
+
+
+def test_a_result_from_before_a_flag_existed_counts_with_its_default():
+    values = sweep.effective_flags(["--train=a", "--test=b"])
+    older = {name: value for name, value in values.items() if name != "test_filter"}
+    assert sweep._that_matter(older) == values
+    assert sweep._that_matter(older | {"fan_in": 8}) != values
+    assert sweep._that_matter(older | {"no_longer_there": 1}) != values
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("title =", "not a table file"),
+        ('title = "x"\ndata = ["tiny"]', "not a table file .*runs"),
+        ('extra = 1\ntitle = "x"\ndata = []\nruns = []', "unknown keys: extra"),
+        (
+            'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["dense", "dense"]\nseeds = [0]',
+            "tiny dense seed 0 is listed twice",
+        ),
+        (
+            'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["none"]\nseeds = [0]',
+            r"no such file as experiments/flags/cells/none\.cfg",
+        ),
+    ],
+)
+def test_malformed_tables(project, text, fault):
+    (project / "bad.toml").write_text(text)
+    with pytest.raises(ValueError, match=rf"bad\.toml: .*{fault}"):
+        sweep.read_table("bad.toml")
+
+
+TABLES = sorted((ROOT / "experiments" / "tables").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_table_of_the_project_is_read(path):
+    entries = sweep.read_table(str(path)).entries
+    different = {sweep._directory(Path(), sweep.effective_flags(entry.flags)) for entry in entries}
+    # On some data sets a dropout of 0.1 or 0.2 is no change.
+    assert len(different) == len(entries) - (4 if path.stem == "paper_ablations" else 0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments" / "flags").rglob("*.cfg")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_every_flagfile_of_the_project_is_read(path):
+    values = sweep.effective_flags([f"--flagfile={path.relative_to(ROOT)}"])
+    if path.parent.name == "data":
+        assert values["train"]
+        assert values["test"]
+    if path.parent.name == "cells":
+        assert values["train"] is None  # a cell goes with any data set
+        assert path.stem.startswith("bottleneck" if values["penultimate"] == 64 else values["output_layer"])
+
+
+def test_paper_cfg_has_the_published_settings():
+    def settings(data):
+        files = ["paper.cfg", f"data/{data}.cfg", "cells/unstructured_32.cfg"]
+        return sweep.effective_flags([f"--flagfile=experiments/flags/{file}" for file in files])
+
+    published = {
+        "validate_on_test": True,
+        "loss": "squared_hinge",
+        "learning_rate": 1e-3,
+        "embedding_rate": 1.0,
+        "penultimate_rate": 1.0,
+        "epsilon": 1e-7,
+        "batch_size": 32,
+        "epochs": 100,
+        "schedule": "plateau",
+        "rewire_interval": 1000,
+        "rewire_distinct": False,
+        "rewire_zero": False,
+        "output_bias": 0.0,
+        "output_bound": None,
+        "dropout": 0.1,
+        "rewire_fraction": 0.01,  # of this layer without a penultimate layer
+    }
+    values = settings("amazon-670k_cascade")
+    assert {name: values[name] for name in published} == published
+    assert settings("wiki-500k_cascade")["dropout"] == 0.2
+    assert settings("wiki10-31k_cascade")["epochs"] == 200

@@ -1,0 +1,223 @@
+"""Tables and pictures from result files written by hand."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import experiments
+from experiments import sweep, tables
+
+ROOT = Path(experiments.__file__).parents[1]
+
+
+def make_result(p1=0.5, *, commit="abc", epochs=3, seconds=2.0, density=True):
+    history = [
+        {"epoch": e + 1, "p@1": p1 * e, "p@3": 0.2, "p@5": 0.1, "gradient_density": 0.5**e}
+        for e in range(epochs)
+    ]
+    if not density:
+        history = [{k: v for k, v in record.items() if k != "gradient_density"} for record in history]
+    return {
+        "test": {"p@1": p1, "p@3": 0.4, "p@5": 0.3},
+        "train": {"p@1": 0.9},
+        "test_p@1_by_group": {"head": 0.6, "middle": 0.3, "tail": None},
+        "labels_by_group": [2, 30, 1400],
+        "peak_memory_bytes": 3 << 29,
+        "peak_memory_measured_as": "peak of something",
+        "epochs": epochs,
+        "seconds_per_epoch": seconds,
+        "environment": {
+            "cpu": "a processor",
+            "cores": 2,
+            "threads": 4,
+            "memory_bytes": 8 << 30,
+            "device": "cpu",
+            "versions": {"jax": "1.2"},
+            "commit": commit,
+        },
+        "history": history,
+    }
+
+
+def make_table(*entries):
+    return sweep.Table("A title", [sweep.Entry(*entry, ()) for entry in entries])
+
+
+def write(results, table, *contents):
+    for entry, content in zip(table.entries, contents, strict=True):
+        if content is not None:
+            path = entry.result(results)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Writes a report of results, and returns the directory that it is in."""
+
+    def make(table, *contents):
+        write(tmp_path / "results", table, *contents)
+        tables.report(table, tables.read_rows(table, tmp_path / "results"), "name", tmp_path / "out")
+        return tmp_path / "out"
+
+    return make
+
+
+CELL = "fixed_fan_in_32_16k"
+TABLE = make_table(
+    ("amazon-670k_slice", CELL, 0),
+    ("amazon-670k_slice", CELL, 1),
+    ("amazon-670k_slice", "dense", 0),
+    ("amazon-670k_slice", "fixed_fan_in_32_8k", 0),
+)
+
+
+def test_markdown_has_ours_beside_the_papers(report):
+    text = (
+        report(TABLE, make_result(0.3), make_result(0.34), None, make_result(0.25)) / "name.md"
+    ).read_text()
+    lines = [[field.strip() for field in line.strip("|").split("|")] for line in text.splitlines()]
+    heading = (
+        "system|P@1|paper|P@3|paper|P@5|paper|train P@1|paper|memory, GiB|paper|epochs|paper|s/epoch|paper"
+    )
+    assert [*heading.split("|"), "seeds"] in lines
+    # The mean of 30 and 34, and the standard deviation sqrt(2 * 2^2 / 1).
+    ours = ["fixed fan-in 32 16k", "32.00 ± 2.83", "31.73", "40.00 ± 0.00", "27.86", "30.00 ± 0.00", "25.02"]
+    ours += ["90.00 ± 0.00", "98.22", "1.50 ± 0.00", "1.11", "3.0 ± 0.0", "42.0", "2.0 ± 0.0", "259.0"]
+    assert [*ours, "2 of 2"] in lines
+    dense = "dense|missing|33.76|missing|29.62|missing|26.58|missing|99.18|missing|8.96|missing|27.2|missing"
+    assert [*dense.split("|"), "472.0", "0 of 1"] in lines
+    unpublished = "fixed fan-in 32 8k|25.00||40.00||30.00||90.00||1.50||3.0||2.0|"
+    assert [*unpublished.split("|"), "1 of 1"] in lines
+
+
+def test_without_published_numbers_there_are_no_columns_for_them(report):
+    table = make_table(("wordnet", "dense", 0))
+    out = report(table, make_result(0.3))
+    assert "| system | P@1 | P@3 | P@5 |" in (out / "name.md").read_text()
+    assert (
+        "| dense | 30.00 | 40.00 | 30.00 | 90.00 | 1.50 | 3.0 | 2.0 | 1 of 1 |"
+        in (out / "name.md").read_text()
+    )
+
+
+def test_machines_and_commits_are_below(report):
+    text = (
+        report(TABLE, make_result(), make_result(), None, make_result(commit="def")) / "name.md"
+    ).read_text()
+    machine = r"a processor, 2 cores, 4 threads, 8 GiB of memory, device cpu; jax 1\.2; commit"
+    assert re.search(rf"- 2 runs: {machine} abc\. Memory is the peak of something\.", text)
+    assert re.search(rf"- 1 runs: {machine} def\.", text)
+
+
+def test_csv(report):
+    out = report(TABLE, make_result(0.3), make_result(0.34), None, make_result(0.25))
+    with open(out / "name.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cell"] for row in rows] == [CELL, "dense", "fixed_fan_in_32_8k"]
+    assert [rows[0][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["32", "2.82843", "31.73"]
+    assert [rows[1][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["", "", "33.76"]
+    assert [rows[2][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["25", "", ""]
+
+
+def test_latex(report):
+    tex = (report(TABLE, make_result(0.3), make_result(0.34), None, None) / "name.tex").read_text()
+    assert r"fixed fan-in 32 16k & 32.00 $\pm$ 2.83 & 31.73 &" in tex
+    body = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 4
+    assert {line.count("&") for line in body} == {15}  # as many as there are columns, less one
+    assert r"\begin{tabular}{l" + 15 * "r" + "}" in tex
+
+
+def test_latex_escapes_what_means_something_to_it():
+    assert r"50\% \_ \& & b \\" in tables.latex([["50% _ &", "b"]])
+
+
+def test_pictures_are_drawn_and_shown(report):
+    out = report(TABLE, make_result(), make_result(epochs=2), None, make_result(density=False))
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {f"name_{what}.png" for what in ("memory", "epochs", "density", "groups")}
+    text = (out / "name.md").read_text()
+    for picture in pictures:
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture})" in text
+
+
+def test_only_the_papers_memory_is_drawn_where_there_are_no_results(report):
+    out = report(TABLE, None, None, None, None)
+    assert [path.name for path in out.glob("*.png")] == ["name_memory.png"]
+    nothing = report(make_table(("wordnet", "dense", 0)), None)
+    assert "missing" in (nothing / "name.md").read_text()
+
+
+def test_curves_are_means_over_the_seeds_that_came_so_far():
+    axes = tables.Figure().subplots()
+    row = tables.Row("d", "c", [make_result(0.2), make_result(0.4, epochs=4)], 2, None)
+    tables._draw_curves(axes, [row], "p@1", scale=100)
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(line.get_ydata(), [0, 30, 60, 120])
+
+
+def test_points_in_the_memory_picture_are_means_and_the_papers():
+    reported = tables.read_reported()["amazon-670k_slice", "dense"]
+    row = tables.Row("d", "c", [make_result(0.2), make_result(0.4)], 2, reported)
+    ours, theirs = tables._draw_memory([row]).axes[0].lines
+    np.testing.assert_allclose([*ours.get_xdata(), *ours.get_ydata()], [1.5, 30])
+    np.testing.assert_allclose([*theirs.get_xdata(), *theirs.get_ydata()], [8.96, 33.76])
+
+
+def test_several_data_sets_have_a_section_and_pictures_each(report):
+    table = make_table(("wordnet", "dense", 0), ("wordnet_full", "dense", 0))
+    out = report(table, make_result(), make_result())
+    assert (out / "name.md").read_text().count("\n## ") == 2
+    assert {"name_wordnet_memory.png", "name_wordnet_full_memory.png"} <= {
+        path.name for path in out.glob("*")
+    }
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    table = make_table(("wordnet", "dense", 0))
+    write(tmp_path, table, make_result())
+    path = table.entries[0].result(tmp_path)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match=r"dense_seed0\.json: not a result"):
+        tables.read_rows(table, tmp_path)
+
+
+def test_every_published_row_has_flagfiles_and_is_in_a_table_of_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    reported = tables.read_reported()
+    assert len(reported) == 58 + 5 + 4  # no two rows have the same name
+    listed = set()
+    for path in Path("experiments/tables").glob("*.toml"):
+        listed |= {(entry.data, entry.cell) for entry in sweep.read_table(str(path)).entries}
+    assert reported.keys() <= listed
+    for (data, cell), row in reported.items():
+        values = sweep.effective_flags(
+            [f"--flagfile=experiments/flags/{d}/{name}.cfg" for d, name in (("data", data), ("cells", cell))]
+        )
+        layer = "dense" if row["output_layer"] == "bottleneck" else row["output_layer"]
+        assert values["output_layer"] == layer
+        assert values["penultimate"] == int(row["intermediate"])
+        assert values["loss"] == row["loss"]
+        if layer != "dense":
+            assert values["fan_in"] == int(row["fan_in"])
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "probe.toml").write_text(
+        'title = "Probe"\ndata = ["wordnet"]\n[[runs]]\ncells = ["dense"]\nseeds = [0]\n'
+    )
+    write(tmp_path / "results", make_table(("wordnet", "dense", 0)), make_result(0.31))
+    command = [sys.executable, "-m", "experiments.tables", f"--table={tmp_path / 'probe.toml'}"]
+    command += [f"--results={tmp_path / 'results'}", f"--out={tmp_path / 'out'}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "| dense | 31.00 |" in printed
+    assert (tmp_path / "out" / "probe.csv").exists()
