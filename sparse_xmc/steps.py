@@ -1,9 +1,8 @@
 """One training step of a classifier, as functions of its whole state.
 
-On a CPU, a classifier with a fixed fan-in output layer is trained in place: `xla_ops` updates that layer, and
-the kernel of the penultimate layer, as it computes their gradients, which are therefore never held. Optax
-trains what remains (biases, embedding), and all of a classifier on a GPU or with another output layer. Either
-way the arithmetic is Optax's.
+On a CPU, a classifier with a fixed fan-in output layer is trained in place: `xla_ops` updates kernels where
+they are, and those of the output and the penultimate layer as it computes their gradients, which are never
+held. On a GPU, or with another output layer, Optax trains it. The arithmetic is the same.
 """
 
 import functools
@@ -44,26 +43,34 @@ def _optimizer(config) -> optax.GradientTransformation:
     """What turns gradients into steps, but for the learning rate."""
     mu_dtype = jnp.dtype("float32" if config.moments == "float32" else "bfloat16")
     adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=mu_dtype)
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
     rates = {"embedding": config.embedding_rate, "penultimate": config.penultimate_rate}
-    without_adam = []
-    if config.moments == "factored":
-        without_adam.append("penultimate")
-    if config.output_optimizer == "sgd":
-        without_adam.append("output")
-    else:
+    if config.output_optimizer == "adam":
         rates["output"] = config.output_rate
-    transforms = [_masked(adam, lambda layer: layer not in without_adam)]
-    if config.moments == "factored":
-        transforms.append(_masked(optax.scale_by_factored_rms(), "penultimate".__eq__))
-    transforms += [_masked(optax.scale(rate), layer.__eq__) for layer, rate in rates.items()]
-    return optax.chain(*transforms)
+
+    def is_factored(path):
+        return config.moments == "factored" and path[:2] == ["penultimate", "kernel"]
+
+    def is_sgd(path):
+        return config.output_optimizer == "sgd" and path[0] == "output"
+
+    return optax.chain(
+        _masked(adam, lambda path: not is_factored(path) and not is_sgd(path)),
+        _masked(factored, is_factored),
+        *(
+            _masked(optax.scale(rate), lambda path, name=name: path[0] == name)
+            for name, rate in rates.items()
+        ),
+    )
 
 
-def _masked(tx: optax.GradientTransformation, is_layer) -> optax.GradientTransformation:
-    """`tx` for the parameters of the layers whose name `is_layer` accepts."""
+def _masked(tx: optax.GradientTransformation, condition) -> optax.GradientTransformation:
+    """`tx` for the parameters whose path, a list of names, satisfies a condition."""
 
     def mask(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: is_layer(path[0].key), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: condition([entry.key for entry in path[:2]]), params
+        )
 
     return optax.masked(tx, mask)
 
@@ -86,8 +93,8 @@ def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Ar
         return [entry.key for entry in path[:2]] == ["output", "kernel"]
 
     optimizer = reset_moments(_optimizer(config), state["optimizer"], state["params"], is_kernel, moved)
-    output["kernel"] = output["kernel"].replace(kernel)
-    connectivity["indices"] = connectivity["indices"].replace(indices)
+    _replace(output, kernel=kernel)
+    _replace(connectivity, indices=indices)
     return state | {"optimizer": optimizer}
 
 
@@ -95,104 +102,109 @@ def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Ar
 
 
 def init_in_place(config, params: nnx.State, other: nnx.State) -> dict:
-    """As `init_optax`, and beside it the moments of the kernels and the bias that are updated in place."""
-    own, rest = nnx.split_state(params, _updated_in_place, ...)
-    state = {"params": params, "other": other, "optimizer": _optimizer(config).init(rest)}
-    if "penultimate" in own:
-        kernel = own["penultimate"]["kernel"][...]
-        if config.moments == "factored":
-            state["penultimate_moments"] = xla_ops.dense_factored_init(kernel)
-        else:
-            state["penultimate_moments"] = xla_ops.dense_adam_init(kernel, jnp.dtype(config.moments))
+    """The state before the first step: parameters, all else of the model, and the moments of each kernel."""
+    adam_init = functools.partial(
+        xla_ops.dense_adam_init, mu_dtype="float32" if config.moments == "float32" else "bfloat16"
+    )
+    moments = {}
+    if "embedding" in params:
+        moments["embedding"] = adam_init(params["embedding"]["embedding"][...])
+    if "penultimate" in params:
+        kernel_init = xla_ops.dense_factored_init if config.moments == "factored" else adam_init
+        moments["penultimate"] = kernel_init(params["penultimate"]["kernel"][...])
+        moments["penultimate_bias"] = adam_init(params["penultimate"]["bias"][...])
     if config.output_optimizer == "adam":
-        output = own["output"]
-        state["output_moments"] = xla_ops.adam_init(output["kernel"][...], output["bias"][...])
-    return state
+        output = params["output"]
+        moments["output"] = xla_ops.adam_init(output["kernel"][...], output["bias"][...])
+    return {"params": params, "other": other, "moments": moments}
 
 
 def step_in_place(graphdef, config, seed, state: dict, batch, learning_rate, step) -> tuple[dict, jax.Array]:
     """A step of a classifier with a fixed fan-in output layer. Returns the new state and the loss."""
-    own, rest = nnx.split_state(state["params"], _updated_in_place, ...)
-    new = dict(state)
+    params, moments = jax.tree.map(
+        lambda array: array, (state["params"], state["moments"])
+    )  # to be changed here
+    embedding = nnx.State({name: layer for name, layer in params.items() if name == "embedding"})
+    adam_step = functools.partial(xla_ops.given_adam_step, epsilon=config.epsilon)
 
-    def embed(rest):
-        model = nnx.merge(graphdef, nnx.merge_state(own, rest), state["other"], copy=True)
+    def embed(embedding):
+        model = nnx.merge(graphdef, nnx.merge_state(params, embedding), state["other"], copy=True)
         return model.embed(batch.inputs), nnx.split(model, nnx.Param, ...)[2]
 
-    x, embed_vjp, new["other"] = jax.vjp(embed, rest, has_aux=True)
-    if "penultimate" not in own:
-        loss, d_x = _step_output(config, seed, state, new, own["output"], x, batch, learning_rate, step)
-        (grads,) = embed_vjp(d_x)
-    else:
-        kernel, bias = own["penultimate"]["kernel"], rest["penultimate"]["bias"]
-        y = x @ kernel[...] + bias[...][None]
+    x, embed_vjp, other = jax.vjp(embed, embedding, has_aux=True)
+    if "penultimate" in params:
+        kernel, bias = (params["penultimate"][name][...] for name in ("kernel", "bias"))
+        y = x @ kernel + bias[None]
         hidden = jnp.maximum(y, 0)
         loss, d_hidden = _step_output(
-            config, seed, state, new, own["output"], hidden, batch, learning_rate, step
+            config, seed, state, params, moments, hidden, batch, learning_rate, step
         )
         dy = jnp.where(y > 0, d_hidden, 0)
-        d_x = dy @ kernel[...].T if "embedding" in rest else jnp.zeros_like(x)
-        (grads,) = embed_vjp(d_x)
-        grads["penultimate"]["bias"] = bias.replace(dy.sum(axis=0))
-        own["penultimate"]["kernel"] = _step_penultimate(
-            config, state, new, x, dy, kernel, learning_rate, d_x
+        d_x = dy @ kernel.T if embedding else jnp.zeros(0)
+        rate = config.penultimate_rate * learning_rate
+        if config.moments == "factored":
+            step_kernel = xla_ops.dense_factored_step
+        else:
+            step_kernel = functools.partial(xla_ops.dense_adam_step, epsilon=config.epsilon)
+        kernel, moments["penultimate"] = step_kernel(x, dy, kernel, moments["penultimate"], rate, before=d_x)
+        bias, moments["penultimate_bias"] = adam_step(dy.sum(axis=0), bias, moments["penultimate_bias"], rate)
+        _replace(params["penultimate"], kernel=kernel, bias=bias)
+    else:
+        loss, d_x = _step_output(config, seed, state, params, moments, x, batch, learning_rate, step)
+    if embedding:
+        gradient = embed_vjp(d_x)[0]["embedding"]["embedding"][...]
+        table, moments["embedding"] = adam_step(
+            gradient,
+            params["embedding"]["embedding"][...],
+            moments["embedding"],
+            config.embedding_rate * learning_rate,
         )
-    rest, new["optimizer"] = _apply(config, grads, state["optimizer"], rest, learning_rate)
-    new["params"] = nnx.merge_state(own, rest)
-    return new, loss
+        _replace(params["embedding"], embedding=table)
+    return {"params": params, "other": other, "moments": moments}, loss
 
 
-def _updated_in_place(path, _) -> bool:
-    return path[0] == "output" or path == ("penultimate", "kernel")
-
-
-def _step_output(config, seed, state, new, layer, x, batch, learning_rate, step):
-    """Updates the output layer's parameters, and its moments in `new`. Returns the loss and x's gradient."""
+def _step_output(config, seed, state, params, moments, x, batch, learning_rate, step):
+    """Updates the output layer in `params` and `moments`. Returns the loss and its gradient in x."""
+    layer = params["output"]
     kernel, bias = layer["kernel"][...], layer["bias"][...]
     indices = state["other"]["output"]["indices"][...]
     arguments = (x.astype(kernel.dtype), kernel, indices, bias, batch.positives)
     rate = config.output_rate * learning_rate
     if config.output_optimizer == "adam":
-        loss, d_x, kernel, bias, new["output_moments"] = xla_ops.fan_in_adam_step(
-            *arguments, state["output_moments"], rate, loss=config.loss, epsilon=config.epsilon
+        loss, d_x, kernel, bias, moments["output"] = xla_ops.fan_in_adam_step(
+            *arguments, moments["output"], rate, loss=config.loss, epsilon=config.epsilon
         )
     else:
         rate = rate * (x.shape[0] * kernel.shape[0])  # the loss is a mean over both
         loss, d_x, kernel, bias = xla_ops.fan_in_sgd_step(
             *arguments, rate, seed=seed, step=step, loss=config.loss
         )
-    layer["kernel"], layer["bias"] = layer["kernel"].replace(kernel), layer["bias"].replace(bias)
+    _replace(layer, kernel=kernel, bias=bias)
     return loss, d_x.astype(x.dtype)
 
 
-def _step_penultimate(config, state, new, x, dy, kernel, learning_rate, before):
-    """Returns the new kernel of the penultimate layer, and updates its moments in `new`."""
-    if config.moments == "factored":
-        step = xla_ops.dense_factored_step
-    else:
-        step = functools.partial(xla_ops.dense_adam_step, epsilon=config.epsilon)
-    rate = config.penultimate_rate * learning_rate
-    value, new["penultimate_moments"] = step(
-        x, dy, kernel[...], state["penultimate_moments"], rate, before=before
-    )
-    return kernel.replace(value)
+def _replace(layer: nnx.State, **arrays: jax.Array) -> None:
+    """Puts other arrays into the variables of a layer."""
+    for name, array in arrays.items():
+        layer[name] = layer[name].replace(array)
 
 
 def rewire_in_place(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:
     """Moves connections of a fixed fan-in output layer; what Adam remembers of them is forgotten."""
     output, connectivity = state["params"]["output"], state["other"]["output"]
-    moments = state.get("output_moments")
+    adam = state["moments"].get("output")
     kernel, indices, _, of_kernel = rewire(
         key,
         output["kernel"][...],
         connectivity["indices"][...],
         in_features,
         config.rewire,
-        moments=() if moments is None else (moments.mu_kernel, moments.nu_kernel),
+        moments=() if adam is None else (adam.mu_kernel, adam.nu_kernel),
     )
-    output["kernel"] = output["kernel"].replace(kernel)
-    connectivity["indices"] = connectivity["indices"].replace(indices)
-    if moments is None:
+    _replace(output, kernel=kernel)
+    _replace(connectivity, indices=indices)
+    if adam is None:
         return state
     mu, nu = of_kernel
-    return state | {"output_moments": moments._replace(mu_kernel=mu, nu_kernel=nu)}
+    adam = adam._replace(mu_kernel=mu, nu_kernel=nu)
+    return state | {"moments": state["moments"] | {"output": adam}}

@@ -1,6 +1,7 @@
 """The training loop on small problems, step by step against plain Optax, and the rules of the paper."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,17 @@ from flax import nnx
 
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batch, Batches
+from sparse_xmc.layers import BagOfWords
 from sparse_xmc.models import Classifier, ClassifierConfig
 from sparse_xmc.rewire import RewireConfig
+from sparse_xmc.steps import (
+    init_in_place,
+    init_optax,
+    rewire_in_place,
+    rewire_optax,
+    step_in_place,
+    step_optax,
+)
 from sparse_xmc.training import Plateau, Trainer, TrainingConfig
 
 CONFIG = ClassifierConfig(num_features=12, num_labels=30, penultimate=24, fan_in=4, dropout=0.0)
@@ -106,7 +116,7 @@ def test_rewiring_zeroes_weights_and_moments_of_what_moved():
     (batch,) = random_batches(1)
     trainer.train_step(batch, 1e-3)
     kernel = np.asarray(trainer.model.output.kernel[...])
-    moments = [np.asarray(m) for m in trainer.state["output_moments"][1:3]]
+    moments = [np.asarray(m) for m in trainer.state["moments"]["output"][1:3]]
     assert (kernel == 0).sum() == 30 * 4 // 2 - 1
     for moment in moments:
         assert np.all(moment[kernel == 0] == 0)
@@ -232,7 +242,7 @@ def test_sgd_follows_the_sum_of_the_losses():
     expected = kernel - 1e-2 * 0.5 * 8 * 30 * jax.grad(loss_of)(kernel)
     trainer.train_step(batch, 1e-2)
     np.testing.assert_allclose(trainer.model.output.kernel[...], expected, rtol=1e-5, atol=1e-7)
-    assert "output_moments" not in trainer.state
+    assert "output" not in trainer.state["moments"]
 
 
 @pytest.mark.parametrize("layer", ["fixed_fan_in", "dense"])
@@ -264,3 +274,43 @@ def test_a_bfloat16_output_layer_learns_and_repeats():
     assert losses[-1] < 0.3 * losses[0]
     assert train(0) == losses
     assert train(1) != losses  # other bits for the rounding
+
+
+@pytest.mark.parametrize("bag_of_words", [False, True])
+@pytest.mark.parametrize("penultimate", [0, 160])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("moments", ["float32", "factored"])
+def test_training_in_place_is_training_by_optax(bag_of_words, penultimate, optimizer, moments):
+    config = ClassifierConfig(
+        num_features=12,
+        num_labels=30,
+        bag_of_words=bag_of_words,
+        embedding=130,  # large enough for Optax to factor the penultimate layer
+        penultimate=penultimate,
+        fan_in=4,
+        dropout=0.1,
+        output_bound=0.5,
+    )
+    training = TrainingConfig(
+        batch_size=8, output_optimizer=optimizer, moments=moments, embedding_rate=2.0, penultimate_rate=0.5
+    )
+    graphdef, *state = nnx.split(Classifier(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    states = [init(training, *jax.tree.map(jnp.copy, state)) for init in (init_in_place, init_optax)]
+    steps = [jax.jit(functools.partial(step, graphdef, training, 0)) for step in (step_in_place, step_optax)]
+    rewirings = [
+        jax.jit(functools.partial(f, training, penultimate or (130 if bag_of_words else 12), 30))
+        for f in (rewire_in_place, rewire_optax)
+    ]
+    tolerance = 1e-4 if moments == "float32" else 5e-3  # Optax multiplies bfloat16 moments in bfloat16
+    for i, batch in enumerate(random_batches(5)):
+        if bag_of_words:
+            rows, words = np.divmod(np.arange(16, dtype=np.int32), 2)
+            words = ((5 * i + words + rows) % 12).astype(np.int32)
+            batch.inputs = BagOfWords(rows, words, np.ones(16, np.float32), num_examples=8)
+        results = [f(s, batch, np.float32(1e-2), np.int32(i)) for f, s in zip(steps, states, strict=True)]
+        states = [state for state, _ in results]
+        np.testing.assert_allclose(results[0][1], results[1][1], rtol=tolerance)
+        if i == 2:
+            states = [f(s, jax.random.key(7)) for f, s in zip(rewirings, states, strict=True)]
+    for a, b in zip(*(jax.tree.leaves(s["params"]) for s in states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=2 * tolerance)
