@@ -16,6 +16,8 @@ from xla_ops import (
     given_adam_step,
 )
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="updates in place are for CPUs")
+
 SHAPES = [(5, 7, 9), (1, 4, 64), (33, 130, 200), (3, 1, 1), (300, 6, 65), (2, 300, 3000), (0, 3, 5)]
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from xla_ops import adam_init, fan_in_adam_step, fan_in_loss, fan_in_sgd_step
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="updates in place are for CPUs")
+
 LOSSES = ("squared_hinge", "bce")
 
 
