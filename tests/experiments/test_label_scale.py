@@ -58,7 +58,7 @@ def test_needed_bytes_by_hand():
     sparse = ClassifierConfig(768, 1000, penultimate=64, fan_in=32)
     assert label_scale.needed_bytes(sparse) == 12 * (768 * 64 + 64 + 32 * 1000 + 1000)
     huge = ClassifierConfig(768, 8_623_847, penultimate=0, output_layer="dense")
-    assert label_scale.needed_bytes(huge) > 100 << 30  # and nothing was allocated
+    assert label_scale.needed_bytes(huge) > 90 << 30  # and nothing was allocated
 
 
 def test_all_are_run_but_those_with_results(tmp_path, capsys):
