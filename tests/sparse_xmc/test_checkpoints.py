@@ -125,11 +125,11 @@ def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
         checkpoints.save_best(trainer)
     best = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Not(nnx.RngState))))
     train(trainer, batches, [2, 3])
-    moments = values(trainer.state["optimizer"])
+    moments = values(trainer.state["moments"])
     checkpoints.restore_best(trainer)
     after = nnx.to_pure_dict(nnx.state(trainer.model, nnx.Not(nnx.RngState)))
     jax.tree.map(np.testing.assert_array_equal, after, best)
-    for a, b in zip(values(trainer.state["optimizer"]), moments, strict=True):
+    for a, b in zip(values(trainer.state["moments"]), moments, strict=True):
         np.testing.assert_array_equal(a, b)
     train(trainer, batches, [4])  # the restored arrays can be trained on
 
