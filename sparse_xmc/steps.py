@@ -2,7 +2,8 @@
 
 On a CPU, a classifier with a fixed fan-in output layer is trained in place: `xla_ops` updates kernels where
 they are, and those of the output and the penultimate layer as it computes their gradients, which are never
-held. On a GPU, or with another output layer, Optax trains it. The arithmetic is the same.
+held. On a GPU, or with another output layer, Optax trains it. The arithmetic is the same, but for bfloat16
+weights, which are then rounded to nearest and not stochastically.
 """
 
 import functools
@@ -14,6 +15,11 @@ from flax import nnx
 
 import xla_ops
 from sparse_xmc.rewire import reset_moments, rewire, rewire_unstructured
+
+
+def _first_moment_dtype(config):
+    return jnp.dtype("float32" if config.moments == "float32" else "bfloat16")
+
 
 # ---- by Optax alone ----
 
@@ -41,8 +47,7 @@ def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) 
 
 def _optimizer(config) -> optax.GradientTransformation:
     """What turns gradients into steps, but for the learning rate."""
-    mu_dtype = jnp.dtype("float32" if config.moments == "float32" else "bfloat16")
-    adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=mu_dtype)
+    adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=_first_moment_dtype(config))
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
     rates = {"embedding": config.embedding_rate, "penultimate": config.penultimate_rate}
     if config.output_optimizer == "adam":
@@ -103,9 +108,7 @@ def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Ar
 
 def init_in_place(config, params: nnx.State, other: nnx.State) -> dict:
     """The state before the first step: parameters, all else of the model, and the moments of each kernel."""
-    adam_init = functools.partial(
-        xla_ops.dense_adam_init, mu_dtype="float32" if config.moments == "float32" else "bfloat16"
-    )
+    adam_init = functools.partial(xla_ops.dense_adam_init, mu_dtype=_first_moment_dtype(config))
     moments = {}
     if "embedding" in params:
         moments["embedding"] = adam_init(params["embedding"]["embedding"][...])
@@ -121,9 +124,8 @@ def init_in_place(config, params: nnx.State, other: nnx.State) -> dict:
 
 def step_in_place(graphdef, config, seed, state: dict, batch, learning_rate, step) -> tuple[dict, jax.Array]:
     """A step of a classifier with a fixed fan-in output layer. Returns the new state and the loss."""
-    params, moments = jax.tree.map(
-        lambda array: array, (state["params"], state["moments"])
-    )  # to be changed here
+    # New containers, which are changed below; the arrays are the caller's.
+    params, moments = jax.tree.map(lambda array: array, (state["params"], state["moments"]))
     embedding = nnx.State({name: layer for name, layer in params.items() if name == "embedding"})
     adam_step = functools.partial(xla_ops.given_adam_step, epsilon=config.epsilon)
 

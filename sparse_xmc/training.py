@@ -44,9 +44,9 @@ class TrainingConfig:
         learning rate, whatever the gradient; embeddings are large, and few batches have a given word.
       penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
       output_rate: the output layer learns at this times the learning rate.
-      output_optimizer: "adam", or "sgd" without momentum, which keeps no moments, and rounds bfloat16 weights
-        stochastically. SGD follows the sum of the losses over batch and labels, not the mean, so that its
-        rate depends on neither's number.
+      output_optimizer: "adam", or "sgd" without momentum, which keeps no moments, and on a CPU rounds
+        bfloat16 weights stochastically. SGD follows the sum of the losses over batch and labels, not the
+        mean, so that its rate depends on neither's number.
       moments: what Adam keeps of the layers in front of the output layer: both moments in "float32"; the
         first in "bfloat16"; or "factored": as "bfloat16", but of the penultimate layer no first moment, and
         of the second the means of rows and columns (Adafactor's, `optax.scale_by_factored_rms`).

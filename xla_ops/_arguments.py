@@ -52,3 +52,12 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
             f"indices must have dtype int32 where x has more than {UINT16_FEATURES} features, "
             f"got uint16 for {in_features} features"
         )
+
+
+def adam_rates(learning_rate, count, b1: float, b2: float):
+    """What the handlers of Adam take as rates, float32 [3], for step `count` (from 1).
+
+    The learning rate, and the factors that undo the moments' start at 0.
+    """
+    t = count.astype(jnp.float32)
+    return jnp.stack([jnp.asarray(learning_rate, jnp.float32), 1 / (1 - b1**t), 1 / (1 - b2**t)])

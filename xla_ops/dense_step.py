@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import check_dtype, check_shape
+from xla_ops._arguments import adam_rates, check_dtype, check_shape
 
 
 class DenseAdamState(NamedTuple):
@@ -178,8 +178,7 @@ def _check_moments(state: DenseAdamState, kernel: Array) -> tuple[Array, Array]:
 def _adam(handler, operands, more, state, learning_rate, b1, b2, epsilon) -> tuple[Array, DenseAdamState]:
     """Calls a handler whose operands end with kernel, mu and nu, to which come the rates, and `more`."""
     count = state.count + 1
-    t = count.astype(jnp.float32)
-    rates = jnp.stack([jnp.asarray(learning_rate, jnp.float32), 1 / (1 - b1**t), 1 / (1 - b2**t)])
+    rates = adam_rates(learning_rate, count, b1, b2)
     updated = operands[-3:]
     call = jax.ffi.ffi_call(
         f"xla_ops.dense_step.{handler}",

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from xla_ops._arguments import check_dtype, check_shape
+from xla_ops._arguments import adam_rates, check_dtype, check_shape
 from xla_ops.fan_in_loss import check_loss, loss_code
 
 
@@ -86,9 +86,8 @@ def fan_in_adam_step(
         check_shape(f"state.{name}", moment, shapes[layer_array], f"that of the {layer_array}")
         moments.append(moment)
     count = state.count + 1
-    t = count.astype(jnp.float32)
-    rates = [jnp.asarray(learning_rate, jnp.float32), 1 / (1 - b1**t), 1 / (1 - b2**t)]
-    operands = (x, kernel, indices, bias, positives, *moments, jnp.stack(rates))
+    rates = adam_rates(learning_rate, count, b1, b2)
+    operands = (x, kernel, indices, bias, positives, *moments, rates)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias, *moments))]
     call = jax.ffi.ffi_call(
         "xla_ops.fan_in_step.adam",
