@@ -4,8 +4,12 @@ On a CPU, a classifier with a fixed fan-in output layer is trained in place: `xl
 they are, and those of the output and the penultimate layer as it computes their gradients, which are never
 held. On a GPU, or with another output layer, Optax trains it. The arithmetic is the same, but for bfloat16
 weights, which are then rounded to nearest and not stochastically.
+
+An embedding of words is trained by Adagrad, row by row: a step takes the rows that its batch uses out of the
+table, trains them, and puts them back. Other rows cost nothing, and rare words learn as fast as common ones.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -21,14 +25,80 @@ def _first_moment_dtype(config):
     return jnp.dtype("float32" if config.moments == "float32" else "bfloat16")
 
 
+# ---- the embedding ----
+
+
+def _init_squares(params: nnx.State) -> jax.Array | None:
+    """What Adagrad keeps of an embedding [V, E]: float32 [V], sums over the steps of a row's mean square."""
+    return jnp.zeros(params["embedding"]["embedding"].shape[0]) if "embedding" in params else None
+
+
+def _adagrad(gradient: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The direction of a step of rows with gradient [U, E], and their new `squares` [U].
+
+    Reference: Duchi, Hazan & Singer, JMLR 12, 2011; one sum per row as in Naumov et al., arXiv:1906.00091.
+    """
+    squares = squares + jnp.square(gradient).mean(axis=1)
+    return gradient * jax.lax.rsqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))[:, None], squares
+
+
+def _on_rows(step):
+    """A step which, of an embedding, trains the rows that the batch uses as if they were the whole."""
+
+    @functools.wraps(step)
+    def step_on_rows(graphdef, config, seed, state: dict, batch, learning_rate, count):
+        if "embedding" not in state["params"]:
+            return step(graphdef, config, seed, state, batch, learning_rate, count)
+        bags, squares, table = batch.inputs, state["squares"], state["params"]["embedding"]["embedding"][...]
+        words, slots = jnp.unique(
+            bags.words, return_inverse=True, size=min(bags.words.size, len(table)), fill_value=len(table)
+        )
+
+        def put_back(array, rows):
+            return array.at[words].set(rows, mode="drop", indices_are_sorted=True)
+
+        batch = dataclasses.replace(batch, inputs=dataclasses.replace(bags, words=slots.astype(jnp.int32)))
+        state = state | {
+            "params": _with_embedding(state["params"], table.at[words].get(mode="clip")),
+            "squares": squares.at[words].get(mode="clip"),
+        }
+        state, loss = step(graphdef, config, seed, state, batch, learning_rate, count)
+        table = put_back(table, state["params"]["embedding"]["embedding"][...])
+        return state | {
+            "params": _with_embedding(state["params"], table),
+            "squares": put_back(squares, state["squares"]),
+        }, loss
+
+    return step_on_rows
+
+
+def _with_embedding(params: nnx.State, embedding: jax.Array) -> nnx.State:
+    params = _copy(params)
+    _replace(params["embedding"], embedding=embedding)
+    return params
+
+
+def _copy(tree):
+    """New containers, which may be changed, of the same arrays."""
+    return jax.tree.map(lambda array: array, tree)
+
+
+def _replace(layer: nnx.State, **arrays: jax.Array) -> None:
+    """Puts other arrays into the variables of a layer."""
+    for name, array in arrays.items():
+        layer[name] = layer[name].replace(array)
+
+
 # ---- by Optax alone ----
 
 
 def init_optax(config, params: nnx.State, other: nnx.State) -> dict:
-    """The state before the first step: parameters, all else of the model, and the optimizer's."""
-    return {"params": params, "other": other, "optimizer": _optimizer(config).init(params)}
+    """The state before the first step: parameters, all else of the model, and what optimizers keep."""
+    optimizer = _optimizer(config).init(params)
+    return {"params": params, "other": other, "optimizer": optimizer, "squares": _init_squares(params)}
 
 
+@_on_rows
 def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) -> tuple[dict, jax.Array]:
     """A step of a classifier with any output layer. Returns the new state and the loss."""
 
@@ -41,12 +111,17 @@ def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) 
     if config.output_optimizer == "sgd":
         scale = config.output_rate * batch.positives.shape[0] * grads["output"]["bias"][...].size
         grads["output"] = jax.tree.map(lambda g: scale * g, grads["output"])
-    params, optimizer = _apply(config, grads, state["optimizer"], state["params"], learning_rate)
-    return {"params": params, "other": other, "optimizer": optimizer}, loss
+    squares = state["squares"]
+    if "embedding" in grads:
+        direction, squares = _adagrad(grads["embedding"]["embedding"][...], squares)
+        _replace(grads["embedding"], embedding=direction)
+    updates, optimizer = _optimizer(config).update(grads, state["optimizer"], state["params"])
+    params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state["params"], updates)
+    return {"params": params, "other": other, "optimizer": optimizer, "squares": squares}, loss
 
 
 def _optimizer(config) -> optax.GradientTransformation:
-    """What turns gradients into steps, but for the learning rate."""
+    """What turns gradients (of the embedding, Adagrad's direction) into steps, but for the learning rate."""
     adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=_first_moment_dtype(config))
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
     rates = {"embedding": config.embedding_rate, "penultimate": config.penultimate_rate}
@@ -56,11 +131,12 @@ def _optimizer(config) -> optax.GradientTransformation:
     def is_factored(path):
         return config.moments == "factored" and path[:2] == ["penultimate", "kernel"]
 
-    def is_sgd(path):
-        return config.output_optimizer == "sgd" and path[0] == "output"
+    def is_adam(path):
+        is_sgd = config.output_optimizer == "sgd" and path[0] == "output"
+        return not (path[0] == "embedding" or is_factored(path) or is_sgd)
 
     return optax.chain(
-        _masked(adam, lambda path: not is_factored(path) and not is_sgd(path)),
+        _masked(adam, is_adam),
         _masked(factored, is_factored),
         *(
             _masked(optax.scale(rate), lambda path, name=name: path[0] == name)
@@ -78,11 +154,6 @@ def _masked(tx: optax.GradientTransformation, condition) -> optax.GradientTransf
         )
 
     return optax.masked(tx, mask)
-
-
-def _apply(config, grads, optimizer, params, learning_rate):
-    updates, optimizer = _optimizer(config).update(grads, optimizer, params)
-    return jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), params, updates), optimizer
 
 
 def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:
@@ -107,27 +178,27 @@ def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Ar
 
 
 def init_in_place(config, params: nnx.State, other: nnx.State) -> dict:
-    """The state before the first step: parameters, all else of the model, and the moments of each kernel."""
-    adam_init = functools.partial(xla_ops.dense_adam_init, mu_dtype=_first_moment_dtype(config))
+    """The state before the first step: parameters, all else of the model, and what optimizers keep."""
     moments = {}
-    if "embedding" in params:
-        moments["embedding"] = adam_init(params["embedding"]["embedding"][...])
     if "penultimate" in params:
-        kernel_init = xla_ops.dense_factored_init if config.moments == "factored" else adam_init
-        moments["penultimate"] = kernel_init(params["penultimate"]["kernel"][...])
-        moments["penultimate_bias"] = adam_init(params["penultimate"]["bias"][...])
+        kernel = params["penultimate"]["kernel"][...]
+        if config.moments == "factored":
+            moments["penultimate"] = xla_ops.dense_factored_init(kernel)
+        else:
+            moments["penultimate"] = xla_ops.dense_adam_init(kernel, _first_moment_dtype(config))
+        bias = params["penultimate"]["bias"][...]
+        moments["penultimate_bias"] = xla_ops.dense_adam_init(bias[None], _first_moment_dtype(config))
     if config.output_optimizer == "adam":
         output = params["output"]
         moments["output"] = xla_ops.adam_init(output["kernel"][...], output["bias"][...])
-    return {"params": params, "other": other, "moments": moments}
+    return {"params": params, "other": other, "moments": moments, "squares": _init_squares(params)}
 
 
+@_on_rows
 def step_in_place(graphdef, config, seed, state: dict, batch, learning_rate, step) -> tuple[dict, jax.Array]:
     """A step of a classifier with a fixed fan-in output layer. Returns the new state and the loss."""
-    # New containers, which are changed below; the arrays are the caller's.
-    params, moments = jax.tree.map(lambda array: array, (state["params"], state["moments"]))
+    params, moments, squares = _copy(state["params"]), _copy(state["moments"]), state["squares"]
     embedding = nnx.State({name: layer for name, layer in params.items() if name == "embedding"})
-    adam_step = functools.partial(xla_ops.given_adam_step, epsilon=config.epsilon)
 
     def embed(embedding):
         model = nnx.merge(graphdef, nnx.merge_state(params, embedding), state["other"], copy=True)
@@ -149,20 +220,18 @@ def step_in_place(graphdef, config, seed, state: dict, batch, learning_rate, ste
         else:
             step_kernel = functools.partial(xla_ops.dense_adam_step, epsilon=config.epsilon)
         kernel, moments["penultimate"] = step_kernel(x, dy, kernel, moments["penultimate"], rate, before=d_x)
-        bias, moments["penultimate_bias"] = adam_step(dy.sum(axis=0), bias, moments["penultimate_bias"], rate)
+        # A bias is the kernel of an input of ones.
+        (bias,), moments["penultimate_bias"] = xla_ops.dense_adam_step(
+            jnp.ones((len(dy), 1)), dy, bias[None], moments["penultimate_bias"], rate, epsilon=config.epsilon
+        )
         _replace(params["penultimate"], kernel=kernel, bias=bias)
     else:
         loss, d_x = _step_output(config, seed, state, params, moments, x, batch, learning_rate, step)
     if embedding:
-        gradient = embed_vjp(d_x)[0]["embedding"]["embedding"][...]
-        table, moments["embedding"] = adam_step(
-            gradient,
-            params["embedding"]["embedding"][...],
-            moments["embedding"],
-            config.embedding_rate * learning_rate,
-        )
-        _replace(params["embedding"], embedding=table)
-    return {"params": params, "other": other, "moments": moments}, loss
+        direction, squares = _adagrad(embed_vjp(d_x)[0]["embedding"]["embedding"][...], squares)
+        rows = params["embedding"]["embedding"][...] - config.embedding_rate * learning_rate * direction
+        _replace(params["embedding"], embedding=rows)
+    return {"params": params, "other": other, "moments": moments, "squares": squares}, loss
 
 
 def _step_output(config, seed, state, params, moments, x, batch, learning_rate, step):
@@ -183,12 +252,6 @@ def _step_output(config, seed, state, params, moments, x, batch, learning_rate, 
         )
     _replace(layer, kernel=kernel, bias=bias)
     return loss, d_x.astype(x.dtype)
-
-
-def _replace(layer: nnx.State, **arrays: jax.Array) -> None:
-    """Puts other arrays into the variables of a layer."""
-    for name, array in arrays.items():
-        layer[name] = layer[name].replace(array)
 
 
 def rewire_in_place(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:

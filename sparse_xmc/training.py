@@ -40,8 +40,8 @@ class TrainingConfig:
       batch_size: B.
       loss: one of `sparse_xmc.losses.LOSSES`.
       learning_rate: Adam's, at the start.
-      embedding_rate: the embedding learns at this times the learning rate. Adam moves a weight by about the
-        learning rate, whatever the gradient; embeddings are large, and few batches have a given word.
+      embedding_rate: the embedding of words learns at this times the learning rate, by Adagrad: a row moves
+        by this much at its word's first use, and by less at each further one.
       penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
       output_rate: the output layer learns at this times the learning rate.
       output_optimizer: "adam", or "sgd" without momentum, which keeps no moments, and on a CPU rounds

@@ -9,7 +9,6 @@ from xla_ops.dense_step import (
     dense_adam_step,
     dense_factored_init,
     dense_factored_step,
-    given_adam_step,
 )
 from xla_ops.fan_in_loss import fan_in_loss, fan_in_loss_reference
 from xla_ops.fan_in_matmul import fan_in_matmul, fan_in_matmul_reference
@@ -34,7 +33,6 @@ __all__ = [
     "fan_in_sgd_step",
     "fan_in_top_k",
     "fan_in_top_k_reference",
-    "given_adam_step",
     "index_dtype",
     "kth_smallest_magnitude",
     "kth_smallest_magnitude_reference",

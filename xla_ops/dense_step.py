@@ -85,31 +85,22 @@ def dense_adam_step(
       TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
     """
     x, dy, kernel = _check(x, dy, kernel)
-    operands = (x, dy, kernel, *_check_moments(state, kernel))
-    return _adam("adam", operands, [_operand(before)], state, learning_rate, b1, b2, epsilon)
-
-
-def given_adam_step(
-    gradient: ArrayLike,
-    kernel: ArrayLike,
-    state: DenseAdamState,
-    learning_rate: ArrayLike,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    epsilon: float = 1e-7,
-) -> tuple[Array, DenseAdamState]:
-    """One step of Adam with a gradient that is there already, in one pass over kernel and moments.
-
-    As `dense_adam_step`, for `gradient` and `kernel` of any one shape, such as an embedding's.
-    """
-    gradient, kernel = jnp.asarray(gradient), jnp.asarray(kernel)
-    for name, array in (("gradient", gradient), ("kernel", kernel)):
-        check_dtype(name, array, [jnp.float32])
-    check_shape("gradient", gradient, kernel.shape, "that of the kernel")
-    _native.register()
-    operands = (gradient, kernel, *_check_moments(state, kernel))
-    return _adam("given_adam", operands, [], state, learning_rate, b1, b2, epsilon)
+    check_dtype("state.mu", state.mu, [jnp.float32, jnp.bfloat16])
+    check_dtype("state.nu", state.nu, [jnp.float32])
+    for name in ("mu", "nu"):
+        check_shape(f"state.{name}", getattr(state, name), kernel.shape, "that of the kernel")
+    count = state.count + 1
+    rates = adam_rates(learning_rate, count, b1, b2)
+    updated = (kernel, state.mu, state.nu)
+    call = jax.ffi.ffi_call(
+        "xla_ops.dense_step.adam",
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in updated],
+        input_output_aliases={2: 0, 3: 1, 4: 2},
+        vmap_method="sequential",
+    )
+    attributes = {"b1": np.float32(b1), "b2": np.float32(b2), "epsilon": np.float32(epsilon)}
+    kernel, mu, nu = call(x, dy, *updated, rates, _operand(before), **attributes)
+    return kernel, DenseAdamState(count, mu, nu)
 
 
 def dense_factored_step(
@@ -165,30 +156,6 @@ def dense_factored_step(
         _operand(before),
     )
     return kernel, FactoredState(count, v_row, v_col)
-
-
-def _check_moments(state: DenseAdamState, kernel: Array) -> tuple[Array, Array]:
-    check_dtype("state.mu", state.mu, [jnp.float32, jnp.bfloat16])
-    check_dtype("state.nu", state.nu, [jnp.float32])
-    for name in ("mu", "nu"):
-        check_shape(f"state.{name}", getattr(state, name), kernel.shape, "that of the kernel")
-    return state.mu, state.nu
-
-
-def _adam(handler, operands, more, state, learning_rate, b1, b2, epsilon) -> tuple[Array, DenseAdamState]:
-    """Calls a handler whose operands end with kernel, mu and nu, to which come the rates, and `more`."""
-    count = state.count + 1
-    rates = adam_rates(learning_rate, count, b1, b2)
-    updated = operands[-3:]
-    call = jax.ffi.ffi_call(
-        f"xla_ops.dense_step.{handler}",
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in updated],
-        input_output_aliases={len(operands) - 3 + i: i for i in range(3)},
-        vmap_method="sequential",
-    )
-    attributes = {"b1": np.float32(b1), "b2": np.float32(b2), "epsilon": np.float32(epsilon)}
-    kernel, mu, nu = call(*operands, rates, *more, **attributes)
-    return kernel, DenseAdamState(count, mu, nu)
 
 
 def _squared_sums(x: Array, dy: Array) -> tuple[Array, Array]:

@@ -276,6 +276,39 @@ def test_a_bfloat16_output_layer_learns_and_repeats():
     assert train(1) != losses  # other bits for the rounding
 
 
+@pytest.mark.parametrize("output_layer", ["fixed_fan_in", "dense"])
+def test_embeddings_are_trained_by_adagrad_row_by_row(output_layer):
+    config = ClassifierConfig(
+        12, 30, bag_of_words=True, embedding=6, fan_in=3, output_layer=output_layer, output_bound=0.5
+    )
+    training = TrainingConfig(batch_size=4, rewire=None, embedding_rate=2.0)
+    trainer = Trainer(Classifier(config, rngs=nnx.Rngs(0)), training, seed=0)
+    # Words repeat within and between examples; the last entries are padding; 0 and 11 are never used.
+    rows = np.asarray([0, 0, 0, 1, 1, 2, 3, 3, 4, 4], np.int32)
+    squares = np.zeros(12)
+    for words in ([3, 5, 3, 5, 7, 7, 1, 2, 0, 0], [3, 4, 6, 8, 9, 10, 10, 3, 0, 0]):
+        bags = BagOfWords(rows, np.asarray(words, np.int32), np.linspace(1, 2, 10, dtype=np.float32), 4)
+        bags.weights[8:] = 0
+        batch = Batch(bags, np.asarray([[0, 3], [5, 6], [7, -1], [8, 29]], np.int32))
+        graphdef, params, other = nnx.split(trainer.model, nnx.Param, ...)
+        before = np.asarray(params["embedding"]["embedding"][...])
+
+        def loss_of(params, batch=batch, graphdef=graphdef, other=other):
+            return nnx.merge(graphdef, params, other, copy=True).loss(batch.inputs, batch.positives)
+
+        gradient = np.asarray(jax.grad(loss_of)(params)["embedding"]["embedding"][...], np.float64)
+        trainer.train_step(batch, 0.1)
+        squares += np.square(gradient).mean(axis=1)
+        used = squares > 0
+        expected = before.copy()
+        expected[used] -= 0.2 * gradient[used] / np.sqrt(squares[used])[:, None]
+        after = np.asarray(trainer.model.embedding.embedding[...])
+        np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(after[[0, 11]], before[[0, 11]])
+        np.testing.assert_allclose(trainer.state["squares"], squares, rtol=1e-5)
+        assert np.abs(after - before).max() > 0.1
+
+
 @pytest.mark.parametrize("bag_of_words", [False, True])
 @pytest.mark.parametrize("penultimate", [0, 160])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

@@ -86,30 +86,13 @@ struct Moment {
 };
 
 template <typename M>
-void adam_run(const float* gradient, int64_t count, const AdamStep& step, float* kernel, M* mu, float* nu) {
-  alignas(64) float wide[kColumns];
-  float* m = Moment::widen(mu, count, wide);
-  update_kernels().adam(gradient, count, step, kernel, m, nu);
-  Moment::narrow(m, count, mu);
-}
-
-template <typename M>
 void adam(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy, const AdamStep& step,
           float* kernel, M* mu, float* nu) {
   for_each_gradient(pool, s, x, dy, [&](int64_t first, int64_t count, const float* gradient) {
-    adam_run(gradient, count, step, kernel + first, mu + first, nu + first);
-  });
-}
-
-// For a gradient [size] that is there already.
-template <typename M>
-void given_adam(ffi::ThreadPool& pool, int64_t size, const float* gradient, const AdamStep& step, float* kernel, M* mu,
-                float* nu) {
-  parallel_for(pool, ceil_div(size, kGradientsAtOnce), [&](int64_t item) {
-    const int64_t end = std::min(size, (item + 1) * kGradientsAtOnce);
-    for (int64_t i = item * kGradientsAtOnce; i < end; i += kColumns) {
-      adam_run(gradient + i, std::min(kColumns, end - i), step, kernel + i, mu + i, nu + i);
-    }
+    alignas(64) float wide[kColumns];
+    float* m = Moment::widen(mu + first, count, wide);
+    update_kernels().adam(gradient, count, step, kernel + first, m, nu + first);
+    Moment::narrow(m, count, mu + first);
   });
 }
 
@@ -128,66 +111,31 @@ ffi::Error read_dense(const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy, const f
   return check("kernel", kernel, ffi::F32, {s->rows, s->columns});
 }
 
-// Checks the arrays that Adam updates, and that they are updated in place.
-ffi::Error check_adam(const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& mu, const ffi::AnyBuffer& nu,
-                      const ffi::AnyBuffer& rates, const ffi::AnyBuffer& new_kernel, const ffi::AnyBuffer& new_mu,
-                      const ffi::AnyBuffer& new_nu) {
-  if (kernel.element_type() != ffi::F32 || nu.element_type() != ffi::F32 ||
-      (mu.element_type() != ffi::F32 && mu.element_type() != ffi::BF16)) {
-    return ffi::Error::InvalidArgument("kernel and nu must be float32, mu float32 or bfloat16");
-  }
-  if (mu.element_count() != kernel.element_count() || nu.element_count() != kernel.element_count()) {
-    return ffi::Error::InvalidArgument("mu and nu must have the shape of the kernel");
-  }
-  XLA_OPS_RETURN_IF_ERROR(check("rates", rates, ffi::F32, {3}));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", kernel, new_kernel));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("mu", mu, new_mu));
-  return check_aliased("nu", nu, new_nu);
-}
-
-// Calls fn(mu) with a pointer to the type that the first moment has.
-template <typename Fn>
-ffi::Error with_moment(const ffi::AnyBuffer& mu, Fn&& fn) {
-  return guarded([&] {
-    if (mu.element_type() == ffi::BF16) {
-      fn(data<bfloat16>(mu));
-    } else {
-      fn(data<float>(mu));
-    }
-    return ffi::Error::Success();
-  });
-}
-
-AdamStep adam_step(const ffi::AnyBuffer& rates, float b1, float b2, float epsilon) {
-  const float* r = data<float>(rates);
-  return {r[0], b1, b2, epsilon, r[1], r[2]};
-}
-
 ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer kernel,
                      ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer, float b1, float b2,
                      float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_mu,
                      ffi::Result<ffi::AnyBuffer> new_nu) {
   DenseShape s;
   XLA_OPS_RETURN_IF_ERROR(read_dense(x, dy, kernel, &s));
-  XLA_OPS_RETURN_IF_ERROR(check_adam(kernel, mu, nu, rates, *new_kernel, *new_mu, *new_nu));
-  const AdamStep step = adam_step(rates, b1, b2, epsilon);
-  return with_moment(mu, [&](auto* m) {
-    adam(pool, s, data<float>(x), data<float>(dy), step, data<float>(kernel), m, data<float>(nu));
-  });
-}
-
-ffi::Error given_adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer gradient, ffi::AnyBuffer kernel, ffi::AnyBuffer mu,
-                           ffi::AnyBuffer nu, ffi::AnyBuffer rates, float b1, float b2, float epsilon,
-                           ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_mu,
-                           ffi::Result<ffi::AnyBuffer> new_nu) {
-  const int64_t size = kernel.element_count();
-  if (gradient.element_type() != ffi::F32 || static_cast<int64_t>(gradient.element_count()) != size) {
-    return ffi::Error::InvalidArgument("gradient must be float32 and of the kernel's shape");
-  }
-  XLA_OPS_RETURN_IF_ERROR(check_adam(kernel, mu, nu, rates, *new_kernel, *new_mu, *new_nu));
-  const AdamStep step = adam_step(rates, b1, b2, epsilon);
-  return with_moment(mu, [&](auto* m) {
-    given_adam(pool, size, data<float>(gradient), step, data<float>(kernel), m, data<float>(nu));
+  const ffi::DataType mu_type = mu.element_type() == ffi::BF16 ? ffi::BF16 : ffi::F32;
+  XLA_OPS_RETURN_IF_ERROR(check("mu", mu, mu_type, {s.rows, s.columns}));
+  XLA_OPS_RETURN_IF_ERROR(check("nu", nu, ffi::F32, {s.rows, s.columns}));
+  XLA_OPS_RETURN_IF_ERROR(check("rates", rates, ffi::F32, {3}));
+  XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", kernel, *new_kernel));
+  XLA_OPS_RETURN_IF_ERROR(check_aliased("mu", mu, *new_mu));
+  XLA_OPS_RETURN_IF_ERROR(check_aliased("nu", nu, *new_nu));
+  const float* r = data<float>(rates);
+  const AdamStep step{r[0], b1, b2, epsilon, r[1], r[2]};
+  return guarded([&] {
+    const auto run = [&](auto* m) {
+      adam(pool, s, data<float>(x), data<float>(dy), step, data<float>(kernel), m, data<float>(nu));
+    };
+    if (mu_type == ffi::BF16) {
+      run(data<bfloat16>(mu));
+    } else {
+      run(data<float>(mu));
+    }
+    return ffi::Error::Success();
   });
 }
 
@@ -219,21 +167,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dense_step_adam, adam_impl,
                                   .Arg<ffi::AnyBuffer>()  // second moment [D, O]
                                   .Arg<ffi::AnyBuffer>()  // learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
                                   .Arg<ffi::AnyBuffer>()  // anything to be computed before the update
-                                  .Attr<float>("b1")
-                                  .Attr<float>("b2")
-                                  .Attr<float>("epsilon")
-                                  .Ret<ffi::AnyBuffer>()    // kernel, and so on: the arguments, updated in place
-                                  .Ret<ffi::AnyBuffer>()    // first moment
-                                  .Ret<ffi::AnyBuffer>());  // second moment
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dense_step_given_adam, given_adam_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // gradient, of any shape
-                                  .Arg<ffi::AnyBuffer>()  // kernel, of the same
-                                  .Arg<ffi::AnyBuffer>()  // first moment, float32 or bfloat16
-                                  .Arg<ffi::AnyBuffer>()  // second moment
-                                  .Arg<ffi::AnyBuffer>()  // learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
                                   .Attr<float>("b1")
                                   .Attr<float>("b2")
                                   .Attr<float>("epsilon")

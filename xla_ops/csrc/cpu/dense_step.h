@@ -6,7 +6,6 @@
 namespace xla_ops {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(dense_step_adam);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(dense_step_given_adam);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(dense_step_sgd);
 
 }  // namespace xla_ops

@@ -13,7 +13,6 @@
 
 PYBIND11_MODULE(_cpu, m) {
   xla_ops::export_handlers(m, {{"xla_ops.dense_step.adam", xla_ops::dense_step_adam},
-                               {"xla_ops.dense_step.given_adam", xla_ops::dense_step_given_adam},
                                {"xla_ops.dense_step.sgd", xla_ops::dense_step_sgd},
                                {"xla_ops.fan_in_step.adam", xla_ops::fan_in_step_adam},
                                {"xla_ops.fan_in_step.sgd", xla_ops::fan_in_step_sgd},
