@@ -19,8 +19,9 @@ A table file is TOML:
     flagfiles = ["experiments/flags/text.cfg"]                # what all runs share
 
     [[runs]]
-    cells = ["dense", "fixed_fan_in_32_8k"]                   # experiments/flags/cells/dense.cfg
+    cells = ["dense"]                                         # experiments/flags/cells/dense.cfg
     seeds = [0, 1, 2]
+    flagfiles = ["experiments/flags/text_dense.cfg"]          # if these share more: after those of all runs
 """
 
 import copy
@@ -93,7 +94,7 @@ def read_table(path: str) -> Table:
         shared = tuple(table.pop("flagfiles", ()))
         title, data, runs = table.pop("title"), table.pop("data"), table.pop("runs")
         entries = [
-            Entry(name, cell, seed, shared)
+            Entry(name, cell, seed, shared + tuple(group.get("flagfiles", ())))
             for name in data
             for group in runs
             for cell in group["cells"]
@@ -103,8 +104,9 @@ def read_table(path: str) -> Table:
         raise ValueError(f"{path}: not a table file (see experiments.sweep): {error!r}") from error
     if table:
         raise ValueError(f"{path}: unknown keys: {', '.join(table)}")
-    if len(set(entries)) < len(entries):
-        twice = next(entry for entry in entries if entries.count(entry) > 1)
+    names = [str(entry) for entry in entries]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{path}: {twice} is listed twice")
     for entry in entries:
         for flag in entry.flags[:-1]:

@@ -119,6 +119,18 @@ def test_directories_are_the_same_for_the_same_flags_only():
     assert directory("--seed=1") != directory("--seed=2")
 
 
+def test_runs_may_have_flagfiles_of_their_own(project):
+    (project / "own.cfg").write_text("--embedding=5\n--dropout=0.3\n")
+    (project / "table.toml").write_text(
+        'title = "x"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n'
+        '[[runs]]\ncells = ["dense"]\nseeds = [0]\nflagfiles = ["own.cfg"]\n'
+        '[[runs]]\ncells = ["sparse"]\nseeds = [0]\n'
+    )
+    dense, sparse = (sweep.effective_flags(e.flags) for e in sweep.read_table("table.toml").entries)
+    assert (dense["embedding"], sparse["embedding"]) == (5, 4)  # after those of all runs
+    assert (dense["dropout"], sparse["dropout"]) == (0.2, 0.2)  # before those of the data
+
+
 def test_a_result_from_before_a_flag_existed_counts_with_its_default():
     values = sweep.effective_flags(["--train=a", "--test=b"])
     older = {name: value for name, value in values.items() if name != "test_filter"}
@@ -135,6 +147,11 @@ def test_a_result_from_before_a_flag_existed_counts_with_its_default():
         ('extra = 1\ntitle = "x"\ndata = []\nruns = []', "unknown keys: extra"),
         (
             'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["dense", "dense"]\nseeds = [0]',
+            "tiny dense seed 0 is listed twice",
+        ),
+        (
+            'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["dense"]\nseeds = [0]\n'
+            '[[runs]]\ncells = ["dense"]\nseeds = [0]\nflagfiles = ["shared.cfg"]',
             "tiny dense seed 0 is listed twice",
         ),
         (
