@@ -55,10 +55,13 @@ class Contender(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Arrays that gradients are taken in, a cotangent of the result, and the contenders, ours first."""
+    """Arrays that gradients are taken in, a cotangent of the result, and the contenders, ours first.
+
+    Without a cotangent the result is a loss, and the cotangent 1, as in training.
+    """
 
     values: tuple
-    cotangent: Array
+    cotangent: Array | None
     contenders: dict[str, Contender]
 
 
@@ -200,7 +203,7 @@ def fan_in_loss(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
     constants = (jnp.asarray(indices), jnp.asarray(positives))
     return Problem(
         values=(normal(batch, inputs), normal(labels, fan_in, scale=fan_in**-0.5), bias),
-        cotangent=jnp.float32(1),
+        cotangent=None,
         contenders={
             "xla_ops.fan_in_loss": Contender(_fused_loss, constants),
             "fan_in_matmul + jnp loss": Contender(_loss_of_logits, constants),
@@ -229,7 +232,7 @@ def _forward(function, values, constants, cotangent):
 def _forward_backward(function, values, constants, cotangent):
     # The result is returned as well: otherwise XLA could leave out the forward pass.
     y, vjp = jax.vjp(lambda *values: function(*values, *constants), *values)
-    return y, vjp(cotangent)
+    return y, vjp(jnp.ones_like(y) if cotangent is None else cotangent)
 
 
 PASSES = {"forward": _forward, "forward+backward": _forward_backward}
