@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import test_fan_in_loss as loss_test
 import test_fan_in_matmul as matmul
 import test_fan_in_top_k as top_k_test
 
+from xla_ops import _native
 from xla_ops.fan_in_loss import LOSSES
 
 HERE = Path(__file__).parent / "cuda_on_host"
@@ -52,6 +54,12 @@ def build(directory, *defines):
 
 def call(program, directory, op, arrays, results, device, *more):
     """Runs an op on arrays by name; returns `results`, given as (name, shape, dtype)."""
+    call_for_workspace(program, directory, op, arrays, device, *more)
+    return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
+
+
+def call_for_workspace(program, directory, op, arrays, device, *more):
+    """The same, but returns how many bytes of workspace the launcher took, all that it was given."""
     for name, array in arrays.items():
         (np.zeros(0) if array is None else array).tofile(directory / name)
     (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays["indices"].shape
@@ -59,7 +67,7 @@ def call(program, directory, op, arrays, results, device, *more):
     numbers = map(str, [batch, in_features, labels, fan_in, *device, *more])
     finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
+    return int(finished.stdout)
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +105,43 @@ SHAPES = pytest.mark.parametrize(
 EMPTY = pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 0, 6, 3), (5, 6, 0, 3)], ids=str)
 DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "shared"])
+
+
+# ---- workspaces ----
+
+
+@pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
+@SHAPES
+@DTYPE
+@DEVICE
+def test_launchers_take_what_xla_is_asked_for(
+    program, tmp_path, batch, in_features, labels, fan_in, dtype, device
+):
+    problem = loss_test.make_problem(batch, in_features, labels, fan_in, dtype=dtype)
+    arrays = {**problem._asdict(), "dy": np.zeros((batch, labels), dtype)}
+    k, width = min(3, labels), problem.positives.shape[1]
+    for op, *more in (
+        ("fan_in_matmul.forward",),
+        ("fan_in_matmul.gradients",),
+        ("fan_in_loss.value", 0, width),
+        ("fan_in_loss.gradients", 0, width),
+        ("fan_in_top_k", k, labels),
+    ):
+        results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
+        asked = _native.cuda_workspace(f"xla_ops.{op}", results, problem.x, problem.kernel)
+        assert call_for_workspace(program, tmp_path, op, arrays, device, *more) == asked.size
+
+
+def test_no_more_blocks_of_threads_than_there_is_workspace_for(run):
+    device, shape = (2000, 1, 0), (1, 3, 1024 * 64 + 1, 1)
+    problem = matmul.make_problem(*shape, dtype=jnp.bfloat16)
+    results = [("d_kernel", problem.kernel.shape, jnp.bfloat16)]
+    (d_kernel,) = run("fan_in_matmul.gradients", problem._asdict(), results, device)
+    np.testing.assert_array_equal(d_kernel, matmul.brute_force(*problem)[2].astype(jnp.bfloat16))
+    problem = loss_test.make_problem(*shape, dtype=jnp.bfloat16)
+    more = (LOSSES.index("bce"), problem.positives.shape[1])
+    (value,) = run("fan_in_loss.gradients", problem._asdict(), [("value", (), np.float32)], device, *more)
+    np.testing.assert_allclose(value, loss_test.brute_force(problem, "bce")[0][0], rtol=1e-5)
 
 
 # ---- fan_in_matmul ----

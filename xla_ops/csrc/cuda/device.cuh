@@ -96,6 +96,14 @@ struct Layer {
   __device__ const T* tile(int64_t t) const { return packed + t * (shape.in_features + 1) * kTile; }
 };
 
+// How many blocks of threads may share the labels where each has temporaries of its own: the size of those must not
+// depend on the device. No device so far runs as many at once.
+constexpr int64_t kMostSharers = 1024;
+template <typename T>
+int64_t most_sharers(const Layer<T>& layer) {
+  return layer.blocks() < kMostSharers ? layer.blocks() : kMostSharers;
+}
+
 // Labels [first, first + size).
 struct LabelBlock {
   template <typename T>

@@ -130,52 +130,56 @@ __global__ void __launch_bounds__(kMeanThreads)
   if (threadIdx.x == 0) *mean = static_cast<float>(total / divisor);
 }
 
+// Without gradients, d_x is null.
 template <bool kGradients, typename T>
-cudaError_t run(cudaStream_t stream, Scratch& scratch, const Layer<T>& layer, Loss loss, const Positives& positives,
-                Gradients<T> gradients, float* value) {
-  const Shape& s = layer.shape;
-  double* totals;
-  Launch<decltype(&loss_kernel<T, kGradients>)> pass;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(plan(&loss_kernel<T, kGradients>, layer.blocks(), Group<T>::kThreads, 0, &pass));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, pass.blocks, &totals));
-  if (kGradients) {
-    XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, pass.blocks * kLabels * s.fan_in, &gradients.sums_of_blocks));
+cudaError_t run(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x, const T* kernel,
+                Indices indices, const T* bias, const Positives& positives, float* value, T* d_x, T* d_kernel,
+                T* d_bias) {
+  T* const packed = workspace.take<T>(packed_count(s));
+  const Layer<T> layer{s, packed, kernel, indices, bias};
+  double* const totals = workspace.take<double>(most_sharers(layer));
+  const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.labels));
+  Gradients<T> gradients{scale, nullptr, nullptr, d_kernel, d_bias};
+  if constexpr (kGradients) {
+    gradients.sums_of_blocks = workspace.take<float>(most_sharers(layer) * kLabels * s.fan_in);
+    gradients.d_packed = workspace.take<float>(sums_count(s));
   }
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pass(stream, layer, loss, positives, totals, gradients));
+  if (!workspace.enough()) return cudaErrorMemoryAllocation;
+
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(layer)));
+  if constexpr (kGradients) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, gradients.d_packed, sums_count(s)));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(launch(loss_kernel<T, kGradients>, most_sharers(layer), Group<T>::kThreads, 0, stream,
+                                      layer, loss, positives, totals, gradients));
   const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.labels);
-  return launch(mean_kernel, 1, kMeanThreads, 0, stream, totals, pass.blocks, divisor, value);
+  XLA_OPS_RETURN_IF_CUDA_ERROR(
+      launch(mean_kernel, 1, kMeanThreads, 0, stream, totals, most_sharers(layer), divisor, value));
+  if constexpr (kGradients) return unpack_sums(stream, s, gradients.d_packed, d_x);
+  return cudaSuccess;
 }
 
 }  // namespace
 
 template <typename T>
-cudaError_t fan_in_loss_value(cudaStream_t stream, Scratch& scratch, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
                               const T* kernel, Indices indices, const T* bias, const int32_t* positives, int64_t width,
                               float* value) {
-  const T* packed;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, scratch, s, x, &packed));
-  return run<false>(stream, scratch, Layer<T>{s, packed, kernel, indices, bias}, loss, Positives{positives, width},
-                    Gradients<T>{}, value);
+  return run<false, T>(stream, workspace, s, loss, x, kernel, indices, bias, {positives, width}, value, nullptr,
+                       nullptr, nullptr);
 }
 
 template <typename T>
-cudaError_t fan_in_loss_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
                                   const T* kernel, Indices indices, const T* bias, const int32_t* positives,
                                   int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias) {
-  const T* packed;
-  const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.labels));
-  Gradients<T> gradients{scale, nullptr, nullptr, d_kernel, d_bias};
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, scratch, s, x, &packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero_sums(stream, scratch, s, &gradients.d_packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(run<true>(stream, scratch, Layer<T>{s, packed, kernel, indices, bias}, loss,
-                                         Positives{positives, width}, gradients, value));
-  return unpack_sums(stream, s, gradients.d_packed, d_x);
+  return run<true, T>(stream, workspace, s, loss, x, kernel, indices, bias, {positives, width}, value, d_x, d_kernel,
+                      d_bias);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                      \
-  template cudaError_t fan_in_loss_value<T>(cudaStream_t, Scratch&, const Shape&, Loss, const T*, const T*, Indices, \
-                                            const T*, const int32_t*, int64_t, float*);                             \
-  template cudaError_t fan_in_loss_gradients<T>(cudaStream_t, Scratch&, const Shape&, Loss, const T*, const T*,     \
+#define XLA_OPS_INSTANTIATE(T)                                                                                     \
+  template cudaError_t fan_in_loss_value<T>(cudaStream_t, Workspace&, const Shape&, Loss, const T*, const T*,      \
+                                            Indices, const T*, const int32_t*, int64_t, float*);                   \
+  template cudaError_t fan_in_loss_gradients<T>(cudaStream_t, Workspace&, const Shape&, Loss, const T*, const T*,  \
                                                 Indices, const T*, const int32_t*, int64_t, float*, T*, T*, T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
