@@ -2,7 +2,7 @@
 //
 //   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F processors blocks_per_processor shared_bytes [...]
 //
-// where the rest is (loss, P) for fan_in_loss and (k, labels at once) for fan_in_top_k.
+// where the rest is (loss, P) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k.
 // Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
 // sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
 // many bytes of workspace the launcher took.
@@ -55,14 +55,28 @@ class Operand {
     const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
     data_.reset(new T[bytes.size() / sizeof(T)]);
     std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(data_.get()));
+    bytes_ = bytes.size();
     empty_ = bytes.empty();
   }
   const T* get() const { return data_.get(); }
   const T* or_null() const { return empty_ ? nullptr : data_.get(); }
 
- private:
+ protected:
   std::unique_ptr<T[]> data_;
+  int64_t bytes_;
   bool empty_;
+};
+
+// An operand that is updated in place. Its values at the end go to another file.
+template <typename T>
+class Updated : public Operand<T> {
+ public:
+  Updated(const Call& call, const char* name) : Operand<T>(call, name), path_(call.path(name) + ".new") {}
+  ~Updated() { std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(this->data_.get()), this->bytes_); }
+  T* get() const { return this->empty_ ? nullptr : this->data_.get(); }
+
+ private:
+  std::string path_;
 };
 
 // A result, written to its file at the end.
@@ -115,6 +129,27 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     return fan_in_loss_gradients(nullptr, workspace, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
                                  positives.get(), width, value.get(), d_x.get(), d_kernel.get(),
                                  bias.or_null() ? d_bias.get() : nullptr);
+  }
+  if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
+    const Operand<int32_t> positives(call, "positives");
+    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
+    const int64_t width = call.more.at(1);
+    const Result<float> value(call, "value", 1);
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features);
+    const Operand<float> rates(call, "rates");
+    const Updated<T> w(call, "kernel"), b(call, "bias");
+    if (call.op == "fan_in_step.sgd") {
+      const Operand<uint32_t> key(call, "key");
+      return fan_in_sgd_step(nullptr, workspace, s, loss, x.get(), w.get(), indices, b.get(), positives.get(), width,
+                             rates.get(), key.get(), value.get(), d_x.get());
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"), mu_bias(call, "mu_bias"),
+          nu_bias(call, "nu_bias");
+      return fan_in_adam_step(nullptr, workspace, s, loss, x.get(), {w.get(), mu_kernel.get(), nu_kernel.get()},
+                              indices, {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
+                              {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.get());
+    }
   }
   if (call.op == "fan_in_top_k") {
     const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);

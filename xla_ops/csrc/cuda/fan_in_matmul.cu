@@ -99,8 +99,8 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
       any |= add_gradients(layer, layer.tile(tile), labels, mine, any, shared.staged, sums,
                            d_packed + tile * layer.shape.in_features * kTile);
     }
-    write_kernel_gradients(layer, labels, any, sums, d_kernel);
-    if (d_bias) write_bias_gradients(labels, bias_sum, d_bias);
+    for_each_kernel_gradient(layer, labels, any, sums, [&](int64_t i, float d) { set(d_kernel + i, d); });
+    if (d_bias) for_each_bias_gradient<T>(labels, bias_sum, [&](int64_t i, float d) { set(d_bias + i, d); });
   });
 }
 

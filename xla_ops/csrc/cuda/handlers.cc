@@ -14,6 +14,7 @@
 
 #include "../fan_in_loss.h"
 #include "../fan_in_matmul.h"
+#include "../fan_in_step.h"
 #include "../fan_in_top_k.h"
 #include "../handler.h"
 #include "kernels.h"
@@ -96,6 +97,45 @@ ffi::Error loss_gradients_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBu
   });
 }
 
+ffi::Error sgd_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                    ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
+                    int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
+                    ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
+                    WorkspaceResult buffer) {
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(
+      {x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x), data<T>(kernel),
+                                 indices_of(indices), optional_data<T>(bias), data<const int32_t>(positives),
+                                 positives.dimensions()[1], data<const float>(learning_rate),
+                                 data<const uint32_t>(key), data<float>(*mean), data<T>(*d_x));
+  });
+}
+
+ffi::Error adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel,
+                     ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates,
+                     int64_t loss, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
+                     ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel,
+                     ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
+                     ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
+                     ffi::Result<ffi::AnyBuffer> new_nu_bias, WorkspaceResult buffer) {
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(
+      {x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias},
+      {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel, *new_nu_kernel, *new_mu_bias, *new_nu_bias},
+      &s));
+  return launch(x, indices, *buffer, [&](auto*, cuda::Workspace& workspace) {  // the values are float32
+    return cuda::fan_in_adam_step(
+        stream, workspace, s, static_cast<Loss>(loss), data<const float>(x),
+        {data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel)}, indices_of(indices),
+        {optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias)}, data<const int32_t>(positives),
+        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean), data<float>(*d_x));
+  });
+}
+
 // Logits that exist at once: 16 MiB of them, but of so many labels at least, for the sake of very large batches.
 constexpr int64_t kLogitsAtOnce = 1 << 22, kLabelsAtOnce = 1024;
 
@@ -134,6 +174,10 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k) {
     cuda::fan_in_loss_value(nullptr, none, s, Loss{}, in, in, indices, in, labels, 0, scores);
   } else if (handler == "xla_ops.fan_in_loss.gradients") {
     cuda::fan_in_loss_gradients(nullptr, none, s, Loss{}, in, in, indices, in, labels, 0, scores, out, out, out);
+  } else if (handler == "xla_ops.fan_in_step.sgd") {
+    cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, in, out, indices, out, labels, 0, scores, nullptr, scores, out);
+  } else if (handler == "xla_ops.fan_in_step.adam") {
+    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, scores, {}, indices, {}, labels, 0, {}, scores, scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
     cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), in, in, indices, in, scores, labels);
   } else {
@@ -157,6 +201,8 @@ XLA_OPS_DEFINE_HANDLER(fan_in_matmul_forward, forward_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_matmul_gradients, gradients_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_loss_value, value_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_loss_gradients, loss_gradients_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, adam_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, sgd_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_top_k, top_k_impl);
 
 }  // namespace xla_ops

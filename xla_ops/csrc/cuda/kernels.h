@@ -22,6 +22,15 @@ struct Indices {
   bool is_uint16;
 };
 
+// Weights and their moments; for a bias that there is not, null.
+struct AdamWeights {
+  float *w, *mu, *nu;
+};
+struct AdamRates {
+  const float* rates;  // learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
+  float b1, b2, epsilon;
+};
+
 // The temporaries of a launcher: parts of one buffer of device memory, aligned for any access.
 //
 // A launcher takes all of its parts before it queues anything, and if the buffer is too small for them it queues
@@ -70,6 +79,17 @@ template <typename T>
 cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
                                   const T* kernel, Indices indices, const T* bias, const int32_t* positives,
                                   int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias);
+
+// The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without momentum,
+// with a float and, for the rounding of bfloat16, the three words of csrc/cpu/kernels.h's RoundingKey, or by Adam.
+template <typename T>
+cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
+                            T* kernel, Indices indices, T* bias, const int32_t* positives, int64_t width,
+                            const float* learning_rate, const uint32_t* key, float* value, T* d_x);
+cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const float* x,
+                             const AdamWeights& kernel, Indices indices, const AdamWeights& bias,
+                             const int32_t* positives, int64_t width, const AdamRates& rates, float* value,
+                             float* d_x);
 
 // scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
 template <typename T>
