@@ -48,6 +48,21 @@ def arguments(batch=33, in_features=40, labels=70, fan_in=3, dtype=jnp.float32, 
     return of(batch, in_features), of(labels, fan_in), of(labels), indices, positives
 
 
+def values(batch=33, seed=0):
+    """Values for `arguments(batch)`."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.standard_normal(a.shape, np.float32)
+        if a.dtype == jnp.float32
+        else rng.integers(0, 40, a.shape, np.int32)
+        for a in arguments(batch)
+    ]
+
+
+def assert_all_close(actual, expected):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), actual, expected)
+
+
 def lower(function, *arguments, platform):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
@@ -103,17 +118,18 @@ def test_export_for_both_platforms():
     pytest.importorskip("flatbuffers", reason="jax needs it to serialize")
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
     (batch,) = jax.export.symbolic_shape("batch")
-    rng = np.random.default_rng(0)
-    x, kernel, bias = (rng.standard_normal(s, np.float32) for s in ((300, 40), (70, 3), (70,)))
-    indices = rng.integers(0, 40, (70, 3), np.int32)
-    positives = rng.integers(0, 70, (300, 2), np.int32)
     export = jax.export.export(jax.jit(run_all), platforms=("cpu", "cuda"), disabled_checks=checks)
     exported = jax.export.deserialize(export(*arguments(batch)).serialize())
     assert exported.platforms == ("cpu", "cuda")
     for b in (1, 300):
-        actual = exported.call(x[:b], kernel, bias, indices, positives[:b])
-        expected = run_all(x[:b], kernel, bias, indices, positives[:b])
-        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
+        assert_all_close(exported.call(*values(b)), run_all(*values(b)))
+
+
+def test_a_program_that_runs_again():
+    # On a GPU, XLA captures all of it into a graph, once it has run, and replays that.
+    program = jax.jit(run_all)
+    for seed in range(4):
+        assert_all_close(program(*values(seed=seed)), run_all(*values(seed=seed)))
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
