@@ -1,12 +1,16 @@
-"""Loads the compiled module of each platform and registers its handlers with XLA."""
+"""Loads the compiled module of each platform, registers its handlers with XLA, and calls them."""
 
 import functools
 import importlib
 import pathlib
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 _REBUILD = "python -m pip install --force-reinstall --no-deps -e ."
 
@@ -76,6 +80,62 @@ def cuda():
         return None
     _register_handlers(module, "CUDA")
     return module
+
+
+def call(
+    handler: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: Array,
+    aliases: Mapping[int, int] | None = None,
+    **attributes: np.generic,
+) -> tuple[Array, ...]:
+    """Calls a handler that all platforms have; `jax.vmap` makes a loop of it.
+
+    Args:
+      handler: its name.
+      results: what it returns, but for the workspace that those for CUDA have as their last result.
+      operands: x [B, D], kernel [L, F], and the others.
+      aliases: results that take the place of operands, by number of the operand.
+      attributes: of NumPy's scalar types.
+    """
+    return _call(
+        handler, tuple(results), tuple((aliases or {}).items()), tuple(attributes.items()), *operands
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # eager calls would compile each time
+def _call(handler, results, aliases, attributes, *operands):
+    if all(0 in result.shape for result in results):  # nothing to do, and a graph must not be empty
+        return tuple(jnp.zeros(result.shape, result.dtype) for result in results)
+
+    def native(*operands, workspace=()):
+        call = jax.ffi.ffi_call(handler, (*results, *workspace), input_output_aliases=dict(aliases))
+        return call(*operands, **dict(attributes))[: len(results)]
+
+    def on_any_platform(*operands):
+        if cuda() is None:
+            return native(*operands)
+        workspace = [cuda_workspace(handler, results, *operands)]
+        on_cuda = functools.partial(native, workspace=workspace)
+        return jax.lax.platform_dependent(*operands, cuda=on_cuda, default=native)
+
+    # The loop that ffi_call would make for vmap would keep the workspace of each turn.
+    return jax.custom_batching.sequential_vmap(on_any_platform)(*operands)
+
+
+# A batch whose size is a symbol gets as many workspaces for one of this size as it takes.
+_SYMBOLIC_BATCH = 256
+
+
+def cuda_workspace(handler: str, results, x, kernel, *_) -> jax.ShapeDtypeStruct:
+    """The last result of a handler for CUDA: memory for its temporaries, as the module says how much."""
+    pieces, (batch, in_features) = 1, x.shape
+    if not isinstance(batch, int):
+        pieces, batch = (batch + _SYMBOLIC_BATCH - 1) // _SYMBOLIC_BATCH, _SYMBOLIC_BATCH
+    columns = results[0].shape[-1] if results[0].shape else 0
+    is_bfloat16 = x.dtype == jnp.bfloat16
+    size = cuda().workspace_bytes(handler, is_bfloat16, batch, in_features, *kernel.shape, columns)
+    return jax.ShapeDtypeStruct((pieces, size), jnp.uint8)
 
 
 def _register_handlers(module, platform: str) -> None:

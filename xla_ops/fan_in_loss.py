@@ -86,23 +86,20 @@ def loss_code(loss: str) -> np.int64:
     return np.int64(LOSSES.index(loss))
 
 
-def _call(name, results, *args, loss):
-    call = jax.ffi.ffi_call(f"xla_ops.fan_in_loss.{name}", results, vmap_method="sequential")
-    return call(*args, loss=loss_code(loss))
-
-
 _SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _loss(x, kernel, indices, bias, positives, loss):
-    return _call("value", _SCALAR, x, kernel, indices, bias, positives, loss=loss)
+    operands = (x, kernel, indices, bias, positives)
+    return _native.call("xla_ops.fan_in_loss.value", [_SCALAR], *operands, loss=loss_code(loss))[0]
 
 
 def _loss_fwd(x, kernel, indices, bias, positives, loss):
-    gradients = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
-    value, *gradients = _call(
-        "gradients", (_SCALAR, *gradients), x, kernel, indices, bias, positives, loss=loss
+    results = [_SCALAR, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))]
+    operands = (x, kernel, indices, bias, positives)
+    value, *gradients = _native.call(
+        "xla_ops.fan_in_loss.gradients", results, *operands, loss=loss_code(loss)
     )
     return value, gradients
 

@@ -76,22 +76,17 @@ def _matmul_fwd(x, kernel, indices, bias):
 def _matmul_bwd(residuals, dy):
     x, kernel, indices, bias = residuals
     results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
-    d_x, d_kernel, d_bias = _call("gradients", results, x, dy, kernel, indices)
+    d_x, d_kernel, d_bias = _native.call("xla_ops.fan_in_matmul.gradients", results, x, kernel, indices, dy)
     return d_x, d_kernel, None, d_bias
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd, optimize_remat=True)
 
 
-def _call(name, results, *args):
-    return jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{name}", results, vmap_method="sequential")(*args)
-
-
 @jax.custom_batching.custom_vmap
 def _forward(x, kernel, indices, bias):
-    return _call(
-        "forward", jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype), x, kernel, indices, bias
-    )
+    result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype)
+    return _native.call("xla_ops.fan_in_matmul.forward", [result], x, kernel, indices, bias)[0]
 
 
 @_forward.def_vmap

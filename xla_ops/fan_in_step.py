@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from xla_ops import _native
 from xla_ops._arguments import adam_rates, check_dtype, check_shape
 from xla_ops.fan_in_loss import check_loss, loss_code
 
@@ -89,14 +90,15 @@ def fan_in_adam_step(
     rates = adam_rates(learning_rate, count, b1, b2)
     operands = (x, kernel, indices, bias, positives, *moments, rates)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias, *moments))]
-    call = jax.ffi.ffi_call(
+    value, d_x, kernel, new_bias, *moments = _native.call(
         "xla_ops.fan_in_step.adam",
         results,
-        input_output_aliases={1: 2, 3: 3, 5: 4, 6: 5, 7: 6, 8: 7},
-        vmap_method="sequential",
-    )
-    value, d_x, kernel, new_bias, *moments = call(
-        *operands, loss=loss_code(loss), b1=np.float32(b1), b2=np.float32(b2), epsilon=np.float32(epsilon)
+        *operands,
+        aliases={1: 2, 3: 3, 5: 4, 6: 5, 7: 6, 8: 7},
+        loss=loss_code(loss),
+        b1=np.float32(b1),
+        b2=np.float32(b2),
+        epsilon=np.float32(epsilon),
     )
     if state.mu_bias is None:
         return value, d_x, kernel, None, AdamState(count, *moments[:2], None, None)
@@ -146,14 +148,11 @@ def fan_in_sgd_step(
     has_bias = bias is not None
     x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
     key = jnp.stack([jnp.asarray(a).astype(jnp.uint32) for a in (seed, 0, step)])
-    call = jax.ffi.ffi_call(
-        "xla_ops.fan_in_step.sgd",
-        [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))],
-        input_output_aliases={1: 2, 3: 3},
-        vmap_method="sequential",
+    operands = (x, kernel, indices, bias, positives, jnp.asarray(learning_rate, jnp.float32), key)
+    results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))]
+    value, d_x, kernel, bias = _native.call(
+        "xla_ops.fan_in_step.sgd", results, *operands, aliases={1: 2, 3: 3}, loss=loss_code(loss)
     )
-    rate = jnp.asarray(learning_rate, jnp.float32)
-    value, d_x, kernel, bias = call(x, kernel, indices, bias, positives, rate, key, loss=loss_code(loss))
     return value, d_x, kernel, bias if has_bias else None
 
 

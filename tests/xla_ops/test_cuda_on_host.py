@@ -10,13 +10,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_fan_in_loss as loss_test
 import test_fan_in_matmul as matmul
+import test_fan_in_step as step_test
 import test_fan_in_top_k as top_k_test
 
+from xla_ops import _native
 from xla_ops.fan_in_loss import LOSSES
 
 HERE = Path(__file__).parent / "cuda_on_host"
@@ -52,6 +55,12 @@ def build(directory, *defines):
 
 def call(program, directory, op, arrays, results, device, *more):
     """Runs an op on arrays by name; returns `results`, given as (name, shape, dtype)."""
+    call_for_workspace(program, directory, op, arrays, device, *more)
+    return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
+
+
+def call_for_workspace(program, directory, op, arrays, device, *more):
+    """The same, but returns how many bytes of workspace the launcher took, all that it was given."""
     for name, array in arrays.items():
         (np.zeros(0) if array is None else array).tofile(directory / name)
     (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays["indices"].shape
@@ -59,7 +68,7 @@ def call(program, directory, op, arrays, results, device, *more):
     numbers = map(str, [batch, in_features, labels, fan_in, *device, *more])
     finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
+    return int(finished.stdout)
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +106,45 @@ SHAPES = pytest.mark.parametrize(
 EMPTY = pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 0, 6, 3), (5, 6, 0, 3)], ids=str)
 DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "shared"])
+
+
+# ---- workspaces ----
+
+
+@pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
+@SHAPES
+@DTYPE
+def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_features, labels, fan_in, dtype):
+    problem = loss_test.make_problem(batch, in_features, labels, fan_in, dtype=dtype)
+    arrays = {**problem._asdict(), "dy": np.zeros((batch, labels), dtype)}
+    arrays |= {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32)}
+    for name in ("kernel", "bias"):
+        arrays |= {f"mu_{name}": np.ones_like(arrays[name]), f"nu_{name}": np.ones_like(arrays[name])}
+    k, width = min(3, labels), problem.positives.shape[1]
+    for op, *more in (
+        ("fan_in_matmul.forward",),
+        ("fan_in_matmul.gradients",),
+        ("fan_in_loss.value", 0, width),
+        ("fan_in_loss.gradients", 0, width),
+        ("fan_in_step.sgd", 0, width),
+        *([("fan_in_step.adam", 0, width)] if dtype == jnp.float32 else []),
+        ("fan_in_top_k", k, labels),
+    ):
+        results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
+        asked = _native.cuda_workspace(f"xla_ops.{op}", results, problem.x, problem.kernel)
+        assert call_for_workspace(program, tmp_path, op, arrays, SMALL, *more) == asked.size
+
+
+def test_no_more_blocks_of_threads_than_there_is_workspace_for(run):
+    device, shape = (2000, 1, 0), (1, 3, 1024 * 64 + 1, 1)
+    problem = matmul.make_problem(*shape, dtype=jnp.bfloat16)
+    results = [("d_kernel", problem.kernel.shape, jnp.bfloat16)]
+    (d_kernel,) = run("fan_in_matmul.gradients", problem._asdict(), results, device)
+    np.testing.assert_array_equal(d_kernel, matmul.brute_force(*problem)[2].astype(jnp.bfloat16))
+    problem = loss_test.make_problem(*shape, dtype=jnp.bfloat16)
+    more = (LOSSES.index("bce"), problem.positives.shape[1])
+    (value,) = run("fan_in_loss.gradients", problem._asdict(), [("value", (), np.float32)], device, *more)
+    np.testing.assert_allclose(value, loss_test.brute_force(problem, "bce")[0][0], rtol=1e-5)
 
 
 # ---- fan_in_matmul ----
@@ -269,6 +317,98 @@ def test_cross_entropy_of_extreme_logits(run):
     np.testing.assert_allclose(d_bias, [0, -0.25, 0.25, 0], rtol=1e-6, atol=1e-30)
     np.testing.assert_allclose(d_kernel[:, 0], [0, -0.25, 0.25, 0], rtol=1e-6, atol=1e-30)
     np.testing.assert_allclose(d_x, np.full((20, 1), 2 * 1e4 / 80), rtol=1e-6)
+
+
+# ---- fan_in_step ----
+
+
+def run_step(run, op, problem, loss, arrays):
+    """Returns the loss, d_x, and the new values of `arrays`, which are updated besides kernel and bias."""
+    dtype, more = problem.x.dtype, (LOSSES.index(loss), problem.positives.shape[1])
+    operands = problem._asdict() | arrays
+    names = [n for n in ("kernel", "bias", "mu_kernel", "nu_kernel", "mu_bias", "nu_bias") if n in operands]
+    updated = [(f"{n}.new", operands[n].shape, dtype) for n in names if operands[n] is not None]
+    results = [("value", (), np.float32), ("d_x", problem.x.shape, dtype), *updated]
+    value, d_x, *new = run(op, operands, results, SMALL, *more)
+    return [value, d_x], dict(zip([name[:-4] for name, *_ in updated], new, strict=True))
+
+
+STEP_SHAPES = pytest.mark.parametrize("shape", [(1, 7, 1, 1), (33, 64, 129, 64), (70, 40, 70, 33)], ids=str)
+
+
+@STEP_SHAPES
+@LOSS
+def test_sgd_step_in_float32(run, shape, loss):
+    problem, rate = loss_test.make_problem(*shape, with_bias=shape[2] != 70), np.float32(3)
+    arrays = {"rates": rate, "key": np.zeros(3, np.uint32)}
+    results, new = run_step(run, "fan_in_step.sgd", problem, loss, arrays)
+    expected, errors = loss_test.brute_force(problem, loss)
+    loss_test.assert_matches_brute_force(
+        [*results, *check_loss(run, problem, loss, SMALL)[2:]], problem, loss
+    )
+    for name, gradient, error in zip(("kernel", "bias"), expected[2:], errors[2:], strict=True):
+        if name in new:
+            exact = getattr(problem, name) - rate * gradient
+            allowed = rate * error + np.finfo(np.float32).eps * (np.abs(exact) + np.abs(rate * gradient))
+            assert np.all(np.abs(new[name] - exact) <= allowed)
+
+
+@STEP_SHAPES
+@LOSS
+def test_adam_step(run, shape, loss):
+    problem, rates = loss_test.make_problem(*shape, with_bias=shape[2] != 70), np.float32([0.1, 3, 20])
+    rng = np.random.default_rng(0)
+    moments = {}
+    for name in ("kernel", "bias"):
+        weights = getattr(problem, name)
+        moments[f"mu_{name}"] = weights if weights is None else rng.normal(size=weights.shape) * 1e-2
+        moments[f"nu_{name}"] = weights if weights is None else rng.uniform(1e-4, 1e-3, weights.shape)
+    moments = {name: None if m is None else m.astype(np.float32) for name, m in moments.items()}
+    results, new = run_step(run, "fan_in_step.adam", problem, loss, moments | {"rates": rates})
+    expected, _ = loss_test.brute_force(problem, loss)
+    np.testing.assert_allclose(results[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(results[1], expected[1], rtol=1e-4, atol=1e-6 * np.abs(expected[1]).max())
+    for name, gradient in zip(("kernel", "bias"), expected[2:], strict=True):
+        if name not in new:
+            continue
+        mu = np.float64(0.8) * moments[f"mu_{name}"] + 0.2 * gradient
+        nu = np.float64(0.99) * moments[f"nu_{name}"] + 0.01 * gradient**2
+        weights = getattr(problem, name) - 0.1 * (3 * mu) / (np.sqrt(20 * nu) + 1e-7)
+        for key, exact in ((f"mu_{name}", mu), (f"nu_{name}", nu), (name, weights)):
+            np.testing.assert_allclose(new[key], exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("shape", step_test.ROUNDING_SHAPES)
+def test_sgd_step_in_bfloat16_rounds_with_the_bits_of_its_generator(run, shape):
+    def sgd(x, kernel, indices, bias, positives, rate, seed, step):
+        problem = loss_test.Problem(x, kernel, indices, bias, positives)
+        arrays = {"rates": rate, "key": np.array([seed, 0, step], np.uint32)}
+        _, new = run_step(run, "fan_in_step.sgd", problem, "squared_hinge", arrays)
+        return new["kernel"], new["bias"]
+
+    step_test.check_rounding(shape, sgd)
+
+
+def test_steps_of_an_empty_batch(run):
+    problem = loss_test.make_problem(0, 9, 70, 3)
+    moments = {name: np.zeros_like(getattr(problem, name[3:])) for name in ("mu_kernel", "mu_bias")}
+    moments |= {name.replace("mu", "nu"): m for name, m in moments.items()}
+    arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32)}
+    for op, more in (("fan_in_step.sgd", {}), ("fan_in_step.adam", moments)):
+        results, new = run_step(run, op, problem, "bce", arrays | more)
+        assert np.isnan(results[0])
+        np.testing.assert_array_equal(new["kernel"], problem.kernel)
+        np.testing.assert_array_equal(new["bias"], problem.bias)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sgd_step_passes_nan_on(run, dtype):
+    problem = loss_test.make_problem(3, 2, 200, 1, dtype=dtype)
+    problem = problem._replace(indices=(np.arange(200) % 2)[:, np.newaxis].astype(np.int32))
+    problem.x[1, 0] = np.nan
+    arrays = {"rates": np.float32(0.1), "key": np.zeros(3, np.uint32)}
+    _, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
+    assert np.isnan(new["kernel"][:, 0].astype(np.float32)).tolist() == [True, False] * 100
 
 
 # ---- fan_in_top_k ----

@@ -171,16 +171,17 @@ def test_eval_shape(dtype):
 
 
 def test_logits_take_no_memory():
-    shapes = [((64, 50), jnp.float32), ((100_000, 1), jnp.float32), ((100_000, 1), jnp.uint16)]
+    labels = 3_000_000  # CUDA's workspace has 50 MB, for any number of labels
+    shapes = [((64, 50), jnp.float32), ((labels, 1), jnp.float32), ((labels, 1), jnp.uint16)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
 
     def temporary_bytes(top_k):
         compiled = jax.jit(lambda *a: top_k(*a, None, 5)).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(fan_in_top_k) < 64 * 100_000 * 4 / 10
+    assert temporary_bytes(fan_in_top_k) < 64 * labels * 4 / 10
     if jax.default_backend() == "cpu":  # so the measurement sees them
-        assert temporary_bytes(fan_in_top_k_reference) >= 64 * 100_000 * 4
+        assert temporary_bytes(fan_in_top_k_reference) >= 64 * labels * 4
 
 
 def test_other_devices():

@@ -73,7 +73,7 @@ def test_refused_module_registers_nothing(monkeypatch, load):
 @pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
 def test_cuda_module_has_the_handlers_of_the_cpu_module():
     there = set(_native.cpu().registrations())
-    on_cpus_only = {name for name in there if "step" in name or name == "xla_ops.kth_smallest"}  # so far
+    on_cpus_only = {name for name in there if "dense" in name or name == "xla_ops.kth_smallest"}  # so far
     assert set(_native.cuda().registrations()) == there - on_cpus_only
     assert _native.cuda().ffi_version == _native.cpu().ffi_version
 
@@ -103,20 +103,18 @@ OTHER = (7, 7)
             (Y,),
             r"a fan-in of at least 1, got shapes \[2, 5\] and \[4, 0\]",
         ),
-        ("gradients", (X, OTHER, W, W), (X, W, BIAS), r"dy must have shape \[2, 4\], got \[7, 7\]"),
-        ("gradients", (X, Y, OTHER, W), (X, W, BIAS), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("gradients", (X, Y, W, W), (OTHER, W, BIAS), r"d_x must have shape \[2, 5\], got \[7, 7\]"),
-        ("gradients", (X, Y, W, W), (X, OTHER, BIAS), r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
-        ("gradients", (X, Y, W, W), (X, W, (9,)), r"bias must have shape \[4\], got \[9\]"),
+        ("gradients", (X, W, W, OTHER), (X, W, BIAS), r"dy must have shape \[2, 4\], got \[7, 7\]"),
+        ("gradients", (X, OTHER, W, Y), (X, W, BIAS), r"kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, W, W, Y), (OTHER, W, BIAS), r"d_x must have shape \[2, 5\], got \[7, 7\]"),
+        ("gradients", (X, W, W, Y), (X, OTHER, BIAS), r"d_kernel must have shape \[4, 3\], got \[7, 7\]"),
+        ("gradients", (X, W, W, Y), (X, W, (9,)), r"bias must have shape \[4\], got \[9\]"),
     ],
 )
 def test_handlers_check_shapes_themselves(handler, shapes, results, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
     _native.register()
-    indices = {"forward": 2, "gradients": 3}[handler]
-    arguments = [
-        jnp.zeros(shape, jnp.int32 if i == indices else jnp.float32) for i, shape in enumerate(shapes)
-    ]
+    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
+    arguments = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", results)(*arguments))

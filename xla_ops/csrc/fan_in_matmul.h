@@ -34,16 +34,16 @@ template <typename Context>
 auto bind_fan_in_matmul_gradients(Context&& context) {
   return std::move(context)
       .template Arg<ffi::AnyBuffer>()   // x [B, D]
-      .template Arg<ffi::AnyBuffer>()   // dy [B, L]
       .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()   // indices [L, F]
+      .template Arg<ffi::AnyBuffer>()   // dy [B, L]
       .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
       .template Ret<ffi::AnyBuffer>()   // d_kernel [L, F]
       .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0] for none
 }
 
-inline ffi::Error check_fan_in_matmul_gradients(const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy,
-                                                const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
+inline ffi::Error check_fan_in_matmul_gradients(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
+                                                const ffi::AnyBuffer& indices, const ffi::AnyBuffer& dy,
                                                 const ffi::AnyBuffer& d_x, const ffi::AnyBuffer& d_kernel,
                                                 const ffi::AnyBuffer& d_bias, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, d_bias, s));

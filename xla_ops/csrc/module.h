@@ -10,6 +10,7 @@
 
 #include "fan_in_loss.h"
 #include "fan_in_matmul.h"
+#include "fan_in_step.h"
 #include "fan_in_top_k.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -26,6 +27,8 @@ inline void export_handlers(pybind11::module_& m, const Handlers& more = {}) {
       {"xla_ops.fan_in_matmul.gradients", fan_in_matmul_gradients},
       {"xla_ops.fan_in_loss.value", fan_in_loss_value},
       {"xla_ops.fan_in_loss.gradients", fan_in_loss_gradients},
+      {"xla_ops.fan_in_step.adam", fan_in_step_adam},
+      {"xla_ops.fan_in_step.sgd", fan_in_step_sgd},
       {"xla_ops.fan_in_top_k", fan_in_top_k},
   };
   handlers.insert(more.begin(), more.end());

@@ -2,9 +2,10 @@
 //
 //   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F processors blocks_per_processor shared_bytes [...]
 //
-// where the rest is (loss, P) for fan_in_loss and (k, labels at once) for fan_in_top_k.
+// where the rest is (loss, P) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k.
 // Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
-// sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f).
+// sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
+// many bytes of workspace the launcher took.
 
 #include <cstdio>
 #include <cstdlib>
@@ -21,15 +22,17 @@ namespace {
 using xla_ops::Shape;
 using xla_ops::bfloat16;
 using xla_ops::cuda::Indices;
+using xla_ops::cuda::Workspace;
 
-struct HostScratch : xla_ops::cuda::Scratch {
-  void* allocate(size_t bytes) override {
-    buffers.emplace_back(new (std::align_val_t(256)) char[bytes]);
+struct HostWorkspace : Workspace {
+  explicit HostWorkspace(int64_t bytes) : Workspace(nullptr, bytes) {}
+  void* place(int64_t, int64_t bytes) override {
+    buffers.emplace_back(new (std::align_val_t(kAlignment)) char[bytes]);
     std::memset(buffers.back().get(), 0xff, bytes);
     return buffers.back().get();
   }
   struct Delete {
-    void operator()(char* p) const { operator delete[](p, std::align_val_t(256)); }
+    void operator()(char* p) const { operator delete[](p, std::align_val_t(kAlignment)); }
   };
   std::vector<std::unique_ptr<char[], Delete>> buffers;
 };
@@ -52,14 +55,28 @@ class Operand {
     const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
     data_.reset(new T[bytes.size() / sizeof(T)]);
     std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(data_.get()));
+    bytes_ = bytes.size();
     empty_ = bytes.empty();
   }
   const T* get() const { return data_.get(); }
   const T* or_null() const { return empty_ ? nullptr : data_.get(); }
 
- private:
+ protected:
   std::unique_ptr<T[]> data_;
+  int64_t bytes_;
   bool empty_;
+};
+
+// An operand that is updated in place. Its values at the end go to another file.
+template <typename T>
+class Updated : public Operand<T> {
+ public:
+  Updated(const Call& call, const char* name) : Operand<T>(call, name), path_(call.path(name) + ".new") {}
+  ~Updated() { std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(this->data_.get()), this->bytes_); }
+  T* get() const { return this->empty_ ? nullptr : this->data_.get(); }
+
+ private:
+  std::string path_;
 };
 
 // A result, written to its file at the end.
@@ -82,21 +99,20 @@ class Result {
 };
 
 template <typename T>
-cudaError_t run(const Call& call) {
+cudaError_t run(const Call& call, Workspace& workspace) {
   const Shape& s = call.shape;
-  HostScratch scratch;
   const Operand<T> x(call, "x"), kernel(call, "kernel"), bias(call, "bias");
   const Operand<char> index_bytes(call, "indices");
   const Indices indices{index_bytes.get(), call.is_uint16};
   if (call.op == "fan_in_matmul.forward") {
     const Result<T> y(call, "y", s.batch * s.labels);
-    return fan_in_matmul_forward(nullptr, scratch, s, x.get(), kernel.get(), indices, bias.or_null(), y.get());
+    return fan_in_matmul_forward(nullptr, workspace, s, x.get(), kernel.get(), indices, bias.or_null(), y.get());
   }
   if (call.op == "fan_in_matmul.gradients") {
     const Operand<T> dy(call, "dy");
     const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
-    return fan_in_matmul_gradients(nullptr, scratch, s, x.get(), dy.get(), kernel.get(), indices, d_x.get(),
+    return fan_in_matmul_gradients(nullptr, workspace, s, x.get(), kernel.get(), indices, dy.get(), d_x.get(),
                                    d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
@@ -105,20 +121,41 @@ cudaError_t run(const Call& call) {
     const int64_t width = call.more.at(1);
     const Result<float> value(call, "value", 1);
     if (call.op == "fan_in_loss.value") {
-      return fan_in_loss_value(nullptr, scratch, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
+      return fan_in_loss_value(nullptr, workspace, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
                                positives.get(), width, value.get());
     }
     const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
-    return fan_in_loss_gradients(nullptr, scratch, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
+    return fan_in_loss_gradients(nullptr, workspace, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
                                  positives.get(), width, value.get(), d_x.get(), d_kernel.get(),
                                  bias.or_null() ? d_bias.get() : nullptr);
+  }
+  if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
+    const Operand<int32_t> positives(call, "positives");
+    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
+    const int64_t width = call.more.at(1);
+    const Result<float> value(call, "value", 1);
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features);
+    const Operand<float> rates(call, "rates");
+    const Updated<T> w(call, "kernel"), b(call, "bias");
+    if (call.op == "fan_in_step.sgd") {
+      const Operand<uint32_t> key(call, "key");
+      return fan_in_sgd_step(nullptr, workspace, s, loss, x.get(), w.get(), indices, b.get(), positives.get(), width,
+                             rates.get(), key.get(), value.get(), d_x.get());
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"), mu_bias(call, "mu_bias"),
+          nu_bias(call, "nu_bias");
+      return fan_in_adam_step(nullptr, workspace, s, loss, x.get(), {w.get(), mu_kernel.get(), nu_kernel.get()},
+                              indices, {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
+                              {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.get());
+    }
   }
   if (call.op == "fan_in_top_k") {
     const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
     const Result<float> scores(call, "scores", s.batch * k);
     const Result<int32_t> labels(call, "labels", s.batch * k);
-    return fan_in_top_k(nullptr, scratch, s, k, labels_at_once, x.get(), kernel.get(), indices, bias.or_null(),
+    return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, x.get(), kernel.get(), indices, bias.or_null(),
                         scores.get(), labels.get());
   }
   std::fprintf(stderr, "no such op: %s\n", call.op.c_str());
@@ -134,5 +171,13 @@ int main(int, char** argv) {
   call.shape = {numbers[0], numbers[1], numbers[2], numbers[3]};
   cuda_on_host::device = {static_cast<int>(numbers[4]), static_cast<int>(numbers[5]), static_cast<int>(numbers[6])};
   call.more.assign(numbers.begin() + 7, numbers.end());
-  return std::string(argv[3]) == "float32" ? run<float>(call) : run<bfloat16>(call);
+  const auto run_with = [&](Workspace& workspace) {
+    return std::string(argv[3]) == "float32" ? run<float>(call, workspace) : run<bfloat16>(call, workspace);
+  };
+  Workspace none;
+  run_with(none);
+  HostWorkspace workspace(none.taken());
+  const cudaError_t status = run_with(workspace);
+  std::printf("%lld\n", static_cast<long long>(workspace.taken()));
+  return status;
 }

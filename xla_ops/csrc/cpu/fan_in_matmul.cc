@@ -69,11 +69,11 @@ ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer k
   });
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer kernel,
-                          ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
+ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                          ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x,
                           ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, *d_bias, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;

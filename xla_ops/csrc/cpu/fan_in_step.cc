@@ -1,12 +1,11 @@
 // A whole training step of a fixed fan-in output layer in one sweep over the labels: loss, gradient of the input, and
 // the update of kernel, bias and moments where they are. The kernel's gradient exists for one run of labels at a time.
 
-#include "fan_in_step.h"
+#include "../fan_in_step.h"
 
 #include <algorithm>
 
 #include "backward.h"
-#include "../handler.h"
 #include "kernels.h"
 #include "loss_rows.h"
 #include "packed.h"
@@ -63,20 +62,8 @@ class Update {
   Buffer<float> sums_;
 };
 
-struct Arguments {
-  ffi::AnyBuffer &x, &kernel, &indices, &bias, &positives;
-  int64_t loss;
-  ffi::AnyBuffer &mean, &d_x;
-};
-
-ffi::Error check_step(const Arguments& a, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_layer(a.x, a.kernel, a.indices, a.bias, s));
-  XLA_OPS_RETURN_IF_ERROR(check_loss(*s, a.positives, a.loss, a.mean));
-  return check("d_x", a.d_x, a.x.element_type(), {s->batch, s->in_features});
-}
-
 template <typename T, typename I, typename Weights>
-void step(ffi::ThreadPool& pool, const Shape& s, const Arguments& a, const Weights& kernel, const Weights& bias) {
+void step(ffi::ThreadPool& pool, const Shape& s, const StepBuffers& a, const Weights& kernel, const Weights& bias) {
   const Layer<T, I> layer{s, data<T>(a.kernel), data<I>(a.indices), optional_data<T>(a.bias)};
   const Tiles tiles(s.batch, s.in_features);
   const Buffer<T> packed = pack(pool, tiles, data<T>(a.x));
@@ -96,22 +83,12 @@ ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kern
                      ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
                      ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
                      ffi::Result<ffi::AnyBuffer> new_nu_bias) {
-  const Arguments arguments{x, kernel, indices, bias, positives, loss, *mean, *d_x};
+  const StepBuffers buffers{x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
   Shape s;
-  XLA_OPS_RETURN_IF_ERROR(check_step(arguments, &s));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, ffi::F32, {s.labels, s.fan_in}));
-  const int64_t biases = bias.dimensions()[0];
-  XLA_OPS_RETURN_IF_ERROR(check("mu_kernel", mu_kernel, ffi::F32, {s.labels, s.fan_in}));
-  XLA_OPS_RETURN_IF_ERROR(check("nu_kernel", nu_kernel, ffi::F32, {s.labels, s.fan_in}));
-  XLA_OPS_RETURN_IF_ERROR(check("mu_bias", mu_bias, ffi::F32, {biases}));
-  XLA_OPS_RETURN_IF_ERROR(check("nu_bias", nu_bias, ffi::F32, {biases}));
-  XLA_OPS_RETURN_IF_ERROR(check("rates", rates, ffi::F32, {3}));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", kernel, *new_kernel));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("bias", bias, *new_bias));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("mu_kernel", mu_kernel, *new_mu_kernel));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("nu_kernel", nu_kernel, *new_nu_kernel));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("mu_bias", mu_bias, *new_mu_bias));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("nu_bias", nu_bias, *new_nu_bias));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(buffers,
+                                                 {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel,
+                                                  *new_nu_kernel, *new_mu_bias, *new_nu_bias},
+                                                 &s));
   const float* r = data<float>(rates);
   const AdamStep adam{r[0], b1, b2, epsilon, r[1], r[2]};
   return dispatch(x, indices, [&](auto* t, auto* i) {
@@ -120,7 +97,7 @@ ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kern
     if constexpr (std::is_same_v<decltype(t), float*>) {
       const AdamWeights kernel_weights{data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel), adam};
       const AdamWeights bias_weights{optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias), adam};
-      step<float, I>(pool, s, arguments, kernel_weights, bias_weights);
+      step<float, I>(pool, s, buffers, kernel_weights, bias_weights);
     }
   });
 }
@@ -129,13 +106,9 @@ ffi::Error sgd_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kerne
                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
                     int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias) {
-  const Arguments arguments{x, kernel, indices, bias, positives, loss, *mean, *d_x};
+  const StepBuffers buffers{x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
   Shape s;
-  XLA_OPS_RETURN_IF_ERROR(check_step(arguments, &s));
-  XLA_OPS_RETURN_IF_ERROR(check("learning_rate", learning_rate, ffi::F32, {}));
-  XLA_OPS_RETURN_IF_ERROR(check("key", key, ffi::U32, {3}));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", kernel, *new_kernel));
-  XLA_OPS_RETURN_IF_ERROR(check_aliased("bias", bias, *new_bias));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(buffers, learning_rate, key, &s));
   const uint32_t* k = data<uint32_t>(key);
   const RoundingKey rounding{{k[0], k[1]}, k[2]};
   const float rate = *data<float>(learning_rate);
@@ -144,52 +117,16 @@ ffi::Error sgd_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kerne
     using I = std::remove_pointer_t<decltype(i)>;
     const SgdWeights<T> kernel_weights{data<T>(kernel), rate, rounding, 0};
     const SgdWeights<T> bias_weights{optional_data<T>(bias), rate, rounding, s.labels * s.fan_in};
-    step<T, I>(pool, s, arguments, kernel_weights, bias_weights);
+    step<T, I>(pool, s, buffers, kernel_weights, bias_weights);
   });
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_step_adam, adam_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()  // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()  // indices [L, F]
-                                  .Arg<ffi::AnyBuffer>()  // bias [L], or [0] for none
-                                  .Arg<ffi::AnyBuffer>()  // positives [B, P]
-                                  .Arg<ffi::AnyBuffer>()  // first moment of the kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()  // second moment of the kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()  // first moment of the bias, of its shape
-                                  .Arg<ffi::AnyBuffer>()  // second moment of the bias, of its shape
-                                  .Arg<ffi::AnyBuffer>()  // learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
-                                  .Attr<int64_t>("loss")
-                                  .Attr<float>("b1")
-                                  .Attr<float>("b2")
-                                  .Attr<float>("epsilon")
-                                  .Ret<ffi::AnyBuffer>()    // loss []
-                                  .Ret<ffi::AnyBuffer>()    // d_x [B, D]
-                                  .Ret<ffi::AnyBuffer>()    // kernel, and so on: the arguments, updated in place
-                                  .Ret<ffi::AnyBuffer>()    // bias
-                                  .Ret<ffi::AnyBuffer>()    // first moment of the kernel
-                                  .Ret<ffi::AnyBuffer>()    // second moment of the kernel
-                                  .Ret<ffi::AnyBuffer>()    // first moment of the bias
-                                  .Ret<ffi::AnyBuffer>());  // second moment of the bias
+                              bind_fan_in_step_adam(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_step_sgd, sgd_impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // x [B, D]
-                                  .Arg<ffi::AnyBuffer>()  // kernel [L, F]
-                                  .Arg<ffi::AnyBuffer>()  // indices [L, F]
-                                  .Arg<ffi::AnyBuffer>()  // bias [L], or [0] for none
-                                  .Arg<ffi::AnyBuffer>()  // positives [B, P]
-                                  .Arg<ffi::AnyBuffer>()  // learning rate [] float32
-                                  .Arg<ffi::AnyBuffer>()  // seed (two words) and step [3] uint32
-                                  .Attr<int64_t>("loss")
-                                  .Ret<ffi::AnyBuffer>()    // loss []
-                                  .Ret<ffi::AnyBuffer>()    // d_x [B, D]
-                                  .Ret<ffi::AnyBuffer>()    // kernel, updated in place
-                                  .Ret<ffi::AnyBuffer>());  // bias, updated in place
+                              bind_fan_in_step_sgd(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "dense_step.h"
-#include "fan_in_step.h"
 #include "kernels.h"
 #include "kth_smallest.h"
 #include "packed.h"
@@ -14,8 +13,6 @@
 PYBIND11_MODULE(_cpu, m) {
   xla_ops::export_handlers(m, {{"xla_ops.dense_step.adam", xla_ops::dense_step_adam},
                                {"xla_ops.dense_step.sgd", xla_ops::dense_step_sgd},
-                               {"xla_ops.fan_in_step.adam", xla_ops::fan_in_step_adam},
-                               {"xla_ops.fan_in_step.sgd", xla_ops::fan_in_step_sgd},
                                {"xla_ops.kth_smallest", xla_ops::kth_smallest}});
   m.def("peak_scratch_bytes", [] { return xla_ops::scratch().peak.load(); });
   m.def("isa", [] { return xla_ops::isa().name; });

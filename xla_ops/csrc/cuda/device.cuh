@@ -96,6 +96,14 @@ struct Layer {
   __device__ const T* tile(int64_t t) const { return packed + t * (shape.in_features + 1) * kTile; }
 };
 
+// How many blocks of threads may share the labels where each has temporaries of its own: the size of those must not
+// depend on the device. No device so far runs as many at once.
+constexpr int64_t kMostSharers = 1024;
+template <typename T>
+int64_t most_sharers(const Layer<T>& layer) {
+  return layer.blocks() < kMostSharers ? layer.blocks() : kMostSharers;
+}
+
 // Labels [first, first + size).
 struct LabelBlock {
   template <typename T>
@@ -307,23 +315,27 @@ __device__ bool add_gradients(const Layer<T>& layer, const T* features, const La
   return true;
 }
 
-// out[i] = sums[i], or 0 if there are no sums, for the labels of a block. To be called by all threads of a block.
-template <typename T>
-__device__ void write_kernel_gradients(const Layer<T>& layer, const LabelBlock& labels, bool any, const float* sums,
-                                       T* out) {
+// Calls take(number of the weight, its gradient) for the kernel's weights of a block of labels: the gradients are
+// `sums`, or 0 if there are none. To be called by all threads of a block.
+template <typename T, typename Fn>
+__device__ void for_each_kernel_gradient(const Layer<T>& layer, const LabelBlock& labels, bool any, const float* sums,
+                                         Fn&& take) {
   __syncthreads();  // sums were written by other threads
-  out += labels.first * layer.shape.fan_in;
+  const int64_t first = labels.first * layer.shape.fan_in;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += blockDim.x) set(out + i, any ? sums[i] : 0);
+  for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += blockDim.x) {
+    take(first + i, any ? sums[i] : 0);
+  }
   __syncthreads();  // before they are written again
 }
 
-// out[label] = the sum of `sum` over the lanes of the label's group. To be called by all threads of a block.
-template <typename T>
-__device__ void write_bias_gradients(const LabelBlock& labels, float sum, T* out) {
+// Calls take(label, gradient of its bias), which is the sum of `sum` over the lanes of the label's group. To be
+// called by all threads of a block.
+template <typename T, typename Fn>
+__device__ void for_each_bias_gradient(const LabelBlock& labels, float sum, Fn&& take) {
 #pragma unroll
   for (int other = 1; other < Group<T>::kLanes; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
-  if (my_lane<T>() == 0 && my_label<T>() < labels.size) set(out + labels.first + my_label<T>(), sum);
+  if (my_lane<T>() == 0 && my_label<T>() < labels.size) take(labels.first + my_label<T>(), sum);
 }
 
 }  // namespace xla_ops::cuda

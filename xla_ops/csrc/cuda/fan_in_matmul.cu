@@ -99,8 +99,8 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
       any |= add_gradients(layer, layer.tile(tile), labels, mine, any, shared.staged, sums,
                            d_packed + tile * layer.shape.in_features * kTile);
     }
-    write_kernel_gradients(layer, labels, any, sums, d_kernel);
-    if (d_bias) write_bias_gradients(labels, bias_sum, d_bias);
+    for_each_kernel_gradient(layer, labels, any, sums, [&](int64_t i, float d) { set(d_kernel + i, d); });
+    if (d_bias) for_each_bias_gradient<T>(labels, bias_sum, [&](int64_t i, float d) { set(d_bias + i, d); });
   });
 }
 
@@ -123,33 +123,34 @@ cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, Out* y, int
 }
 
 template <typename T>
-cudaError_t fan_in_matmul_forward(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* kernel,
-                                  Indices indices, const T* bias, T* y) {
-  const T* packed;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, scratch, s, x, &packed));
+cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+                                  const T* kernel, Indices indices, const T* bias, T* y) {
+  T* const packed = workspace.take<T>(packed_count(s));
+  if (!workspace.enough()) return cudaErrorMemoryAllocation;
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
   return write_logits(stream, Layer<T>{s, packed, kernel, indices, bias}, y, s.labels);
 }
 
 template <typename T>
-cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* dy,
-                                    const T* kernel, Indices indices, T* d_x, T* d_kernel, T* d_bias) {
-  const T* packed;
-  float *sums, *d_packed;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, scratch, s, x, &packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero_sums(stream, scratch, s, &d_packed));
+cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+                                    const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias) {
+  T* const packed = workspace.take<T>(packed_count(s));
   const Layer<T> layer{s, packed, kernel, indices, nullptr};
-  Launch<decltype(&gradients_kernel<T>)> gradients;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(plan(&gradients_kernel<T>, layer.blocks(), Group<T>::kThreads, 0, &gradients));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, gradients.blocks * kLabels * s.fan_in, &sums));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(gradients(stream, layer, dy, sums, d_packed, d_kernel, d_bias));
+  float* const d_packed = workspace.take<float>(sums_count(s));
+  float* const sums = workspace.take<float>(most_sharers(layer) * kLabels * s.fan_in);
+  if (!workspace.enough()) return cudaErrorMemoryAllocation;
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, d_packed, sums_count(s)));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(launch(gradients_kernel<T>, most_sharers(layer), Group<T>::kThreads, 0, stream, layer, dy,
+                                      sums, d_packed, d_kernel, d_bias));
   return unpack_sums(stream, s, d_packed, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                     \
-  template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Scratch&, const Shape&, const T*, const T*, Indices, \
-                                                const T*, T*);                                                     \
-  template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Scratch&, const Shape&, const T*, const T*,        \
-                                                  const T*, Indices, T*, T*, T*);                                    \
+#define XLA_OPS_INSTANTIATE(T)                                                                                       \
+  template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Workspace&, const Shape&, const T*, const T*, Indices, \
+                                                const T*, T*);                                                       \
+  template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Workspace&, const Shape&, const T*, const T*,        \
+                                                  Indices, const T*, T*, T*, T*);                                    \
   template cudaError_t write_logits<T, float>(cudaStream_t, const Layer<T>&, float*, int64_t);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)

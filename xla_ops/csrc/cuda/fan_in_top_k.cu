@@ -146,22 +146,21 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <typename T>
-cudaError_t fan_in_top_k(cudaStream_t stream, Scratch& scratch, const Shape& s, int64_t k, int64_t labels_at_once,
+cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
                          const T* x, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels) {
   if (k == 0) return cudaSuccess;
-  const T* packed;
-  float* logits;
   int64_t size = 1;
   while (size < k) size *= 2;
   const int64_t stride = std::min(s.labels, labels_at_once);
-  Lists lists{std::max(k + stride, size), nullptr, nullptr, nullptr};
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, scratch, s, x, &packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, s.batch * stride, &logits));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, s.batch * lists.capacity, &lists.candidates));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, s.batch, &lists.counts));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, s.batch, &lists.bounds));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(lists.counts, 0, s.batch * sizeof(*lists.counts), stream));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(lists.bounds, 0, s.batch * sizeof(*lists.bounds), stream));
+  const int64_t capacity = std::max(k + stride, size);
+  T* const packed = workspace.take<T>(packed_count(s));
+  float* const logits = workspace.take<float>(s.batch * stride);
+  const Lists lists{capacity, workspace.take<uint64_t>(s.batch * capacity), workspace.take<uint32_t>(s.batch),
+                    workspace.take<uint64_t>(s.batch)};
+  if (!workspace.enough()) return cudaErrorMemoryAllocation;
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.counts, s.batch));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.bounds, s.batch));
   for (int64_t first = 0; first < s.labels; first += stride) {
     const int64_t count = std::min(stride, s.labels - first);
     const Indices of_these{static_cast<const char*>(indices.data) + first * s.fan_in * (indices.is_uint16 ? 2 : 4),
@@ -175,9 +174,9 @@ cudaError_t fan_in_top_k(cudaStream_t stream, Scratch& scratch, const Shape& s, 
   return launch(sort_kernel, s.batch, kThreads, 0, stream, s.batch, k, size, lists, scores, labels);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                 \
-  template cudaError_t fan_in_top_k<T>(cudaStream_t, Scratch&, const Shape&, int64_t, int64_t, const T*, const T*, \
-                                       Indices, const T*, float*, int32_t*);
+#define XLA_OPS_INSTANTIATE(T)                                                                               \
+  template cudaError_t fan_in_top_k<T>(cudaStream_t, Workspace&, const Shape&, int64_t, int64_t, const T*, \
+                                       const T*, Indices, const T*, float*, int32_t*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

@@ -1,18 +1,20 @@
 // The FFI handlers: they check what XLA passes, and call the launchers of kernels.h.
 //
-// Temporaries come from XLA's allocator while a handler runs, so the handlers are not kCmdBufferCompatible (a
-// captured graph would replay them on memory that has been given to others since). To have them as extra results
-// would take the same results on every platform. A launch is short next to these kernels.
+// Their last result is the launcher's workspace. So memory is XLA's to plan, and the handlers are compatible with
+// command buffers: XLA may capture the call into a graph and replay it, on the same memory.
+
+#include "handlers.h"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "../fan_in_loss.h"
 #include "../fan_in_matmul.h"
+#include "../fan_in_step.h"
 #include "../fan_in_top_k.h"
 #include "../handler.h"
 #include "kernels.h"
@@ -20,116 +22,187 @@
 namespace xla_ops {
 namespace {
 
-class XlaScratch : public cuda::Scratch {
- public:
-  explicit XlaScratch(ffi::ScratchAllocator allocator) : allocator_(std::move(allocator)) {}
-  void* allocate(size_t bytes) override { return allocator_.Allocate(bytes, 256).value_or(nullptr); }
+using WorkspaceResult = ffi::Result<ffi::AnyBuffer>;
 
- private:
-  ffi::ScratchAllocator allocator_;
-};
-
-// Calls fn(T*) with a null pointer of the type that `values` holds, and turns the CUDA error that it returns into
-// one of XLA's.
+// Calls fn(T*, workspace) with a null pointer of the type that `values` holds, and turns the CUDA error that it
+// returns into one of XLA's.
 template <typename Fn>
-ffi::Error launch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
+ffi::Error launch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, ffi::AnyBuffer& buffer, Fn&& fn) {
   cudaError_t status = cudaSuccess;
-  XLA_OPS_RETURN_IF_ERROR(dispatch(values, indices, [&](auto* t, auto*) { status = fn(t); }));
+  cuda::Workspace workspace(buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
+  XLA_OPS_RETURN_IF_ERROR(dispatch(values, indices, [&](auto* t, auto*) { status = fn(t, workspace); }));
+  if (!workspace.enough()) {
+    return ffi::Error::InvalidArgument("the workspace must have " + std::to_string(workspace.taken()) +
+                                       " bytes, got " + std::to_string(buffer.size_bytes()));
+  }
   if (status == cudaSuccess) return ffi::Error::Success();
-  const auto code =
-      status == cudaErrorMemoryAllocation ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInternal;
-  return ffi::Error(code, std::string("CUDA: ") + cudaGetErrorString(status));
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
 cuda::Indices indices_of(const ffi::AnyBuffer& buffer) {
   return {buffer.untyped_data(), buffer.element_type() == ffi::U16};
 }
 
-ffi::Error forward_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
-                        ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error forward_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                        ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y, WorkspaceResult buffer) {
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(x, kernel, indices, bias, *y, &s));
-  XlaScratch scratch(std::move(allocator));
-  return launch(x, indices, [&](auto* t) {
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_matmul_forward(stream, scratch, s, data<const T>(x), data<const T>(kernel),
+    return cuda::fan_in_matmul_forward(stream, workspace, s, data<const T>(x), data<const T>(kernel),
                                        indices_of(indices), optional_data<const T>(bias), data<T>(*y));
   });
 }
 
-ffi::Error gradients_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer dy,
-                          ffi::AnyBuffer kernel, ffi::AnyBuffer indices, ffi::Result<ffi::AnyBuffer> d_x,
-                          ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
+ffi::Error gradients_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                          ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
+                          ffi::Result<ffi::AnyBuffer> d_bias, WorkspaceResult buffer) {
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, dy, kernel, indices, *d_x, *d_kernel, *d_bias, &s));
-  XlaScratch scratch(std::move(allocator));
-  return launch(x, indices, [&](auto* t) {
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_matmul_gradients(stream, scratch, s, data<const T>(x), data<const T>(dy),
-                                         data<const T>(kernel), indices_of(indices), data<T>(*d_x),
-                                         data<T>(*d_kernel), optional_data<T>(*d_bias));
+    return cuda::fan_in_matmul_gradients(stream, workspace, s, data<const T>(x), data<const T>(kernel),
+                                         indices_of(indices), data<const T>(dy), data<T>(*d_x), data<T>(*d_kernel),
+                                         optional_data<T>(*d_bias));
   });
 }
 
-ffi::Error value_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
-                      ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
-                      ffi::Result<ffi::AnyBuffer> value) {
+ffi::Error value_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, ffi::Result<ffi::AnyBuffer> value,
+                      WorkspaceResult buffer) {
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
-  XlaScratch scratch(std::move(allocator));
-  return launch(x, indices, [&](auto* t) {
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_loss_value(stream, scratch, s, static_cast<Loss>(loss), data<const T>(x),
+    return cuda::fan_in_loss_value(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x),
                                    data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                    data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value));
   });
 }
 
-ffi::Error loss_gradients_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x,
-                               ffi::AnyBuffer kernel, ffi::AnyBuffer indices, ffi::AnyBuffer bias,
-                               ffi::AnyBuffer positives, int64_t loss, ffi::Result<ffi::AnyBuffer> value,
-                               ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
-                               ffi::Result<ffi::AnyBuffer> d_bias) {
+ffi::Error loss_gradients_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                               ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
+                               ffi::Result<ffi::AnyBuffer> value, ffi::Result<ffi::AnyBuffer> d_x,
+                               ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias,
+                               WorkspaceResult buffer) {
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, *d_x, *d_kernel, *d_bias));
-  XlaScratch scratch(std::move(allocator));
-  return launch(x, indices, [&](auto* t) {
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_loss_gradients(stream, scratch, s, static_cast<Loss>(loss), data<const T>(x),
+    return cuda::fan_in_loss_gradients(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x),
                                        data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                        data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value),
                                        data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
+ffi::Error sgd_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                    ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
+                    int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
+                    ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
+                    WorkspaceResult buffer) {
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(
+      {x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x), data<T>(kernel),
+                                 indices_of(indices), optional_data<T>(bias), data<const int32_t>(positives),
+                                 positives.dimensions()[1], data<const float>(learning_rate),
+                                 data<const uint32_t>(key), data<float>(*mean), data<T>(*d_x));
+  });
+}
+
+ffi::Error adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel,
+                     ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates,
+                     int64_t loss, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
+                     ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel,
+                     ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
+                     ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
+                     ffi::Result<ffi::AnyBuffer> new_nu_bias, WorkspaceResult buffer) {
+  Shape s{};
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(
+      {x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias},
+      {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel, *new_nu_kernel, *new_mu_bias, *new_nu_bias},
+      &s));
+  return launch(x, indices, *buffer, [&](auto*, cuda::Workspace& workspace) {  // the values are float32
+    return cuda::fan_in_adam_step(
+        stream, workspace, s, static_cast<Loss>(loss), data<const float>(x),
+        {data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel)}, indices_of(indices),
+        {optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias)}, data<const int32_t>(positives),
+        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean), data<float>(*d_x));
+  });
+}
+
 // Logits that exist at once: 16 MiB of them, but of so many labels at least, for the sake of very large batches.
 constexpr int64_t kLogitsAtOnce = 1 << 22, kLabelsAtOnce = 1024;
 
-ffi::Error top_k_impl(cudaStream_t stream, ffi::ScratchAllocator allocator, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
-                      ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores,
-                      ffi::Result<ffi::AnyBuffer> labels) {
+int64_t labels_at_once(const Shape& s) {
+  return std::max(kLabelsAtOnce, kLogitsAtOnce / std::max<int64_t>(1, s.batch));
+}
+
+ffi::Error top_k_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels,
+                      WorkspaceResult buffer) {
   Shape s{};
   int64_t k = 0;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
-  XlaScratch scratch(std::move(allocator));
-  const int64_t labels_at_once = std::max(kLabelsAtOnce, kLogitsAtOnce / std::max<int64_t>(1, s.batch));
-  return launch(x, indices, [&](auto* t) {
+  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_top_k(stream, scratch, s, k, labels_at_once, data<const T>(x), data<const T>(kernel),
+    return cuda::fan_in_top_k(stream, workspace, s, k, labels_at_once(s), data<const T>(x), data<const T>(kernel),
                               indices_of(indices), optional_data<const T>(bias), data<float>(*scores),
                               data<int32_t>(*labels));
   });
 }
 
-auto context() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::ScratchAllocator>(); }
+// What a launcher takes if it has no workspace.
+template <typename T>
+int64_t taken_by(const std::string& handler, const Shape& s, int64_t k) {
+  const T* in = nullptr;
+  T* out = nullptr;
+  float* scores = nullptr;
+  int32_t* labels = nullptr;
+  const cuda::Indices indices{nullptr, false};
+  cuda::Workspace none;
+  if (handler == "xla_ops.fan_in_matmul.forward") {
+    cuda::fan_in_matmul_forward(nullptr, none, s, in, in, indices, in, out);
+  } else if (handler == "xla_ops.fan_in_matmul.gradients") {
+    cuda::fan_in_matmul_gradients(nullptr, none, s, in, in, indices, in, out, out, out);
+  } else if (handler == "xla_ops.fan_in_loss.value") {
+    cuda::fan_in_loss_value(nullptr, none, s, Loss{}, in, in, indices, in, labels, 0, scores);
+  } else if (handler == "xla_ops.fan_in_loss.gradients") {
+    cuda::fan_in_loss_gradients(nullptr, none, s, Loss{}, in, in, indices, in, labels, 0, scores, out, out, out);
+  } else if (handler == "xla_ops.fan_in_step.sgd") {
+    cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, in, out, indices, out, labels, 0, scores, nullptr, scores, out);
+  } else if (handler == "xla_ops.fan_in_step.adam") {
+    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, scores, {}, indices, {}, labels, 0, {}, scores, scores);
+  } else if (handler == "xla_ops.fan_in_top_k") {
+    cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), in, in, indices, in, scores, labels);
+  } else {
+    throw std::invalid_argument("no such handler: " + handler);
+  }
+  return none.taken();
+}
+
+auto stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl, bind_fan_in_matmul_forward(context()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_gradients, gradients_impl, bind_fan_in_matmul_gradients(context()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_value, value_impl, bind_fan_in_loss_value(context()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_gradients, loss_gradients_impl, bind_fan_in_loss_gradients(context()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_top_k, top_k_impl, bind_fan_in_top_k(context()));
+int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k) {
+  return is_bfloat16 ? taken_by<bfloat16>(handler, s, k) : taken_by<float>(handler, s, k);
+}
+
+#define XLA_OPS_DEFINE_HANDLER(handler, impl)                                                       \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(handler, impl, bind_##handler(stream()).Ret<ffi::AnyBuffer>(),      \
+                                {ffi::Traits::kCmdBufferCompatible})
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_forward, forward_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_gradients, gradients_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_loss_value, value_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_loss_gradients, loss_gradients_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, adam_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, sgd_impl);
+XLA_OPS_DEFINE_HANDLER(fan_in_top_k, top_k_impl);
 
 }  // namespace xla_ops

@@ -1,5 +1,6 @@
 // The CUDA kernels as plain host functions, which check nothing: the handlers (handlers.cc) did, and the tests call
-// these without XLA. All of them queue work on `stream` and return at once, with cudaSuccess or what went wrong.
+// these without XLA. All of them queue work on `stream` and return at once, with cudaSuccess or what went wrong. They
+// queue nothing but kernels and fills of memory, so that a stream which is captured into a graph can take them.
 //
 // T is float or bfloat16. Pointers are to device memory; `bias` may be null.
 
@@ -21,37 +22,78 @@ struct Indices {
   bool is_uint16;
 };
 
-// Temporaries in device memory, aligned for any access, that live until the queued work is done.
-class Scratch {
+// Weights and their moments; for a bias that there is not, null.
+struct AdamWeights {
+  float *w, *mu, *nu;
+};
+struct AdamRates {
+  const float* rates;  // learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
+  float b1, b2, epsilon;
+};
+
+// The temporaries of a launcher: parts of one buffer of device memory, aligned for any access.
+//
+// A launcher takes all of its parts before it queues anything, and if the buffer is too small for them it queues
+// nothing and returns cudaErrorMemoryAllocation. With no buffer, therefore, it only finds out how large one it needs.
+class Workspace {
  public:
-  virtual ~Scratch() = default;
-  // Returns null if there is no memory left.
-  virtual void* allocate(size_t bytes) = 0;
+  Workspace() = default;
+  Workspace(void* data, int64_t bytes) : data_(static_cast<char*>(data)), bytes_(bytes) {}
+  virtual ~Workspace() = default;
+
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t offset = taken_, part = (count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T));
+    taken_ += (part + kAlignment - 1) / kAlignment * kAlignment;
+    return enough() ? static_cast<T*>(place(offset, part)) : nullptr;
+  }
+  int64_t taken() const { return taken_; }
+  bool enough() const { return taken_ <= bytes_; }
+
+ protected:
+  static constexpr int64_t kAlignment = 256;
+  // The tests override this, to have each part where a sanitizer sees what is out of its bounds.
+  virtual void* place(int64_t offset, int64_t) { return data_ + offset; }
+
+ private:
+  char* data_ = nullptr;
+  int64_t bytes_ = 0, taken_ = 0;
 };
 
 // y [B, L] = bias + x kernel.
 template <typename T>
-cudaError_t fan_in_matmul_forward(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* kernel,
-                                  Indices indices, const T* bias, T* y);
+cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+                                  const T* kernel, Indices indices, const T* bias, T* y);
 
 // d_x [B, D], d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
 template <typename T>
-cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T* dy,
-                                    const T* kernel, Indices indices, T* d_x, T* d_kernel, T* d_bias);
+cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+                                    const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias);
 
 // value = the mean loss against positives [B, width]; the gradients of all but the positives.
 template <typename T>
-cudaError_t fan_in_loss_value(cudaStream_t stream, Scratch& scratch, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
                               const T* kernel, Indices indices, const T* bias, const int32_t* positives, int64_t width,
                               float* value);
 template <typename T>
-cudaError_t fan_in_loss_gradients(cudaStream_t stream, Scratch& scratch, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
                                   const T* kernel, Indices indices, const T* bias, const int32_t* positives,
                                   int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias);
 
+// The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without momentum,
+// with a float and, for the rounding of bfloat16, the three words of csrc/cpu/kernels.h's RoundingKey, or by Adam.
+template <typename T>
+cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
+                            T* kernel, Indices indices, T* bias, const int32_t* positives, int64_t width,
+                            const float* learning_rate, const uint32_t* key, float* value, T* d_x);
+cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const float* x,
+                             const AdamWeights& kernel, Indices indices, const AdamWeights& bias,
+                             const int32_t* positives, int64_t width, const AdamRates& rates, float* value,
+                             float* d_x);
+
 // scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
 template <typename T>
-cudaError_t fan_in_top_k(cudaStream_t stream, Scratch& scratch, const Shape& s, int64_t k, int64_t labels_at_once,
+cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
                          const T* x, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels);
 
 }  // namespace xla_ops::cuda

@@ -62,20 +62,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+int64_t packed_count(const Shape& s) { return ceil_div(s.batch, kTile) * (s.in_features + 1) * kTile; }
+
 template <typename T>
-cudaError_t pack(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T** packed) {
-  const int64_t tiles = ceil_div(s.batch, kTile), rows = s.in_features + 1;
-  T* out;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, tiles * rows * kTile, &out));
-  *packed = out;
-  return launch(pack_kernel<T>, tiles * ceil_div(rows, kTile), kThreads, 0, stream, s, x, out);
+cudaError_t pack(cudaStream_t stream, const Shape& s, const T* x, T* packed) {
+  const int64_t items = ceil_div(s.batch, kTile) * ceil_div(s.in_features + 1, kTile);
+  return launch(pack_kernel<T>, items, kThreads, 0, stream, s, x, packed);
 }
 
-cudaError_t zero_sums(cudaStream_t stream, Scratch& scratch, const Shape& s, float** sums) {
-  const int64_t count = ceil_div(s.batch, kTile) * s.in_features * kTile;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(allocate(scratch, count, sums));
-  return cudaMemsetAsync(*sums, 0, count * sizeof(float), stream);
-}
+int64_t sums_count(const Shape& s) { return ceil_div(s.batch, kTile) * s.in_features * kTile; }
 
 template <typename T>
 cudaError_t unpack_sums(cudaStream_t stream, const Shape& s, const float* sums, T* d_x) {
@@ -83,8 +78,8 @@ cudaError_t unpack_sums(cudaStream_t stream, const Shape& s, const float* sums, 
   return launch(unpack_kernel<T>, items, kThreads, 0, stream, s, sums, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                     \
-  template cudaError_t pack<T>(cudaStream_t, Scratch&, const Shape&, const T*, const T**);         \
+#define XLA_OPS_INSTANTIATE(T)                                                   \
+  template cudaError_t pack<T>(cudaStream_t, const Shape&, const T*, T*);        \
   template cudaError_t unpack_sums<T>(cudaStream_t, const Shape&, const float*, T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)

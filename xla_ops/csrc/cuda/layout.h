@@ -7,12 +7,15 @@
 
 namespace xla_ops::cuda {
 
-// Allocates the packed form of x [B, D], with a row of zeros after the last feature, and fills it.
-template <typename T>
-cudaError_t pack(cudaStream_t stream, Scratch& scratch, const Shape& s, const T* x, const T** packed);
+// How many values the packed form of x [B, D] has, with a row of zeros after the last feature.
+int64_t packed_count(const Shape& s);
 
-// Allocates packed sums for d_x, without a row of zeros, and sets them to 0.
-cudaError_t zero_sums(cudaStream_t stream, Scratch& scratch, const Shape& s, float** sums);
+// packed = that form of x.
+template <typename T>
+cudaError_t pack(cudaStream_t stream, const Shape& s, const T* x, T* packed);
+
+// How many values the packed sums for d_x have, which have no row of zeros.
+int64_t sums_count(const Shape& s);
 
 // d_x [B, D] = packed sums, whose order within a row is that of sum_position (device.cuh).
 template <typename T>

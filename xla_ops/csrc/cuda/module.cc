@@ -2,4 +2,12 @@
 
 #include "../module.h"
 
-PYBIND11_MODULE(_cuda, m) { xla_ops::export_handlers(m); }
+#include "handlers.h"
+
+PYBIND11_MODULE(_cuda, m) {
+  xla_ops::export_handlers(m);
+  m.def("workspace_bytes", [](const std::string& handler, bool is_bfloat16, int64_t batch, int64_t in_features,
+                              int64_t labels, int64_t fan_in, int64_t k) {
+    return xla_ops::workspace_bytes(handler, is_bfloat16, {batch, in_features, labels, fan_in}, k);
+  });
+}

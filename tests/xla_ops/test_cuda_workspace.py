@@ -1,0 +1,208 @@
+"""How the CUDA handlers are called: with a workspace that XLA plans. None of this takes a GPU."""
+
+import ctypes
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import xla_ops
+from xla_ops import _native, adam_init, fan_in_loss, fan_in_matmul, fan_in_top_k
+
+pytestmark = pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
+
+HANDLERS = (
+    "xla_ops.fan_in_matmul.forward",
+    "xla_ops.fan_in_matmul.gradients",
+    "xla_ops.fan_in_loss.value",
+    "xla_ops.fan_in_loss.gradients",
+    "xla_ops.fan_in_step.sgd",
+    "xla_ops.fan_in_step.adam",
+    "xla_ops.fan_in_top_k",
+)
+WORKSPACE = re.compile(r"tensor<([\w]+x)(\d+)xui8>")
+
+
+def run_all(x, kernel, bias, indices, positives):
+    """Calls each of HANDLERS once, but the step of Adam for float32 alone."""
+    y, vjp = jax.vjp(lambda *a: fan_in_matmul(a[0], a[1], indices, a[2]), x, kernel, bias)
+    loss = jax.value_and_grad(lambda *a: fan_in_loss(a[0], a[1], indices, a[2], positives), (0, 1, 2))
+    value = fan_in_loss(x, kernel, indices, bias, positives)
+    layer = (kernel, indices, bias)
+    steps = [xla_ops.fan_in_sgd_step(x, *layer, positives, 0.1)]
+    if x.dtype == jnp.float32:
+        *step, _ = xla_ops.fan_in_adam_step(x, *layer, positives, adam_init(kernel, bias), 0.1)
+        steps.append(step)
+    return y, vjp(y), loss(x, kernel, bias), value, steps, fan_in_top_k(x, *layer, 5)
+
+
+def arguments(batch=33, in_features=40, labels=70, fan_in=3, dtype=jnp.float32, lead=()):
+    def of(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct((*lead, *shape), dtype)
+
+    indices, positives = of(labels, fan_in, dtype=jnp.int32), of(batch, 2, dtype=jnp.int32)
+    return of(batch, in_features), of(labels, fan_in), of(labels), indices, positives
+
+
+def values(batch=33, seed=0):
+    """Values for `arguments(batch)`."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.standard_normal(a.shape, np.float32)
+        if a.dtype == jnp.float32
+        else rng.integers(0, 40, a.shape, np.int32)
+        for a in arguments(batch)
+    ]
+
+
+def assert_all_close(actual, expected):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), actual, expected)
+
+
+def lower(function, *arguments, platform):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def calls(text):
+    """The handlers that are called, each with its line."""
+    found = re.findall(r"(.*custom_call @(xla_ops[\w.]+).*)", text)
+    return {name: line for line, name in found}
+
+
+def bytes_of(handler, batch, in_features, labels, fan_in, dtype=jnp.float32, k=5):
+    results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
+    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in ((batch, in_features), (labels, fan_in)))
+    return np.prod(_native.cuda_workspace(handler, results, x, kernel).shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_handler_for_cuda_has_a_workspace(dtype):
+    called = calls(lower(run_all, *arguments(dtype=dtype), platform="cuda"))
+    for_float32 = {"xla_ops.fan_in_step.adam"} if dtype == jnp.bfloat16 else set()
+    assert called.keys() == set(HANDLERS) - for_float32
+    for handler, line in called.items():
+        pieces, size = WORKSPACE.findall(line)[-1]
+        assert line.endswith(f"tensor<{pieces}{size}xui8>)")
+        assert (pieces, int(size)) == ("1x", bytes_of(handler, 33, 40, 70, 3, dtype))
+
+
+def test_none_has_one_on_a_cpu():
+    text = lower(run_all, *arguments(), platform="cpu")
+    assert calls(text).keys() == set(HANDLERS)
+    assert "ui8" not in text
+    compiled = jax.jit(run_all).lower(*arguments()).compile().as_text()
+    assert "conditional" not in compiled
+    if jax.default_backend() == "cpu":
+        assert "u8[" not in compiled
+
+
+def test_a_loop_of_vmap_keeps_no_workspace():
+    text = lower(jax.vmap(run_all), *arguments(lead=(7,)), platform="cuda")
+    assert calls(text).keys() == set(HANDLERS)
+    assert {pieces for pieces, _ in WORKSPACE.findall(text)} == {"1x"}
+
+
+def test_nothing_is_called_for_results_without_elements():
+    # XLA does not take a call that queues nothing into a graph.
+    called = calls(lower(run_all, *arguments(batch=0), platform="cuda"))
+    assert called.keys() == set(HANDLERS) - {"xla_ops.fan_in_matmul.forward", "xla_ops.fan_in_top_k"}
+    x, kernel, bias, indices, _ = arguments(labels=0)
+    assert not calls(lower(fan_in_matmul, x, kernel, indices, bias, platform="cuda"))
+
+
+def test_export_for_both_platforms():
+    pytest.importorskip("flatbuffers", reason="jax needs it to serialize")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
+    (batch,) = jax.export.symbolic_shape("batch")
+    export = jax.export.export(jax.jit(run_all), platforms=("cpu", "cuda"), disabled_checks=checks)
+    exported = jax.export.deserialize(export(*arguments(batch)).serialize())
+    assert exported.platforms == ("cpu", "cuda")
+    for b in (1, 300):
+        assert_all_close(exported.call(*values(b)), run_all(*values(b)))
+
+
+def test_a_program_that_runs_again():
+    # On a GPU, XLA captures all of it into a graph, once it has run, and replays that.
+    program = jax.jit(run_all)
+    for seed in range(4):
+        assert_all_close(program(*values(seed=seed)), run_all(*values(seed=seed)))
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@given(
+    batch=st.integers(1, 20_000),  # a symbol is at least 1
+    in_features=st.integers(0, 1000),
+    labels=st.integers(0, 3_000_000),
+    fan_in=st.integers(1, 300),
+    k=st.integers(0, 2000),
+)
+def test_a_batch_of_unknown_size_has_enough(handler, dtype, batch, in_features, labels, fan_in, k):
+    shape = (in_features, labels, fan_in, dtype, k)
+    assert bytes_of(handler, batch, *shape) <= -(-batch // 256) * bytes_of(handler, 256, *shape)
+
+
+def test_workspaces_stay_small():
+    # Amazon-670K, batch 256; kernel and x have 82 and 32 MB.
+    shape = (256, 32_768, 670_091, 32)
+    megabytes = {handler: bytes_of(handler, *shape) / 1e6 for handler in HANDLERS}
+    assert megabytes["xla_ops.fan_in_matmul.forward"] < 35
+    assert megabytes["xla_ops.fan_in_matmul.gradients"] < 80
+    assert megabytes["xla_ops.fan_in_loss.value"] < 35
+    assert megabytes["xla_ops.fan_in_loss.gradients"] < 80
+    assert megabytes["xla_ops.fan_in_step.adam"] == megabytes["xla_ops.fan_in_loss.gradients"]
+    assert megabytes["xla_ops.fan_in_top_k"] < 90
+
+
+# ---- what a handler says of itself: structs of XLA's c_api.h ----
+
+
+class Extension(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("next", ctypes.c_void_p),
+        ("metadata", ctypes.c_void_p),
+    )
+
+
+class Metadata(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("version_struct_size", ctypes.c_size_t),
+        ("version_extension", ctypes.c_void_p),
+        ("version", ctypes.c_int * 2),
+        ("traits", ctypes.c_uint32),
+        ("state_type_id", ctypes.c_int64),
+    )
+
+
+class CallFrame(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p * 19),  # up to and with the attributes
+    )
+
+
+def traits(capsule) -> int:
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    metadata = Metadata(struct_size=ctypes.sizeof(Metadata))
+    extension = Extension(ctypes.sizeof(Extension), 1, None, ctypes.addressof(metadata))
+    frame = CallFrame(ctypes.sizeof(CallFrame), ctypes.addressof(extension))
+    handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(pointer(capsule, None))
+    assert handler(ctypes.addressof(frame)) is None
+    assert tuple(metadata.version) == _native.cuda().ffi_version
+    return metadata.traits
+
+
+def test_handlers_are_compatible_with_command_buffers():
+    compatible = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
+    assert {n: traits(c) for n, c in _native.cuda().registrations().items()} == dict.fromkeys(
+        HANDLERS, compatible
+    )

@@ -1,0 +1,162 @@
+// The pass over the labels behind fan_in_loss and fan_in_step: a block of threads takes its labels through logits, loss
+// and gradients, which stay in registers, and hands those of kernel and bias to a sink.
+//
+// Which labels are positives is a word per label, with a bit for each example of the tile, in shared memory. All
+// positives of a tile are looked through for each block of labels: they are few next to the connections of one.
+
+#ifndef XLA_OPS_CSRC_CUDA_FAN_IN_LOSS_CUH_
+#define XLA_OPS_CSRC_CUDA_FAN_IN_LOSS_CUH_
+
+#include <cmath>
+#include <type_traits>
+
+#include "device.cuh"
+#include "launch.cuh"
+#include "layout.h"
+
+namespace xla_ops::cuda {
+
+struct Positives {
+  const int32_t* labels;  // [B, width]
+  int64_t width;
+};
+
+// bits[label] gets bit b for each example b of the tile that has the label. To be called by all threads of a block.
+__device__ inline void mark_positives(const Positives& positives, const Examples& examples, const LabelBlock& labels,
+                                      uint32_t* bits) {
+  __syncthreads();  // the last tile's may still be in use
+  for (int i = threadIdx.x; i < kLabels; i += blockDim.x) bits[i] = 0;
+  __syncthreads();
+  for (int b = threadIdx.x / kWarp; b < examples.size; b += blockDim.x / kWarp) {
+    const int32_t* row = positives.labels + (examples.first + b) * positives.width;
+    for (int64_t i = threadIdx.x % kWarp; i < positives.width; i += kWarp) {
+      const int64_t label = row[i] - labels.first;
+      if (label >= 0 && label < labels.size) atomicOr(bits + label, 1u << b);
+    }
+  }
+  __syncthreads();
+}
+
+struct Term {
+  float value, slope;
+};
+
+// The loss as a function of the margin, which is the logit of a positive and minus that of a negative; its slope.
+__device__ inline Term term(Loss loss, float margin) {
+  if (loss == Loss::kSquaredHinge) {
+    const float slack = 1 - margin < 0 ? 0 : 1 - margin;  // NaN stays NaN
+    return {slack * slack, -2 * slack};
+  }
+  return {fmaxf(-margin, 0) + log1pf(expf(-fabsf(margin))), -1 / (1 + expf(margin))};
+}
+
+// The sum of `value` over the block's threads, in the same order whenever it runs, for thread 0.
+template <int kThreads>
+__device__ double sum_of_block(double value, double (&sums)[kThreads]) {
+  sums[threadIdx.x] = value;
+  __syncthreads();
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  return sums[0];
+}
+
+// What the pass does besides adding up the loss. A sink is what becomes of the gradients of kernel and bias: it has
+// kernel(number of the weight, gradient), bias(label, gradient), and whether there is a bias.
+template <typename Sink>
+struct Backward {
+  float scale;            // of the mean
+  float* sums_of_blocks;  // temporary, [blocks of threads, kLabels, F]
+  float* d_packed;        // [tiles, D, kTile], added to
+  Sink sink;
+};
+struct NoGradients {};
+
+// totals[block of threads] = the sum of its losses.
+template <typename T, typename Sink>
+__global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T> layer, Loss loss, Positives positives,
+                                                    double* __restrict__ totals, const Backward<Sink> out) {
+  constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
+  constexpr int kValues = Group<T>::kValues, kThreads = Group<T>::kThreads;
+  union Shared {
+    Connection staged[kStaged];
+    double sums[kThreads];
+  };
+  __shared__ Shared shared;
+  __shared__ uint32_t positive_bits[kLabels];
+  const int label = my_label<T>(), lane = my_lane<T>();
+  double total = 0;
+
+  for_each_item(layer.blocks(), [&](int64_t block) {
+    const LabelBlock labels(layer, block);
+    float* const sums = out.sums_of_blocks + int64_t{blockIdx.x} * kLabels * layer.shape.fan_in;
+    bool any = false;
+    float d_bias = 0;
+    for (int64_t tile = 0; tile < layer.tiles(); ++tile) {
+      const Examples examples(layer.shape.batch, tile);
+      mark_positives(positives, examples, labels, positive_bits);
+      float s[kValues];  // logits, and then their gradients
+      logits<false>(layer, layer.tile(tile), labels, shared.staged, s);
+      const uint32_t bits = positive_bits[label] >> (lane * kValues);
+      float value = 0;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+        const bool inside = label < labels.size && lane * kValues + v < examples.size;
+        const float sign = (bits >> v) & 1 ? 1 : -1;
+        const Term t = inside ? term(loss, sign * s[v]) : Term{0, 0};
+        value += t.value;
+        s[v] = inside ? sign * t.slope * out.scale : 0;
+        d_bias += s[v];
+      }
+      total += value;
+      if constexpr (kGradients) {
+        any |= add_gradients(layer, layer.tile(tile), labels, s, any, shared.staged, sums,
+                             out.d_packed + tile * layer.shape.in_features * kTile);
+      }
+    }
+    if constexpr (kGradients) {
+      const Sink& sink = out.sink;
+      for_each_kernel_gradient(layer, labels, any, sums, [&](int64_t i, float d) { sink.kernel(i, d); });
+      if (sink.has_bias()) for_each_bias_gradient<T>(labels, d_bias, [&](int64_t i, float d) { sink.bias(i, d); });
+    }
+  });
+  __syncthreads();  // the sums go where connections may be in use
+  total = sum_of_block(total, shared.sums);
+  if (threadIdx.x == 0) totals[blockIdx.x] = total;
+}
+
+// *mean = the sum of totals / divisor.
+cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count, double divisor, float* mean);
+
+// The whole pass: the loss and, unless the sink is NoGradients, d_x.
+template <typename T, typename Sink>
+cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x, const T* kernel,
+                     Indices indices, const T* bias, const Positives& positives, const Sink& sink, float* value,
+                     T* d_x) {
+  constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
+  T* const packed = workspace.take<T>(packed_count(s));
+  const Layer<T> layer{s, packed, kernel, indices, bias};
+  double* const totals = workspace.take<double>(most_sharers(layer));
+  const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.labels));
+  Backward<Sink> out{scale, nullptr, nullptr, sink};
+  if constexpr (kGradients) {
+    out.sums_of_blocks = workspace.take<float>(most_sharers(layer) * kLabels * s.fan_in);
+    out.d_packed = workspace.take<float>(sums_count(s));
+  }
+  if (!workspace.enough()) return cudaErrorMemoryAllocation;
+
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(layer)));
+  if constexpr (kGradients) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, out.d_packed, sums_count(s)));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(launch(loss_kernel<T, Sink>, most_sharers(layer), Group<T>::kThreads, 0, stream, layer,
+                                      loss, positives, totals, out));
+  const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.labels);
+  XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, most_sharers(layer), divisor, value));
+  if constexpr (kGradients) return unpack_sums(stream, s, out.d_packed, d_x);
+  return cudaSuccess;
+}
+
+}  // namespace xla_ops::cuda
+
+#endif  // XLA_OPS_CSRC_CUDA_FAN_IN_LOSS_CUH_

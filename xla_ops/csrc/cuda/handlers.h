@@ -1,0 +1,18 @@
+// What the Python module of the CUDA kernels exports besides the handlers.
+
+#ifndef XLA_OPS_CSRC_CUDA_HANDLERS_H_
+#define XLA_OPS_CSRC_CUDA_HANDLERS_H_
+
+#include <cstdint>
+#include <string>
+
+#include "../types.h"
+
+namespace xla_ops {
+
+// How large a handler's last result, the workspace, must be; k is that of fan_in_top_k. It asks for no device.
+int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k);
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CSRC_CUDA_HANDLERS_H_
