@@ -6,7 +6,8 @@ held. On a GPU, or with another output layer, Optax trains it. The arithmetic is
 weights, which are then rounded to nearest and not stochastically.
 
 An embedding of words is trained by Adagrad, row by row: a step takes the rows that its batch uses out of the
-table, trains them, and puts them back. Other rows cost nothing, and a rare word takes larger steps than a common one.
+table, trains them, and puts them back. Other rows cost nothing, and rare words take larger steps than common
+ones.
 """
 
 import dataclasses
