@@ -140,6 +140,7 @@ def measure_memory(steps: int) -> list[dict]:
             record = {**shape._asdict(), "mode": mode}
             if process.returncode == 0:
                 record |= json.loads(process.stdout.splitlines()[-1])
+                del record["environment"]  # that of the whole report
             else:
                 record["failed"] = (process.stderr.strip().splitlines() or ["killed"])[-1]
             print(memory_line(record), flush=True)
@@ -277,7 +278,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    print(json.dumps(memory_cell(SHAPES[values.shape], values.mode, values.steps)))
+    cell = memory_cell(SHAPES[values.shape], values.mode, values.steps)
+    print(json.dumps(cell | {"environment": environment.describe()}))
 
 
 if __name__ == "__main__":
