@@ -2,8 +2,8 @@
 
 On a CPU, a classifier with a fixed fan-in output layer is trained in place: `xla_ops` updates kernels where
 they are, and those of the output and the penultimate layer as it computes their gradients, which are never
-held. On a GPU, or with another output layer, Optax trains it. The arithmetic is the same, but for bfloat16
-weights, which are then rounded to nearest and not stochastically.
+held. On a GPU, or with another output layer, Optax trains it. The arithmetic is the same but for bfloat16:
+weights are then rounded to nearest, not stochastically, and second moments are in float32.
 
 An embedding of words is trained by Adagrad, row by row: a step takes the rows that its batch uses out of the
 table, trains them, and puts them back. Other rows cost nothing, and rare words take larger steps than common
@@ -22,7 +22,7 @@ import xla_ops
 from sparse_xmc.rewire import reset_moments, rewire, rewire_unstructured
 
 
-def _first_moment_dtype(config):
+def _moment_dtype(config):
     return jnp.dtype("float32" if config.moments == "float32" else "bfloat16")
 
 
@@ -123,7 +123,7 @@ def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) 
 
 def _optimizer(config) -> optax.GradientTransformation:
     """What turns gradients (of the embedding, Adagrad's direction) into steps, but for the learning rate."""
-    adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=_first_moment_dtype(config))
+    adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=_moment_dtype(config))
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
     rates = {"embedding": config.embedding_rate, "penultimate": config.penultimate_rate}
     if config.output_optimizer == "adam":
@@ -186,9 +186,9 @@ def init_in_place(config, params: nnx.State, other: nnx.State) -> dict:
         if config.moments == "factored":
             moments["penultimate"] = xla_ops.dense_factored_init(kernel)
         else:
-            moments["penultimate"] = xla_ops.dense_adam_init(kernel, _first_moment_dtype(config))
+            moments["penultimate"] = xla_ops.dense_adam_init(kernel, _moment_dtype(config))
         bias = params["penultimate"]["bias"][...]
-        moments["penultimate_bias"] = xla_ops.dense_adam_init(bias[None], _first_moment_dtype(config))
+        moments["penultimate_bias"] = xla_ops.dense_adam_init(bias[None], _moment_dtype(config))
     if config.output_optimizer == "adam":
         output = params["output"]
         moments["output"] = xla_ops.adam_init(output["kernel"][...], output["bias"][...])
@@ -216,14 +216,13 @@ def step_in_place(graphdef, config, seed, state: dict, batch, learning_rate, ste
         dy = jnp.where(y > 0, d_hidden, 0)
         d_x = dy @ kernel.T if embedding else jnp.zeros(0)
         rate = config.penultimate_rate * learning_rate
-        if config.moments == "factored":
-            step_kernel = xla_ops.dense_factored_step
-        else:
-            step_kernel = functools.partial(xla_ops.dense_adam_step, epsilon=config.epsilon)
+        adam_step = functools.partial(xla_ops.dense_adam_step, epsilon=config.epsilon, seed=seed)
+        step_kernel = xla_ops.dense_factored_step if config.moments == "factored" else adam_step
         kernel, moments["penultimate"] = step_kernel(x, dy, kernel, moments["penultimate"], rate, before=d_x)
         # A bias is the kernel of an input of ones.
-        (bias,), moments["penultimate_bias"] = xla_ops.dense_adam_step(
-            jnp.ones((len(dy), 1)), dy, bias[None], moments["penultimate_bias"], rate, epsilon=config.epsilon
+        ones = jnp.ones((len(dy), 1))
+        (bias,), moments["penultimate_bias"] = adam_step(
+            ones, dy, bias[None], moments["penultimate_bias"], rate
         )
         _replace(params["penultimate"], kernel=kernel, bias=bias)
     else:

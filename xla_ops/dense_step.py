@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import adam_rates, check_dtype, check_shape
+from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
 
 
 class DenseAdamState(NamedTuple):
@@ -18,7 +18,7 @@ class DenseAdamState(NamedTuple):
     Attributes:
       count: int32 scalar, the number of steps taken.
       mu: the first moment [D, O], float32 or bfloat16.
-      nu: the second moment [D, O], float32.
+      nu: the second moment [D, O], of the same dtype.
     """
 
     count: Array
@@ -40,9 +40,9 @@ class FactoredState(NamedTuple):
     v_col: Array
 
 
-def dense_adam_init(kernel: Array, mu_dtype=jnp.float32) -> DenseAdamState:
-    """The state before the first step for a kernel [D, O], with a first moment of `mu_dtype`."""
-    return DenseAdamState(jnp.zeros((), jnp.int32), jnp.zeros_like(kernel, mu_dtype), jnp.zeros_like(kernel))
+def dense_adam_init(kernel: Array, dtype=jnp.float32) -> DenseAdamState:
+    """The state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
+    return DenseAdamState(jnp.zeros((), jnp.int32), *(jnp.zeros_like(kernel, dtype) for _ in range(2)))
 
 
 def dense_factored_init(kernel: Array) -> FactoredState:
@@ -60,12 +60,15 @@ def dense_adam_step(
     b1: float = 0.9,
     b2: float = 0.999,
     epsilon: float = 1e-7,
+    seed: ArrayLike = 0,
     before: ArrayLike | None = None,
 ) -> tuple[Array, DenseAdamState]:
     """One step of Adam for `y = x @ kernel`, whose gradient `x.T @ dy` is never held.
 
-    Gives what `optax.adam(learning_rate, b1, b2, eps=epsilon, mu_dtype=state.mu.dtype)` gives, to within
-    rounding. Kernel and moments are updated in place if the caller's `jit` donates them.
+    Gives what `optax.adam(learning_rate, b1, b2, eps=epsilon)` gives, to within rounding. Of moments in
+    bfloat16 the first is rounded to nearest, as by Optax's `mu_dtype`. The second changes by less than its
+    precision in a step, so it is rounded stochastically: up or down with the probability that makes it right
+    on average. Kernel and moments are updated in place if the caller's `jit` donates them.
 
     Args:
       x: the layer's input [B, D], float32.
@@ -75,6 +78,8 @@ def dense_adam_step(
       learning_rate: float32 scalar.
       b1, b2: the decay rates of the moments.
       epsilon: added to the root of the second moment.
+      seed: uint32 scalar, of the rounding. With the number of the step and a weight's position it fixes the
+        random bits (Philox4x32-10), on any machine.
       before: an array that is computed from the kernel as it was, such as the gradient of x: naming it here
         puts it before the update; XLA might else copy the kernel for it.
 
@@ -86,7 +91,7 @@ def dense_adam_step(
     """
     x, dy, kernel = _check(x, dy, kernel)
     check_dtype("state.mu", state.mu, [jnp.float32, jnp.bfloat16])
-    check_dtype("state.nu", state.nu, [jnp.float32])
+    check_dtype("state.nu", state.nu, [state.mu.dtype])
     for name in ("mu", "nu"):
         check_shape(f"state.{name}", getattr(state, name), kernel.shape, "that of the kernel")
     count = state.count + 1
@@ -99,7 +104,7 @@ def dense_adam_step(
         vmap_method="sequential",
     )
     attributes = {"b1": np.float32(b1), "b2": np.float32(b2), "epsilon": np.float32(epsilon)}
-    kernel, mu, nu = call(x, dy, *updated, rates, _operand(before), **attributes)
+    kernel, mu, nu = call(x, dy, *updated, rates, rounding_key(seed, count), _operand(before), **attributes)
     return kernel, DenseAdamState(count, mu, nu)
 
 

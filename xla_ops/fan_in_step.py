@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import adam_rates, check_dtype, check_shape
+from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
 from xla_ops.fan_in_loss import check_loss, loss_code
 
 
@@ -147,8 +147,8 @@ def fan_in_sgd_step(
     """
     has_bias = bias is not None
     x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
-    key = jnp.stack([jnp.asarray(a).astype(jnp.uint32) for a in (seed, 0, step)])
-    operands = (x, kernel, indices, bias, positives, jnp.asarray(learning_rate, jnp.float32), key)
+    rate, key = jnp.asarray(learning_rate, jnp.float32), rounding_key(seed, step)
+    operands = (x, kernel, indices, bias, positives, rate, key)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))]
     value, d_x, kernel, bias = _native.call(
         "xla_ops.fan_in_step.sgd", results, *operands, aliases={1: 2, 3: 3}, loss=loss_code(loss)

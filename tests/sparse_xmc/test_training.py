@@ -312,7 +312,7 @@ def test_embeddings_are_trained_by_adagrad_row_by_row(output_layer):
 @pytest.mark.parametrize("bag_of_words", [False, True])
 @pytest.mark.parametrize("penultimate", [0, 160])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("moments", ["float32", "factored"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
 def test_training_in_place_is_training_by_optax(bag_of_words, penultimate, optimizer, moments):
     config = ClassifierConfig(
         num_features=12,

@@ -136,9 +136,9 @@ def test_the_tests_philox_gives_the_known_answers(counter, key, words):
 
 
 def rounding_bits(positions, seed, step):
-    """16 bits for each weight, as `kernels.h` says."""
+    """16 bits for each position, as `kernels.h` says."""
     bits = []
-    for p in range(positions):
+    for p in positions:
         counter = p // 128 * 16 + p % 16
         word = philox([counter & 0xFFFFFFFF, counter >> 32, step, 0], [seed, 0])[p % 128 // 32]
         bits.append(word >> 16 if p // 16 % 2 else word & 0xFFFF)
@@ -170,7 +170,7 @@ def check_rounding(shape, step):
 
     rate = 2.0**-10
     updated = np.concatenate([(kernel - rate * d_kernel).ravel(), bias - rate * d_bias]).astype(np.float32)
-    sums = updated.view(np.uint32) + rounding_bits(updated.size, seed=5, step=9)
+    sums = updated.view(np.uint32) + rounding_bits(range(updated.size), seed=5, step=9)
     expected = (sums & 0xFFFF0000).view(np.float32)
 
     x, kernel, bias = (a.astype(jnp.bfloat16) for a in (x, kernel, bias))

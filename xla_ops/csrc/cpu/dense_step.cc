@@ -22,7 +22,7 @@ struct DenseShape {
 constexpr int64_t kGradientsAtOnce = 1 << 16;
 constexpr int64_t kRowsPerItem = 128;
 
-// update(first, count, gradient) for every run of the kernel's elements, `first` counted row by row.
+// update(row, column, count, gradient) for every run of the kernel's elements; columns are multiples of kColumns.
 template <typename Update>
 void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy,
                        const Update& update) {
@@ -62,37 +62,51 @@ void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* 
       for (int64_t tile = group * tiles_per_group; tile < end; ++tile) {
         dense_kernels().products(values, stride, packed.get() + tile * s.batch * kColumns, s.batch, gradient);
         const int64_t column = tile * kColumns, n = std::min(kColumns, s.columns - column);
-        for (int64_t r = 0; r < rows; ++r) update((row + r) * s.columns + column, n, gradient + r * kColumns);
+        for (int64_t r = 0; r < rows; ++r) update(row + r, column, n, gradient + r * kColumns);
       }
     }
   });
 }
 
-// A run of a first moment as float32, and back.
-struct Moment {
-  static float* widen(float* mu, int64_t, float*) { return mu; }
-  static void narrow(const float*, int64_t, float*) {}
+// Moments that Adam keeps in float32.
+struct Moments {
+  float *mu, *nu;
 
-  static float* widen(const bfloat16* mu, int64_t count, float* wide) {
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = static_cast<uint32_t>(mu[i].bits) << 16;
-      std::memcpy(wide + i, &bits, sizeof(bits));
-    }
-    return wide;
+  void update(int64_t first, int64_t, int64_t count, const float* gradient, const AdamStep& step, float* w) const {
+    update_kernels().adam(gradient, count, step, w + first, mu + first, nu + first);
   }
-  static void narrow(const float* wide, int64_t count, bfloat16* mu) {
-    layout_kernels<bfloat16>().narrow(wide, count, mu);
+};
+
+// Those that it keeps in bfloat16. The second moment changes by less than its precision in a step, so it is rounded
+// stochastically; the first is rounded to nearest.
+struct NarrowMoments {
+  bfloat16 *mu, *nu;
+  const RoundingKey& key;
+
+  void update(int64_t first, int64_t position, int64_t count, const float* gradient, const AdamStep& step,
+              float* w) const {
+    alignas(64) float wide_mu[kColumns], wide_nu[kColumns];
+    widen(mu + first, count, wide_mu);
+    widen(nu + first, count, wide_nu);
+    update_kernels().adam(gradient, count, step, w + first, wide_mu, wide_nu);
+    layout_kernels<bfloat16>().narrow(wide_mu, count, mu + first);
+    update_kernels().narrow_stochastic(wide_nu, count, key, position, nu + first);
+  }
+
+  static void widen(const bfloat16* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(in[i].bits) << 16;
+      std::memcpy(out + i, &bits, sizeof(bits));
+    }
   }
 };
 
 template <typename M>
 void adam(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy, const AdamStep& step,
-          float* kernel, M* mu, float* nu) {
-  for_each_gradient(pool, s, x, dy, [&](int64_t first, int64_t count, const float* gradient) {
-    alignas(64) float wide[kColumns];
-    float* m = Moment::widen(mu + first, count, wide);
-    update_kernels().adam(gradient, count, step, kernel + first, m, nu + first);
-    Moment::narrow(m, count, mu + first);
+          float* kernel, const M& moments) {
+  const int64_t padded = ceil_div(s.columns, kColumns) * kColumns;
+  for_each_gradient(pool, s, x, dy, [&](int64_t row, int64_t column, int64_t count, const float* gradient) {
+    moments.update(row * s.columns + column, row * padded + column, count, gradient, step, kernel);
   });
 }
 
@@ -112,28 +126,31 @@ ffi::Error read_dense(const ffi::AnyBuffer& x, const ffi::AnyBuffer& dy, const f
 }
 
 ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer kernel,
-                     ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer, float b1, float b2,
-                     float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_mu,
-                     ffi::Result<ffi::AnyBuffer> new_nu) {
+                     ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key, ffi::AnyBuffer,
+                     float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel,
+                     ffi::Result<ffi::AnyBuffer> new_mu, ffi::Result<ffi::AnyBuffer> new_nu) {
   DenseShape s;
   XLA_OPS_RETURN_IF_ERROR(read_dense(x, dy, kernel, &s));
-  const ffi::DataType mu_type = mu.element_type() == ffi::BF16 ? ffi::BF16 : ffi::F32;
-  XLA_OPS_RETURN_IF_ERROR(check("mu", mu, mu_type, {s.rows, s.columns}));
-  XLA_OPS_RETURN_IF_ERROR(check("nu", nu, ffi::F32, {s.rows, s.columns}));
+  const ffi::DataType type = mu.element_type() == ffi::BF16 ? ffi::BF16 : ffi::F32;
+  XLA_OPS_RETURN_IF_ERROR(check("mu", mu, type, {s.rows, s.columns}));
+  XLA_OPS_RETURN_IF_ERROR(check("nu", nu, type, {s.rows, s.columns}));
   XLA_OPS_RETURN_IF_ERROR(check("rates", rates, ffi::F32, {3}));
+  XLA_OPS_RETURN_IF_ERROR(check("key", key, ffi::U32, {3}));
   XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", kernel, *new_kernel));
   XLA_OPS_RETURN_IF_ERROR(check_aliased("mu", mu, *new_mu));
   XLA_OPS_RETURN_IF_ERROR(check_aliased("nu", nu, *new_nu));
   const float* r = data<float>(rates);
   const AdamStep step{r[0], b1, b2, epsilon, r[1], r[2]};
   return guarded([&] {
-    const auto run = [&](auto* m) {
-      adam(pool, s, data<float>(x), data<float>(dy), step, data<float>(kernel), m, data<float>(nu));
+    const auto run = [&](const auto& moments) {
+      adam(pool, s, data<float>(x), data<float>(dy), step, data<float>(kernel), moments);
     };
-    if (mu_type == ffi::BF16) {
-      run(data<bfloat16>(mu));
+    if (type == ffi::BF16) {
+      const uint32_t* k = data<uint32_t>(key);
+      const RoundingKey rounding{{k[0], k[1]}, k[2]};
+      run(NarrowMoments{data<bfloat16>(mu), data<bfloat16>(nu), rounding});
     } else {
-      run(data<float>(mu));
+      run(Moments{data<float>(mu), data<float>(nu)});
     }
     return ffi::Error::Success();
   });
@@ -148,9 +165,10 @@ ffi::Error sgd_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, f
   return guarded([&] {
     float* w = data<float>(kernel);
     const float rate = *data<float>(learning_rate);
-    for_each_gradient(pool, s, data<float>(x), data<float>(dy), [&](int64_t first, int64_t n, const float* gradient) {
-      update_kernels().sgd_f32(gradient, n, rate, w + first);
-    });
+    const auto update = [&](int64_t row, int64_t column, int64_t n, const float* gradient) {
+      update_kernels().sgd_f32(gradient, n, rate, w + row * s.columns + column);
+    };
+    for_each_gradient(pool, s, data<float>(x), data<float>(dy), update);
     return ffi::Error::Success();
   });
 }
@@ -164,8 +182,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dense_step_adam, adam_impl,
                                   .Arg<ffi::AnyBuffer>()  // dy [B, O]
                                   .Arg<ffi::AnyBuffer>()  // kernel [D, O]
                                   .Arg<ffi::AnyBuffer>()  // first moment [D, O], float32 or bfloat16
-                                  .Arg<ffi::AnyBuffer>()  // second moment [D, O]
+                                  .Arg<ffi::AnyBuffer>()  // second moment [D, O], the same
                                   .Arg<ffi::AnyBuffer>()  // learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
+                                  .Arg<ffi::AnyBuffer>()  // of the rounding: seed, 0, step, uint32
                                   .Arg<ffi::AnyBuffer>()  // anything to be computed before the update
                                   .Attr<float>("b1")
                                   .Attr<float>("b2")

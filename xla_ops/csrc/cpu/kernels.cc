@@ -433,30 +433,31 @@ XLA_OPS_INLINE void philox(V counter_low, uint32_t counter_high, const RoundingK
 
 constexpr int64_t kPositions = 128;  // that kLanes counters serve
 
-void sgd_one(float gradient, float learning_rate, const RoundingKey& key, uint64_t position, bfloat16* w) {
-  if (gradient == 0) return;
+// values(i), one of them or a vector of them, rounded into out[i]; those that values.keeps stay as they are.
+template <typename Values>
+void round_one(const Values& values, int64_t i, const RoundingKey& key, uint64_t position, bfloat16* out) {
+  if (values.keeps(i, 1)) return;
   const uint64_t counter = position / kPositions * kLanes + position % kLanes;
   uint32_t words[4];
   philox(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), key, words);
   const uint32_t word = words[position % kPositions / (2 * kLanes)];
-  const float x = to_float(*w) - learning_rate * gradient;
+  const float x = values.one(i);
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));
   const uint32_t random = position / kLanes % 2 ? word >> 16 : word & 0xffff;
-  w->bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : bits + random) >> 16);
+  out[i].bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : bits + random) >> 16);
 }
 
-void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
-                    int64_t position, bfloat16* w) {
+template <typename Values>
+void round_stochastically(const Values& values, int64_t count, const RoundingKey& key, int64_t position,
+                          bfloat16* out) {
   int64_t i = 0;
-  for (; i < count && (position + i) % kPositions; ++i) {
-    sgd_one(gradient[i], learning_rate, key, position + i, w + i);
-  }
+  for (; i < count && (position + i) % kPositions; ++i) round_one(values, i, key, position + i, out);
   UVec lane;
 #pragma GCC unroll 16
   for (int j = 0; j < W; ++j) lane[j] = j;
   for (; i + kPositions <= count; i += kPositions) {
-    if (is_zero(gradient + i, kPositions)) continue;  // as for nearly all labels, once training is under way
+    if (values.keeps(i, kPositions)) continue;
     const uint64_t counter = static_cast<uint64_t>(position + i) / kPositions * kLanes;
     for (int64_t first = 0; first < kLanes; first += W) {
       UVec words[4];
@@ -464,17 +465,45 @@ void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, c
 #pragma GCC unroll 8
       for (int q = 0; q < kPositions / kLanes; ++q) {
         const int64_t at = i + q * kLanes + first;
-        const Vec x = load(w + at) - learning_rate * load(gradient + at);
+        const Vec x = values.many(at);
         const UVec bits = reinterpret_cast<const UVec&>(x);
         const auto unordered = x != x;
         const UVec nan = reinterpret_cast<const UVec&>(unordered);
         const UVec random = q % 2 ? words[q / 2] >> 16 : words[q / 2] & 0xffff;
         const UVec rounded = ((bits + (random & ~nan)) | (nan & 0x400000)) >> 16;
-        *reinterpret_cast<HVec*>(w + at) = __builtin_convertvector(rounded, HVec);
+        *reinterpret_cast<HVec*>(out + at) = __builtin_convertvector(rounded, HVec);
       }
     }
   }
-  for (; i < count; ++i) sgd_one(gradient[i], learning_rate, key, position + i, w + i);
+  for (; i < count; ++i) round_one(values, i, key, position + i, out);
+}
+
+struct SgdValues {
+  const float* gradient;
+  float learning_rate;
+  const bfloat16* w;
+
+  // As for nearly all labels, once training is under way.
+  bool keeps(int64_t i, int64_t count) const { return is_zero(gradient + i, count); }
+  float one(int64_t i) const { return to_float(w[i]) - learning_rate * gradient[i]; }
+  Vec many(int64_t i) const { return load(w + i) - learning_rate * load(gradient + i); }
+};
+
+struct GivenValues {
+  const float* in;
+
+  bool keeps(int64_t, int64_t) const { return false; }
+  float one(int64_t i) const { return in[i]; }
+  Vec many(int64_t i) const { return load(in + i); }
+};
+
+void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
+                    int64_t position, bfloat16* w) {
+  round_stochastically(SgdValues{gradient, learning_rate, w}, count, key, position, w);
+}
+
+void narrow_stochastic(const float* in, int64_t count, const RoundingKey& key, int64_t position, bfloat16* out) {
+  round_stochastically(GivenValues{in}, count, key, position, out);
 }
 
 // ---- dense layers ----
@@ -529,7 +558,7 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     layout_table<float>(),
     layout_table<bfloat16>(),
     {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, any_above},
-    {adam, sgd, sgd_stochastic},
+    {adam, sgd, sgd_stochastic, narrow_stochastic},
     {products},
 };
 

@@ -75,13 +75,16 @@ struct UpdateKernels {
   // the low 16 bits of the float32 result are added to 16 random ones, and the carry decides. Weight i takes the
   // bits of position p = position + i, which are those of Philox4x32-10 with key `seed` and counter
   // (c mod 2^32, c / 2^32, step, 0), c = p / 128 * 16 + p % 16: of word p % 128 / 32, the half p / 16 % 2 (0: low).
+  // Runs of 128 from multiples of 128 are fast.
   void (*sgd_f32)(const float* gradient, int64_t count, float learning_rate, float* w);
   void (*sgd_bf16)(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
                    int64_t position, bfloat16* w);
+  // out[i] = in[i], rounded in the same way.
+  void (*narrow_stochastic)(const float* in, int64_t count, const RoundingKey& key, int64_t position, bfloat16* out);
 };
 
 // Columns of a dense layer that are worked on at once, and rows.
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 128;
 constexpr int64_t kRows = 4;
 
 struct DenseKernels {
