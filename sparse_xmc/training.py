@@ -48,8 +48,8 @@ class TrainingConfig:
         bfloat16 weights stochastically. SGD follows the sum of the losses over batch and labels, not the
         mean, so that its rate depends on neither's number.
       moments: what Adam keeps of the penultimate layer: both moments in "float32" or in "bfloat16", the
-        second rounded stochastically (by Optax, on a GPU, only the first in bfloat16); or "factored": no first
-        moment, and of the second the means of rows and columns (Adafactor's, `optax.scale_by_factored_rms`).
+        second rounded stochastically (by Optax, on a GPU, only the first in bfloat16); or "factored": no
+        first moment, and of the second the means of rows and columns, as `optax.scale_by_factored_rms`.
       epsilon: Adam's.
       schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
         down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; "linear" lowers it evenly to 0
