@@ -133,7 +133,8 @@ def main(argv):
 
     memory = environment.PeakMemory()
     trainer = Trainer(Classifier(model_config, rngs=nnx.Rngs(FLAGS.seed)), training_config, seed=FLAGS.seed)
-    epochs = _train(trainer, train, validation, workdir)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        epochs = _train(trainer, train, validation, checkpoints, workdir)
     model = trainer.model
     save_model(workdir / "model", model)
 
@@ -169,10 +170,12 @@ def main(argv):
     print(f"\nwrote {workdir / 'result.json'}")
 
 
-def _train(trainer: Trainer, train: Dataset, validation: Dataset, workdir: Path) -> list[dict]:
+def _train(
+    trainer: Trainer, train: Dataset, validation: Dataset, checkpoints: Checkpoints, workdir: Path
+) -> list[dict]:
     """Trains until the schedule ends, and returns the record of each epoch."""
     config = trainer.config
-    batches, checkpoints = Batches(train, config.batch_size), Checkpoints(workdir / "checkpoints")
+    batches = Batches(train, config.batch_size)
     plateau = Plateau(config.learning_rate) if config.schedule == "plateau" else None
     records = []
     if progress := checkpoints.restore_latest(trainer):

@@ -14,7 +14,8 @@ from sparse_xmc.training import Trainer
 class Checkpoints:
     """The checkpoints in a directory: the latest of the whole state, and the best weights.
 
-    Writes are atomic: a run that is killed while saving finds the checkpoint before.
+    Writes are atomic: a run that is killed while saving finds the checkpoint before. A context manager, which
+    on leaving gives back what Orbax holds.
 
     Args:
       directory: where they are; made if missing.
@@ -25,6 +26,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         self._latest = ocp.CheckpointManager(directory / "latest", options=options)
         self._best = ocp.CheckpointManager(directory / "best", options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._latest.close()
+        self._best.close()
 
     def save_latest(self, trainer: Trainer, progress: dict) -> None:
         """Saves all of a trainer, and `progress`, which must be ready for JSON."""

@@ -4,7 +4,6 @@
 #include "dense_step.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "../handler.h"
 #include "kernels.h"
@@ -73,7 +72,7 @@ struct Moments {
   float *mu, *nu;
 
   void update(int64_t first, int64_t, int64_t count, const float* gradient, const AdamStep& step, float* w) const {
-    update_kernels().adam(gradient, count, step, w + first, mu + first, nu + first);
+    update_kernels().adam_f32(gradient, count, step, w + first, mu + first, nu + first);
   }
 };
 
@@ -85,19 +84,7 @@ struct NarrowMoments {
 
   void update(int64_t first, int64_t position, int64_t count, const float* gradient, const AdamStep& step,
               float* w) const {
-    alignas(64) float wide_mu[kColumns], wide_nu[kColumns];
-    widen(mu + first, count, wide_mu);
-    widen(nu + first, count, wide_nu);
-    update_kernels().adam(gradient, count, step, w + first, wide_mu, wide_nu);
-    layout_kernels<bfloat16>().narrow(wide_mu, count, mu + first);
-    update_kernels().narrow_stochastic(wide_nu, count, key, position, nu + first);
-  }
-
-  static void widen(const bfloat16* in, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = static_cast<uint32_t>(in[i].bits) << 16;
-      std::memcpy(out + i, &bits, sizeof(bits));
-    }
+    update_kernels().adam_bf16(gradient, count, step, key, position, w + first, mu + first, nu + first);
   }
 };
 

@@ -20,7 +20,7 @@ struct AdamWeights {
   const AdamStep& step;
 
   void update(int64_t first, int64_t count, const float* gradient) const {
-    update_kernels().adam(gradient, count, step, w + first, mu + first, nu + first);
+    update_kernels().adam_f32(gradient, count, step, w + first, mu + first, nu + first);
   }
 };
 

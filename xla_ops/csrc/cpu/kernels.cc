@@ -489,12 +489,30 @@ struct SgdValues {
   Vec many(int64_t i) const { return load(w + i) - learning_rate * load(gradient + i); }
 };
 
-struct GivenValues {
-  const float* in;
+// Second moments; on the way the first ones and the weights take their step.
+struct AdamValues {
+  const float* gradient;
+  const AdamStep s;
+  float* w;
+  bfloat16 *mu, *nu;
 
   bool keeps(int64_t, int64_t) const { return false; }
-  float one(int64_t i) const { return in[i]; }
-  Vec many(int64_t i) const { return load(in + i); }
+  float one(int64_t i) const {
+    float m = to_float(mu[i]), v = to_float(nu[i]);
+    adam(gradient + i, 1, s, w + i, &m, &v);
+    set(mu + i, m);
+    return v;
+  }
+  Vec many(int64_t i) const {
+    const Vec g = load(gradient + i);
+    const Vec m = s.b1 * load(mu + i) + (1 - s.b1) * g, v = s.b2 * load(nu + i) + (1 - s.b2) * g * g;
+    store(mu + i, m);
+    Vec root;
+#pragma GCC unroll 16
+    for (int j = 0; j < W; ++j) root[j] = __builtin_sqrtf(v[j] * s.scale2);
+    store(w + i, load(w + i) - s.learning_rate * (m * s.scale1) / (root + s.epsilon));
+    return v;
+  }
 };
 
 void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
@@ -502,8 +520,9 @@ void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, c
   round_stochastically(SgdValues{gradient, learning_rate, w}, count, key, position, w);
 }
 
-void narrow_stochastic(const float* in, int64_t count, const RoundingKey& key, int64_t position, bfloat16* out) {
-  round_stochastically(GivenValues{in}, count, key, position, out);
+void adam_bf16(const float* gradient, int64_t count, const AdamStep& step, const RoundingKey& key, int64_t position,
+               float* w, bfloat16* mu, bfloat16* nu) {
+  round_stochastically(AdamValues{gradient, step, w, mu, nu}, count, key, position, nu);
 }
 
 // ---- dense layers ----
@@ -558,7 +577,7 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     layout_table<float>(),
     layout_table<bfloat16>(),
     {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, any_above},
-    {adam, sgd, sgd_stochastic, narrow_stochastic},
+    {adam, adam_bf16, sgd, sgd_stochastic},
     {products},
 };
 

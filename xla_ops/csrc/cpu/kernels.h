@@ -70,7 +70,10 @@ struct RoundingKey {
 };
 
 struct UpdateKernels {
-  void (*adam)(const float* gradient, int64_t count, const AdamStep& step, float* w, float* mu, float* nu);
+  void (*adam_f32)(const float* gradient, int64_t count, const AdamStep& step, float* w, float* mu, float* nu);
+  // Of moments in bfloat16 the first is rounded to nearest, the second stochastically, as below.
+  void (*adam_bf16)(const float* gradient, int64_t count, const AdamStep& step, const RoundingKey& key,
+                    int64_t position, float* w, bfloat16* mu, bfloat16* nu);
   // w -= learning_rate * gradient. In bfloat16 it is rounded up or down at random, so that it is right on average:
   // the low 16 bits of the float32 result are added to 16 random ones, and the carry decides. Weight i takes the
   // bits of position p = position + i, which are those of Philox4x32-10 with key `seed` and counter
@@ -79,8 +82,6 @@ struct UpdateKernels {
   void (*sgd_f32)(const float* gradient, int64_t count, float learning_rate, float* w);
   void (*sgd_bf16)(const float* gradient, int64_t count, float learning_rate, const RoundingKey& key,
                    int64_t position, bfloat16* w);
-  // out[i] = in[i], rounded in the same way.
-  void (*narrow_stochastic)(const float* in, int64_t count, const RoundingKey& key, int64_t position, bfloat16* out);
 };
 
 // Columns of a dense layer that are worked on at once, and rows.
