@@ -94,7 +94,7 @@ def call(
     Args:
       handler: its name.
       results: what it returns, but for the workspace that those for CUDA have as their last result.
-      operands: x [B, D], kernel [L, F], and the others.
+      operands: x [B, D], kernel [L, F], and the others, all `varying` alike.
       aliases: results that take the place of operands, by number of the operand.
       attributes: of NumPy's scalar types.
     """
@@ -103,13 +103,32 @@ def call(
     )
 
 
+def varying(*operands: Array) -> tuple[Array, ...]:
+    """The operands of an op, all varying over the mesh axes that any of them varies over.
+
+    Within `jax.shard_map` a batch varies over devices where a layer does not; the gradient of the layer is
+    then summed over the devices. Anywhere else nothing happens.
+    """
+    axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
+    missing = [tuple(sorted(frozenset().union(*axes) - its)) for its in axes]
+    return tuple(jax.lax.pcast(a, names, to="varying") for a, names in zip(operands, missing, strict=True))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # eager calls would compile each time
 def _call(handler, results, aliases, attributes, *operands):
     if all(0 in result.shape for result in results):  # nothing to do, and a graph must not be empty
-        return tuple(jnp.zeros(result.shape, result.dtype) for result in results)
+        return tuple(varying(jnp.zeros(result.shape, result.dtype), *operands)[0] for result in results)
+
+    # Within `jax.shard_map` results vary as the operands do.
+    mesh, axes = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
+    sharding = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
 
     def native(*operands, workspace=()):
-        call = jax.ffi.ffi_call(handler, (*results, *workspace), input_output_aliases=dict(aliases))
+        types = [
+            jax.ShapeDtypeStruct(r.shape, r.dtype, sharding=sharding, manual_axis_type=axes)
+            for r in (*results, *workspace)
+        ]
+        call = jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases))
         return call(*operands, **dict(attributes))[: len(results)]
 
     def on_any_platform(*operands):

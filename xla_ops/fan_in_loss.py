@@ -78,7 +78,8 @@ def check_loss(x, kernel, indices, bias, positives, loss) -> tuple[Array, Array,
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     _native.register()
-    return x, kernel, indices, jnp.zeros(0, x.dtype) if bias is None else bias, positives
+    bias = jnp.zeros(0, x.dtype) if bias is None else bias
+    return _native.varying(x, kernel, indices, bias, positives)
 
 
 def loss_code(loss: str) -> np.int64:

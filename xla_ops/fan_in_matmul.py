@@ -45,7 +45,8 @@ def fan_in_matmul(
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
     _native.register()
     bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
-    y = _matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), kernel, indices, bias)
+    examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _matmul(*_native.varying(examples, kernel, indices, bias))
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 

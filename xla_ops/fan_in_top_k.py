@@ -44,7 +44,8 @@ def fan_in_top_k(
     bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handler takes for none
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results = [jax.ShapeDtypeStruct((rows.shape[0], k), dtype) for dtype in (jnp.float32, jnp.int32)]
-    scores, labels = _native.call("xla_ops.fan_in_top_k", results, rows, kernel, indices, bias)
+    operands = _native.varying(rows, kernel, indices, bias)
+    scores, labels = _native.call("xla_ops.fan_in_top_k", results, *operands)
     return scores.reshape(*x.shape[:-1], k), labels.reshape(*x.shape[:-1], k)
 
 

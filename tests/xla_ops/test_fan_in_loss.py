@@ -454,6 +454,24 @@ def test_other_devices():
     assert_matches_brute_force(results, PROBLEM, "squared_hinge")
 
 
+@LOSS
+def test_a_batch_over_devices(loss):
+    mesh = jax.make_mesh((len(jax.devices()),), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    problem, split, whole = make_problem(8, 12, 10, 4), jax.P("i"), jax.P()
+
+    def mean_loss(x, kernel, indices, bias, positives):
+        in_specs = (split, whole, whole, whole, split)
+
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=whole)
+        def of_shards(*arguments):
+            return jax.lax.pmean(fan_in_loss(*arguments, loss=loss), "i")
+
+        return of_shards(x, kernel, indices, bias, positives)
+
+    value, gradients = jax.jit(jax.value_and_grad(mean_loss, (0, 1, 3)))(*problem)
+    assert_matches_brute_force([value, *gradients], problem, loss)
+
+
 def test_differentiable_once_only():
     with pytest.raises(ValueError, match="cannot be differentiated"):
         jax.hessian(lambda x: fan_in_loss(x, *PROBLEM[1:]))(PROBLEM.x)

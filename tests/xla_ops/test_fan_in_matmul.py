@@ -1,6 +1,7 @@
 """fan_in_matmul against loops in float64, and under every transformation of JAX that it supports."""
 
 import concurrent.futures
+import functools
 from typing import NamedTuple
 
 import jax
@@ -361,6 +362,25 @@ def test_sharded_arguments():
     problem = make_problem(32, 12, 16, 4)
     sharded = jax.device_put(problem, jax.NamedSharding(mesh, jax.P("i")))
     assert_matches_brute_force(run_jit(*sharded), problem)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_batch_over_devices(check_vma):
+    mesh = jax.make_mesh((len(jax.devices()),), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    problem, split, whole = make_problem(8, 12, 10, 4), jax.P("i"), jax.P()
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(split, whole, whole, whole, split),
+        out_specs=(split, split, whole, whole),
+        check_vma=check_vma,
+    )
+    def run_sharded(*arguments):
+        y, d_x, *of_layer = run(*arguments)  # JAX sums the gradients of what does not vary, if it may check
+        return y, d_x, *(of_layer if check_vma else jax.lax.psum(of_layer, "i"))
+
+    assert_matches_brute_force(jax.jit(run_sharded)(*problem), problem)
 
 
 def test_calls_at_the_same_time():

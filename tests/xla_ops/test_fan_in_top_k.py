@@ -192,6 +192,16 @@ def test_other_devices():
     assert_same(results, brute_force(*problem, 6))
 
 
+def test_a_batch_over_devices():
+    mesh = jax.make_mesh((len(jax.devices()),), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.P("i"), jax.P()
+    problem = make_problem(8, 12, 10, 4)
+    sharded = jax.shard_map(
+        lambda *a: fan_in_top_k(*a, 6), mesh=mesh, in_specs=(split, whole, whole, whole), out_specs=split
+    )
+    assert_same(jax.jit(sharded)(*problem), brute_force(*problem, 6))
+
+
 def test_not_differentiable():
     x, *rest = make_problem(7, 12, 10, 4)
     with pytest.raises(ValueError, match="cannot be differentiated"):
