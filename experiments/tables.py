@@ -423,11 +423,15 @@ def _draw_label_scale(results: list[dict]) -> Figure:
         style = {"color": f"C{family}", "marker": "o", "label": _words(cell)}
         memory.plot(labels, [result["peak_memory_bytes"] / 2**30 for result in of_cell], **style)
         seconds.plot(labels, [result["seconds"]["step"] for result in of_cell], **style)
+    named = set()
     for row in read_reported().values():
-        color = f"C{families.index(row['output_layer'])}"
+        family = row["output_layer"]
+        label = None if family in named else f"{_words(family)}, paper"
+        style = {"color": f"C{families.index(family)}", "marker": "o", "linestyle": "", "label": label}
         at = prepare.DATASETS[row["dataset"]].labels, float(row["peak_memory_gib"])
         if at[1] > 0:  # a row that was published as 0.0 has no place on this axis
-            memory.plot(*at, color=color, marker="o", markerfacecolor="none", linestyle="")
+            memory.plot(*at, markerfacecolor="none", **style)
+            named.add(family)
     memory.axhline(_FOUR_GB, color="grey", linestyle="--")
     memory.set_ylabel("peak memory, GiB (dashed: 4)")
     seconds.set_ylabel("time of a step, s")
