@@ -89,7 +89,7 @@ flags.DEFINE_float("embedding_rate", 1.0, "The embedding learns at this times th
 flags.DEFINE_float("penultimate_rate", 1.0, "The penultimate layer learns at this times the learning rate.")
 flags.DEFINE_float("output_rate", 1.0, "The output layer learns at this times the learning rate.")
 flags.DEFINE_enum("output_optimizer", "adam", OPTIMIZERS, "The optimizer of the output layer.")
-flags.DEFINE_enum("moments", "float32", MOMENTS, "What Adam keeps of the layers in front of it.")
+flags.DEFINE_enum("moments", "float32", MOMENTS, "What Adam keeps of the penultimate layer.")
 flags.DEFINE_float("epsilon", PAPER_EPSILON, "Adam's epsilon.")
 flags.DEFINE_enum("schedule", "plateau", SCHEDULES, "How the learning rate falls; see TrainingConfig.")
 flags.DEFINE_float("rewire_fraction", 0.1, "The part of the connections that a rewiring moves; 0 for never.")

@@ -123,7 +123,7 @@ def step_optax(graphdef, config, seed, state: dict, batch, learning_rate, step) 
 
 def _optimizer(config) -> optax.GradientTransformation:
     """What turns gradients (of the embedding, Adagrad's direction) into steps, but for the learning rate."""
-    adam = optax.scale_by_adam(eps=config.epsilon, mu_dtype=_moment_dtype(config))
+    adam = functools.partial(optax.scale_by_adam, eps=config.epsilon)
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
     rates = {"embedding": config.embedding_rate, "penultimate": config.penultimate_rate}
     if config.output_optimizer == "adam":
@@ -132,12 +132,15 @@ def _optimizer(config) -> optax.GradientTransformation:
     def is_factored(path):
         return config.moments == "factored" and path[:2] == ["penultimate", "kernel"]
 
-    def is_adam(path):
-        is_sgd = config.output_optimizer == "sgd" and path[0] == "output"
-        return not (path[0] == "embedding" or is_factored(path) or is_sgd)
+    def is_penultimate(path):
+        return path[0] == "penultimate" and not is_factored(path)
+
+    def is_output(path):
+        return config.output_optimizer == "adam" and path[0] == "output"
 
     return optax.chain(
-        _masked(adam, is_adam),
+        _masked(adam(mu_dtype=_moment_dtype(config)), is_penultimate),
+        _masked(adam(), is_output),
         _masked(factored, is_factored),
         *(
             _masked(optax.scale(rate), lambda path, name=name: path[0] == name)

@@ -65,4 +65,4 @@ def adam_rates(learning_rate, count, b1: float, b2: float):
 
 def rounding_key(seed, step):
     """What the handlers take as the key of stochastic rounding, uint32 [3], from integer scalars."""
-    return jnp.stack([jnp.asarray(a).astype(jnp.uint32) for a in (seed, 0, step)])
+    return jnp.stack([jnp.asarray(a, jnp.uint32) for a in (seed, 0, step)])

@@ -120,12 +120,12 @@ def _call(handler, results, aliases, attributes, *operands):
         return tuple(varying(jnp.zeros(result.shape, result.dtype), *operands)[0] for result in results)
 
     # Within `jax.shard_map` results vary as the operands do.
-    mesh, axes = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
+    mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
     sharding = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
 
     def native(*operands, workspace=()):
         types = [
-            jax.ShapeDtypeStruct(r.shape, r.dtype, sharding=sharding, manual_axis_type=axes)
+            jax.ShapeDtypeStruct(r.shape, r.dtype, sharding=sharding, manual_axis_type=axis_type)
             for r in (*results, *workspace)
         ]
         call = jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases))

@@ -79,7 +79,8 @@ def dense_adam_step(
       b1, b2: the decay rates of the moments.
       epsilon: added to the root of the second moment.
       seed: uint32 scalar, of the rounding. With the number of the step and a weight's position it fixes the
-        random bits (Philox4x32-10), on any machine.
+        random bits, on any machine (Philox4x32-10; how exactly stands in `csrc/cpu/kernels.h` and
+        `dense_step.cc`).
       before: an array that is computed from the kernel as it was, such as the gradient of x: naming it here
         puts it before the update; XLA might else copy the kernel for it.
 

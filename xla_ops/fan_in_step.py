@@ -56,7 +56,8 @@ def fan_in_adam_step(
 
     Gives what `fan_in_loss`, `jax.grad` and `optax.adam(learning_rate, b1, b2, eps=epsilon)` give, to within
     rounding. Kernel, bias and moments are updated in place if the caller's `jit` donates them; otherwise XLA
-    copies them first. Not differentiable: pass `d_x` on to the layers in front (`jax.vjp`).
+    copies them first. Not differentiable: pass `d_x` on to the layers in front (`jax.vjp`). Within
+    `jax.shard_map` it is a step on the device's own part of the batch.
 
     Args:
       x: [B, D], float32.
@@ -88,7 +89,7 @@ def fan_in_adam_step(
         moments.append(moment)
     count = state.count + 1
     rates = adam_rates(learning_rate, count, b1, b2)
-    operands = (x, kernel, indices, bias, positives, *moments, rates)
+    operands = _native.varying(x, kernel, indices, bias, positives, *moments, rates)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias, *moments))]
     value, d_x, kernel, new_bias, *moments = _native.call(
         "xla_ops.fan_in_step.adam",
@@ -148,7 +149,7 @@ def fan_in_sgd_step(
     has_bias = bias is not None
     x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
     rate, key = jnp.asarray(learning_rate, jnp.float32), rounding_key(seed, step)
-    operands = (x, kernel, indices, bias, positives, rate, key)
+    operands = _native.varying(x, kernel, indices, bias, positives, rate, key)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))]
     value, d_x, kernel, bias = _native.call(
         "xla_ops.fan_in_step.sgd", results, *operands, aliases={1: 2, 3: 3}, loss=loss_code(loss)

@@ -56,7 +56,8 @@ def assert_equal(state, other):
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches):
     trainer = new_trainer()
     train(trainer, batches, [0, 1])
-    Checkpoints(tmp_path).save_latest(trainer, {"epochs": 2, "best": 0.1})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_latest(trainer, {"epochs": 2, "best": 0.1})
     expected = train(trainer, batches, [2, 3])
 
     # As in a new process: another initial state, and a new look at the directory.

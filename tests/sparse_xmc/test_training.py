@@ -347,3 +347,6 @@ def test_training_in_place_is_training_by_optax(bag_of_words, penultimate, optim
             states = [f(s, jax.random.key(7)) for f, s in zip(rewirings, states, strict=True)]
     for a, b in zip(*(jax.tree.leaves(s["params"]) for s in states), strict=True):
         np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=2 * tolerance)
+    narrow = [a for a in jax.tree.leaves(states[1]["optimizer"]) if a.dtype == jnp.bfloat16]
+    # Of the penultimate layer alone; factored moments are its kernel's, and its bias has others.
+    assert len(narrow) == (0 if not penultimate else {"float32": 0, "bfloat16": 2, "factored": 1}[moments])

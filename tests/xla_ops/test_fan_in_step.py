@@ -295,3 +295,26 @@ def test_a_handler_that_is_called_without_aliasing_says_so():
     arguments = (x, kernel, indices, bias, positives, jnp.float32(1), jnp.zeros(3, jnp.uint32))
     with pytest.raises(jax.errors.JaxRuntimeError, match="kernel must be updated in place"):
         jax.block_until_ready(call(*arguments, loss=np.int64(0)))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_over_devices_each_takes_a_step_of_its_own(optimizer):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    x, *layer, positives = make_problem(8, 12, 10, 4)
+
+    def step(x, kernel, indices, bias, positives):
+        arguments = (x, kernel, indices, bias, positives)
+        if optimizer == "adam":
+            _, d_x, kernel, *_ = fan_in_adam_step(*arguments, adam_init(kernel, bias), 0.1)
+        else:
+            _, d_x, kernel, _ = fan_in_sgd_step(*arguments, 0.1)
+        return d_x, kernel[None]
+
+    split, whole = jax.P("i"), jax.P()
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(split, whole, whole, whole, split), out_specs=(split, split)
+    )
+    actual = jax.jit(sharded)(x, *layer, positives)
+    parts = [step(x[part], *layer, positives[part]) for part in (slice(0, 4), slice(4, 8))]
+    for result, expected in zip(actual, zip(*parts, strict=True), strict=True):
+        np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)

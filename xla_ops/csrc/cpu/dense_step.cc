@@ -21,7 +21,7 @@ struct DenseShape {
 constexpr int64_t kGradientsAtOnce = 1 << 16;
 constexpr int64_t kRowsPerItem = 128;
 
-// update(row, column, count, gradient) for every run of the kernel's elements; columns are multiples of kColumns.
+// update(row, column, count, gradient) for every run of the kernel's elements; `column` is a multiple of kColumns.
 template <typename Update>
 void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy,
                        const Update& update) {
@@ -88,6 +88,7 @@ struct NarrowMoments {
   }
 };
 
+// The positions of random bits: the first column of each row has the next multiple of kColumns.
 template <typename M>
 void adam(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy, const AdamStep& step,
           float* kernel, const M& moments) {

@@ -432,11 +432,13 @@ XLA_OPS_INLINE void philox(V counter_low, uint32_t counter_high, const RoundingK
 }
 
 constexpr int64_t kPositions = 128;  // that kLanes counters serve
+static_assert(kColumns == kPositions, "a dense layer is updated in runs that one set of counters serves");
 
-// values(i), one of them or a vector of them, rounded into out[i]; those that values.keeps stay as they are.
+// values.one(i), or the vector values.many(i), rounded into out[i]: each is asked for once. What values.keeps(i), or
+// of a run values.keeps_run(i), says to keep stays as it is.
 template <typename Values>
 void round_one(const Values& values, int64_t i, const RoundingKey& key, uint64_t position, bfloat16* out) {
-  if (values.keeps(i, 1)) return;
+  if (values.keeps(i)) return;
   const uint64_t counter = position / kPositions * kLanes + position % kLanes;
   uint32_t words[4];
   philox(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), key, words);
@@ -457,7 +459,7 @@ void round_stochastically(const Values& values, int64_t count, const RoundingKey
 #pragma GCC unroll 16
   for (int j = 0; j < W; ++j) lane[j] = j;
   for (; i + kPositions <= count; i += kPositions) {
-    if (values.keeps(i, kPositions)) continue;
+    if (values.keeps_run(i)) continue;
     const uint64_t counter = static_cast<uint64_t>(position + i) / kPositions * kLanes;
     for (int64_t first = 0; first < kLanes; first += W) {
       UVec words[4];
@@ -483,8 +485,9 @@ struct SgdValues {
   float learning_rate;
   const bfloat16* w;
 
+  bool keeps(int64_t i) const { return gradient[i] == 0; }
   // As for nearly all labels, once training is under way.
-  bool keeps(int64_t i, int64_t count) const { return is_zero(gradient + i, count); }
+  bool keeps_run(int64_t i) const { return is_zero(gradient + i, kPositions); }
   float one(int64_t i) const { return to_float(w[i]) - learning_rate * gradient[i]; }
   Vec many(int64_t i) const { return load(w + i) - learning_rate * load(gradient + i); }
 };
@@ -496,7 +499,8 @@ struct AdamValues {
   float* w;
   bfloat16 *mu, *nu;
 
-  bool keeps(int64_t, int64_t) const { return false; }
+  bool keeps(int64_t) const { return false; }
+  bool keeps_run(int64_t) const { return false; }
   float one(int64_t i) const {
     float m = to_float(mu[i]), v = to_float(nu[i]);
     adam(gradient + i, 1, s, w + i, &m, &v);
@@ -528,7 +532,7 @@ void adam_bf16(const float* gradient, int64_t count, const AdamStep& step, const
 // ---- dense layers ----
 
 void products(const float* x, int64_t x_stride, const float* dy, int64_t batch, float* out) {
-  constexpr int V = kColumns / W < 4 ? kColumns / W : 4;  // kRows * V sums fit in the registers
+  constexpr int V = 4;  // kRows * V sums fit in the registers
   for (int64_t first = 0; first < kColumns; first += V * W) {
     Vec sums[kRows][V] = {};
     for (int64_t b = 0; b < batch; ++b) {

@@ -75,7 +75,7 @@ struct UpdateKernels {
   void (*adam_bf16)(const float* gradient, int64_t count, const AdamStep& step, const RoundingKey& key,
                     int64_t position, float* w, bfloat16* mu, bfloat16* nu);
   // w -= learning_rate * gradient. In bfloat16 it is rounded up or down at random, so that it is right on average:
-  // the low 16 bits of the float32 result are added to 16 random ones, and the carry decides. Weight i takes the
+  // the low 16 bits of the float32 result are added to 16 random ones, and the carry decides. Element i takes the
   // bits of position p = position + i, which are those of Philox4x32-10 with key `seed` and counter
   // (c mod 2^32, c / 2^32, step, 0), c = p / 128 * 16 + p % 16: of word p % 128 / 32, the half p / 16 % 2 (0: low).
   // Runs of 128 from multiples of 128 are fast.
