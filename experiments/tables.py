@@ -14,6 +14,7 @@ shown as missing.
 does the same for what `experiments.label_scale` measured.
 """
 
+import collections
 import csv
 import json
 from collections.abc import Callable, Iterable
@@ -205,18 +206,20 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def provenance(results: Iterable[dict]) -> list[str]:
-    """Markdown lines: the machine, versions and commit of results, and how their memory was measured."""
-    counts: dict[str, int] = {}
+    """Markdown lines: the machine, versions and commits of results, and how their memory was measured."""
+    commits: dict[str, collections.Counter] = {}
     for result in results:
         e = result["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
         line = (
             f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads, {e['memory_bytes'] / 2**30:.0f} GiB of "
-            f"memory, device {e['device']}; {versions}; commit {e['commit']}. Memory is the "
-            f"{result['peak_memory_measured_as']}."
+            f"memory, device {e['device']}; {versions}. Memory is the {result['peak_memory_measured_as']}."
         )
-        counts[line] = counts.get(line, 0) + 1
-    return [f"- {count} runs: {line}" for line, count in counts.items()]
+        commits.setdefault(line, collections.Counter())[e["commit"]] += 1
+    return [
+        f"- {line} Runs by commit: {', '.join(f'{count} at {commit}' for commit, count in counts.items())}."
+        for line, counts in commits.items()
+    ]
 
 
 # ---- pictures ----

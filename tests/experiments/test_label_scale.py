@@ -115,7 +115,8 @@ def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
     assert rows[0] == f"| 10,000 | dense | 0.25 | {times} | 1.5 |"
     assert rows[1].startswith("| 1,000,000 | dense | does not fit |")
     assert rows[2] == f"| 1,000,000 | fixed fan-in 32 | 1.50 | {times} | 1.5 |"
-    assert "2 runs: a processor" in printed
+    assert "- a processor" in printed
+    assert "Runs by commit: 2 at abc." in printed
     with open(tmp_path / "out" / "label_scale.csv", newline="") as file:
         assert {len(line) for line in csv.reader(file)} == {len(tables._PARTS) + 4}
     assert (tmp_path / "out" / "label_scale.png").exists()
