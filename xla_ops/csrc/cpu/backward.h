@@ -46,7 +46,7 @@ class Gradients {
 };
 
 // One thread's part of the labels, [begin, end). rows_of(tile, label, n, rows) fills in the gradient of the logits
-// of n labels; the gradient of the packed input is added to d_packed.
+// of n labels, and returns the mask of those that have any; the gradient of the packed input is added to d_packed.
 //
 // Tiles are on the inside, so that the sink gets a run's gradients summed over the batch, but a run is long enough to
 // pay for bringing a tile's features into the cache.
@@ -68,11 +68,11 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const T* packed
       for (int64_t done = 0; done < labels; done += kBlock) {
         const int64_t label = first + done, n = std::min(kBlock, labels - done);
         const I* indices = layer.indices + label * s.fan_in;
-        rows_of(tile, label, n, rows);
-        row_kernels().sums(rows, n, tile.width, d_bias.get() + done);
-        ops.kernel_grad(packed + tile.offset, s.in_features, tile.width, rows, indices, n, s.fan_in,
+        const uint64_t mask = rows_of(tile, label, n, rows);
+        row_kernels().sums(rows, mask, tile.width, d_bias.get() + done);
+        ops.kernel_grad(packed + tile.offset, s.in_features, tile.width, rows, mask, indices, s.fan_in,
                         d_kernel + done * s.fan_in);
-        ops.input_grad(rows, s.in_features, tile.width, layer.kernel + label * s.fan_in, indices, n, s.fan_in,
+        ops.input_grad(rows, mask, s.in_features, tile.width, layer.kernel + label * s.fan_in, indices, s.fan_in,
                        d_packed + tile.offset);
       }
     }

@@ -39,8 +39,9 @@ struct GivenRows {
   const T* dy;
   int64_t labels;
 
-  void operator()(const Tile& tile, int64_t label, int64_t n, float* rows) const {
+  uint64_t operator()(const Tile& tile, int64_t label, int64_t n, float* rows) const {
     layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows, tile.width);
+    return row_kernels().nonzero(rows, n, tile.width);
   }
 };
 

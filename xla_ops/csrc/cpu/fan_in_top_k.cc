@@ -64,9 +64,9 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const T* 
     for (int64_t label = part * labels_per_part; label < end; label += kBlock) {
       const int64_t n = std::min(kBlock, end - label);
       layer.logits(packed.get(), tile, label, n, rows);
-      for (int64_t i = 0; i < n; ++i) {
+      for (uint64_t mask = row_kernels().above(rows, n, tile.width, worst); mask; mask &= mask - 1) {
+        const int64_t i = __builtin_ctzll(mask);
         const float* row = rows + i * tile.width;
-        if (!row_kernels().any_above(row, worst, tile.width)) continue;
         for (int64_t b = 0; b < tile.size; ++b) {
           if (!(row[b] > worst[b])) continue;
           ranking.offer(tile.first + b, row[b], static_cast<int32_t>(label + i));

@@ -127,11 +127,33 @@ struct SumLanes<W> {
   static XLA_OPS_INLINE void run(Vec*) {}
 };
 
-XLA_OPS_INLINE float sum_lanes(Vec v) {
-  float total = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
+// All lanes of v folded into one, by halves.
+template <int S, typename Combine>
+struct Fold {
+  static XLA_OPS_INLINE Vec run(Vec v, Combine combine) {
+    return Fold<S / 2, Combine>::run(combine(interleave<S, 0>(v, v), interleave<S, 1>(v, v)), combine);
+  }
+};
+template <typename Combine>
+struct Fold<0, Combine> {
+  static XLA_OPS_INLINE Vec run(Vec v, Combine) { return v; }
+};
+
+struct Add {
+  XLA_OPS_INLINE Vec operator()(Vec a, Vec b) const { return a + b; }
+};
+XLA_OPS_INLINE float sum_lanes(Vec v) { return Fold<W / 2, Add>::run(v, Add())[0]; }
+
+struct Or {
+  XLA_OPS_INLINE Vec operator()(Vec a, Vec b) const {
+    const UVec either = reinterpret_cast<const UVec&>(a) | reinterpret_cast<const UVec&>(b);
+    return reinterpret_cast<const Vec&>(either);
+  }
+};
+// Whether any lane has a bit set.
+XLA_OPS_INLINE bool any_bit(UVec v) {
+  const Vec folded = Fold<W / 2, Or>::run(reinterpret_cast<const Vec&>(v), Or());
+  return reinterpret_cast<const UVec&>(folded)[0] != 0;
 }
 
 // ---- layout ----
@@ -174,14 +196,16 @@ XLA_OPS_INLINE int64_t row_of(I index, int64_t in_features) {
   return static_cast<int64_t>(i < static_cast<uint64_t>(in_features) ? i : in_features);
 }
 
+// Bits that are all 0 if and only if the values are: -0 is 0, NaN is not.
+XLA_OPS_INLINE UVec nonzero_bits(Vec v) { return reinterpret_cast<const UVec&>(v) << 1; }
+
 XLA_OPS_INLINE bool is_zero(const float* row, int64_t width) {
   UVec any = {};
-  for (int64_t b = 0; b < width; b += W) any |= *reinterpret_cast<const UVec*>(row + b) << 1;  // -0 is 0
-  uint32_t bits = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) bits |= any[i];
-  return bits == 0;
+  for (int64_t b = 0; b < width; b += W) any |= nonzero_bits(load(row + b));
+  return !any_bit(any);
 }
+
+static_assert(kBlock <= 64, "a mask has a bit for each row of a block");
 
 // Calls fn<NV>(...) with NV = the number of vectors in a row of `width`, so that a row stays in registers.
 #define XLA_OPS_FOR_WIDTH(fn, width, ...)                    \
@@ -234,52 +258,55 @@ void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel
 }
 
 template <typename T, typename I, int NV>
-void kernel_grad_of_width(const T* packed, int64_t in_features, const float* rows, const I* indices,
-                          int64_t labels, int64_t fan_in, float* d_kernel) {
-  for (int64_t n = 0; n < labels; ++n, rows += NV * W, indices += fan_in, d_kernel += fan_in) {
-    if (is_zero(rows, NV * W)) continue;
+void kernel_grad_of_width(const T* packed, int64_t in_features, const float* rows, uint64_t mask,
+                          const I* indices, int64_t fan_in, float* d_kernel) {
+  for (; mask; mask &= mask - 1) {
+    const int64_t n = __builtin_ctzll(mask), first = n * fan_in;
+    const float* row = rows + n * NV * W;
     int64_t f = 0;
     for (; f + W <= fan_in; f += W) {  // W connections at a time, summed over the lanes together
       Vec sum[W];
 #pragma GCC unroll 16
       for (int j = 0; j < W; ++j) {
-        const T* x = packed + row_of(indices[f + j], in_features) * NV * W;
-        Vec s = load(rows) * load(x);
+        const T* x = packed + row_of(indices[first + f + j], in_features) * NV * W;
+        Vec s = load(row) * load(x);
 #pragma GCC unroll 16
-        for (int i = 1; i < NV; ++i) s += load(rows + i * W) * load(x + i * W);
+        for (int i = 1; i < NV; ++i) s += load(row + i * W) * load(x + i * W);
         sum[j] = s;
       }
       SumLanes<1>::run(sum);
-      store(d_kernel + f, load(d_kernel + f) + sum[0]);
+      float* d = d_kernel + first + f;
+      store(d, load(d) + sum[0]);
     }
     for (; f < fan_in; ++f) {
-      const T* x = packed + row_of(indices[f], in_features) * NV * W;
-      Vec s = load(rows) * load(x);
-      for (int i = 1; i < NV; ++i) s += load(rows + i * W) * load(x + i * W);
-      d_kernel[f] += sum_lanes(s);
+      const T* x = packed + row_of(indices[first + f], in_features) * NV * W;
+      Vec s = load(row) * load(x);
+      for (int i = 1; i < NV; ++i) s += load(row + i * W) * load(x + i * W);
+      d_kernel[first + f] += sum_lanes(s);
     }
   }
 }
 
 template <typename T, typename I>
-void kernel_grad(const T* packed, int64_t in_features, int64_t width, const float* rows, const I* indices,
-                 int64_t labels, int64_t fan_in, float* d_kernel) {
-  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, in_features, rows, indices, labels, fan_in, d_kernel);
+void kernel_grad(const T* packed, int64_t in_features, int64_t width, const float* rows, uint64_t mask,
+                 const I* indices, int64_t fan_in, float* d_kernel) {
+  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, in_features, rows, mask, indices, fan_in, d_kernel);
 }
 
 template <typename T, typename I, int NV>
-void input_grad_of_width(const float* rows, int64_t in_features, const T* kernel, const I* indices,
-                         int64_t labels, int64_t fan_in, float* d_packed) {
-  for (int64_t n = 0; n < labels; ++n, rows += NV * W, kernel += fan_in, indices += fan_in) {
-    if (is_zero(rows, NV * W)) continue;
-    const I* next = indices + (n + 1 < labels ? fan_in : 0);
+void input_grad_of_width(const float* rows, uint64_t mask, int64_t in_features, const T* kernel,
+                         const I* indices, int64_t fan_in, float* d_packed) {
+  for (; mask; mask &= mask - 1) {
+    const int64_t n = __builtin_ctzll(mask);
+    const uint64_t others = mask & (mask - 1);
+    const I* next = indices + (others ? __builtin_ctzll(others) : n) * fan_in;
     Vec row[NV];
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) row[i] = load(rows + i * W);
+    for (int i = 0; i < NV; ++i) row[i] = load(rows + (n * NV + i) * W);
     for (int64_t f = 0; f < fan_in; ++f) {
       prefetch<NV, 1>(d_packed, in_features, next[f]);
-      float* d = d_packed + row_of(indices[f], in_features) * NV * W;
-      const float weight = to_float(kernel[f]);
+      float* d = d_packed + row_of(indices[n * fan_in + f], in_features) * NV * W;
+      const float weight = to_float(kernel[n * fan_in + f]);
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) store(d + i * W, load(d + i * W) + weight * row[i]);
     }
@@ -287,9 +314,9 @@ void input_grad_of_width(const float* rows, int64_t in_features, const T* kernel
 }
 
 template <typename T, typename I>
-void input_grad(const float* rows, int64_t in_features, int64_t width, const T* kernel, const I* indices,
-                int64_t labels, int64_t fan_in, float* d_packed) {
-  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, in_features, kernel, indices, labels, fan_in, d_packed);
+void input_grad(const float* rows, uint64_t mask, int64_t in_features, int64_t width, const T* kernel,
+                const I* indices, int64_t fan_in, float* d_packed) {
+  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, in_features, kernel, indices, fan_in, d_packed);
 }
 
 // ---- losses ----
@@ -342,10 +369,12 @@ struct BinaryCrossEntropy {
 };
 
 template <typename LossFunction>
-double negatives(float* rows, int64_t labels, int64_t width, int64_t size, float scale) {
-  double total = 0;
+double negatives(float* rows, int64_t labels, int64_t width, int64_t size, float scale, uint64_t* mask) {
+  Vec total = {};
+  *mask = 0;
   for (int64_t n = 0; n < labels; ++n, rows += width) {
     Vec sum = {};
+    UVec any = {};
     for (int64_t b = 0; b < width; b += W) {
       Vec slope, value = LossFunction::value_and_slope(load(rows + b), &slope);
       if (b + W > size) {  // the end of the tile, and the padding after it
@@ -355,29 +384,42 @@ double negatives(float* rows, int64_t labels, int64_t width, int64_t size, float
         }
       }
       sum += value;
-      store(rows + b, slope * scale);
+      const Vec gradient = slope * scale;
+      any |= nonzero_bits(gradient);
+      store(rows + b, gradient);
     }
-    total += sum_lanes(sum);
+    total += sum;
+    *mask |= uint64_t{any_bit(any)} << n;
   }
-  return total;
+  return sum_lanes(total);
 }
 
-void row_sums(const float* rows, int64_t labels, int64_t width, float* sums) {
-  for (int64_t n = 0; n < labels; ++n, rows += width) {
-    Vec sum = load(rows);
-    for (int64_t b = W; b < width; b += W) sum += load(rows + b);
+void row_sums(const float* rows, uint64_t mask, int64_t width, float* sums) {
+  for (; mask; mask &= mask - 1) {
+    const int64_t n = __builtin_ctzll(mask);
+    Vec sum = {};
+    for (int64_t b = 0; b < width; b += W) sum += load(rows + n * width + b);
     sums[n] += sum_lanes(sum);
   }
 }
 
-bool any_above(const float* row, const float* bounds, int64_t width) {
-  typedef int32_t IVec __attribute__((vector_size(4 * W)));
-  IVec any = {};
-  for (int64_t b = 0; b < width; b += W) any |= load(row + b) > load(bounds + b);
-  int32_t bits = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) bits |= any[i];
-  return bits != 0;
+uint64_t nonzero(const float* rows, int64_t labels, int64_t width) {
+  uint64_t mask = 0;
+  for (int64_t n = 0; n < labels; ++n) mask |= uint64_t{!is_zero(rows + n * width, width)} << n;
+  return mask;
+}
+
+uint64_t above(const float* rows, int64_t labels, int64_t width, const float* bounds) {
+  uint64_t mask = 0;
+  for (int64_t n = 0; n < labels; ++n) {
+    UVec any = {};
+    for (int64_t b = 0; b < width; b += W) {
+      const auto greater = load(rows + n * width + b) > load(bounds + b);
+      any |= reinterpret_cast<const UVec&>(greater);
+    }
+    mask |= uint64_t{any_bit(any)} << n;
+  }
+  return mask;
 }
 
 // ---- updates ----
@@ -580,7 +622,7 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     fan_in_table<bfloat16, int32_t>(),
     layout_table<float>(),
     layout_table<bfloat16>(),
-    {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, any_above},
+    {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, nonzero, above},
     {adam, adam_bf16, sgd, sgd_stochastic},
     {products},
 };

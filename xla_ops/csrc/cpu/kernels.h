@@ -3,6 +3,7 @@
 // All of them work on *rows*: for one tile of the batch (at most kTile examples) and a run of labels, a row
 // holds one label's values for every example of the tile, so that a connection reads or writes one
 // contiguous run of memory. `width` is a tile's row length: its number of examples rounded up to kLanes.
+// Of a block's rows, at most kBlock, a mask names some: bit n stands for row n.
 //
 // Packed features are [in_features + 1, width] per tile. The last row is zero, and every index outside
 // [0, in_features) is redirected to it: such a connection contributes nothing and touches nothing else.
@@ -18,6 +19,9 @@ namespace xla_ops {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 64;
+// Labels worked on at once. Their rows (kBlock * kTile floats) fit in the first-level cache, and at a fan-in of 32
+// the features that they read, and the gradients of those, in the second-level one.
+constexpr int64_t kBlock = 64;
 
 // T is float or bfloat16, I is uint16_t or int32_t.
 template <typename T, typename I>
@@ -25,12 +29,12 @@ struct FanInKernels {
   // rows[n, width] = bias[n] + sum_f kernel[n, f] * packed[indices[n, f], :]. `bias` may be null.
   void (*logits)(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices,
                  const T* bias, int64_t labels, int64_t fan_in, float* rows);
-  // d_kernel[n, f] += sum_b rows[n, b] * packed[indices[n, f], b], skipping rows that are zero.
-  void (*kernel_grad)(const T* packed, int64_t in_features, int64_t width, const float* rows,
-                      const I* indices, int64_t labels, int64_t fan_in, float* d_kernel);
-  // d_packed[indices[n, f], :] += kernel[n, f] * rows[n, :], skipping rows that are zero.
-  void (*input_grad)(const float* rows, int64_t in_features, int64_t width, const T* kernel,
-                     const I* indices, int64_t labels, int64_t fan_in, float* d_packed);
+  // d_kernel[n, f] += sum_b rows[n, b] * packed[indices[n, f], b] for the rows n of a mask.
+  void (*kernel_grad)(const T* packed, int64_t in_features, int64_t width, const float* rows, uint64_t mask,
+                      const I* indices, int64_t fan_in, float* d_kernel);
+  // d_packed[indices[n, f], :] += kernel[n, f] * rows[n, :] for the rows n of a mask.
+  void (*input_grad)(const float* rows, uint64_t mask, int64_t in_features, int64_t width, const T* kernel,
+                     const I* indices, int64_t fan_in, float* d_packed);
 };
 
 template <typename T>
@@ -48,14 +52,17 @@ struct LayoutKernels {
 };
 
 struct RowKernels {
-  // For `labels` rows of logits of negatives: returns the sum of the losses of the first `size` examples, and
-  // replaces each logit by the derivative of its loss times `scale`, the padding by 0.
-  double (*squared_hinge)(float* rows, int64_t labels, int64_t width, int64_t size, float scale);
-  double (*binary_cross_entropy)(float* rows, int64_t labels, int64_t width, int64_t size, float scale);
-  // sums[n] += the sum of row n.
-  void (*sums)(const float* rows, int64_t labels, int64_t width, float* sums);
-  // Whether any row[b] > bounds[b].
-  bool (*any_above)(const float* row, const float* bounds, int64_t width);
+  // For `labels` rows of logits of negatives: returns the sum of the losses of the first `size` examples, replaces
+  // each logit by the derivative of its loss times `scale`, the padding by 0, and masks the rows that are not zero.
+  double (*squared_hinge)(float* rows, int64_t labels, int64_t width, int64_t size, float scale, uint64_t* mask);
+  double (*binary_cross_entropy)(float* rows, int64_t labels, int64_t width, int64_t size, float scale,
+                                 uint64_t* mask);
+  // sums[n] += the sum of row n, for the rows of a mask.
+  void (*sums)(const float* rows, uint64_t mask, int64_t width, float* sums);
+  // The mask of the rows that are not zero.
+  uint64_t (*nonzero)(const float* rows, int64_t labels, int64_t width);
+  // The mask of the rows with any row[b] > bounds[b].
+  uint64_t (*above)(const float* rows, int64_t labels, int64_t width, const float* bounds);
 };
 
 struct AdamStep {

@@ -60,7 +60,8 @@ class LossRows {
         packed_(packed),
         positives_(positives) {}
 
-  void operator()(const Tile& tile, int64_t label, int64_t n, float* rows) {
+  // Returns the mask of the rows that are not zero.
+  uint64_t operator()(const Tile& tile, int64_t label, int64_t n, float* rows) {
     layer_.logits(packed_, tile, label, n, rows);
     corrections_.clear();
     for (auto p = std::lower_bound(positives_.begin(), positives_.end(), Positive{label, 0});
@@ -73,8 +74,13 @@ class LossRows {
     }
     const auto negatives =
         loss_ == Loss::kSquaredHinge ? row_kernels().squared_hinge : row_kernels().binary_cross_entropy;
-    total_ += negatives(rows, n, tile.width, tile.size, scale_);
-    for (const auto& [at, gradient] : corrections_) rows[at] = gradient;
+    uint64_t mask;
+    total_ += negatives(rows, n, tile.width, tile.size, scale_, &mask);
+    for (const auto& [at, gradient] : corrections_) {
+      rows[at] = gradient;
+      if (gradient != 0) mask |= uint64_t{1} << (at / tile.width);
+    }
+    return mask;
   }
 
   // The sum of the losses so far.

@@ -19,10 +19,6 @@
 
 namespace xla_ops {
 
-// Labels worked on at once. Their rows (kBlock * kTile floats) fit in the first-level cache, and at a fan-in of 32
-// the features that they read, and the gradients of those, in the second-level one.
-constexpr int64_t kBlock = 64;
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr uintptr_t kHugePage = 2 << 20;
