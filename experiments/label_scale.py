@@ -32,6 +32,7 @@ from flax import nnx
 
 from experiments import environment, prepare, sweep
 from experiments.synthetic import Synthetic
+from sparse_xmc.data.batches import Batch
 from sparse_xmc.evaluation import gradient_density
 from sparse_xmc.models import Classifier, ClassifierConfig
 from sparse_xmc.training import Trainer, TrainingConfig
@@ -116,7 +117,7 @@ def measure(scale: Scale, cell: str, seconds: float) -> dict:
     trainer.state["params"]["output"]["bias"] = bias.replace(jax.numpy.full_like(bias[...], -1.1))
     times["step"] = _median_seconds(step, seconds)
     densities["step"] = gradient_density(trainer.model, batches)
-    times["rewiring"] = _median_seconds(functools.partial(_rewire, trainer), seconds)
+    times["rewiring"] = _median_seconds(functools.partial(_rewire, trainer, batches[0]), seconds)
 
     graphdef, params, other = nnx.split(trainer.model, nnx.Param, ...)
     del trainer, step  # the moments make room for the gradients
@@ -145,8 +146,8 @@ def _step(trainer: Trainer, batches: list) -> None:
     jax.block_until_ready(trainer.state)
 
 
-def _rewire(trainer: Trainer) -> None:
-    trainer.rewire()
+def _rewire(trainer: Trainer, batch: Batch) -> None:
+    trainer.rewire(batch)
     jax.block_until_ready(trainer.state)
 
 

@@ -29,7 +29,7 @@ from sparse_xmc.evaluation import evaluate, evaluate_groups, gradient_density
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
 from sparse_xmc.models import OUTPUT_DTYPES, OUTPUT_LAYERS, Classifier, ClassifierConfig
-from sparse_xmc.rewire import RewireConfig
+from sparse_xmc.rewire import GROWTHS, RewireConfig
 from sparse_xmc.training import (
     MOMENTS,
     OPTIMIZERS,
@@ -98,6 +98,12 @@ flags.DEFINE_bool(
     "rewire_distinct", True, "Never give a label the same input twice, at the start or when rewiring."
 )
 flags.DEFINE_bool("rewire_zero", True, "Moved connections start at weight 0.")
+flags.DEFINE_enum(
+    "rewire_growth",
+    "random",
+    GROWTHS,
+    "Where connections move: anywhere, or to inputs that a label's point has.",
+)
 flags.DEFINE_float(
     "checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed."
 )
@@ -274,7 +280,9 @@ def _model_config(dataset: Dataset) -> ClassifierConfig:
 
 
 def _training_config() -> TrainingConfig:
-    rewire = RewireConfig(FLAGS.rewire_fraction, FLAGS.rewire_distinct, FLAGS.rewire_zero)
+    rewire = RewireConfig(
+        FLAGS.rewire_fraction, FLAGS.rewire_distinct, FLAGS.rewire_zero, FLAGS.rewire_growth
+    )
     return TrainingConfig(
         epochs=FLAGS.epochs,
         batch_size=FLAGS.batch_size,

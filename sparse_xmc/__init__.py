@@ -2,7 +2,7 @@
 
 from sparse_xmc.layers import BagOfWords, Connectivity, EmbeddingBag, FixedFanInLinear
 from sparse_xmc.models import Classifier, ClassifierConfig
-from sparse_xmc.rewire import RewireConfig, reset_moments, rewire, rewire_unstructured
+from sparse_xmc.rewire import RewireConfig, reset_moments, rewire, rewire_active, rewire_unstructured
 from sparse_xmc.training import Trainer, TrainingConfig
 from sparse_xmc.unstructured import UnstructuredLinear
 
@@ -19,5 +19,6 @@ __all__ = [
     "UnstructuredLinear",
     "reset_moments",
     "rewire",
+    "rewire_active",
     "rewire_unstructured",
 ]

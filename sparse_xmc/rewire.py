@@ -1,4 +1,4 @@
-"""Rewiring: moving the weakest connections of a sparse layer."""
+"""Rewiring: moving the weakest connections of a sparse layer, at random or to where they can help."""
 
 import dataclasses
 import functools
@@ -11,6 +11,8 @@ from jax import Array
 from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
 from xla_ops import kth_smallest_magnitude
 
+GROWTHS = ("random", "active")
+
 
 @dataclasses.dataclass(frozen=True)
 class RewireConfig:
@@ -19,18 +21,26 @@ class RewireConfig:
     The defaults are this project's; `PAPER` has the published choices.
 
     Attributes:
-      fraction: the part of all connections of the layer that a rewiring moves.
+      fraction: the part of the connections that a rewiring moves: of the whole layer's, or with `active`
+        growth of those of each label in the batch.
       distinct: never give a label the same input twice.
       zero_weights: a moved connection starts at weight 0; if false it keeps the old input's weight.
+      growth: where connections move: to "random" inputs (`rewire`, `rewire_unstructured`), or to inputs that
+        are "active" in a point of the label (`rewire_active`).
     """
 
     fraction: float = 0.1
     distinct: bool = True
     zero_weights: bool = True
+    growth: str = "random"
 
     def __post_init__(self):
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction must be between 0 and 1, got {self.fraction}")
+        if self.growth not in GROWTHS:
+            raise ValueError(f"growth must be one of {', '.join(GROWTHS)}, got {self.growth!r}")
+        if self.growth == "active" and not (self.distinct and self.zero_weights):
+            raise ValueError("growth='active' has no other way than distinct inputs that start at weight 0")
 
 
 PAPER = RewireConfig(fraction=0.1, distinct=False, zero_weights=False)
@@ -100,6 +110,71 @@ def _same(array):
     return array
 
 
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1, 5))
+def rewire_active(
+    kernel: Array,
+    indices: Array,
+    x: Array,
+    positives: Array,
+    config: RewireConfig,
+    moments: tuple[Array, ...] = (),
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    """Moves the weakest connections of a batch's labels to inputs that are active in the label's point.
+
+    Of each label in `positives`, round(fraction * F) connections move, at least one: those with the smallest
+    weights, to the inputs that exceed their means over the batch by most in a point with that label (the
+    first in the batch), other than those that the label reads already. They start at weight 0. The gradient
+    of a positive's loss in a weight is proportional to its input, and what all points have in common says
+    nothing about the label. Other labels stay as they are.
+
+    `kernel`, `indices` and `moments` are donated; only the rows of the batch's labels are read and written.
+
+    Args:
+      kernel: [L, F], float.
+      indices: [L, F], integer, inputs of 0..D-1.
+      x: [B, D], float, the layer's input, without dropout.
+      positives: int32 [B, P], the labels of each point, padded with -1.
+      config: its `fraction` counts.
+      moments: as for `rewire`.
+
+    Returns:
+      The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
+      new moments.
+
+    Reference: growth by the gradient is that of Evci et al., ICML 2020, here from positives alone.
+    """
+    num_labels, fan_in = kernel.shape
+    k = min(fan_in, max(1, round(config.fraction * fan_in)))
+    x = x.astype(jnp.float32)
+    # A label reads F of a point's best inputs at most, so that k more of them are enough.
+    excess, candidates = jax.lax.top_k(x - x.mean(axis=0, keepdims=True), min(x.shape[1], fan_in + k))
+    pairs = jnp.where((positives >= 0) & (positives < num_labels), positives, num_labels).reshape(-1)
+    labels, first = jnp.unique(pairs, return_index=True, size=pairs.size, fill_value=num_labels)
+    point = first // positives.shape[1]
+
+    def rows(array):
+        return array.at[labels].get(mode="clip")
+
+    candidates, connected = candidates[point].astype(indices.dtype), rows(indices)
+    fresh = (excess[point] > 0) & ~(candidates[:, :, None] == connected[:, None, :]).any(axis=2)
+    order = jnp.argsort(~fresh, axis=1, stable=True)[:, :k]
+    _, weakest = jax.lax.top_k(-jnp.abs(rows(kernel).astype(jnp.float32)), order.shape[1])
+    # Padding, and what finds no fresh input, is sent beyond the last label, and dropped.
+    moving = jnp.where(jnp.take_along_axis(fresh, order, axis=1), labels[:, None], num_labels)
+
+    def put(array, values):
+        return array.at[moving, weakest].set(values, mode="drop")
+
+    moved = put(jnp.zeros(kernel.shape, bool), True)
+
+    def clear(array):
+        # On CPU, XLA scatters into a bfloat16 array by way of a float32 copy of all of it.
+        return jnp.where(moved, 0, array).astype(array.dtype) if array.itemsize == 2 else put(array, 0)
+
+    indices = put(indices, jnp.take_along_axis(candidates, order, axis=1))
+    return clear(kernel), indices, moved, tuple(clear(m) for m in moments)
+
+
 @functools.partial(jax.jit, static_argnames=("in_features", "labels", "config"), donate_argnums=(1, 2))
 def rewire_unstructured(
     key: Array,
@@ -149,7 +224,7 @@ def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel
       params: the parameters that it was initialised with.
       is_kernel: function of a parameter's path (as `jax.tree_util.tree_map_with_path` gives it), true for
         the kernel that was rewired.
-      moved: bool, of the kernel's shape, from `rewire` or `rewire_unstructured`.
+      moved: bool, of the kernel's shape, as the functions above return it.
 
     Returns:
       The new state.

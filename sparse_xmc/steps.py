@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 import xla_ops
-from sparse_xmc.rewire import reset_moments, rewire, rewire_unstructured
+from sparse_xmc.rewire import reset_moments, rewire, rewire_active, rewire_unstructured
 
 
 def _moment_dtype(config):
@@ -88,6 +88,26 @@ def _replace(layer: nnx.State, **arrays: jax.Array) -> None:
     """Puts other arrays into the variables of a layer."""
     for name, array in arrays.items():
         layer[name] = layer[name].replace(array)
+
+
+def _rewire_output(graphdef, config, state: dict, batch, key: jax.Array, moments=()):
+    """Moves connections of the output layer in `state`. Returns what moved, a mask, and the new `moments`."""
+    model = nnx.merge(graphdef, state["params"], state["other"], copy=True)
+    layer, connectivity = state["params"]["output"], state["other"]["output"]
+    kernel, indices = layer["kernel"][...], connectivity["indices"][...]
+    sizes = model.output.in_features, model.output.out_features
+    if kernel.ndim == 1:
+        kernel, indices, moved = rewire_unstructured(key, kernel, indices, *sizes, config.rewire)
+    elif config.rewire.growth == "active":
+        x = nnx.view(model, deterministic=True).features(batch.inputs)
+        kernel, indices, moved, moments = rewire_active(
+            kernel, indices, x, batch.positives, config.rewire, moments
+        )
+    else:
+        kernel, indices, moved, moments = rewire(key, kernel, indices, sizes[0], config.rewire, moments)
+    _replace(layer, kernel=kernel)
+    _replace(connectivity, indices=indices)
+    return moved, moments
 
 
 # ---- by Optax alone ----
@@ -160,21 +180,14 @@ def _masked(tx: optax.GradientTransformation, condition) -> optax.GradientTransf
     return optax.masked(tx, mask)
 
 
-def rewire_optax(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:
+def rewire_optax(graphdef, config, state: dict, batch, key: jax.Array) -> dict:
     """Moves connections of a sparse output layer; the optimizer forgets what it knows of them."""
-    output, connectivity = state["params"]["output"], state["other"]["output"]
-    kernel, indices = output["kernel"][...], connectivity["indices"][...]
-    if kernel.ndim == 1:
-        kernel, indices, moved = rewire_unstructured(key, kernel, indices, in_features, labels, config.rewire)
-    else:
-        kernel, indices, moved, _ = rewire(key, kernel, indices, in_features, config.rewire)
+    moved, _ = _rewire_output(graphdef, config, state, batch, key)
 
     def is_kernel(path):
         return [entry.key for entry in path[:2]] == ["output", "kernel"]
 
     optimizer = reset_moments(_optimizer(config), state["optimizer"], state["params"], is_kernel, moved)
-    _replace(output, kernel=kernel)
-    _replace(connectivity, indices=indices)
     return state | {"optimizer": optimizer}
 
 
@@ -257,20 +270,11 @@ def _step_output(config, seed, state, params, moments, x, batch, learning_rate, 
     return loss, d_x.astype(x.dtype)
 
 
-def rewire_in_place(config, in_features: int, labels: int, state: dict, key: jax.Array) -> dict:
+def rewire_in_place(graphdef, config, state: dict, batch, key: jax.Array) -> dict:
     """Moves connections of a fixed fan-in output layer; what Adam remembers of them is forgotten."""
-    output, connectivity = state["params"]["output"], state["other"]["output"]
     adam = state["moments"].get("output")
-    kernel, indices, _, of_kernel = rewire(
-        key,
-        output["kernel"][...],
-        connectivity["indices"][...],
-        in_features,
-        config.rewire,
-        moments=() if adam is None else (adam.mu_kernel, adam.nu_kernel),
-    )
-    _replace(output, kernel=kernel)
-    _replace(connectivity, indices=indices)
+    of_kernel = () if adam is None else (adam.mu_kernel, adam.nu_kernel)
+    _, of_kernel = _rewire_output(graphdef, config, state, batch, key, of_kernel)
     if adam is None:
         return state
     mu, nu = of_kernel

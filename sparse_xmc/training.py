@@ -21,6 +21,7 @@ from sparse_xmc.steps import (
     step_in_place,
     step_optax,
 )
+from sparse_xmc.unstructured import UnstructuredLinear
 
 # The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
 # mean over 10^5 labels are as small as that.
@@ -57,6 +58,7 @@ class TrainingConfig:
         second with the last.
       rewire: which connections a rewiring moves, and how; None for never.
       rewire_interval: after how many steps a rewiring follows (the first after step 1); -1 for once an epoch.
+        With `active` growth only labels of the step's batch are rewired, so that it is short, 20 say.
     """
 
     epochs: int = 100
@@ -152,8 +154,10 @@ class Trainer:
         self.state = init(config, params, other)
         self._train_step = jax.jit(functools.partial(step, self._graphdef, config, seed), donate_argnums=0)
         self._rewires = config.rewire is not None and not isinstance(model.output, nnx.Linear)
-        sizes = model.output.in_features, model.output.out_features
-        self._rewire = jax.jit(functools.partial(rewire, config, *sizes), donate_argnums=0)
+        unstructured = isinstance(model.output, UnstructuredLinear)
+        if unstructured and self._rewires and config.rewire.growth != "random":
+            raise ValueError(f"unstructured layers grow at random, got growth={config.rewire.growth!r}")
+        self._rewire = jax.jit(functools.partial(rewire, self._graphdef, config), donate_argnums=0)
 
     @property
     def model(self) -> Classifier:
@@ -166,18 +170,22 @@ class Trainer:
         self.step += 1
         interval = self.config.rewire_interval
         if interval != -1 and self.step % interval == 1 % interval:
-            self.rewire()
+            self.rewire(batch)
         return loss
 
     def lower_step(self, batch: Batch) -> jax.stages.Lowered:
         """The step for batches like this one, lowered and not run: for its memory analysis."""
         return self._train_step.lower(self.state, batch, np.float32(0), np.int32(0))
 
-    def rewire(self) -> None:
-        """Moves connections of the output layer now, if it has any and the configuration says so."""
+    def rewire(self, batch: Batch) -> None:
+        """Moves connections of the output layer now, if it has any and the configuration says so.
+
+        Args:
+          batch: the points that show where they move, if growth is `active`.
+        """
         if self._rewires:
             key = jax.random.fold_in(jax.random.key(self.seed), self.step)
-            self.state = self._rewire(self.state, key)
+            self.state = self._rewire(self.state, batch, key)
 
     def epoch(
         self, batches: Batches, epoch: int, learning_rate: Callable[[int], float]
@@ -189,7 +197,8 @@ class Trainer:
           epoch: the epoch's number, from 0; with the seed it fixes the order of the points.
           learning_rate: from a step's number within the epoch.
         """
-        if self.config.rewire_interval == -1 and epoch > 0:
-            self.rewire()  # not at an epoch's end: what is evaluated has had time to use its connections
         for i, batch in enumerate(batches.shuffled(self.seed, epoch)):
+            # Not at an epoch's end: what is evaluated has had time to use its connections.
+            if self.config.rewire_interval == -1 and epoch > 0 and i == 0:
+                self.rewire(batch)
             yield self.train_step(batch, learning_rate(i))
