@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sparse_xmc.layers import FixedFanInLinear
-from sparse_xmc.rewire import PAPER, RewireConfig, reset_moments, rewire
+from sparse_xmc.rewire import PAPER, RewireConfig, reset_moments, rewire, rewire_active
 
 
 @pytest.fixture(autouse=True)
@@ -122,9 +122,99 @@ def test_new_inputs_are_uniform_and_depend_on_the_key_alone():
     assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected))
 
 
-def test_a_fraction_out_of_range_is_an_error():
-    with pytest.raises(ValueError, match=r"fraction must be between 0 and 1, got 1\.5"):
-        RewireConfig(fraction=1.5)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 1.5}, r"fraction must be between 0 and 1, got 1\.5"),
+        ({"growth": "wild"}, "growth must be one of random, active, got 'wild'"),
+        ({"growth": "active", "distinct": False}, "growth='active' has no other way than distinct inputs"),
+        ({"growth": "active", "zero_weights": False}, "no other way than .* inputs that start at weight 0"),
+    ],
+)
+def test_bad_choices_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewireConfig(**options)
+
+
+# ---- towards active inputs ----
+
+
+def moved_towards_active_inputs(kernel, indices, x, positives, k):
+    """The rule, label by label: new indices, and the mask of what moved."""
+    indices, moved = indices.copy(), np.zeros(kernel.shape, bool)
+    excess = x - x.mean(axis=0, keepdims=True)
+    points = {}
+    for point, row in enumerate(positives):
+        for label in row:
+            if 0 <= label < len(kernel):
+                points.setdefault(int(label), point)
+    for label, point in points.items():
+        best = [d for d in np.argsort(-excess[point]) if excess[point, d] > 0 and d not in indices[label]]
+        weakest = np.argsort(np.abs(kernel[label]))
+        for slot, new in zip(weakest[:k], best, strict=False):
+            indices[label, slot], moved[label, slot] = new, True
+    return indices, moved
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("fan_in", "in_features", "fraction", "k"),
+    [
+        (8, 50, 0.25, 2),
+        (8, 12, 0.5, 4),
+        (8, 8, 0.5, 4),
+        (1, 9, 0.1, 1),
+        (5, 70_000, 1.0, 5),
+        (8, 50, 0.01, 1),
+    ],
+)
+def test_labels_of_the_batch_move_to_inputs_active_in_their_points(fan_in, in_features, fraction, k, dtype):
+    rng = np.random.default_rng(in_features)
+    kernel, indices, _ = random_layer(60, fan_in, in_features)
+    kernel = np.asarray(jnp.asarray(kernel, dtype).astype(jnp.float32))
+    indices = indices.astype(np.uint16 if in_features < 2**16 else np.int32)
+    moments = [rng.normal(size=kernel.shape).astype(np.float32) + 10 for _ in range(2)]
+    x = np.maximum(rng.normal(size=(6, in_features)), 0).astype(np.float32)
+    positives = rng.integers(0, 40, (6, 5)).astype(np.int32)  # labels from 40 on have no point
+    positives[:, -1] = [-1, -1, 60, np.iinfo(np.int32).max, np.iinfo(np.int32).min, positives[5, 0]]
+    expected, moved = moved_towards_active_inputs(kernel, indices, x, positives, k)
+
+    results = rewire_active(
+        jnp.asarray(kernel, dtype),
+        jnp.array(indices),
+        jnp.asarray(x),
+        positives,
+        RewireConfig(fraction=fraction, growth="active"),
+        (jnp.array(moments[0]), jnp.asarray(moments[1], jnp.bfloat16)),
+    )
+
+    assert moved.any() == (in_features > fan_in)
+    assert not moved[40:].any()
+    assert results[1].dtype == indices.dtype
+    np.testing.assert_array_equal(results[1], expected)
+    np.testing.assert_array_equal(results[2], moved)
+    np.testing.assert_array_equal(results[0].astype(jnp.float32), np.where(moved, 0, kernel))
+    np.testing.assert_array_equal(results[3][0], np.where(moved, 0, moments[0]))
+    assert results[3][1].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(results[3][1] == 0, moved)
+
+
+@pytest.mark.parametrize(("dtype", "mask"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
+def test_moving_in_place_towards_active_inputs_copies_no_layer(dtype, mask):
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2, 3))
+    def in_place(kernel, indices, mu, nu, x, positives):
+        config = RewireConfig(growth="active")
+        kernel, indices, _, moments = rewire_active(kernel, indices, x, positives, config, (mu, nu))
+        return kernel, indices, moments
+
+    size = 10_000_000 * 32
+    arguments = [
+        jax.ShapeDtypeStruct((10_000_000, 32), d) for d in (dtype, jnp.uint16, jnp.float32, jnp.float32)
+    ]
+    batch = jax.ShapeDtypeStruct((32, 32_768), jnp.float32), jax.ShapeDtypeStruct((32, 36), jnp.int32)
+    memory = in_place.lower(*arguments, *batch).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= (10 + jnp.dtype(dtype).itemsize) * size
+    assert memory.temp_size_in_bytes < mask * size + 10e6, memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize(

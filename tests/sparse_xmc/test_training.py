@@ -123,6 +123,37 @@ def test_rewiring_zeroes_weights_and_moments_of_what_moved():
         assert np.any(moment[kernel != 0] != 0)
 
 
+def test_labels_move_towards_the_hidden_units_of_their_points_which_dropout_does_not_hide():
+    config = dataclasses.replace(CONFIG, dropout=0.9)
+    rewiring = RewireConfig(fraction=0.5, growth="active")
+    training = TrainingConfig(batch_size=8, rewire=rewiring, rewire_interval=2)
+    trainer = Trainer(Classifier(config, rngs=nnx.Rngs(0)), training, seed=0)
+    start = indices_of(trainer)
+    first, second, third = random_batches(3)
+    trainer.train_step(first, 0.0)
+    after = indices_of(trainer)
+    hidden = np.asarray(nnx.view(trainer.model, deterministic=True).features(first.inputs))
+    excess = hidden - hidden.mean(axis=0, keepdims=True)
+    for label in range(30):
+        if label not in first.positives:
+            np.testing.assert_array_equal(after[label], start[label])
+            continue
+        point = np.flatnonzero((first.positives == label).any(axis=1))[0]
+        others = np.setdiff1d(np.arange(24), start[label])
+        best = others[np.argsort(-excess[point, others])][:2]
+        np.testing.assert_array_equal(np.setdiff1d(after[label], start[label]), np.sort(best))
+    trainer.train_step(second, 0.0)
+    np.testing.assert_array_equal(indices_of(trainer), after)
+    trainer.train_step(third, 0.0)
+    assert np.any(indices_of(trainer) != after)
+
+
+def test_unstructured_layers_do_not_grow_towards_active_inputs():
+    model = Classifier(dataclasses.replace(CONFIG, output_layer="unstructured"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="unstructured layers grow at random, got growth='active'"):
+        Trainer(model, TrainingConfig(rewire=RewireConfig(growth="active")), seed=0)
+
+
 def test_unstructured_layers_are_rewired_in_both_coordinates():
     config = ClassifierConfig(12, 30, penultimate=24, fan_in=4, dropout=0.0, output_layer="unstructured")
     rewiring = RewireConfig(fraction=0.5)
@@ -310,10 +341,10 @@ def test_embeddings_are_trained_by_adagrad_row_by_row(output_layer):
 
 
 @pytest.mark.parametrize("bag_of_words", [False, True])
-@pytest.mark.parametrize("penultimate", [0, 160])
+@pytest.mark.parametrize(("penultimate", "growth"), [(0, "random"), (160, "random"), (160, "active")])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "factored"])
-def test_training_in_place_is_training_by_optax(bag_of_words, penultimate, optimizer, moments):
+def test_training_in_place_is_training_by_optax(bag_of_words, penultimate, growth, optimizer, moments):
     config = ClassifierConfig(
         num_features=12,
         num_labels=30,
@@ -325,7 +356,12 @@ def test_training_in_place_is_training_by_optax(bag_of_words, penultimate, optim
         output_bound=0.5,
     )
     training = TrainingConfig(
-        batch_size=8, output_optimizer=optimizer, moments=moments, embedding_rate=2.0, penultimate_rate=0.5
+        batch_size=8,
+        output_optimizer=optimizer,
+        moments=moments,
+        embedding_rate=2.0,
+        penultimate_rate=0.5,
+        rewire=RewireConfig(growth=growth),
     )
     graphdef, *state = nnx.split(Classifier(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
     states = [init(training, *jax.tree.map(jnp.copy, state)) for init in (init_in_place, init_optax)]
