@@ -369,7 +369,7 @@ struct BinaryCrossEntropy {
 };
 
 template <typename LossFunction>
-double negatives(float* rows, int64_t labels, int64_t width, int64_t size, float scale, uint64_t* mask) {
+float negatives(float* rows, int64_t labels, int64_t width, int64_t size, float scale, uint64_t* mask) {
   Vec total = {};
   *mask = 0;
   for (int64_t n = 0; n < labels; ++n, rows += width) {

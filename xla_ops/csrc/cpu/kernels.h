@@ -54,9 +54,9 @@ struct LayoutKernels {
 struct RowKernels {
   // For `labels` rows of logits of negatives: returns the sum of the losses of the first `size` examples, replaces
   // each logit by the derivative of its loss times `scale`, the padding by 0, and masks the rows that are not zero.
-  double (*squared_hinge)(float* rows, int64_t labels, int64_t width, int64_t size, float scale, uint64_t* mask);
-  double (*binary_cross_entropy)(float* rows, int64_t labels, int64_t width, int64_t size, float scale,
-                                 uint64_t* mask);
+  float (*squared_hinge)(float* rows, int64_t labels, int64_t width, int64_t size, float scale, uint64_t* mask);
+  float (*binary_cross_entropy)(float* rows, int64_t labels, int64_t width, int64_t size, float scale,
+                                uint64_t* mask);
   // sums[n] += the sum of row n, for the rows of a mask.
   void (*sums)(const float* rows, uint64_t mask, int64_t width, float* sums);
   // The mask of the rows that are not zero.
