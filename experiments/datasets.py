@@ -15,9 +15,6 @@ from sparse_xmc.data import (
     read_xmc_text,
 )
 
-TEXT_ENCODER = "text_encoder.json"
-LABELS = "labels.txt"
-
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
@@ -34,12 +31,6 @@ class Splits:
     test: Dataset
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
-
-    def save_encoders(self, directory: Path) -> None:
-        """Writes the encoders, if there are any, into a directory."""
-        if self.text_encoder is not None:
-            self.text_encoder.save(directory / TEXT_ENCODER)
-            self.label_encoder.save(directory / LABELS)
 
 
 def load(

@@ -9,9 +9,9 @@ one that fails is recorded and the rest go on:
   device    what it runs on: GPU, driver, CUDA, jax, commit
   build     the native modules, CUDA's among them
   tests     the whole test suite, on the GPU
-  benchmark the ops at the size of Amazon-670K (see `experiments.gpu_benchmark`)
+  benchmark the ops at the size of Amazon-670K (see `experiments.measure.gpu_ops`)
   training  two epochs of experiments/flags/quickstart.cfg
-  claim     training steps of the paper's model in 4 GiB (see `experiments.gpu_claim`)
+  claim     training steps of the paper's model in 4 GiB (see `experiments.measure.gpu_claim`)
 
 `--parts=build,tests` runs some of them; results that are already in the file stay.
 """
@@ -71,7 +71,7 @@ def device() -> dict:
     fields = ("name", "driver_version", "memory.total", "compute_cap")
     values = run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     script = (
-        "import json, jax; from experiments import environment; "
+        "import json, jax; from experiments.measure import environment; "
         "assert jax.default_backend() == 'gpu', 'jax computes on: ' + jax.default_backend(); "
         "print(json.dumps({'runtime': jax.devices()[0].client.platform_version, **environment.describe()}))"
     )
@@ -121,7 +121,7 @@ def count_tests(junit: str) -> dict:
 
 def benchmark() -> dict:
     """Times the ops."""
-    return run_module("gpu_benchmark")
+    return run_module("measure.gpu_ops")
 
 
 def training() -> dict:
@@ -140,7 +140,7 @@ def claim() -> dict:
     """Trains at the size of the paper's experiment, with the allocator held to CLAIM_BYTES."""
     total = run("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits").splitlines()[0]
     fraction = CLAIM_BYTES / (float(total) * 2**20)
-    return run_module("gpu_claim", XLA_PYTHON_CLIENT_MEM_FRACTION=f"{fraction:.6f}")
+    return run_module("measure.gpu_claim", XLA_PYTHON_CLIENT_MEM_FRACTION=f"{fraction:.6f}")
 
 
 PARTS = {f.__name__: f for f in (device, build, tests, benchmark, training, claim)}

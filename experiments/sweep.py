@@ -22,10 +22,14 @@ A table file is TOML:
     cells = ["dense"]                                         # experiments/flags/cells/dense.cfg
     seeds = [0, 1, 2]
     flagfiles = ["experiments/flags/text_dense.cfg"]          # if these share more: after those of all runs
+    grid = {dropout = [0, 0.2], loss = ["bce"]}               # if these vary flags: all combinations
+
+A run of a grid is named by its cell and the flags that vary, as in dense_dropout_0.2_loss_bce.
 """
 
 import copy
 import hashlib
+import itertools
 import json
 import shlex
 import subprocess
@@ -37,19 +41,31 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from experiments import run
+from experiments import reflection, run
+from sparse_xmc.heads import HEADS
 
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
 
 
 class Entry(NamedTuple):
-    """One run of a table."""
+    """One run of a table.
+
+    Attributes:
+      data: the data set, a flagfile in experiments/flags/data.
+      cell: its name in the table.
+      seed: its seed.
+      flagfiles: what it shares with others.
+      base: the flagfile in experiments/flags/cells; the name of the cell where no grid varies it.
+      varied: the flags of its grid, each as (name, value).
+    """
 
     data: str
     cell: str
     seed: int
     flagfiles: tuple[str, ...]
+    base: str
+    varied: tuple[tuple[str, object], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.data} {self.cell} seed {self.seed}"
@@ -57,12 +73,18 @@ class Entry(NamedTuple):
     @property
     def flags(self) -> list[str]:
         """The flags of `experiments.run`, without a working directory."""
-        files = [*self.flagfiles, _FLAGS / "data" / f"{self.data}.cfg", _FLAGS / "cells" / f"{self.cell}.cfg"]
-        return [*(f"--flagfile={file}" for file in files), f"--seed={self.seed}"]
+        files = [*self.flagfiles, _FLAGS / "data" / f"{self.data}.cfg", _FLAGS / "cells" / f"{self.base}.cfg"]
+        varied = [f"--{name}={value}" for name, value in self.varied]
+        return [*(f"--flagfile={file}" for file in files), *varied, f"--seed={self.seed}"]
 
     def result(self, results: Path) -> Path:
         """The path of its result below the directory of results."""
         return results / self.data / f"{self.cell}_seed{self.seed}.json"
+
+
+def _combinations(grid: dict[str, list]) -> Iterator[tuple[tuple[str, object], ...]]:
+    for values in itertools.product(*grid.values()):
+        yield tuple(zip(grid, values, strict=True))
 
 
 class Table(NamedTuple):
@@ -94,13 +116,21 @@ def read_table(path: str) -> Table:
         shared = tuple(table.pop("flagfiles", ()))
         title, data, runs = table.pop("title"), table.pop("data"), table.pop("runs")
         entries = [
-            Entry(name, cell, seed, shared + tuple(group.get("flagfiles", ())))
+            Entry(
+                name,
+                "_".join([cell, *(f"{flag}_{value}" for flag, value in varied)]),
+                seed,
+                shared + tuple(group.get("flagfiles", ())),
+                cell,
+                varied,
+            )
             for name in data
             for group in runs
             for cell in group["cells"]
+            for varied in _combinations(group.get("grid", {}))
             for seed in group["seeds"]
         ]
-    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a table file (see experiments.sweep): {error!r}") from error
     if table:
         raise ValueError(f"{path}: unknown keys: {', '.join(table)}")
@@ -109,7 +139,7 @@ def read_table(path: str) -> Table:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{path}: {twice} is listed twice")
     for entry in entries:
-        for flag in entry.flags[:-1]:
+        for flag in (flag for flag in entry.flags if flag.startswith("--flagfile=")):
             if not Path(flag.partition("=")[2]).exists():
                 raise ValueError(f"{path}: {entry}: no such file as {flag.partition('=')[2]}")
     return Table(title, entries)
@@ -118,20 +148,18 @@ def read_table(path: str) -> Table:
 def effective_flags(arguments: list[str]) -> dict:
     """What `experiments.run` would see of these arguments, but for flags that change no result."""
     values = flags.FlagValues()
-    for flag in _flags_of_run():
+    for flag in run.own_flags():
         values[flag.name] = copy.deepcopy(flag)
     values(["experiments.run", *arguments])
-    return _that_matter({flag.name: values[flag.name].value for flag in _flags_of_run()})
-
-
-def _flags_of_run() -> list[flags.Flag]:
-    return flags.FLAGS.flags_by_module_dict()[run.__name__]
+    return _that_matter({flag.name: values[flag.name].value for flag in run.own_flags()})
 
 
 def _that_matter(values: dict) -> dict:
-    """Those that change a result; a flag that a result knows nothing of had its default."""
-    defaults = {flag.name: flag.default for flag in _flags_of_run()}
-    return {name: value for name, value in (defaults | values).items() if name not in run.INCIDENTAL_FLAGS}
+    """Those that change a result, as they take effect; one that a result knows nothing of had its default."""
+    values = {flag.name: flag.default for flag in run.own_flags()} | values
+    head = reflection.kind_of("head", HEADS, values)
+    values |= {name: head.get(name) for name in reflection.fields_of_kinds(HEADS)}
+    return {name: value for name, value in values.items() if name not in run.INCIDENTAL_FLAGS}
 
 
 def _directory(runs: Path, values: dict) -> Path:

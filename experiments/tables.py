@@ -117,7 +117,7 @@ def _cell_name(row: dict[str, str]) -> str:
         if width:
             parts.append(f"{width // 1024}k" if width % 1024 == 0 else f"{width // 1000}k")
     if row["loss"] != "squared_hinge":
-        parts.append(row["loss"])
+        parts.append(f"loss_{row['loss']}")
     return "_".join(parts)
 
 

@@ -1,22 +1,32 @@
 """Extreme multi-label classification with sparse output layers, in JAX and Flax."""
 
-from sparse_xmc.layers import BagOfWords, Connectivity, EmbeddingBag, FixedFanInLinear
-from sparse_xmc.models import Classifier, ClassifierConfig
-from sparse_xmc.rewire import RewireConfig, reset_moments, rewire, rewire_active, rewire_unstructured
-from sparse_xmc.training import Trainer, TrainingConfig
-from sparse_xmc.unstructured import UnstructuredLinear
+from sparse_xmc.data.batches import BagOfWords, Batch
+from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, EmbeddingBag, EmbeddingTable
+from sparse_xmc.estimator import XMCClassifier
+from sparse_xmc.heads.rewiring import RewireConfig, reset_moments, rewire, rewire_active, rewire_unstructured
+from sparse_xmc.heads.unstructured import UnstructuredLinear
+from sparse_xmc.layers import Connectivity, FixedFanInLinear
+from sparse_xmc.model import Classifier, ClassifierConfig, EncoderConfig
+from sparse_xmc.train import Trainer, TrainingConfig, fit
 
 __all__ = [
     "BagOfWords",
+    "BagOfWordsEncoder",
+    "Batch",
     "Classifier",
     "ClassifierConfig",
     "Connectivity",
+    "DenseFeatures",
     "EmbeddingBag",
+    "EmbeddingTable",
+    "EncoderConfig",
     "FixedFanInLinear",
     "RewireConfig",
     "Trainer",
     "TrainingConfig",
     "UnstructuredLinear",
+    "XMCClassifier",
+    "fit",
     "reset_moments",
     "rewire",
     "rewire_active",

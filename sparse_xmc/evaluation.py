@@ -7,19 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.losses import find_loss
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
-from sparse_xmc.models import Classifier
-from xla_ops import fan_in_matmul
+from sparse_xmc.model import Classifier, in_evaluation
 
 # How many labels are ranked where some of them may be left out afterwards.
 CANDIDATES = 100
-
-_LABELS_AT_ONCE = 1 << 14
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -38,7 +34,7 @@ def predict(
       k: how many labels; no more than the model has.
       batch_size: how many points are scored at once.
     """
-    graphdef, state = nnx.split(nnx.view(model, deterministic=True))
+    graphdef, state = nnx.split(in_evaluation(model))
     for points, batch in Batches(dataset, batch_size).in_order():
         scores, labels = _top_k(graphdef, state, batch.inputs, k)
         yield points, np.asarray(scores), np.asarray(labels)
@@ -112,8 +108,8 @@ def _rankings(
         yield points, np.pad(labels[:, :k], ((0, 0), (0, max(0, k - candidates))), constant_values=-1)
 
 
-def gradient_density(model: Classifier, batches: Iterable[Batch]) -> float:
-    """The part of all logits at which the squared hinge has a gradient: those within its margin, `y s < 1`.
+def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "squared_hinge") -> float:
+    """The part of all logits at which a loss has a gradient: those within its margin, `y s < 1`.
 
     This is the work that implicit negative mining leaves for the backward pass. Labels are taken in blocks,
     so that the logits of all labels do not exist at once (but for an unstructured layer, whose training step
@@ -122,50 +118,36 @@ def gradient_density(model: Classifier, batches: Iterable[Batch]) -> float:
     Args:
       model: the classifier, used as in training: with dropout, unless it was set to evaluation. Not changed.
       batches: a few training batches.
+      loss: a name in `LOSSES`; one without a margin has a gradient everywhere.
 
     Returns:
       A number in 0..1, over all points and labels of the batches.
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
     """
-    graphdef, state = nnx.split(model)
+    margin = find_loss(loss).margin
+    if margin is None:
+        return 1.0
+    graphdef, state = nnx.split(model.encoder)
     count = total = 0
     for batch in batches:
         x = _features(graphdef, state, batch.inputs)
-        start = 0
-        for logits in _logits_in_blocks(model.output, x):
-            count += int(_count_within_margin(logits, batch.positives, start))
+        for logits, labels in model.head.logits_in_blocks(x):
+            count += int(_count_within_margin(logits, labels, batch.positives, margin))
             total += logits.size
-            start += logits.shape[1]
     return count / total
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(graphdef, state, inputs):
-    return nnx.merge(graphdef, state, copy=True).features(inputs)
-
-
-def _logits_in_blocks(output, x: Array) -> Iterator[Array]:
-    """Yields the logits [B, n] of consecutive labels."""
-    if isinstance(output, FixedFanInLinear):
-        x, kernel, indices, bias = output.cast(x)
-        for start in range(0, output.out_features, _LABELS_AT_ONCE):
-            block = slice(start, start + _LABELS_AT_ONCE)
-            yield fan_in_matmul(x, kernel[block], indices[block], None if bias is None else bias[block])
-    elif isinstance(output, nnx.Linear):
-        kernel, bias = output.kernel[...], output.bias[...]
-        for start in range(0, output.out_features, _LABELS_AT_ONCE):
-            block = slice(start, start + _LABELS_AT_ONCE)
-            yield x @ kernel[:, block] + bias[None, block]
-    else:
-        yield output(x)
+    return nnx.merge(graphdef, state, copy=True)(inputs)
 
 
 @jax.jit
-def _count_within_margin(logits, positives, start):
-    """How many logits of labels start, start + 1, ... have a gradient under the squared hinge."""
-    local = positives - start
-    inside = (positives >= 0) & (local >= 0) & (local < logits.shape[1])
-    at_positives = jnp.take_along_axis(logits, jnp.clip(local, 0, logits.shape[1] - 1), axis=1)
-    as_negatives = jnp.sum(logits > -1) - jnp.sum(inside & (at_positives > -1))
-    return as_negatives + jnp.sum(inside & (at_positives < 1))
+def _count_within_margin(logits, labels, positives, margin):
+    """How many logits [B, n] of the given labels [n], ascending, have a gradient."""
+    at = jnp.searchsorted(labels, positives)
+    inside = labels[jnp.minimum(at, len(labels) - 1)] == positives
+    at_positives = jnp.take_along_axis(logits, jnp.where(inside, at, 0), axis=1)
+    as_negatives = jnp.sum(logits > -margin) - jnp.sum(inside & (at_positives > -margin))
+    return as_negatives + jnp.sum(inside & (at_positives < margin))

@@ -1,6 +1,5 @@
-"""Flax NNX layers: the fixed fan-in output layer, and an input stage for bags of words."""
+"""The fixed fan-in output layer, and how kernels start."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -52,6 +51,11 @@ def symmetric_uniform(bound: float) -> Initializer:
         return _uniform(key, shape, dtype, bound)
 
     return init
+
+
+def start_of_kernel(bound: float | None) -> Initializer:
+    """How the kernel of a sparse output layer starts: uniform in +-bound, or None for the paper's bound."""
+    return flat_glorot_uniform if bound is None else symmetric_uniform(bound)
 
 
 class FixedFanInLinear(nnx.Module):
@@ -123,53 +127,6 @@ class FixedFanInLinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., D] to [..., L]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features, in its last axis, got {x.shape}")
         return fan_in_matmul(*self.cast(x))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class BagOfWords:
-    """A batch of weighted bags of words, as one flat list of (row, word, weight) entries.
-
-    Attributes:
-      rows: int32 [N], which example an entry belongs to, ascending; padding entries have row = B.
-      words: int32 [N] in 0..V-1.
-      weights: float32 [N], for example TF-IDF.
-      num_examples: the batch size B (static under `jit`).
-    """
-
-    rows: Array
-    words: Array
-    weights: Array
-    num_examples: int = dataclasses.field(metadata={"static": True})
-
-
-class EmbeddingBag(nnx.Module):
-    """Sums the embeddings of each example's words, weighted: a linear layer on sparse features.
-
-    Args:
-      num_embeddings: V, the number of words.
-      features: E, the size of an embedding.
-      embedding_init: initializer of the embedding [V, E].
-      param_dtype: its dtype.
-      rngs: random keys; the stream `params` is used.
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        features: int,
-        *,
-        embedding_init: Initializer = nnx.initializers.normal(0.1),
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.embedding = nnx.Param(embedding_init(rngs.params(), (num_embeddings, features), param_dtype))
-
-    def __call__(self, bags: BagOfWords) -> Array:
-        """Maps a batch of B bags to float32 [B, E]."""
-        embeddings = self.embedding[...].at[bags.words].get(mode="clip")
-        entries = embeddings.astype(bags.weights.dtype) * bags.weights[:, None]
-        return jax.ops.segment_sum(
-            entries, bags.rows, num_segments=bags.num_examples, indices_are_sorted=True, mode="drop"
-        )

@@ -1,46 +1,70 @@
 """Losses against sparse positives: a label that is not listed is a negative, and no target matrix is made.
 
-Both are means over labels, then over the batch, as in the paper. With L labels a logit's gradient is of order
-1/L, so an Adam epsilon near it matters: see `sparse_xmc.training.PAPER_EPSILON`.
+All are means over labels, then over the batch, as in the paper. With L labels a logit's gradient is of order
+1/L, so an Adam epsilon near it matters: see `sparse_xmc.train.PAPER_EPSILON`.
 
 Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2 ("implicit negative mining" for the squared hinge).
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def _with_positives(logits: Array, positives: Array, negative_loss, positive_loss) -> Array:
-    """The mean over all logits of the negative loss, corrected where the label is a positive."""
-    at_positives = jnp.take_along_axis(logits, jnp.maximum(positives, 0), axis=1)
-    correction = jnp.where(positives >= 0, positive_loss(at_positives) - negative_loss(at_positives), 0)
-    return (jnp.sum(negative_loss(logits)) + jnp.sum(correction)) / logits.size
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss that is a sum over logits.
 
-
-def squared_hinge(logits: Array, positives: Array) -> Array:
-    """Mean over B and L of `max(0, 1 - y s)^2`, with y = +1 for a point's labels and -1 for all others.
-
-    Its gradient is exactly 0 for every logit with `y s >= 1`.
-
-    Args:
-      logits: [B, L], float32.
-      positives: [B, P] int32, the labels of each point, distinct, padded with -1.
-
-    Returns:
-      A scalar.
+    Attributes:
+      of_positive: from the logit of a label that the point has.
+      of_negative: from that of one that it does not have.
+      margin: at a logit s of a label, y = +1 for a positive and -1 for a negative, the gradient is exactly 0
+        wherever `y s >= margin`; None where it never is.
     """
-    return _with_positives(
-        logits,
-        positives,
-        lambda s: jnp.square(jnp.maximum(0, 1 + s)),
-        lambda s: jnp.square(jnp.maximum(0, 1 - s)),
-    )
+
+    of_positive: Callable[[Array], Array]
+    of_negative: Callable[[Array], Array]
+    margin: float | None
+
+    def __call__(self, logits: Array, positives: Array) -> Array:
+        """The mean over batch and labels.
+
+        Args:
+          logits: [B, L], float32.
+          positives: [B, P] int32, the labels of each point, distinct, padded with -1. What is outside [0, L)
+            does not count, as in `xla_ops.fan_in_loss`.
+
+        Returns:
+          A scalar.
+        """
+        inside = (positives >= 0) & (positives < logits.shape[1])
+        at_positives = jnp.take_along_axis(logits, jnp.where(inside, positives, 0), axis=1)
+        correction = jnp.where(inside, self.of_positive(at_positives) - self.of_negative(at_positives), 0)
+        return (jnp.sum(self.of_negative(logits)) + jnp.sum(correction)) / logits.size
 
 
-def binary_cross_entropy(logits: Array, positives: Array) -> Array:
-    """Mean over B and L of the binary cross-entropy with logits. Arguments as `squared_hinge`."""
-    return _with_positives(logits, positives, jax.nn.softplus, lambda s: jax.nn.softplus(-s))
+LOSSES = {
+    "squared_hinge": Loss(
+        of_positive=lambda s: jnp.square(jnp.maximum(0, 1 - s)),
+        of_negative=lambda s: jnp.square(jnp.maximum(0, 1 + s)),
+        margin=1.0,
+    ),
+    "bce": Loss(
+        of_positive=lambda s: jax.nn.softplus(-s),
+        of_negative=jax.nn.softplus,
+        margin=None,
+    ),
+}
+
+squared_hinge = LOSSES["squared_hinge"]
+binary_cross_entropy = LOSSES["bce"]
 
 
-LOSSES = {"squared_hinge": squared_hinge, "bce": binary_cross_entropy}
+def find_loss(name: str) -> Loss:
+    """The loss of a name; raises ValueError if there is none."""
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    return LOSSES[name]

@@ -2,12 +2,32 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.layers import BagOfWords
+
+Array = np.ndarray | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class BagOfWords:
+    """A batch of weighted bags of words, as one flat list of (row, word, weight) entries.
+
+    Attributes:
+      rows: int32 [N], which example an entry belongs to, ascending; padding entries have row = B.
+      words: int32 [N] in 0..V-1.
+      weights: float32 [N], for example TF-IDF.
+      num_examples: the batch size B (static under `jit`).
+    """
+
+    rows: Array
+    words: Array
+    weights: Array
+    num_examples: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -16,12 +36,12 @@ class Batch:
     """B points.
 
     Attributes:
-      inputs: float32 [B, D], or a `BagOfWords` of size B.
-      positives: int32 [B, P], the labels of each point, padded with -1.
+      inputs: what the encoder takes: float32 [B, D], a `BagOfWords` of size B, or any other pytree of arrays.
+      positives: int32 [B, P], the labels of each point, distinct, padded with -1.
     """
 
-    inputs: np.ndarray | BagOfWords
-    positives: np.ndarray
+    inputs: Any
+    positives: Array
 
 
 class Batches:

@@ -81,6 +81,29 @@ class Dataset:
         """L, the number of labels."""
         return self.labels.shape[1]
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the features are a sparse matrix, such as bags of words."""
+        return not isinstance(self.features, np.ndarray)
+
+    def label_counts(self) -> np.ndarray:
+        """How many points have each label: int64 `[L]`."""
+        return np.bincount(self.labels.indices, minlength=self.num_labels)
+
+    def hold_out(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
+        """Splits off points at random, at least one: (the others, those held out), both in order.
+
+        Raises:
+          ValueError: the fraction is not between 0 and 1, or there are not two points.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"the fraction that is held out must be between 0 and 1, got {fraction}")
+        if len(self) < 2:
+            raise ValueError(f"holding out takes at least 2 points, got {len(self)}")
+        order = np.random.default_rng(seed).permutation(len(self))
+        held_out = min(len(self) - 1, max(1, round(fraction * len(self))))
+        return self.take(np.sort(order[held_out:])), self.take(np.sort(order[:held_out]))
+
     def take(self, rows: np.ndarray | slice) -> "Dataset":
         """Returns the data set of the given rows, in the given order.
 

@@ -3,7 +3,7 @@ import pytest
 import scipy.sparse
 
 from experiments import datasets
-from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, write_xmc_text
+from sparse_xmc.data import Dataset, write_xmc_text
 
 TRAIN = (
     "mammal|pet\tsmall furry cat\nmammal|pet\tlarge furry dog\nbird\tsmall yellow bird\nbird\tlarge bird\n"
@@ -53,17 +53,6 @@ def test_text_is_encoded_by_what_the_training_points_have(tsv):
     np.testing.assert_array_equal(splits.test.features.toarray(), [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
 
 
-def test_saved_encoders_give_the_same_points(tsv, tmp_path):
-    splits = datasets.load(*tsv)
-    splits.save_encoders(tmp_path)
-    text, labels = (
-        TextEncoder.load(tmp_path / datasets.TEXT_ENCODER),
-        LabelEncoder.load(tmp_path / datasets.LABELS),
-    )
-    encoded = Dataset(text(["a small gold fish", "large", "nothing known"]), labels([["pet"], [], ["bird"]]))
-    assert_equal(encoded, splits.test)
-
-
 def test_repository_format(xmc, tmp_path):
     (train, test), paths = xmc
     for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
@@ -71,8 +60,7 @@ def test_repository_format(xmc, tmp_path):
         assert_equal(splits.train, train)
         assert_equal(splits.test, test)
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    splits.save_encoders(tmp_path / "none")  # there are none to save
-    assert not (tmp_path / "none").exists()
+    assert splits.text_encoder is splits.label_encoder is None
 
 
 def test_dense_features_beside_labels(xmc, tmp_path):

@@ -11,11 +11,8 @@ import pytest
 import scipy.sparse
 
 import experiments
-from experiments import datasets
-from sparse_xmc.checkpoints import load_model
-from sparse_xmc.data import Dataset, write_tsv, write_xmc_text
-from sparse_xmc.evaluation import evaluate
-from sparse_xmc.models import ClassifierConfig
+from sparse_xmc import XMCClassifier
+from sparse_xmc.data import Dataset, read_tsv, write_tsv, write_xmc_text
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
 ROOT = Path(experiments.__file__).parents[1]
@@ -107,16 +104,13 @@ def test_epochs_are_recorded(finished):
         assert kept.items() <= record.items()
 
 
-def test_saved_model_and_encoders_repeat_the_test_metrics(finished, tsv):
+def test_the_saved_model_repeats_the_test_metrics(finished, tsv):
     workdir, *_ = finished
-    model = load_model(
-        workdir / "model", ClassifierConfig(**json.loads((workdir / "model.json").read_text()))
-    )
-    splits = datasets.load(*(flag.partition("=")[2] for flag in tsv))
-    for name in (datasets.TEXT_ENCODER, datasets.LABELS):
-        assert (workdir / name).exists()
-    metrics = evaluate(model, splits.test)
-    assert metrics == pytest.approx({name: result(workdir)["test"][name] for name in metrics})
+    labels, texts = read_tsv(tsv[1].partition("=")[2])
+    classifier = XMCClassifier.load(workdir)
+    assert classifier.score(texts, labels) == pytest.approx(result(workdir)["test"]["p@1"])
+    assert classifier.n_labels_ == 12
+    assert classifier.classes_[3] == "label 03"
 
 
 def test_an_existing_result_is_kept(finished):
@@ -176,6 +170,18 @@ def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
     assert "flags.cfg belongs to a run with other flags" in error
     assert "--seed=1 --seed=2" in error
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+
+
+def test_flags_that_have_no_use_are_named(tsv, tmp_path):
+    printed = output_of(*tsv, *SMALL, "--head=dense", "--epochs=1", f"--workdir={tmp_path / 'run'}")
+    assert "--head=dense has no use for --fan_in, --penultimate" in printed
+    assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": 0.0}
+
+
+def test_help_lists_the_flags_of_the_settings():
+    printed = run("--help").stdout
+    for flag in ("--workdir", "--fan_in", "--head", "--rewire_growth", "--learning_rate", "--embedding"):
+        assert f"  {flag}: " in printed
 
 
 def test_a_missing_file_is_an_error(tmp_path):

@@ -32,9 +32,9 @@ def project(tmp_path, monkeypatch):
     files = {
         "shared.cfg": ["--embedding=4", "--penultimate=0", "--fan_in=2", "--batch_size=10", "--epochs=1"],
         "experiments/flags/data/tiny.cfg": ["--train=train.tsv", "--test=test.tsv", "--dropout=0.2"],
-        "experiments/flags/cells/dense.cfg": ["--output_layer=dense"],
-        "experiments/flags/cells/sparse.cfg": ["--output_layer=fixed_fan_in"],
-        "experiments/flags/cells/alias.cfg": ["--fan_in=2", "--output_layer=dense"],
+        "experiments/flags/cells/dense.cfg": ["--head=dense"],
+        "experiments/flags/cells/sparse.cfg": ["--head=fixed_fan_in"],
+        "experiments/flags/cells/alias.cfg": ["--fan_in=2", "--head=dense"],
         "experiments/flags/cells/broken.cfg": ["--fan_in=1000"],
     }
     for name, lines in files.items():
@@ -99,7 +99,7 @@ def test_a_dry_run_shows_the_commands_and_runs_nothing(project):
 
 
 def test_effective_flags_are_what_the_last_flag_says(project):
-    entry = sweep.Entry("tiny", "alias", 3, ("shared.cfg",))
+    entry = sweep.Entry("tiny", "sparse", 3, ("shared.cfg",), "sparse")
     before = flags.FLAGS["fan_in"].value
     values = sweep.effective_flags([*entry.flags, "--name=other", "--workdir=elsewhere"])
     assert values["seed"] == 3
@@ -117,6 +117,29 @@ def test_directories_are_the_same_for_the_same_flags_only():
     assert directory() == directory("--workdir=x", "--fan_in=32", "--name=y")
     assert directory() != directory("--fan_in=33")
     assert directory("--seed=1") != directory("--seed=2")
+
+
+def test_flags_that_do_not_concern_a_head_do_not_tell_runs_apart():
+    values = sweep.effective_flags(["--head=dense", "--train=a"])
+    assert sweep.effective_flags(["--head=dense", "--train=a", "--fan_in=5"]) == values
+    assert values["fan_in"] is None
+    assert sweep.effective_flags(["--head=bottleneck"])["penultimate"] == 64
+    assert sweep.effective_flags([])["penultimate"] == 8192
+
+
+def test_a_grid_is_all_combinations(project):
+    (project / "table.toml").write_text(
+        'title = "x"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n'
+        '[[runs]]\ncells = ["dense"]\nseeds = [0]\n'
+        '[[runs]]\ncells = ["sparse"]\nseeds = [0, 1]\ngrid = { dropout = [0, 0.5], loss = ["bce"] }\n'
+    )
+    entries = sweep.read_table("table.toml").entries
+    assert [str(entry) for entry in entries] == [
+        "tiny dense seed 0",
+        *(f"tiny sparse_dropout_{d}_loss_bce seed {seed}" for d in (0, 0.5) for seed in (0, 1)),
+    ]
+    values = sweep.effective_flags(entries[-1].flags)
+    assert (values["dropout"], values["loss"], values["seed"], values["embedding"]) == (0.5, "bce", 1, 4)
 
 
 def test_runs_may_have_flagfiles_of_their_own(project):
@@ -187,7 +210,7 @@ def test_every_flagfile_of_the_project_is_read(path):
         assert values["test"]
     if path.parent.name == "cells":
         assert values["train"] is None  # a cell goes with any data set
-        assert path.stem.startswith("bottleneck" if values["penultimate"] == 64 else values["output_layer"])
+        assert path.stem.startswith(values["head"])
 
 
 def test_paper_cfg_has_the_published_settings():
@@ -207,7 +230,7 @@ def test_paper_cfg_has_the_published_settings():
         "schedule": "plateau",
         "rewire_interval": 1000,
         "rewire_distinct": False,
-        "rewire_zero": False,
+        "rewire_zero_weights": False,
         "output_bias": 0.0,
         "output_bound": None,
         "dropout": 0.1,

@@ -3,15 +3,14 @@ import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
+from small_models import make_model
 
-from sparse_xmc.checkpoints import Checkpoints, load_model, save_model
+from sparse_xmc import RewireConfig, Trainer, TrainingConfig
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
-from sparse_xmc.models import Classifier, ClassifierConfig
-from sparse_xmc.rewire import RewireConfig
-from sparse_xmc.training import Trainer, TrainingConfig
+from sparse_xmc.heads import HEADS
+from sparse_xmc.train import Checkpoints
 
-CONFIG = ClassifierConfig(12, 30, penultimate=16, fan_in=4, dropout=0.3)
 RATE = 1e-2
 
 
@@ -29,9 +28,10 @@ def batches():
     return Batches(Dataset(features, scipy.sparse.csr_array(labels)), 8)
 
 
-def new_trainer(seed=0, config=CONFIG):
+def new_trainer(seed=0, kind="fixed_fan_in", fused=None):
     options = TrainingConfig(batch_size=8, rewire=RewireConfig(fraction=0.3), rewire_interval=3)
-    return Trainer(Classifier(config, rngs=nnx.Rngs(seed)), options, seed=1)
+    model = make_model(kind, seed=seed, penultimate=16, fan_in=4, dropout=0.3)
+    return Trainer(model, options, seed=1, fused=fused)
 
 
 def train(trainer, batches, epochs):
@@ -53,28 +53,39 @@ def assert_equal(state, other):
         np.testing.assert_array_equal(a, b, strict=True)
 
 
-def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches):
-    trainer = new_trainer()
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches, kind):
+    trainer = new_trainer(kind=kind)
     train(trainer, batches, [0, 1])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_latest(trainer, {"epochs": 2, "best": 0.1})
     expected = train(trainer, batches, [2, 3])
 
     # As in a new process: another initial state, and a new look at the directory.
-    restored = new_trainer(seed=7)
+    restored = new_trainer(seed=7, kind=kind)
     assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 2, "best": 0.1}
     assert restored.step == 10
     assert train(restored, batches, [2, 3]) == expected
     assert_equal(restored.state, trainer.state)
 
 
-def test_what_the_test_above_relies_on(batches):
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_checkpoint_of_one_kind_of_step_goes_on_under_the_other(tmp_path, batches, kind):
+    trainer = new_trainer(kind=kind, fused=True)
+    train(trainer, batches, [0])
+    Checkpoints(tmp_path).save_latest(trainer, {})
+    other = new_trainer(seed=7, kind=kind, fused=False)
+    Checkpoints(tmp_path).restore_latest(other)
+    np.testing.assert_allclose(train(other, batches, [1]), train(trainer, batches, [1]), rtol=1e-4)
+
+
+def test_what_the_first_test_relies_on(batches):
     # Dropout and rewiring happen in the steps compared, and depend on what is restored.
     trainer, other = new_trainer(), new_trainer()
     train(trainer, batches, [0, 1])
-    before = np.array(trainer.model.output.indices[...])
+    before = np.array(trainer.model.head.output.indices[...])
     losses = train(trainer, batches, [2])
-    assert np.any(before != trainer.model.output.indices[...])
+    assert np.any(before != trainer.model.head.output.indices[...])
     train(other, batches, [0, 1])
     for path, leaf in nnx.to_flat_state(other.state["other"]):
         if path[-1] == "count":
@@ -133,23 +144,3 @@ def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
     for a, b in zip(values(trainer.state["moments"]), moments, strict=True):
         np.testing.assert_array_equal(a, b)
     train(trainer, batches, [4])  # the restored arrays can be trained on
-
-
-@pytest.mark.parametrize("options", [{}, {"output_layer": "dense"}, {"bag_of_words": True}], ids=str)
-def test_models_round_trip(tmp_path, options):
-    config = ClassifierConfig(12, 30, penultimate=16, fan_in=4, embedding=6, **options)
-    model = Classifier(config, rngs=nnx.Rngs(3))
-    save_model(tmp_path / "model", Classifier(config, rngs=nnx.Rngs(4)))
-    save_model(tmp_path / "model", model)  # in place of that one
-    loaded = load_model(tmp_path / "model", config)
-    assert loaded.config == config
-    assert_equal(nnx.state(loaded), nnx.state(model))
-    x = np.random.default_rng(0).normal(size=(5, 6 if config.bag_of_words else 12)).astype(np.float32)
-    for m in (model, loaded):
-        m.eval()
-    np.testing.assert_array_equal(loaded.output(loaded.penultimate(x)), model.output(model.penultimate(x)))
-
-
-def test_a_missing_model_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_model(tmp_path / "nowhere", CONFIG)

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
+from small_models import config_of
 
 from sparse_xmc import evaluation
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.evaluation import evaluate, evaluate_groups, gradient_density, predict
+from sparse_xmc.heads import HEADS, dense, fixed_fan_in
 from sparse_xmc.losses import LOSSES
-from sparse_xmc.models import OUTPUT_LAYERS, Classifier, ClassifierConfig
 
 
 def make_dataset(size, *, sparse=False):
@@ -21,29 +22,25 @@ def make_dataset(size, *, sparse=False):
     return Dataset(features, scipy.sparse.csr_array(rng.random((size, 20)) < 0.2))
 
 
-def make_model(**options):
-    config = ClassifierConfig(12, 20, penultimate=16, fan_in=4, embedding=6, dropout=0.5, **options)
-    return Classifier(config, rngs=nnx.Rngs(0))
+def make_model(kind="fixed_fan_in", **options):
+    sizes = {"labels": 20, "penultimate": 16, "fan_in": 4, "dropout": 0.5}
+    return config_of(kind, **sizes | options).make(rngs=nnx.Rngs(0))
 
 
 def all_logits(model, dataset):
     """Every point's logits without dropout, one point at a time."""
     features = dataset.features if isinstance(dataset.features, np.ndarray) else dataset.features.toarray()
-    if model.config.bag_of_words:
-        features = np.maximum(0, features @ np.asarray(model.embedding.embedding[...]))
-    hidden = [
-        np.maximum(0, x @ np.asarray(model.penultimate.kernel[...]) + np.asarray(model.penultimate.bias[...]))
-        for x in features
-    ]
-    return np.concatenate([np.asarray(model.output(x[None])) for x in hidden])
+    if dataset.is_sparse:
+        features = np.maximum(0, features @ np.asarray(model.encoder.embedding.embedding[...]))
+    return np.concatenate([np.asarray(model.head(x[None])) for x in features])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
 @pytest.mark.parametrize(
-    "options", [{"output_layer": name} for name in OUTPUT_LAYERS] + [{"bag_of_words": True}], ids=str
+    ("kind", "bag_of_words"), [*((kind, False) for kind in HEADS), ("fixed_fan_in", True)]
 )
-def test_predictions_are_the_best_labels_in_order(options, batch_size):
-    model, dataset = make_model(**options), make_dataset(23, sparse="bag_of_words" in options)
+def test_predictions_are_the_best_labels_in_order(kind, bag_of_words, batch_size):
+    model, dataset = make_model(kind, bag_of_words=bag_of_words), make_dataset(23, sparse=bag_of_words)
     logits = all_logits(model, dataset)
     seen = []
     for points, scores, labels in predict(model, dataset, 6, batch_size=batch_size):
@@ -84,7 +81,7 @@ def test_model_is_not_changed():
     assert first == second
     after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert not model.dropout.deterministic  # still ready to train
+    assert not model.encoder.dropout.deterministic  # still ready to train
 
 
 def test_ranks_beyond_the_number_of_labels_are_misses():
@@ -158,10 +155,11 @@ def test_a_group_without_test_points_has_no_precision():
     assert found["middle"] is None
 
 
-@pytest.mark.parametrize("output_layer", OUTPUT_LAYERS)
-def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, output_layer):
-    monkeypatch.setattr(evaluation, "_LABELS_AT_ONCE", 7)  # the last block is smaller
-    model, dataset = make_model(output_layer=output_layer, output_bias=-1, output_bound=0.5), make_dataset(23)
+@pytest.mark.parametrize("kind", HEADS)
+def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, kind):
+    for module in (dense, fixed_fan_in):
+        monkeypatch.setattr(module, "_LABELS_AT_ONCE", 7)  # the last block is smaller
+    model, dataset = make_model(kind, output_bias=-1.0, output_bound=0.5), make_dataset(23)
     model.eval()
     batches = [batch for _, batch in Batches(dataset, 10).in_order()]
     nonzero = 0
@@ -170,6 +168,10 @@ def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, output_laye
         nonzero += np.count_nonzero(gradient)
     assert 0.05 < nonzero / (23 * 20) < 0.95
     assert gradient_density(model, batches) == nonzero / (23 * 20)
+
+
+def test_a_loss_without_a_margin_has_a_gradient_everywhere():
+    assert gradient_density(make_model(), [], "bce") == 1
 
 
 def test_density_is_measured_with_dropout_and_changes_nothing():

@@ -3,10 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import scipy.sparse
 from flax import nnx
 
-from sparse_xmc.layers import BagOfWords, Connectivity, EmbeddingBag, FixedFanInLinear, flat_glorot_uniform
+from sparse_xmc.layers import Connectivity, FixedFanInLinear, flat_glorot_uniform
 
 
 def loop(x, layer):
@@ -119,43 +118,7 @@ class TestFixedFanInLinear:
         with pytest.raises(ValueError, match=f"fan_in must be between 1 and in_features = 20, got {fan_in}"):
             FixedFanInLinear(20, 30, fan_in, rngs=nnx.Rngs(0))
 
-
-class TestEmbeddingBag:
-    @staticmethod
-    def bags(matrix, padding):
-        rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-        return BagOfWords(
-            rows=np.pad(rows, (0, padding), constant_values=matrix.shape[0]).astype(np.int32),
-            words=np.pad(matrix.indices, (0, padding)).astype(np.int32),
-            weights=np.pad(matrix.data, (0, padding), constant_values=7),  # which must not matter
-            num_examples=matrix.shape[0],
-        )
-
-    @pytest.mark.parametrize("padding", [0, 9])
-    def test_is_a_product_with_a_sparse_matrix(self, padding):
-        rng = np.random.default_rng(0)
-        matrix = scipy.sparse.random_array((12, 30), density=0.2, rng=rng, dtype=np.float32, format="csr")
-        dense = matrix.toarray()
-        dense[[0, 5, 11]] = 0  # empty rows: the first, the last, and one between
-        matrix = scipy.sparse.csr_array(dense)
-        layer = EmbeddingBag(30, 4, rngs=nnx.Rngs(0))
-        bags = self.bags(matrix, padding)
-        embedding = np.asarray(layer.embedding[...], np.float64)
-        np.testing.assert_allclose(jax.jit(layer)(bags), dense @ embedding, rtol=1e-5, atol=1e-6)
-
-        cotangent = rng.normal(size=(12, 4)).astype(np.float32)
-        grads = nnx.grad(lambda layer: jnp.sum(layer(bags) * cotangent))(layer)
-        np.testing.assert_allclose(grads["embedding"][...], dense.T @ cotangent, rtol=1e-5, atol=1e-6)
-
-    def test_nothing_but_padding(self):
-        layer = EmbeddingBag(30, 4, rngs=nnx.Rngs(0))
-        empty = scipy.sparse.csr_array((3, 30), dtype=np.float32)
-        np.testing.assert_array_equal(layer(self.bags(empty, 16)), np.zeros((3, 4)))
-
-    def test_parameters_in_bfloat16(self):
-        layer = EmbeddingBag(30, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-        matrix = scipy.sparse.csr_array(np.eye(30, dtype=np.float32)[:5])
-        assert layer.embedding.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(
-            layer(self.bags(matrix, 3)).astype(jnp.float32), layer.embedding[:5].astype(jnp.float32)
-        )
+    @pytest.mark.parametrize("width", [19, 21])
+    def test_an_input_of_another_width_is_an_error(self, width):
+        with pytest.raises(ValueError, match=f"x must have 20 features, in its last axis, got .*{width}"):
+            FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0))(jnp.ones((2, width)))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparse_xmc.heads.rewiring import PAPER, RewireConfig, rewire_unstructured
+from sparse_xmc.heads.unstructured import UnstructuredLinear
 from sparse_xmc.layers import Connectivity
-from sparse_xmc.rewire import PAPER, RewireConfig, rewire_unstructured
-from sparse_xmc.unstructured import UnstructuredLinear
 
 
 def matrix_of(layer):

@@ -1,0 +1,1 @@
+"""Measuring: time, memory, and what a number depends on besides the program."""

@@ -1,0 +1,97 @@
+"""How long calls take: one clock for all measurements."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.measure.environment import threads
+
+TIME_BOX_SECONDS = 20.0
+_COPY_BYTES = 1 << 28
+
+Clock = Callable[[], float]
+
+
+def interleaved_times(
+    calls: Mapping[Hashable, Callable[[], Any]],
+    repeats: int | None,
+    *,
+    calls_per_round: int = 1,
+    seconds: float = TIME_BOX_SECONDS,
+    at_least: int = 1,
+    keep_going: bool = False,
+    clock: Clock = time.perf_counter,
+) -> dict[Hashable, list[float] | str]:
+    """Times calls in turn, so that whatever else the machine does hits all of them alike.
+
+    Before the first round each is called once, to compile and to warm up, which is not counted.
+
+    Args:
+      calls: functions of no arguments that return arrays.
+      repeats: the most rounds that a call takes part in; None for no limit but `seconds`.
+      calls_per_round: how often it is called in a round. These calls are queued, and only the last is waited
+        for, so that a device is never idle.
+      seconds: a call leaves when its rounds add up to this.
+      at_least: but not before it has taken part in so many.
+      keep_going: whether the others go on when one fails; otherwise its error is raised.
+      clock: the time in seconds.
+
+    Returns:
+      For each the seconds of a call in each of its rounds, or, for one that failed, the reason.
+    """
+    results: dict[Hashable, list[float] | str] = {}
+    taking_part = dict(calls)
+    while taking_part:
+        for key, call in list(taking_part.items()):
+            try:
+                if key not in results:
+                    _elapsed(call, 1, clock)
+                    results[key] = []
+                    continue
+                results[key].append(_elapsed(call, calls_per_round, clock) / calls_per_round)
+            except Exception as error:
+                if not keep_going:
+                    raise
+                results[key] = reason(error)
+                del taking_part[key]
+                continue
+            rounds, total = len(results[key]), calls_per_round * sum(results[key])
+            if rounds == repeats or (total >= seconds and rounds >= at_least):
+                del taking_part[key]
+    return results
+
+
+def _elapsed(call: Callable[[], Any], count: int, clock: Clock) -> float:
+    start = clock()
+    for _ in range(count):
+        result = call()
+    jax.block_until_ready(result)
+    return clock() - start
+
+
+def median_seconds(call: Callable[[], Any], repeats: int | None, **options) -> float:
+    """The median time of a call; arguments are those of `interleaved_times`."""
+    return float(np.median(interleaved_times({"call": call}, repeats, **options)["call"]))
+
+
+def copy_gb_per_second(size: int = _COPY_BYTES) -> float:
+    """The GB per second, read plus written, of copying memory with all threads: the best of ten runs."""
+    source = np.ones(size, np.uint8)
+    target = np.zeros_like(source)
+    count = threads()
+    pairs = list(zip(np.array_split(target, count), np.array_split(source, count), strict=True))
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+
+        def copy():
+            list(pool.map(lambda pair: np.copyto(*pair), pairs))
+
+        return 2 * size / min(interleaved_times({"copy": copy}, 10)["copy"]) / 1e9
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]

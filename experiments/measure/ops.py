@@ -1,0 +1,143 @@
+"""Times an op of `xla_ops` against other ways to compute the same in JAX, for `experiments.benchmark`.
+
+Before anything is timed, all contenders are compared on a small problem: they must agree, forward and
+backward. Then they run in turn (see `clock.interleaved_times`), compiled, with all arrays passed as
+arguments, so that nothing is folded into the program. Whatever a contender can prepare once for fixed
+connections (sorting them, for example) is not counted.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from experiments.measure import clock, environment
+from experiments.measure.problems import OPS, Problem, Shape
+from xla_ops import _native
+
+
+def _forward(function, values, constants, cotangent):
+    return function(*values, *constants)
+
+
+def _forward_backward(function, values, constants, cotangent):
+    # The result is returned as well: otherwise XLA could leave out the forward pass.
+    y, vjp = jax.vjp(lambda *values: function(*values, *constants), *values)
+    return y, vjp(jnp.ones_like(y) if cotangent is None else cotangent)
+
+
+PASSES = {"forward": _forward, "forward+backward": _forward_backward}
+
+
+def compile_contenders(problem: Problem) -> dict[tuple[str, str], Callable | str]:
+    """Maps (contender, pass) to a compiled function of no arguments, or to the reason why there is none."""
+    compiled = {}
+    for name, (function, constants) in problem.contenders.items():
+        arguments = (problem.values, constants, problem.cotangent)
+        for pass_name, run in PASSES.items():
+            try:
+                program = jax.jit(functools.partial(run, function)).lower(*arguments).compile()
+                _require_memory(program)
+                compiled[name, pass_name] = functools.partial(program, *arguments)
+            except Exception as error:
+                compiled[name, pass_name] = clock.reason(error)
+    return compiled
+
+
+def _require_memory(program) -> None:
+    """Raises MemoryError now, where the system would kill the whole process later (a GPU says so itself)."""
+    if jax.default_backend() != "cpu":
+        return
+    memory = program.memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise MemoryError(f"needs {needed / 1e9:.1f} GB, of which {available / 1e9:.1f} GB are available")
+
+
+def check_agreement(problem: Problem) -> None:
+    """Raises AssertionError unless all contenders that run return what the first does."""
+    tolerance = 4 * float(jnp.finfo(problem.values[0].dtype).eps) * problem.values[0].shape[0] ** 0.5
+    expected = {}
+    for (name, pass_name), call in compile_contenders(problem).items():
+        if isinstance(call, str):
+            continue
+        result = [np.asarray(a, np.float32) for a in jax.tree.leaves(call())]
+        for a, b in zip(result, expected.setdefault(pass_name, result), strict=True):
+            error = np.max(np.abs(a - b)) / np.max(np.abs(b))
+            if not error <= tolerance:
+                raise AssertionError(f"{name} is off by {error:.1e} of the largest value, {pass_name}")
+
+
+def measure(op: str, shape: Shape, dtype: str, repeats: int, now: clock.Clock = time.perf_counter) -> dict:
+    """Times all contenders of an op by the clock `now`; the returned report is ready for JSON."""
+    small = shape._replace(labels=min(shape.labels, 300), inputs=min(shape.inputs, 70))
+    check_agreement(OPS[op](small, jnp.dtype(dtype), np.random.default_rng(0)))
+    problem = OPS[op](shape, jnp.dtype(dtype), np.random.default_rng(0))
+    calls = compile_contenders(problem)
+    runnable = {key: call for key, call in calls.items() if callable(call)}
+    times = calls | clock.interleaved_times(runnable, repeats, keep_going=True, clock=now)
+    results = {name: {p: _summary(times[name, p]) for p in PASSES} for name in problem.contenders}
+    return {
+        "op": op,
+        "shape": shape._asdict(),
+        "dtype": dtype,
+        "contenders": results,
+        "speedup": {p: _speedup(results, p) for p in PASSES},
+        "copy_gb_per_second": clock.copy_gb_per_second(),
+        "instruction_set": _native.cpu().isa(),
+        "environment": environment.describe(),
+    }
+
+
+def _summary(times: list[float] | str) -> dict:
+    if isinstance(times, str):
+        return {"failed": times}
+    low, median, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
+    return {"median_seconds": median, "quartiles_seconds": [low, high], "runs": len(times)}
+
+
+def _speedup(results: dict, pass_name: str) -> dict | None:
+    """How many times as long as ours, the first of `results`, the fastest other contender takes."""
+    medians = {name: r[pass_name].get("median_seconds") for name, r in results.items()}
+    ours, *others = medians
+    others = [name for name in others if medians[name] is not None]
+    if medians[ours] is None or not others:
+        return None
+    best = min(others, key=medians.get)
+    return {"over": best, "ratio": medians[best] / medians[ours]}
+
+
+def table(report: dict) -> str:
+    """Renders a report for the terminal."""
+    shape, machine = report["shape"], report["environment"]
+    lines = [
+        f"{report['op']}, {report['dtype']}: " + ", ".join(f"{k} {v:,}" for k, v in shape.items()),
+        f"{machine['cpu']}, {machine['threads']} threads, {report['instruction_set']}, "
+        f"copies memory at {report['copy_gb_per_second']:.1f} GB/s",
+        "",
+        f"{'ms: median (quartiles), runs':28}" + "".join(f"{p:>42}" for p in PASSES),
+    ]
+    lines += [
+        f"{name:28}" + "".join(f"{_cell(result[p]):>42}" for p in PASSES)
+        for name, result in report["contenders"].items()
+    ]
+    for name, result in report["contenders"].items():
+        lines += [f"{name}, {p}: {result[p]['failed']}" for p in PASSES if "failed" in result[p]]
+    for p, speedup in report["speedup"].items():
+        if speedup:
+            lines.append(f"{p}: {speedup['ratio']:.1f} times as fast as the best other, {speedup['over']}")
+    return "\n".join(lines)
+
+
+def _cell(result: dict) -> str:
+    if "failed" in result:
+        return "failed"
+    low, high = result["quartiles_seconds"]
+    return (
+        f"{result['median_seconds'] * 1e3:,.1f} ({low * 1e3:,.1f} to {high * 1e3:,.1f}), {result['runs']:2}"
+    )

@@ -1,0 +1,178 @@
+"""Memory and time of training steps by number of labels, for `experiments.label_scale`.
+
+* Peak memory is measured over a number of steps and one rewiring, as each result says. What would not fit
+  into the machine's memory is not started, and the result says so.
+* A step is timed with a gradient at every logit, as at the start of training, and with nearly none, as later:
+  the bias of all labels starts at 0, and at -1.1, beyond the margin of negatives. The learning rate is so low
+  that it stays there; both densities are recorded.
+* Parts of a step are timed by running more and more of it: the features, with the loss, with all gradients,
+  the whole step (Adam). A layer that is updated without gradients in memory may take less time for its step
+  than for its gradients. Rewiring is timed on its own.
+* The projected time of an epoch takes nearly no gradient, and a rewiring every 1,000 steps.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+from flax import nnx
+
+from experiments.measure import clock, environment
+from experiments.measure.memory import PeakMemory
+from experiments.measure.workloads import (
+    BATCH_SIZE,
+    NUM_FEATURES,
+    Scale,
+    make_batches,
+    make_trainer,
+    read_settings,
+    stepper,
+)
+from sparse_xmc.data.batches import Batch
+from sparse_xmc.evaluation import gradient_density
+from sparse_xmc.model import Classifier, ClassifierConfig
+from sparse_xmc.train import Trainer, TrainingConfig
+
+_STEPS_PER_REWIRING = 1000
+_BATCHES = 4
+_RATE = 1e-6
+_ALL_GRADIENTS, _FEW_GRADIENTS = ("--output_bias=0",), ("--output_bias=-1.1",)
+
+
+def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.perf_counter) -> dict:
+    """Trains a few steps and times them; the report is ready for JSON.
+
+    Args:
+      scale: the number of labels and the data's statistics.
+      cell: a flagfile in experiments/flags/cells, without its ending.
+      seconds: about how long each part is repeated.
+      now: the clock.
+    """
+    system = [f"--flagfile=experiments/flags/cells/{cell}.cfg"]
+    system += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
+    settings = read_settings(system)
+    report = {"scale": scale._asdict(), "cell": cell, "batch_size": BATCH_SIZE}
+    needed = needed_bytes(settings.classifier(NUM_FEATURES, scale.labels), settings.training)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        reason = (
+            f"does not fit: needs {needed / 2**30:.1f} GiB, of which {available / 2**30:.1f} are available"
+        )
+        return report | {"failed": reason, "environment": environment.describe()}
+
+    def median(call: Callable[[], Any]) -> float:
+        return clock.median_seconds(call, None, seconds=seconds, at_least=3, clock=now)
+
+    def start(*more: str) -> tuple[Trainer, Callable[[], Any]]:
+        """A trainer, and its step, which has been compiled and once been followed by a rewiring."""
+        trainer = make_trainer([*system, *more], NUM_FEATURES, scale.labels)
+        step = stepper(trainer, batches, _RATE)
+        jax.block_until_ready(step())
+        return trainer, step
+
+    times, densities = {}, {}
+    batches = make_batches(scale.labels, scale.labels_per_point, count=_BATCHES)
+    memory = PeakMemory()
+    trainer, step = start(*_ALL_GRADIENTS)
+    times["step, all gradients"] = median(step)
+    report |= {"peak_memory_bytes": memory.bytes(), "peak_memory_measured_as": memory.method}
+    densities["step, all gradients"] = gradient_density(trainer.model, batches, settings.training.loss)
+
+    del trainer, step
+    trainer, step = start(*_FEW_GRADIENTS)
+    times["step"] = median(step)
+    densities["step"] = gradient_density(trainer.model, batches, settings.training.loss)
+
+    times["rewiring"] = median(functools.partial(_rewire, trainer, batches[0]))
+    parts = _parts(trainer.model, batches[0], settings.training.loss)
+    del trainer, step  # the moments make room for the gradients
+    times |= {name: median(part) for name, part in parts.items()}
+    steps = scale.points / BATCH_SIZE
+    return report | {
+        "seconds": times,
+        "gradient_density": densities,
+        "epoch_seconds": steps * (times["step"] + times["rewiring"] / _STEPS_PER_REWIRING),
+        "environment": environment.describe(),
+    }
+
+
+def needed_bytes(config: ClassifierConfig, training: TrainingConfig) -> int:
+    """What training the head surely needs, as the head plans it; nothing is allocated."""
+    head = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))).head
+    return sum(head.memory(training.batch_size, training).values())
+
+
+def _rewire(trainer: Trainer, batch: Batch) -> Any:
+    trainer.rewire(batch)
+    return trainer.state
+
+
+def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[], Any]]:
+    """Functions of no arguments that run more and more of a step."""
+    graphdef, params, other = nnx.split(model, nnx.Param, ...)
+
+    def classifier(params, other):
+        return nnx.merge(graphdef, params, other, copy=True)
+
+    def features(params, other, batch):
+        return classifier(params, other).encoder(batch.inputs)
+
+    def loss_of(params, other, batch):
+        return classifier(params, other).loss(batch.inputs, batch.positives, loss)
+
+    functions = {"features": features, "loss": loss_of, "gradients": jax.value_and_grad(loss_of)}
+    return {name: functools.partial(jax.jit(f), params, other, batch) for name, f in functions.items()}
+
+
+def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float) -> list[str]:
+    """Measures what has no result yet, each in a process of its own.
+
+    Returns:
+      For each process that failed, its command and the last lines of its output.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for scale in scales:
+        for cell in cells:
+            path = _path(results, scale, cell)
+            print(f"{scale.labels:,} labels, {cell}: ", end="", flush=True)
+            if path.exists():
+                print(f"{path} is there")
+                continue
+            command = [sys.executable, "-m", "experiments.label_scale", f"--results={results}"]
+            command += [f"--labels={scale.labels}", f"--cells={cell}", f"--seconds={seconds}", "--here"]
+            finished = subprocess.run(command, capture_output=True, text=True)
+            if finished.returncode == 0:
+                print(finished.stdout.strip().splitlines()[-1])
+            else:
+                print(f"failed (exit status {finished.returncode})")
+                last = finished.stderr.strip().splitlines()[-5:]
+                failures.append("\n    ".join([" ".join(command), *last]))
+    return failures
+
+
+def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
+    """Measures one system in this process, and writes its result."""
+    report = measure(scale, cell, seconds)
+    path = _path(results, scale, cell)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, path)
+    if "failed" in report:
+        print(report["failed"])
+    else:
+        print(
+            f"{report['peak_memory_bytes'] / 2**30:.2f} GiB, {1000 * report['seconds']['step']:.0f} ms a step"
+        )
+
+
+def _path(results: Path, scale: Scale, cell: str) -> Path:
+    return results / f"{cell}_{scale.labels}.json"

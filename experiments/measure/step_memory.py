@@ -1,0 +1,88 @@
+"""The memory of training steps, for `experiments.measure.steps`.
+
+Every cell of the table is a process of its own: this program, whose only argument is the JSON of what to
+measure. The growth of its peak resident size is taken beside the sum of what is known to be there: the arrays
+of the training state, XLA's temporaries, and the scratch memory of the ops. Before it counts, the process
+trains a tiny classifier of the same kind, so that libraries and compiler are loaded.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from experiments.measure.memory import PeakMemory
+from experiments.measure.workloads import Network, stepper
+from xla_ops import _native
+
+_RATE = 1e-3
+_GIB = 2**30
+# Adam has to follow gradients of a mean over millions of labels. Labels start as negatives, easy ones.
+_ARGUMENTS = ("--epsilon=1e-12", "--output_bias=-1")
+
+
+def memory_cell(network: Network, mode: str, steps: int) -> dict:
+    """Trains for some steps, of which the first is followed by a rewiring, and reports memory and losses."""
+    tiny = network._replace(labels=1000, penultimate=max(128, network.fan_in))
+    step = stepper(tiny.trainer(mode, *_ARGUMENTS), tiny.batches(1), _RATE)
+    for _ in range(3):
+        jax.block_until_ready(step())
+    batches = network.batches(steps)
+    peak = PeakMemory()
+    trainer, losses = network.trainer(mode, *_ARGUMENTS), []
+    live = sum(a.nbytes for a in jax.tree.leaves(trainer.state) if isinstance(a, jax.Array))
+    for batch in batches:
+        losses.append(float(trainer.train_step(batch, _RATE)))
+    resident = peak.bytes()
+    compiled = trainer.lower_step(batches[0]).compile().memory_analysis()
+    parts = {
+        "state_bytes": live,
+        "temporary_bytes": compiled.temp_size_in_bytes,
+        "scratch_bytes": _native.cpu().peak_scratch_bytes(),
+    }
+    tail = max(1, steps // 10)
+    return {
+        "bytes": sum(parts.values()),
+        **parts,
+        "peak_resident_bytes": resident,
+        "steps": steps,
+        "first_loss": float(np.mean(losses[:tail])),
+        "last_loss": float(np.mean(losses[-tail:])),
+    }
+
+
+def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int) -> list[dict]:
+    """The memory table: a record for each network and mode."""
+    records = []
+    for network in networks:
+        for mode in modes:
+            cell = json.dumps({"network": network._asdict(), "mode": mode, "steps": steps})
+            command = [sys.executable, "-m", "experiments.measure.step_memory", cell]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            record = {**network._asdict(), "mode": mode}
+            if process.returncode == 0:
+                record |= json.loads(process.stdout.splitlines()[-1])
+            else:
+                record["failed"] = (process.stderr.strip().splitlines() or ["killed"])[-1]
+            print(memory_line(record), flush=True)
+            records.append(record)
+    return records
+
+
+def memory_line(record: dict) -> str:
+    """A row of the memory table, for the terminal."""
+    name = "{data:15} {labels:9,} {fan_in:3} {penultimate:8,} {mode:5}".format(**record)
+    if "failed" in record:
+        return f"{name} failed: {record['failed']}"
+    paper = f"{record['paper_gb']:.2f} GB" if record["paper_gb"] else "-"
+    losses = "loss {first_loss:.3e} -> {last_loss:.3e} in {steps} steps".format(**record)
+    size, resident = record["bytes"] / _GIB, record["peak_resident_bytes"] / _GIB
+    return f"{name} {size:6.3f} GiB, resident {resident:6.3f} GiB, paper {paper}; {losses}"
+
+
+if __name__ == "__main__":
+    what = json.loads(sys.argv[1])
+    print(json.dumps(memory_cell(Network(**what["network"]), what["mode"], what["steps"])))

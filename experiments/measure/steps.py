@@ -1,0 +1,163 @@
+"""The time of training steps beside its floors, and both tables of steps, for `experiments.benchmark`.
+
+A floor is the least time that a part of a step can take: bytes at the speed of a memory copy, gathers at the
+speed of the forward pass of `fan_in_loss`, products at the speed of a large matrix product. Memory is for
+`experiments.measure.step_memory`.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import xla_ops
+from experiments.measure import clock, environment
+from experiments.measure.step_memory import measure_memory
+from experiments.measure.workloads import BATCH_SIZE, Network, stepper
+from sparse_xmc.data.batches import Batch
+from sparse_xmc.heads import StepInputs
+from sparse_xmc.heads.updates import next_state, step_dense
+from sparse_xmc.train import Trainer
+
+# The start of all labels' bias, and how often a step then gathers: forward, and for both gradients if any.
+DENSITIES = {"density 1": (0.0, 3), "density near 0": (-2.0, 1)}
+_RATE = 1e-6  # nothing is learnt, so that the density stays
+
+
+def measure(networks: Sequence[Network], modes: Sequence[str], repeats: int, memory_steps: int) -> dict:
+    """Prints the time of the first network and the memory of all; returns them as a report for JSON."""
+    times = {mode: measure_time(networks[0], mode, repeats) for mode in modes}
+    for mode, report in times.items():
+        print("\n".join(time_lines(networks[0], mode, report)), flush=True)
+    memory = measure_memory(networks, modes, memory_steps)
+    return {
+        "time_of": networks[0]._asdict(),
+        "time": times,
+        "memory": memory,
+        "environment": environment.describe(),
+    }
+
+
+def measure_time(network: Network, mode: str, repeats: int, now: clock.Clock = time.perf_counter) -> dict:
+    """The seconds of a step and of its parts by the clock `now`, each beside its floor."""
+    copy, product = clock.copy_gb_per_second() * 1e9, _product_flops_per_second(now)
+    products = 2 * BATCH_SIZE * network.features * network.penultimate / product
+    weights, dense = network.labels * network.fan_in, network.features * network.penultimate
+    report = {}
+    for name, (bias, gathers) in DENSITIES.items():
+        trainer, batches = network.trainer(mode, f"--output_bias={bias}"), network.batches(4)
+        calls = _parts(trainer, batches[0])
+        calls["step"] = stepper(trainer, batches, _RATE)
+        jax.block_until_ready(calls["step"]())  # the first step is followed by a rewiring
+        times = clock.interleaved_times(calls, repeats, clock=now)
+        seconds = {part: float(np.median(t)) for part, t in times.items()}
+
+        of_weight, of_moments = _bytes_per_weight(trainer, "output")
+        # A step reads and writes both. SGD, which has no moments, writes nothing without a gradient.
+        updated = (2 if of_moments or gathers > 1 else 1) * (of_weight + of_moments)
+        index = trainer.state["other"]["head"]["output"]["indices"].dtype.itemsize
+        floors = {
+            "penultimate forward": products + 4 * dense / copy,
+            "output layer": gathers * seconds["gather"] + weights * (updated + index) / copy,
+            "penultimate update": products
+            + 2 * sum(_bytes_per_weight(trainer, "penultimate")) * dense / copy,
+        }
+        report[name] = {
+            "seconds": seconds,
+            "floor_seconds": floors,
+            "step_over_floors": seconds["step"] / sum(floors.values()),
+        }
+    return {"copy_gb_per_second": copy / 1e9, "gemm_gflops": product / 1e9, **report}
+
+
+def time_lines(network: Network, mode: str, report: dict) -> list[str]:
+    """The time table of one mode, for the terminal."""
+    sizes = f"{network.labels:,} labels, fan-in {network.fan_in}, {network.penultimate:,} penultimate"
+    lines = [f"{network.data}, {sizes}, {mode}; ms (floor)"]
+    for density in DENSITIES:
+        seconds, floors = report[density]["seconds"], report[density]["floor_seconds"]
+        parts = [f"{part} {1e3 * seconds[part]:.1f} ({1e3 * floor:.1f})" for part, floor in floors.items()]
+        whole = f"step {1e3 * seconds['step']:.1f} ({1e3 * sum(floors.values()):.1f})"
+        rest = seconds["step"] - sum(seconds[part] for part in floors)
+        lines.append(
+            f"  {density}: {whole} = {report[density]['step_over_floors']:.2f} floors: "
+            + ", ".join(parts)
+            + f", the rest {1e3 * rest:.1f}; gather {1e3 * seconds['gather']:.1f}"
+        )
+    return lines
+
+
+def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
+    """The parts of a step as functions of no arguments, on a copy of a trainer's head."""
+    training = trainer.config
+    graphdef, state = nnx.split(trainer.model.head)
+    held = jax.tree.map(jnp.copy, [state, trainer.state["moments"]])
+    x, positives = jnp.asarray(batch.inputs), jnp.asarray(batch.positives)
+    d_y = jax.random.normal(jax.random.key(0), (len(x), trainer.model.head.penultimate.out_features))
+
+    def head_of(state):
+        return nnx.merge(graphdef, state, copy=True)
+
+    forward = jax.jit(lambda state, x: head_of(state).hidden(x))
+    gather = jax.jit(
+        lambda state, hidden: xla_ops.fan_in_loss(
+            *head_of(state).output.cast(hidden), positives, loss=training.loss
+        )
+    )
+    hidden = forward(held[0], x)
+
+    def updating(update):
+        """A function that steps one layer of the held head in place; `update` returns its new moments."""
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(state, moments, of_layer):
+            head = head_of(state)
+            updated = update(head, moments, of_layer)
+            return nnx.state(head), next_state(moments, updated)
+
+        def run(of_layer):
+            held[:] = step(*held, of_layer)
+            return held
+
+        return run
+
+    def update_output(head, moments, hidden):
+        inputs = StepInputs(hidden, positives, jnp.float32(_RATE), trainer.seed, jnp.int32(0))
+        return head.step_output(inputs, moments, training)[2]
+
+    def update_penultimate(head, moments, x_and_d_y):
+        return step_dense(
+            head.penultimate,
+            "penultimate",
+            *(*x_and_d_y, moments),
+            learning_rate=jnp.float32(_RATE),
+            epsilon=training.epsilon,
+            seed=trainer.seed,
+            before=jnp.zeros(0),
+        )
+
+    return {
+        "gather": lambda: gather(held[0], hidden),
+        "penultimate forward": lambda: forward(held[0], x),
+        "output layer": functools.partial(updating(update_output), hidden),
+        "penultimate update": functools.partial(updating(update_penultimate), (x, d_y)),
+    }
+
+
+def _bytes_per_weight(trainer: Trainer, layer: str) -> tuple[int, int]:
+    """The bytes of each weight of a layer's kernel, and of all that the optimizer remembers of it."""
+    moments = trainer.state["moments"]
+    remembered = [of[f"{layer}.kernel"] for of in (moments.mu, moments.nu) if f"{layer}.kernel" in of]
+    kernel = trainer.state["params"]["head"][layer]["kernel"]
+    return kernel.dtype.itemsize, sum(array.dtype.itemsize for array in remembered)
+
+
+def _product_flops_per_second(now: clock.Clock, size: int = 2048) -> float:
+    a = jnp.ones((size, size))
+    times = clock.interleaved_times({"product": functools.partial(jax.jit(jnp.matmul), a, a)}, 5, clock=now)
+    return 2 * size**3 / min(times["product"])

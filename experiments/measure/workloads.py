@@ -1,0 +1,200 @@
+"""What is measured: the sizes of data sets and networks, their batches, and the systems that flags describe.
+
+A system is a list of arguments for `experiments.run`, so that what is measured is what a run with the same
+arguments trains. The flags of `experiments.run` are defined by importing this.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from flax import nnx
+
+from experiments import prepare, reflection, run
+from experiments.measure.synthetic import Synthetic
+from sparse_xmc.data.batches import Batch
+from sparse_xmc.heads import HEADS, HeadConfig
+from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.train import Trainer, TrainingConfig
+
+BATCH_SIZE = 32
+NUM_FEATURES = prepare.FEATURES["cascade"]
+
+# How the networks of the step tables are trained.
+MODES = {
+    "adam": [],
+    "lean": [f"--flagfile={Path(run.__file__).parent / 'flags' / 'lean.cfg'}"],
+}
+
+
+# ---- data ----
+
+
+class Scale(NamedTuple):
+    """A number of labels, with what else matters of the data set that has it.
+
+    Attributes:
+      name: that of a data set, or what it is.
+      labels: L.
+      labels_per_point: the mean.
+      points: the number of training points.
+    """
+
+    name: str
+    labels: int
+    labels_per_point: float
+    points: int
+
+
+def _of(name: str) -> Scale:
+    statistics = prepare.DATASETS[name]
+    return Scale(name, statistics.labels, statistics.labels_per_point, statistics.train)
+
+
+def _assumed(name: str, labels: int) -> Scale:
+    """Where a data set's statistics are not known, 5 labels per point and 5 points per label are assumed."""
+    return Scale(f"{name} (assumed)", labels, 5.0, labels)
+
+
+AMAZON_670K, AMAZON_3M = _of("Amazon-670K"), _of("Amazon-3M")
+_PAPER2KEYWORDS = _assumed("8.6M", 8_623_847)
+
+SCALES = (
+    _assumed("10k", 10_000),
+    _of("Wiki10-31K"),
+    _of("LF-AmazonTitles-131K"),
+    _of("Wiki-500K"),
+    AMAZON_670K,
+    _assumed("1.3M", 1_305_265),
+    AMAZON_3M,
+    _PAPER2KEYWORDS,
+)
+
+
+def make_batches(
+    labels: int, labels_per_point: float, features: int = NUM_FEATURES, *, count: int, size: int = BATCH_SIZE
+) -> list[Batch]:
+    """Batches of synthetic points that can be learnt."""
+    source = Synthetic(labels, labels_per_point, features)
+    return [source.batch(i, size) for i in range(count)]
+
+
+# ---- systems ----
+
+
+class Settings(NamedTuple):
+    """What `experiments.run` makes of its arguments, without data."""
+
+    encoder: EncoderConfig
+    head: HeadConfig
+    training: TrainingConfig
+
+    def classifier(self, num_features: int, num_labels: int) -> ClassifierConfig:
+        """The classifier of a data set with dense features."""
+        return ClassifierConfig(num_features, num_labels, encoder=self.encoder, head=self.head)
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """What `experiments.run` would make of these arguments, whatever this program was given."""
+    values = flags.FlagValues()
+    for flag in run.own_flags():
+        values[flag.name] = copied = copy.deepcopy(flag)
+        copied.unparse()
+    values(["experiments.run", *arguments])
+    given = values.flag_values_dict()
+    return Settings(
+        reflection.read_flags(EncoderConfig, given),
+        reflection.read_kind("head", HEADS, given),
+        reflection.read_flags(TrainingConfig, given),
+    )
+
+
+def make_trainer(arguments: Sequence[str], num_features: int, num_labels: int) -> Trainer:
+    """A trainer of a new classifier of dense features: the system of these arguments."""
+    settings = read_settings(arguments)
+    model = settings.classifier(num_features, num_labels).make(rngs=nnx.Rngs(0))
+    return Trainer(model, settings.training, seed=0)
+
+
+def stepper(trainer: Trainer, batches: Sequence[Batch], learning_rate: float) -> Callable[[], Any]:
+    """A function of no arguments that takes a step and returns the new state; batches take turns."""
+
+    def step():
+        trainer.train_step(batches[trainer.step % len(batches)], learning_rate)
+        return trainer.state
+
+    return step
+
+
+def flags_without_use(*used: str) -> list[str]:
+    """The flags of `experiments.run` that this program was given, other than those that it uses."""
+    return [flag.name for flag in run.own_flags() if flag.present and flag.name not in used]
+
+
+# ---- networks ----
+
+
+class Network(NamedTuple):
+    """The sizes of a fixed fan-in classifier, and of the data that it is for.
+
+    Attributes:
+      data: the data set.
+      labels: L.
+      fan_in: F.
+      penultimate: I, the width of the penultimate layer.
+      paper_gb: the GB that the paper reports, if any.
+      features: D, the number of dense input features.
+      labels_per_point: the mean.
+    """
+
+    data: str
+    labels: int
+    fan_in: int
+    penultimate: int
+    paper_gb: float | None
+    features: int = NUM_FEATURES
+    labels_per_point: float = 5.0
+
+    def trainer(self, mode: str, *arguments: str) -> Trainer:
+        """A trainer of such a classifier; `mode` is one of `MODES`, whose arguments come before these."""
+        sizes = [f"--batch_size={BATCH_SIZE}", f"--fan_in={self.fan_in}", f"--penultimate={self.penultimate}"]
+        return make_trainer([*sizes, *MODES[mode], *arguments], self.features, self.labels)
+
+    def batches(self, count: int) -> list[Batch]:
+        """Batches for it."""
+        return make_batches(self.labels, self.labels_per_point, self.features, count=count)
+
+
+def _network(scale: Scale, fan_in: int, penultimate: int, paper_gb: float | None, data: str = "") -> Network:
+    return Network(
+        data=data or scale.name,
+        labels=scale.labels,
+        fan_in=fan_in,
+        penultimate=penultimate,
+        paper_gb=paper_gb,
+        labels_per_point=scale.labels_per_point,
+    )
+
+
+NETWORKS = (
+    _network(AMAZON_670K, 32, 32_768, 1.45),
+    _network(AMAZON_670K, 64, 100_000, 2.91),
+    _network(AMAZON_3M, 64, 131_072, 8.67),
+    _network(_PAPER2KEYWORDS, 32, 65_536, None, data="Paper2Keywords"),
+)
+
+
+def network_of_flags() -> Network:
+    """The first of `NETWORKS`, but for the sizes that this program was given.
+
+    They are its own flags --labels and --features, and --fan_in and --penultimate of `experiments.run`.
+    """
+    names = ("labels", "features", "fan_in", "penultimate")
+    given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+    if given.get("penultimate") == 0:
+        raise flags.IllegalFlagValueError(
+            "--penultimate must be at least 1: what is measured has such a layer"
+        )
+    return NETWORKS[0]._replace(data="as given", paper_gb=None, **given) if given else NETWORKS[0]

@@ -1,0 +1,108 @@
+"""Flags from dataclasses of settings: names, types, defaults, choices and help are written once, there."""
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from absl import flags
+
+
+def define_flags(settings: type, prefix: str = "") -> None:
+    """Defines a flag for each field; settings within settings have the field's name in front of theirs."""
+    for field, kind in _fields(settings):
+        if dataclasses.is_dataclass(kind):
+            define_flags(kind, f"{prefix}{field.name}_")
+        else:
+            _define(f"{prefix}{field.name}", field.default, kind, field, _help(settings, field.name))
+
+
+def read_flags(settings: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The settings that the flags of `define_flags` say, given by name.
+
+    Raises:
+      ValueError: a value is not allowed.
+    """
+    arguments = {}
+    for field, kind in _fields(settings):
+        is_nested = dataclasses.is_dataclass(kind)
+        name = f"{prefix}{field.name}"
+        arguments[field.name] = read_flags(kind, values, f"{name}_") if is_nested else values[name]
+    return settings(**arguments)
+
+
+def define_kinds(name: str, kinds: Mapping[str, type], default: str, help: str) -> None:
+    """Defines a flag that chooses between kinds of settings, and a flag for each field that any kind has.
+
+    The flags of fields have no default: what is not given has the default of the kind that is chosen.
+    """
+    flags.DEFINE_enum(name, default, list(kinds), help)
+    found: dict[str, tuple] = {}
+    for kind, settings in kinds.items():
+        for field, field_type in _fields(settings):
+            found.setdefault(field.name, (field_type, field, settings, []))[3].append(
+                f"{kind} {field.default}"
+            )
+    for field_name, (field_type, field, settings, defaults) in found.items():
+        text = f"{_help(settings, field_name)} By default: {', '.join(defaults)}."
+        _define(field_name, None, field_type, field, text)
+
+
+def read_kind(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> Any:
+    """The settings of the kind that the flags of `define_kinds` choose, given by name."""
+    return kinds[values[name]](**_given(kinds[values[name]], values))
+
+
+def kind_of(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of those settings, unchecked: what is not given has its default."""
+    settings = kinds[values[name]]
+    return {field.name: field.default for field, _ in _fields(settings)} | _given(settings, values)
+
+
+def fields_of_kinds(kinds: Mapping[str, type]) -> list[str]:
+    """The names of the fields that any kind has."""
+    return sorted({field.name for settings in kinds.values() for field, _ in _fields(settings)})
+
+
+def flags_without_use(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
+    """The names of flags that are given, but are for other kinds than the one chosen."""
+    used = {field.name for field, _ in _fields(kinds[values[name]])}
+    return [field for field in fields_of_kinds(kinds) if field not in used and values[field] is not None]
+
+
+def _given(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        field.name: values[field.name] for field, _ in _fields(settings) if values[field.name] is not None
+    }
+
+
+def _fields(settings: type) -> Iterable[tuple[dataclasses.Field, Any]]:
+    hints = get_type_hints(settings)
+    return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
+
+
+def _define(name: str, default: Any, kind: Any, field: dataclasses.Field, help: str) -> None:
+    if get_origin(kind) is types.UnionType:  # such as float | None
+        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
+    if choices := field.metadata.get("choices"):
+        flags.DEFINE_enum(name, default, list(choices), help)
+        return
+    define = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_bool,
+        str: flags.DEFINE_string,
+    }
+    define[kind](name, default, help)
+
+
+def _help(settings: type, name: str) -> str:
+    """What the docstring of the class, or of one that it inherits from, says of an attribute."""
+    for base in settings.__mro__:
+        text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        if found := re.search(rf"^  {name}: (.*?)(?=^  \w|\Z)", text, re.MULTILINE | re.DOTALL):
+            sentence = " ".join(found.group(1).split())
+            return sentence[0].upper() + sentence[1:]
+    return ""

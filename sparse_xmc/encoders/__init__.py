@@ -1,0 +1,7 @@
+"""Encoders: from inputs to the features [B, E] that a head reads. Any `nnx.Module` that does so will do."""
+
+from sparse_xmc.encoders.bag_of_words import BagOfWordsEncoder, EmbeddingBag
+from sparse_xmc.encoders.dense_features import DenseFeatures
+from sparse_xmc.encoders.table import EmbeddingTable
+
+__all__ = ["BagOfWordsEncoder", "DenseFeatures", "EmbeddingBag", "EmbeddingTable"]

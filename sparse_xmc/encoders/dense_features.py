@@ -1,0 +1,25 @@
+"""The encoder of features that are there already."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class DenseFeatures(nnx.Module):
+    """Dense features as they are, with dropout: the paper's setting.
+
+    Args:
+      features: E.
+      dropout: the rate of dropout.
+      rngs: random keys; the stream `dropout` is used.
+    """
+
+    def __init__(self, features: int, dropout: float = 0.0, *, rngs: nnx.Rngs):
+        self.features = features
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps features [B, E] to float32 [B, E]."""
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"features must have shape [B, {self.features}], got {list(x.shape)}")
+        return self.dropout(jnp.asarray(x, jnp.float32))

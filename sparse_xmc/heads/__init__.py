@@ -1,0 +1,37 @@
+"""Heads: from an encoder's features to labels. Each is a file here, and a line in `HEADS`."""
+
+from sparse_xmc.heads.dense import BottleneckConfig, DenseConfig, DenseHead
+from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead
+from sparse_xmc.heads.head import PAPER_EPSILON, Head, HeadConfig, HeadTraining, StepInputs
+from sparse_xmc.heads.layered import LayeredHead
+from sparse_xmc.heads.ranges import HeadAndTailConfig, LabelRanges
+from sparse_xmc.heads.rewiring import RewireConfig
+from sparse_xmc.heads.unstructured import UnstructuredConfig, UnstructuredHead
+
+HEADS: dict[str, type[HeadConfig]] = {
+    "fixed_fan_in": FixedFanInConfig,
+    "dense": DenseConfig,
+    "bottleneck": BottleneckConfig,
+    "unstructured": UnstructuredConfig,
+    "head_and_tail": HeadAndTailConfig,
+}
+
+__all__ = [
+    "HEADS",
+    "PAPER_EPSILON",
+    "BottleneckConfig",
+    "DenseConfig",
+    "DenseHead",
+    "FixedFanInConfig",
+    "FixedFanInHead",
+    "Head",
+    "HeadAndTailConfig",
+    "HeadConfig",
+    "HeadTraining",
+    "LabelRanges",
+    "LayeredHead",
+    "RewireConfig",
+    "StepInputs",
+    "UnstructuredConfig",
+    "UnstructuredHead",
+]

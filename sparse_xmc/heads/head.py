@@ -1,0 +1,183 @@
+"""What every head has in common: the interface that the rest of the library trains and asks, and no more.
+
+A head maps the encoder's features [B, E] to labels, and knows everything about that: logits, loss, the best
+labels, a training step, rewiring, memory. Outside of this folder nobody asks which kind it is.
+
+To add one: a file here with its configuration (a frozen dataclass with `make`) and its class, and a line in
+`HEADS` in this folder's `__init__.py`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sparse_xmc.heads.rewiring import RewireConfig
+from sparse_xmc.losses import LOSSES
+from sparse_xmc.settings import check, setting
+
+# The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
+# mean over 10^5 labels are as small as that.
+PAPER_EPSILON = 1e-7
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTraining:
+    """How a head is trained.
+
+    Attributes:
+      loss: "squared_hinge" or "bce".
+      output_optimizer: that of the output layer: "adam", or "sgd" without momentum, which keeps no moments,
+        and rounds bfloat16 weights stochastically. SGD follows the sum of the losses over batch and labels,
+        not the mean, so that its rate depends on neither's number.
+      output_rate: the output layer learns at this times the learning rate.
+      penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
+      moments: what Adam keeps of the penultimate layer: both moments in "float32", or in "bfloat16", the
+        second rounded stochastically.
+      epsilon: Adam's, for gradients of the mean over batch and labels.
+    """
+
+    loss: str = setting("squared_hinge", choices=tuple(LOSSES))
+    output_optimizer: str = setting("adam", choices=("adam", "sgd"))
+    output_rate: float = setting(1.0, at_least=0)
+    penultimate_rate: float = setting(1.0, at_least=0)
+    moments: str = setting("float32", choices=("float32", "bfloat16"))
+    epsilon: float = setting(PAPER_EPSILON, above=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+class StepInputs(NamedTuple):
+    """What a head's training step takes besides its own state.
+
+    Attributes:
+      x: float32 [B, E], the features.
+      positives: int32 [B, P], the labels of each point, distinct, padded with -1.
+      learning_rate: float32 scalar.
+      seed: integer scalar, of stochastic rounding.
+      step: int32 scalar, the number of the step; each must have its own.
+      wants_d_x: whether the gradient of x is used; where it is not, it may be left out.
+    """
+
+    x: Array
+    positives: Array
+    learning_rate: Array
+    seed: Any
+    step: Array
+    wants_d_x: bool = True
+
+
+class Head(nnx.Module):
+    """From features [B, E] to labels. See the module's docstring.
+
+    Attributes:
+      in_features: E.
+      num_labels: L.
+    """
+
+    in_features: int
+    num_labels: int
+
+    @abc.abstractmethod
+    def __call__(self, x: Array) -> Array:
+        """The logits [B, L] for features [B, E]."""
+
+    @abc.abstractmethod
+    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
+        """The mean of a loss, a name in `LOSSES`, over batch and labels: differentiable in x and parameters.
+
+        Positives outside [0, L) do not count.
+        """
+
+    @abc.abstractmethod
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Scores float32 and label ids int32, each [B, k], best first; of equal scores the lower id wins."""
+
+    @abc.abstractmethod
+    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+        """Yields (logits [B, n], their label ids int32 [n], ascending), until every label has come once."""
+
+    @abc.abstractmethod
+    def init_moments(self, training: HeadTraining) -> Any:
+        """What the optimizer keeps before the first step: a pytree, the same for both kinds of step.
+
+        Raises:
+          ValueError: the head cannot be trained so.
+        """
+
+    @abc.abstractmethod
+    def step_fused(
+        self, inputs: StepInputs, moments: Any, training: HeadTraining
+    ) -> tuple[Array, Array, Any]:
+        """One training step, which updates this head's parameters where they are.
+
+        Never holds the gradient of a kernel that an op can step in place, nor, for a fixed fan-in layer, the
+        logits of all labels.
+
+        Returns:
+          The loss before the step, its gradient in x [B, E] (anything unless `wants_d_x`), the new moments.
+        """
+
+    @abc.abstractmethod
+    def step_by_optax(
+        self, inputs: StepInputs, moments: Any, training: HeadTraining
+    ) -> tuple[Array, Array, Any]:
+        """The same step by `jax.grad` and Optax: a reference, and for platforms without native steps."""
+
+    def check_rewiring(self, config: RewireConfig) -> None:
+        """Raises ValueError if the head has connections that cannot be rewired so."""
+
+    def rewire(self, x: Array, positives: Array, moments: Any, key: Array, config: RewireConfig) -> Any:
+        """Moves connections of this head, if it has any.
+
+        Args:
+          x: [B, E], the features of a batch, without dropout.
+          positives: its labels, as for `loss`. Both show where connections move, if growth is "active".
+          moments: from `init_moments` or the last step.
+          key: a random key.
+          config: what moves.
+
+        Returns:
+          The moments, without what they remember of the connections that moved.
+        """
+        return moments
+
+    @abc.abstractmethod
+    def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
+        """The bytes that training takes, as planned from shapes alone (the head may be an abstract one).
+
+        Returns:
+          Under "parameters", "connections" and "moments" what there is all the time; under "gradients" and
+          "logits" the large temporaries of a step.
+        """
+
+
+class HeadConfig(Protocol):
+    """What makes a head: a frozen dataclass of its sizes, one for each kind in `HEADS`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def make(
+        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+    ) -> Head:
+        """A new head.
+
+        Args:
+          in_features: E.
+          num_labels: L.
+          label_counts: int [L], how many training points each label has, for heads that treat frequent labels
+            in another way; None where only the shapes matter.
+          rngs: random keys; the stream `params` is used.
+        """
+        ...
+
+
+def bytes_of(tree: Any) -> int:
+    """The size of all arrays, or shapes of arrays, in a tree."""
+    return sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -1,0 +1,178 @@
+"""Heads of layers: [a wide penultimate layer, then] an output layer."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+import xla_ops
+from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
+from sparse_xmc.layers import Connectivity, glorot_uniform
+from sparse_xmc.losses import find_loss
+
+
+class OutputLayer(Protocol):
+    """What a `LayeredHead` ends with, such as `nnx.Linear`: an `nnx.Module` from [B, D] to [B, L]."""
+
+    kernel: nnx.Param
+    bias: nnx.Param | None
+    out_features: int
+
+    def __call__(self, x: Array, /) -> Array: ...
+
+
+class LayeredHead(Head):
+    """[A penultimate layer with ReLU, then] an output layer.
+
+    What this class does suits any output layer; subclasses do better for theirs.
+
+    Args:
+      in_features: E.
+      penultimate: I, the width of the penultimate layer; 0 for none.
+      make_output: makes the output layer for so many inputs: I, or E.
+      rngs: random keys; the stream `params` is used.
+    """
+
+    output: Any  # an OutputLayer, of whatever more a subclass knows of it
+
+    def __init__(
+        self, in_features: int, penultimate: int, make_output: Callable[[int], OutputLayer], *, rngs: nnx.Rngs
+    ):
+        self.in_features = in_features
+        self.penultimate = (
+            nnx.Linear(in_features, penultimate, kernel_init=glorot_uniform, rngs=rngs)
+            if penultimate
+            else None
+        )
+        self.output = make_output(penultimate or in_features)
+        self.num_labels = self.output.out_features
+
+    def hidden(self, x: Array) -> Array:
+        """The output layer's input, for x [B, E]."""
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"features must have shape [B, {self.in_features}], got {list(x.shape)}")
+        return x if self.penultimate is None else nnx.relu(self.penultimate(x))
+
+    def __call__(self, x: Array) -> Array:
+        return self.output(self.hidden(x))
+
+    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
+        return find_loss(loss)(self(x), positives)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        return jax.lax.top_k(self(x).astype(jnp.float32), k)
+
+    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+        yield self(x), jnp.arange(self.num_labels)
+
+    # ---- training ----
+
+    def init_moments(self, training: HeadTraining) -> optax.ScaleByAdamState:
+        parameters = self._parameters()
+        dtypes = {"penultimate": jnp.dtype(training.moments)}
+        if training.output_optimizer == "adam":
+            dtypes["output"] = jnp.dtype(jnp.float32)
+            if (dtype := parameters["output.kernel"].dtype) != jnp.float32:
+                raise ValueError(
+                    f"output_optimizer='adam' needs a float32 output layer, got {dtype}; use 'sgd'"
+                )
+
+        def zeros():
+            return {
+                name: jnp.zeros(parameter.shape, dtypes[layer])
+                for name, parameter in parameters.items()
+                if (layer := name.partition(".")[0]) in dtypes
+            }
+
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+    def step_fused(self, inputs, moments, training):
+        if self.penultimate is None:
+            loss, d_x, of_output = self.step_output(inputs, moments, training)
+            return loss, d_x, next_state(moments, of_output)
+        y = self.penultimate(inputs.x)
+        hidden, to_d_y = jax.vjp(nnx.relu, y)
+        behind = inputs._replace(x=hidden, wants_d_x=True)
+        loss, d_hidden, of_output = self.step_output(behind, moments, training)
+        (d_y,) = to_d_y(d_hidden)
+        d_x = d_y @ self.penultimate.kernel[...].T if inputs.wants_d_x else jnp.zeros(0)
+        of_penultimate = step_dense(
+            self.penultimate,
+            "penultimate",
+            *(inputs.x, d_y, moments),
+            learning_rate=training.penultimate_rate * inputs.learning_rate,
+            epsilon=training.epsilon,
+            seed=inputs.seed,
+            before=d_x,
+        )
+        return loss, d_x, next_state(moments, of_output, of_penultimate)
+
+    def step_output(
+        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> tuple[Array, Array, Moments]:
+        """Updates the output layer, whose input is `inputs.x`.
+
+        Returns:
+          The loss, its gradient in that input, and the output layer's new moments.
+        """
+        graphdef, params, rest = nnx.split(self.output, nnx.Param, ...)
+
+        def loss_of(params, x):
+            output = nnx.merge(graphdef, params, rest, copy=True)
+            return find_loss(training.loss)(output(x), inputs.positives)
+
+        loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
+        return loss, d_x, self._update(nnx.State({"output": grads}), inputs, moments, training)
+
+    def step_by_optax(self, inputs, moments, training):
+        graphdef, params, rest = nnx.split(self, nnx.Param, ...)
+
+        def loss_of(params, x):
+            head = nnx.merge(graphdef, params, rest, copy=True)
+            return head.loss(x, inputs.positives, training.loss)
+
+        loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
+        return loss, d_x, next_state(moments, self._update(grads, inputs, moments, training))
+
+    def _update(
+        self, grads: nnx.State, inputs: StepInputs, state: optax.ScaleByAdamState, training: HeadTraining
+    ) -> Moments:
+        """Updates the parameters that there are gradients of, by Optax; returns their new moments."""
+        gradients = {".".join(map(str, path)): g[...] for path, g in nnx.to_flat_state(grads)}
+        parameters = self._parameters()
+        rates = {"penultimate": training.penultimate_rate, "output": training.output_rate}
+        of_adam = {name: g for name, g in gradients.items() if name in state.mu}
+        directions, moments = adam_directions(of_adam, state, training.epsilon, inputs.seed)
+        for name, gradient in gradients.items():
+            # The loss is a mean over batch and labels; SGD follows the sum.
+            scale = inputs.x.shape[0] * self.num_labels
+            direction = directions[name] if name in directions else scale * gradient.astype(jnp.float32)
+            value = parameters[name][...]
+            new = value.astype(jnp.float32) - rates[name.partition(".")[0]] * inputs.learning_rate * direction
+            if value.dtype == jnp.bfloat16:  # a bias has its random bits after those of the kernel
+                first = parameters["output.kernel"].size if name == "output.bias" else 0
+                new = xla_ops.round_stochastically(new, inputs.seed, inputs.step, first=first)
+            parameters[name].set_value(new)
+        return moments
+
+    def _parameters(self) -> dict[str, nnx.Param]:
+        """Every parameter by its path."""
+        return {
+            ".".join(map(str, path)): node
+            for path, node in nnx.iter_graph(self)
+            if isinstance(node, nnx.Param)
+        }
+
+    def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
+        return {
+            "parameters": bytes_of(nnx.state(self, nnx.Param)),
+            "connections": bytes_of(nnx.state(self, Connectivity)),
+            "moments": bytes_of(jax.eval_shape(lambda: self.init_moments(training))),
+            "gradients": bytes_of(nnx.state(self.output, nnx.Param)),
+            "logits": 2 * 4 * batch_size * self.num_labels,
+        }

@@ -1,0 +1,149 @@
+"""Heads side by side, each for some labels: a dense head for the frequent ones, and a sparse tail."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sparse_xmc.heads.dense import make_dense
+from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig
+from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.settings import setting
+
+
+class LabelOrder(nnx.Variable):
+    """Which label is where. Not an `nnx.Param`, so gradients and optimizers pass it by."""
+
+
+class LabelRanges(Head):
+    """Several heads on the same features. Each has a range of *positions*, one after the other.
+
+    The loss is the mean over all labels: that of a head with L_i of the L labels has the share L_i / L, and
+    so have its gradients.
+
+    Args:
+      heads: in order.
+      labels: int [L], the label at each position, ascending within a range, so that equal scores keep their
+        order.
+    """
+
+    def __init__(self, heads: Sequence[Head], labels: np.ndarray):
+        self.in_features = heads[0].in_features
+        self.num_labels = sum(head.num_labels for head in heads)
+        self.heads = nnx.List(heads)
+        self.labels = LabelOrder(jnp.asarray(labels, jnp.int32))
+        self.positions = LabelOrder(jnp.argsort(self.labels[...]).astype(jnp.int32))
+
+    def _ranges(self) -> Iterator[tuple[Head, int]]:
+        """Yields each head with its first position."""
+        start = 0
+        for head in self.heads:
+            yield head, start
+            start += head.num_labels
+
+    def _share(self, head: Head) -> float:
+        return head.num_labels / self.num_labels
+
+    def _positions(self, positives: Array) -> Array:
+        inside = (positives >= 0) & (positives < self.num_labels)
+        return jnp.where(inside, self.positions[...][jnp.where(inside, positives, 0)], -1)
+
+    def __call__(self, x: Array) -> Array:
+        logits = jnp.concatenate([head(x) for head in self.heads], axis=1)
+        return logits[:, self.positions[...]]
+
+    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
+        at = self._positions(positives)
+        shares = [self._share(head) * head.loss(x, shift(at, start), loss) for head, start in self._ranges()]
+        return jnp.sum(jnp.stack(shares))
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        best = []
+        for head, start in self._ranges():
+            scores, at = head.top_k(x, min(k, head.num_labels))
+            labels = self.labels[...][jnp.where(at < 0, 0, at + start)]
+            best.append((scores, jnp.where(at < 0, -1, labels)))
+        return merge_top_k(best, k)
+
+    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+        for head, start in self._ranges():
+            for logits, at in head.logits_in_blocks(x):
+                yield logits, self.labels[...][at + start]
+
+    def init_moments(self, training: HeadTraining) -> tuple:
+        return tuple(head.init_moments(training) for head in self.heads)
+
+    def step_fused(self, inputs, moments, training):
+        return self._step("step_fused", inputs, moments, training)
+
+    def step_by_optax(self, inputs, moments, training):
+        return self._step("step_by_optax", inputs, moments, training)
+
+    def _step(self, method: str, inputs: StepInputs, moments: tuple, training: HeadTraining):
+        at = self._positions(inputs.positives)
+        loss, d_x, new = 0.0, 0.0, []
+        for (head, start), of_head in zip(self._ranges(), moments, strict=True):
+            share = self._share(head)
+            # Adam's step does not depend on a gradient's scale, but for epsilon; SGD follows the sum anyway.
+            scaled = dataclasses.replace(training, epsilon=training.epsilon / share)
+            step = getattr(head, method)
+            its_loss, its_d_x, of_head = step(inputs._replace(positives=shift(at, start)), of_head, scaled)
+            loss += share * its_loss
+            d_x += share * its_d_x if inputs.wants_d_x else 0.0
+            new.append(of_head)
+        return loss, d_x, tuple(new)
+
+    def check_rewiring(self, config):
+        for head in self.heads:
+            head.check_rewiring(config)
+
+    def rewire(self, x, positives, moments, key, config):
+        at = self._positions(positives)
+        keys = jax.random.split(key, len(self.heads))
+        return tuple(
+            head.rewire(x, shift(at, start), of_head, its_key, config)
+            for (head, start), of_head, its_key in zip(self._ranges(), moments, keys, strict=True)
+        )
+
+    def memory(self, batch_size, training):
+        parts = [head.memory(batch_size, training) for head in self.heads]
+        total = {name: sum(part[name] for part in parts) for name in parts[0]}
+        return total | {"connections": total["connections"] + bytes_of(nnx.state(self, LabelOrder))}
+
+
+def shift(positives: Array, start: int) -> Array:
+    """Positives as a head sees them whose labels begin at `start`: what is before becomes padding."""
+    return jnp.where(positives >= start, positives - start, -1)
+
+
+def merge_top_k(best: Sequence[tuple[Array, Array]], k: int) -> tuple[Array, Array]:
+    """The k best of several (scores [B, n], labels [B, n]); of equal scores the lower label comes first."""
+    scores, labels = (jnp.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
+    scores, labels = jax.lax.sort((-scores, labels), num_keys=2)
+    return -scores[:, :k], labels[:, :k]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadAndTailConfig(FixedFanInConfig):
+    """A dense layer for the most frequent labels, a fixed fan-in head for all others.
+
+    Attributes:
+      head_fraction: the part of the labels that are in the dense layer.
+    """
+
+    head_fraction: float = setting(0.1, above=0, below=1)
+
+    def make(self, in_features, num_labels, *, label_counts=None, rngs):
+        """A new head; see `HeadConfig`. Without counts lower labels are taken as the more frequent ones."""
+        if num_labels < 2:
+            raise ValueError(f"head_and_tail needs at least 2 labels, got {num_labels}")
+        counts = -np.arange(num_labels) if label_counts is None else np.asarray(label_counts)
+        size = min(num_labels - 1, max(1, round(self.head_fraction * num_labels)))
+        by_frequency = np.argsort(-counts, kind="stable")
+        labels = np.concatenate([np.sort(by_frequency[:size]), np.sort(by_frequency[size:])])
+        head = make_dense(in_features, size, 0, self.output_bias, rngs=rngs)
+        return LabelRanges([head, super().make(in_features, num_labels - size, rngs=rngs)], labels)

@@ -1,0 +1,101 @@
+"""How parameters of a head are updated: by Optax, and a dense layer in place."""
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+import xla_ops
+
+# What Adam remembers of some parameters, first and second moments by the parameters' names.
+Moments = tuple[dict[str, Array], dict[str, Array]]
+
+_RUN = 128  # a row of a dense kernel has its random bits at the next multiple of this
+
+
+def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleByAdamState:
+    """The state after a step that has updated these moments."""
+    mu, nu = dict(state.mu), dict(state.nu)
+    for new_mu, new_nu in updated:
+        mu |= new_mu
+        nu |= new_nu
+    return optax.ScaleByAdamState(state.count + 1, mu, nu)
+
+
+def adam_directions(
+    gradients: dict[str, Array], state: optax.ScaleByAdamState, epsilon: float, seed
+) -> tuple[dict[str, Array], Moments]:
+    """Optax's Adam, with moments of either dtype; what is bfloat16 is rounded as `dense_adam_step` does it.
+
+    Args:
+      gradients: by name, float32.
+      state: has moments for all of these names.
+      epsilon: Adam's.
+      seed: integer scalar, of the rounding.
+
+    Returns:
+      What to subtract from the parameters, times the learning rate; and the new moments.
+    """
+    dtypes = {name: state.mu[name].dtype for name in gradients}
+
+    def wide(moments):
+        return {name: moments[name].astype(jnp.float32) for name in gradients}
+
+    before = optax.ScaleByAdamState(state.count, wide(state.mu), wide(state.nu))
+    directions, after = optax.scale_by_adam(eps=epsilon).update(gradients, before)
+    mu = {name: value.astype(dtypes[name]) for name, value in after.mu.items()}
+    nu = {name: _round(value, dtypes[name], seed, after.count) for name, value in after.nu.items()}
+    return directions, (mu, nu)
+
+
+def _round(value: Array, dtype, seed, count: Array) -> Array:
+    if dtype != jnp.bfloat16:
+        return value
+    row_length = -(-value.shape[-1] // _RUN) * _RUN
+    return xla_ops.round_stochastically(value, seed, count, row_length=row_length)
+
+
+def step_dense(
+    layer: nnx.Linear,
+    name: str,
+    x: Array,
+    d_y: Array,
+    state: optax.ScaleByAdamState,
+    learning_rate: Array,
+    epsilon: float,
+    seed,
+    *,
+    before: Array,
+) -> Moments:
+    """One step of Adam of a dense layer, in place: the gradient of its kernel is never held.
+
+    Args:
+      layer: updated.
+      name: its name in the state.
+      x: its input [B, D].
+      d_y: the gradient of its output [B, O].
+      state: has the moments of `name`.kernel and, where there is one, `name`.bias.
+      learning_rate: float32 scalar.
+      epsilon: Adam's.
+      seed: integer scalar, of the rounding of bfloat16 moments.
+      before: what must be computed before the kernel changes.
+
+    Returns:
+      The layer's new moments.
+    """
+
+    def step(x, kernel, name, **options):
+        moments = xla_ops.DenseAdamState(state.count, state.mu[name], state.nu[name])
+        if kernel.ndim == 1:
+            moments = moments._replace(mu=moments.mu[None], nu=moments.nu[None])
+        new, moments = xla_ops.dense_adam_step(
+            x, d_y, jnp.atleast_2d(kernel), moments, learning_rate, epsilon=epsilon, seed=seed, **options
+        )
+        mu[name], nu[name] = (m.reshape(kernel.shape) for m in moments[1:])
+        return new.reshape(kernel.shape)
+
+    mu, nu = {}, {}
+    layer.kernel.set_value(step(x, layer.kernel[...], f"{name}.kernel", before=before))
+    if layer.bias is not None:  # a bias is the kernel of an input of ones
+        layer.bias.set_value(step(jnp.ones((len(x), 1)), layer.bias[...], f"{name}.bias"))
+    return mu, nu

@@ -1,0 +1,123 @@
+"""The classifier: an encoder of the inputs, and a head over the labels."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures
+from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
+from sparse_xmc.settings import check, setting
+
+_Module = TypeVar("_Module", bound=nnx.Module)
+
+
+class Classifier(nnx.Module):
+    """An extreme multi-label classifier of any inputs.
+
+    Args:
+      encoder: an `nnx.Module` from inputs (an array, a `BagOfWords`, any pytree with a batch) to float32
+        features [B, E].
+      head: a `sparse_xmc.heads.Head` on E features.
+    """
+
+    def __init__(self, encoder: nnx.Module, head: Head):
+        self.encoder = encoder
+        self.head = head
+
+    def __call__(self, inputs: Any) -> Array:
+        """The logits [B, L]."""
+        return self.head(self.encoder(inputs))
+
+    def loss(self, inputs: Any, positives: Array, loss: str = "squared_hinge") -> Array:
+        """The loss of a batch: `positives` [B, P] int32 padded with -1; `loss` names one of `LOSSES`."""
+        return self.head.loss(self.encoder(inputs), positives, loss)
+
+    def top_k(self, inputs: Any, k: int) -> tuple[Array, Array]:
+        """Scores and label ids, each [B, k], of the k best labels; of equal scores the lower label wins."""
+        return self.head.top_k(self.encoder(inputs), k)
+
+
+def in_training(module: _Module) -> _Module:
+    """A view of a module, on the same arrays, as it is trained: with dropout."""
+    return nnx.view(module, deterministic=False, use_running_average=False, raise_if_not_found=False)
+
+
+def in_evaluation(module: _Module) -> _Module:
+    """A view of a module, on the same arrays, as it is used: without dropout."""
+    return nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The encoder of a data set's features.
+
+    Attributes:
+      embedding: E, the size of the embedding of bags of words; dense features stay as they are.
+      dropout: the rate of dropout on the features (after the embedding).
+    """
+
+    embedding: int = setting(512, at_least=1)
+    dropout: float = setting(0.1, at_least=0, below=1)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """What a `Classifier` of a data set is made of; a JSON object through `to_json` and `from_json`.
+
+    Attributes:
+      num_features: D of dense features, or V, the number of words.
+      num_labels: L.
+      bag_of_words: whether the features are bags of words; they are embedded first.
+      encoder: the encoder's sizes.
+      head: the head's: one of the configurations in `sparse_xmc.heads.HEADS`.
+    """
+
+    num_features: int
+    num_labels: int
+    bag_of_words: bool = False
+    encoder: EncoderConfig = EncoderConfig()
+    head: HeadConfig = FixedFanInConfig()
+
+    def make(self, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs) -> Classifier:
+        """A new classifier.
+
+        Args:
+          label_counts: int [L], how many training points each label has; see `HeadConfig.make`.
+          rngs: random keys; streams `params` and `dropout`.
+        """
+        dropout = self.encoder.dropout
+        if self.bag_of_words:
+            width = self.encoder.embedding
+            encoder = BagOfWordsEncoder(self.num_features, width, dropout, rngs=rngs)
+        else:
+            width = self.num_features
+            encoder = DenseFeatures(width, dropout, rngs=rngs)
+        return Classifier(
+            encoder, self.head.make(width, self.num_labels, label_counts=label_counts, rngs=rngs)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """An object for JSON; the head has its kind beside its sizes."""
+        (kind,) = (name for name, config in HEADS.items() if type(self.head) is config)
+        fields = dataclasses.asdict(self)
+        return fields | {"head": {"kind": kind, **fields["head"]}}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ClassifierConfig":
+        """What `to_json` made.
+
+        Raises:
+          ValueError: it is not such an object.
+        """
+        try:
+            head = dict(fields["head"])
+            config = HEADS[head.pop("kind")](**head)
+            return cls(**fields | {"encoder": EncoderConfig(**fields["encoder"]), "head": config})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the configuration of a classifier: {error!r}") from error

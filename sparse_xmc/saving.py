@@ -1,0 +1,104 @@
+"""Saved models: a directory with the weights, their sizes, and what encodes texts and names labels."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from sparse_xmc.data.text import LabelEncoder, TextEncoder
+from sparse_xmc.model import Classifier, ClassifierConfig
+
+CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
+
+
+@dataclasses.dataclass
+class SavedModel:
+    """A trained classifier with all that it takes to use it.
+
+    Attributes:
+      config: what the classifier is made of.
+      model: the classifier.
+      text_encoder: turns text into its features, or None where it takes features.
+      label_encoder: names its labels, or None where they are numbers.
+    """
+
+    config: ClassifierConfig
+    model: Classifier
+    text_encoder: TextEncoder | None = None
+    label_encoder: LabelEncoder | None = None
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes all of it into a directory, which is made if missing, over a model that is there."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for encoder, name in ((self.text_encoder, TEXT_ENCODER), (self.label_encoder, LABELS)):
+            if encoder is None:
+                (directory / name).unlink(missing_ok=True)
+            else:
+                encoder.save(directory / name)
+        (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+        save_weights(directory / MODEL, self.model)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "SavedModel":
+        """Reads what `save` wrote.
+
+        Raises:
+          FileNotFoundError: a part is missing.
+          ValueError: the parts do not fit each other.
+        """
+        directory = Path(directory)
+        for name in (CONFIG, MODEL):
+            if not (directory / name).exists():
+                raise FileNotFoundError(
+                    f"{directory / name}: not there; is this the directory of a saved model?"
+                )
+        try:
+            config = ClassifierConfig.from_json(json.loads((directory / CONFIG).read_text()))
+        except ValueError as error:
+            raise ValueError(
+                f"{directory / CONFIG}: not the configuration of a classifier: {error}"
+            ) from error
+        texts = TextEncoder.load(directory / TEXT_ENCODER) if (directory / TEXT_ENCODER).exists() else None
+        labels = LabelEncoder.load(directory / LABELS) if (directory / LABELS).exists() else None
+        sizes = (
+            (TEXT_ENCODER, "words", texts and texts.vocabulary_size, config.num_features),
+            (LABELS, "labels", labels and len(labels.names), config.num_labels),
+        )
+        for name, what, actual, expected in sizes:
+            if actual is not None and actual != expected:
+                raise ValueError(f"{directory / name}: has {actual} {what}, but the model {expected}")
+        model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
+        return cls(config, load_weights(directory / MODEL, model), texts, labels)
+
+
+def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
+    """Saves all arrays of a module in a new directory, in place of one that is there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), nnx.split(model)[1], force=True)
+
+
+def load_weights(path: str | os.PathLike, model: nnx.Module) -> Any:
+    """What `save_weights` saved of a module like `model`, of which only the shapes matter.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      ValueError: what is there is of another model.
+    """
+    graphdef, state = nnx.split(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            return nnx.merge(graphdef, checkpointer.restore(Path(path).absolute(), local_shapes(state)))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not the weights of such a model: {error}") from error
+
+
+def local_shapes(state: Any) -> Any:
+    """The shapes of a tree's arrays, to be restored on this process' first device."""
+    local = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=local), state)

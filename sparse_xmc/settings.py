@@ -1,0 +1,61 @@
+"""Settings: frozen dataclasses whose fields say which values they take, checked when one is made."""
+
+import dataclasses
+import math
+from typing import Any
+
+
+def setting(
+    default: Any,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    or_else: tuple[Any, ...] = (),
+) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+      default: its default.
+      choices: the values that it takes, if only some.
+      at_least, above, at_most, below: bounds of a number, which must be finite too.
+      or_else: values that are allowed besides, such as None.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    return dataclasses.field(
+        default=default, metadata={"choices": choices, "bounds": bounds, "or_else": or_else}
+    )
+
+
+_HOLDS = {
+    "at_least": lambda value, bound: value >= bound,
+    "above": lambda value, bound: value > bound,
+    "at_most": lambda value, bound: value <= bound,
+    "below": lambda value, bound: value < bound,
+}
+
+
+def check(settings: Any) -> None:
+    """Raises ValueError if a field has a value that its `setting` does not allow, naming it.
+
+    To be called by `__post_init__`.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        allowed = field.metadata.get("or_else", ())
+        if any(value is other or (type(value) is type(other) and value == other) for other in allowed):
+            continue
+        choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds")
+        if choices and value not in choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        if bounds:
+            is_number = (
+                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            )
+            if not is_number or not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+                what = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+                besides = "".join(f", or {other}" for other in allowed)
+                raise ValueError(f"{field.name} must be {what}{besides}, got {value!r}")

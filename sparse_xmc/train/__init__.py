@@ -1,0 +1,25 @@
+"""Training: settings, the one step, the loop around it, checkpoints."""
+
+from sparse_xmc.heads import PAPER_EPSILON
+from sparse_xmc.train.callbacks import Callback, GradientDensity, Progress, RecordFile
+from sparse_xmc.train.checkpoints import Checkpoints
+from sparse_xmc.train.config import TrainingConfig
+from sparse_xmc.train.fit import fit
+from sparse_xmc.train.schedules import SCHEDULES, Linear, Plateau, Schedule
+from sparse_xmc.train.trainer import Trainer
+
+__all__ = [
+    "PAPER_EPSILON",
+    "SCHEDULES",
+    "Callback",
+    "Checkpoints",
+    "GradientDensity",
+    "Linear",
+    "Plateau",
+    "Progress",
+    "RecordFile",
+    "Schedule",
+    "Trainer",
+    "TrainingConfig",
+    "fit",
+]

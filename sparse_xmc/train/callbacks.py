@@ -1,0 +1,92 @@
+"""What happens beside training: progress, records."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from sparse_xmc.evaluation import gradient_density
+from sparse_xmc.train.trainer import Trainer
+
+
+class Callback:
+    """What `fit` calls. Override what is of use."""
+
+    def on_epoch_start(self, trainer: Trainer, batches: Any, epoch: int) -> None:
+        """Before the first step of an epoch, which is numbered from 0."""
+
+    def on_step(self, trainer: Trainer, loss: jax.Array) -> None:
+        """After each step; asking for the value of `loss` waits for it."""
+
+    def on_epoch_end(self, trainer: Trainer, batches: Any, records: list[dict[str, Any]]) -> None:
+        """After an epoch, with the records of all so far; what is entered into the last must fit JSON."""
+
+
+class Progress(Callback):
+    """A progress bar on a terminal, and a printed line for each epoch."""
+
+    def __init__(self):
+        self._bar = None
+
+    def on_epoch_start(self, trainer, batches, epoch):
+        if self._bar is None and epoch:
+            print(f"going on after epoch {epoch}", flush=True)
+        total = batches.steps_per_epoch * batches.batch_size
+        self._points, self._losses = batches.batch_size, []
+        self._bar = tqdm(
+            total=total,
+            desc=f"epoch {epoch + 1}",
+            unit=" points",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def on_step(self, trainer, loss):
+        self._losses.append(loss)
+        if len(self._losses) == 10:  # the first of them is there by now
+            self._bar.set_postfix(loss=f"{float(self._losses[0]):.3e}", refresh=False)
+            self._bar.update(10 * self._points)
+            self._losses.clear()
+
+    def on_epoch_end(self, trainer, batches, records):
+        self._bar.close()
+        record = records[-1]
+        line = f"epoch {record['epoch']:3d}  loss {record['loss']:.3e}"
+        if "p@1" in record:
+            line += "  validation P@1/3/5 " + "/".join(f"{100 * record[f'p@{k}']:.2f}" for k in (1, 3, 5))
+        print(f"{line}  {record['seconds']:.1f} s", flush=True)
+
+
+class GradientDensity(Callback):
+    """Records `gradient_density` on a few training batches after each epoch.
+
+    Args:
+      batches: how many.
+    """
+
+    def __init__(self, batches: int = 4):
+        self._batches = batches
+
+    def on_epoch_end(self, trainer, batches, records):
+        first = itertools.islice(batches.shuffled(trainer.seed, len(records)), self._batches)
+        records[-1]["gradient_density"] = gradient_density(trainer.model, first, trainer.config.loss)
+
+
+class RecordFile(Callback):
+    """Writes the epochs' records as lines of JSON, all of them after each epoch.
+
+    Args:
+      path: the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = Path(path)
+
+    def on_epoch_end(self, trainer, batches, records):
+        # A run that goes on from a checkpoint may pass epochs again that are in the file.
+        self._path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

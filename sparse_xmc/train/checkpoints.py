@@ -1,0 +1,72 @@
+"""Checkpoints of a training run, by Orbax: all that it needs to go on as if it had never stopped."""
+
+import os
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from sparse_xmc.saving import local_shapes
+from sparse_xmc.train.trainer import Trainer
+
+
+class Checkpoints:
+    """The checkpoints in a directory: the latest of the whole state, and the best weights.
+
+    Writes are atomic: a run that is killed while saving finds the checkpoint before. A context manager, which
+    on leaving gives back what Orbax holds.
+
+    Args:
+      directory: where they are; made if missing.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._latest = ocp.CheckpointManager(directory / "latest", options=options)
+        self._best = ocp.CheckpointManager(directory / "best", options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._latest.close()
+        self._best.close()
+
+    def save_latest(self, trainer: Trainer, progress: dict) -> None:
+        """Saves all of a trainer, and `progress`, which must be ready for JSON."""
+        if self._latest.latest_step() == trainer.step:
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(trainer.state), progress=ocp.args.JsonSave(progress)
+        )
+        self._latest.save(trainer.step, args=args)
+
+    def restore_latest(self, trainer: Trainer) -> dict | None:
+        """Puts a trainer into the state last saved and returns its progress; None where nothing was saved."""
+        step = self._latest.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(local_shapes(trainer.state)), progress=ocp.args.JsonRestore()
+        )
+        restored = self._latest.restore(step, args=args)
+        trainer.state, trainer.step = restored["state"], step
+        return restored["progress"]
+
+    def save_best(self, trainer: Trainer) -> None:
+        """Saves the weights, in place of those saved before."""
+        # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again, and
+        # Orbax takes no number twice.
+        number = (self._best.latest_step() or 0) + 1
+        self._best.save(number, args=ocp.args.StandardSave(_weights(trainer.state)))
+
+    def restore_best(self, trainer: Trainer) -> None:
+        """Puts the best weights back; the moments stay as they are."""
+        weights = self._best.restore(
+            self._best.latest_step(), args=ocp.args.StandardRestore(local_shapes(_weights(trainer.state)))
+        )
+        trainer.state.update(weights)
+
+
+def _weights(state: dict) -> dict:
+    return {"params": state["params"], "other": state["other"]}

@@ -1,0 +1,98 @@
+"""The clock of all measurements, by a clock that moves only when a call says so."""
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.measure.clock import copy_gb_per_second, interleaved_times, median_seconds
+
+
+class FakeClock:
+    """Time that passes in calls alone, each of which is recorded."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def call(self, name, *seconds):
+        """A call that takes these times, one after the other, and then always the last."""
+        left = list(seconds)
+
+        def run():
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return jnp.zeros(1)
+
+        return run
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+def fail():
+    raise ValueError("no gradient\nand many more lines")
+
+
+def test_calls_take_turns_after_a_round_that_does_not_count(clock):
+    calls = {"a": clock.call("a", 100, 1, 2, 3), "b": clock.call("b", 7)}
+    times = interleaved_times(calls, repeats=3, clock=clock)
+    assert clock.calls == ["a", "b"] * 4
+    assert times == {"a": [1, 2, 3], "b": [7, 7, 7]}
+
+
+def test_slow_calls_leave_early_and_failing_ones_say_why(clock):
+    calls = {
+        "fast": clock.call("fast", 0.25),
+        "slow": clock.call("slow", 2),
+        "failing": fail,
+        "too slow": clock.call("too slow", 100),
+    }
+    times = interleaved_times(calls, repeats=8, seconds=5, keep_going=True, clock=clock)
+    assert times["fast"] == [0.25] * 8
+    assert times["slow"] == [2] * 3  # 6 seconds
+    assert times["too slow"] == [100]
+    assert times["failing"] == "ValueError: no gradient"
+
+
+def test_a_call_may_fail_after_some_rounds(clock):
+    ours = clock.call("ours", 1)
+
+    def third_fails():
+        if clock.calls.count("ours") == 3:
+            fail()
+        return ours()
+
+    times = interleaved_times(
+        {"a": third_fails, "b": clock.call("b", 1)}, repeats=4, keep_going=True, clock=clock
+    )
+    assert times == {"a": "ValueError: no gradient", "b": [1] * 4}
+
+
+def test_an_error_is_raised_where_all_are_needed(clock):
+    with pytest.raises(ValueError, match="no gradient"):
+        interleaved_times({"a": clock.call("a", 1), "b": fail}, repeats=1, clock=clock)
+    with pytest.raises(ValueError, match="no gradient"):
+        median_seconds(fail, repeats=1, clock=clock)
+
+
+def test_calls_of_a_round_share_its_time(clock):
+    calls = {"a": clock.call("a", 9, 1, 2, 6), "b": clock.call("b", 5)}
+    times = interleaved_times(calls, repeats=2, calls_per_round=3, seconds=20, clock=clock)
+    assert times == {"a": [3, 6], "b": [5, 5]}
+    assert clock.calls == ["a", "b", *["a"] * 3, *["b"] * 3, *["a"] * 3, *["b"] * 3]
+    # A round of b takes 15 seconds, and it is these that count.
+    assert interleaved_times(calls, 2, calls_per_round=3, seconds=15, clock=clock)["b"] == [5]
+
+
+def test_the_median_is_of_what_fits_into_the_time_and_at_least_some(clock):
+    assert median_seconds(clock.call("a", 50, 1, 3, 8), None, seconds=12, clock=clock) == 3
+    assert median_seconds(clock.call("a", 50, 10, 30, 20), None, seconds=1, at_least=3, clock=clock) == 20
+    assert median_seconds(clock.call("a", 1), None, seconds=10, clock=clock) == 1
+
+
+def test_memory_can_be_copied():
+    assert copy_gb_per_second(1 << 16) > 0

@@ -1,0 +1,143 @@
+"""`python -m experiments.label_scale` on a thousand labels, and the report of what it measures."""
+
+import csv
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+import experiments
+from experiments import tables
+from experiments.measure import scale
+from experiments.measure.workloads import SCALES, Scale
+from sparse_xmc.heads import DenseConfig, FixedFanInConfig
+from sparse_xmc.model import ClassifierConfig
+from sparse_xmc.train import TrainingConfig
+
+ROOT = Path(experiments.__file__).parents[1]
+SMALL = Scale("small", 1000, 2.0, 3200)
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+        yield
+
+
+@pytest.mark.parametrize("cell", ["dense", "bottleneck_64", "fixed_fan_in_32", "unstructured_32"])
+def test_a_report_has_memory_times_and_densities(cell):
+    report = json.loads(json.dumps(scale.measure(SMALL, cell, seconds=2, now=itertools.count().__next__)))
+    assert report["scale"]["labels"] == 1000
+    assert report["peak_memory_bytes"] > 0
+    assert report["peak_memory_measured_as"].startswith("peak resident size")
+    assert report["seconds"].keys() == set(tables._PARTS)
+    assert set(report["seconds"].values()) == {1.0}
+    assert report["gradient_density"]["step, all gradients"] > 0.99
+    assert report["gradient_density"]["step"] < 0.2
+    steps = 3200 / 32
+    assert report["epoch_seconds"] == pytest.approx(steps * (1 + 1 / 1000))
+
+
+def test_what_does_not_fit_is_not_started(monkeypatch):
+    memory = type("Memory", (), {"available": 1 << 20})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(scale.environment, "describe", dict)
+    report = scale.measure(SMALL, "dense", seconds=0.01)
+    assert report["failed"] == "does not fit: needs 0.0 GiB, of which 0.0 are available"
+    assert "seconds" not in report
+
+
+def test_needed_bytes_by_hand():
+    def needed(head, labels=1000, **training):
+        return scale.needed_bytes(ClassifierConfig(768, labels, head=head), TrainingConfig(**training))
+
+    # Weights and two moments of 4 bytes, a number of steps, and here logits with their gradients.
+    assert needed(DenseConfig()) == 12 * (768 * 1000 + 1000) + 4 + 2 * 4 * 32 * 1000
+    sparse = FixedFanInConfig(penultimate=64, fan_in=32)
+    assert needed(sparse) == 12 * (768 * 64 + 64 + 32 * 1000 + 1000) + 4 + 2 * 32 * 1000
+    without_moments = needed(sparse) - 8 * (32 * 1000 + 1000)
+    assert needed(sparse, output_optimizer="sgd") == without_moments
+    assert needed(DenseConfig(), labels=8_623_847) > 70 << 30  # and nothing was allocated
+
+
+def test_all_are_run_but_those_with_results(tmp_path, capsys):
+    (tmp_path / "dense_10000.json").write_text("{}")
+    smallest = SCALES[0]
+    failures = scale.run_all([smallest], ["dense", "fixed_fan_in_32", "nonsense"], tmp_path, seconds=0.01)
+    printed = capsys.readouterr().out
+    assert "10,000 labels, dense: " in printed
+    assert "dense_10000.json is there" in printed
+    assert re.search(r"10,000 labels, fixed_fan_in_32: \d\.\d\d GiB, \d+ ms a step", printed)
+    assert len(failures) == 1
+    assert "nonsense" in failures[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"dense_10000.json", "fixed_fan_in_32_10000.json"}
+    assert json.loads((tmp_path / "fixed_fan_in_32_10000.json").read_text())["scale"]["labels"] == 10_000
+
+
+def test_an_unknown_number_of_labels_is_an_error(tmp_path):
+    command = [sys.executable, "-m", "experiments.label_scale", f"--results={tmp_path}", "--labels=77"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode != 0
+    assert "--labels must be among [10000, 30938," in finished.stdout + finished.stderr
+
+
+def make_report(labels, cell, gib):
+    return {
+        "scale": {"name": "x", "labels": labels, "labels_per_point": 5.0, "points": 3200},
+        "cell": cell,
+        "peak_memory_bytes": int(gib * 2**30),
+        "peak_memory_measured_as": "peak",
+        "seconds": dict.fromkeys(tables._PARTS, 0.5),
+        "epoch_seconds": 90.0,
+        "environment": {
+            "cpu": "a processor",
+            "cores": 2,
+            "threads": 2,
+            "memory_bytes": 1 << 30,
+            "device": "cpu",
+            "versions": {},
+            "commit": "abc",
+        },
+    }
+
+
+def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
+    failed = {"scale": {"labels": 10**6}, "cell": "dense", "failed": "does not fit"}
+    reports = [make_report(10**6, "fixed_fan_in_32", 1.5), make_report(10**4, "dense", 0.25), failed]
+    for i, report in enumerate(reports):
+        (tmp_path / f"{i}.json").write_text(json.dumps(report))
+    command = [sys.executable, "-m", "experiments.tables"]
+    command += [f"--label_scale={tmp_path}", f"--out={tmp_path / 'out'}"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    times = " | ".join(["500.0"] * len(tables._PARTS))
+    rows = [line for line in printed.splitlines() if line.startswith("| 1")]
+    assert rows[0] == f"| 10,000 | dense | 0.25 | {times} | 1.5 |"
+    assert rows[1].startswith("| 1,000,000 | dense | does not fit |")
+    assert rows[2] == f"| 1,000,000 | fixed fan-in 32 | 1.50 | {times} | 1.5 |"
+    assert "- a processor" in printed
+    assert "Runs by commit: 2 at abc." in printed
+    with open(tmp_path / "out" / "label_scale.csv", newline="") as file:
+        assert {len(line) for line in csv.reader(file)} == {len(tables._PARTS) + 4}
+    assert (tmp_path / "out" / "label_scale.png").exists()
+
+
+def test_the_papers_memory_is_beside_ours():
+    figure = tables._draw_label_scale([make_report(10**4, "dense", 0.25)])
+    memory = figure.axes[0]
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines}
+    assert {(10**4, 0.25), (670_091, 13.43), (2_812_281, 56.36)} <= points
+    assert len(memory.lines) == 1 + (58 + 5 + 4 - 1) + 1  # ours; theirs, one of which is 0.0; 4 GiB
+    np.testing.assert_array_equal(memory.lines[-1].get_ydata(), [4, 4])
+
+
+def test_no_results_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        tables.read_label_scale(tmp_path)

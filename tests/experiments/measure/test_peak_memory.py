@@ -1,0 +1,13 @@
+import numpy as np
+
+from experiments.measure.memory import PeakMemory
+
+
+def test_peak_memory_is_what_came_and_went_since():
+    before = np.ones(400 << 20, np.uint8)  # an earlier, higher peak
+    del before
+    memory = PeakMemory()
+    assert memory.bytes() < 50 << 20
+    array = np.ones(200 << 20, np.uint8)
+    del array
+    assert 195 << 20 < memory.bytes() < 260 << 20

@@ -1,0 +1,124 @@
+"""Flags made from dataclasses."""
+
+import dataclasses
+
+import pytest
+from absl import flags
+
+from experiments import reflection
+from sparse_xmc.settings import check, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """Settings within settings.
+
+    Attributes:
+      speed: how fast. Over
+        two lines.
+    """
+
+    speed: float = setting(1.5, above=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings.
+
+    Attributes:
+      size: how large.
+      name: one of two.
+      bound: a number or none.
+      moves: whether it moves.
+      inner: more.
+    """
+
+    size: int = 3
+    name: str = setting("a", choices=("a", "b"))
+    bound: float | None = None
+    moves: bool = True
+    inner: Inner = Inner()
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A kind.
+
+    Attributes:
+      radius: of the circle.
+      colour: of the line.
+    """
+
+    radius: int = 1
+    colour: str = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    """Another."""
+
+    side: int = 2
+    colour: str = "blue"
+
+
+KINDS = {"round": Round, "square": Square}
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses arguments into values by name, with flags of their own."""
+    values = flags.FlagValues()
+    for kind in ("integer", "float", "bool", "string", "enum"):
+        define = getattr(flags, f"DEFINE_{kind}")
+        monkeypatch.setattr(
+            reflection.flags,
+            f"DEFINE_{kind}",
+            lambda *arguments, define=define, **options: define(*arguments, flag_values=values, **options),
+        )
+    reflection.define_flags(Settings)
+    reflection.define_kinds("kind", KINDS, "round", "Which.")
+
+    def parse(*arguments):
+        values.unparse_flags()
+        values(["program", *arguments])
+        return {name: values[name].value for name in values}, values
+
+    return parse
+
+
+def test_defaults_are_those_of_the_dataclass(parse):
+    values, _ = parse()
+    assert reflection.read_flags(Settings, values) == Settings()
+    assert reflection.read_kind("kind", KINDS, values) == Round()
+
+
+def test_what_is_given_is_read(parse):
+    arguments = ["--size=7", "--name=b", "--bound=0.5", "--nomoves", "--inner_speed=2"]
+    values, _ = parse(*arguments, "--kind=square", "--side=5")
+    assert reflection.read_flags(Settings, values) == Settings(7, "b", 0.5, False, Inner(2.0))
+    assert reflection.read_kind("kind", KINDS, values) == Square(side=5)
+    assert reflection.kind_of("kind", KINDS, values) == {"side": 5, "colour": "blue"}
+
+
+def test_help_is_what_the_docstring_says(parse):
+    _, flag_values = parse()
+    assert flag_values["inner_speed"].help == "How fast. Over two lines."
+    assert flag_values["size"].help == "How large."
+    assert flag_values["colour"].help == "Of the line. By default: round red, square blue."
+
+
+def test_flags_of_other_kinds_are_told(parse):
+    values, _ = parse("--kind=square", "--radius=3", "--colour=green")
+    assert reflection.flags_without_use("kind", KINDS, values) == ["radius"]
+    assert reflection.read_kind("kind", KINDS, values) == Square(colour="green")
+
+
+def test_what_is_not_allowed_is_an_error(parse):
+    with pytest.raises(flags.IllegalFlagValueError, match="name"):
+        parse("--name=c")
+    values, _ = parse("--inner_speed=-1")
+    with pytest.raises(ValueError, match=r"speed must be above 0, got -1\.0"):
+        reflection.read_flags(Settings, values)

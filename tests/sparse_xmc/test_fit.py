@@ -1,0 +1,166 @@
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from small_models import make_model
+
+from sparse_xmc import Trainer, TrainingConfig, fit
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import Batches
+from sparse_xmc.evaluation import evaluate
+from sparse_xmc.train import Callback, Checkpoints, GradientDensity, Progress, RecordFile
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def make_dataset(size=40, seed=0):
+    rng = np.random.default_rng(seed)
+    features, labels = rng.normal(size=(size, 12)).astype(np.float32), rng.random((size, 30)) < 0.1
+    return Dataset(features, scipy.sparse.csr_array(labels))
+
+
+def new_trainer(**options):
+    options = {"batch_size": 8, "epochs": 3, "schedule": "linear", "rewire_interval": 4} | options
+    return Trainer(make_model(dropout=0.2), TrainingConfig(**options), seed=1)
+
+
+class Log(Callback):
+    """Notes what is called, and ends training after some steps, as a kill would."""
+
+    def __init__(self, last=None):
+        self.events, self._steps, self._last = [], 0, last
+
+    def on_epoch_start(self, trainer, batches, epoch):
+        self.events.append(("start", epoch, batches.steps_per_epoch))
+
+    def on_step(self, trainer, loss):
+        self._steps += 1
+        if self._steps == self._last:
+            raise KeyboardInterrupt
+        self.events.append(("step", trainer.step))
+
+    def on_epoch_end(self, trainer, batches, records):
+        self.events.append(("end", len(records)))
+
+
+def arrays(trainer):
+    return [np.asarray(a) for a in jax.tree.leaves((trainer.state["params"], trainer.state["moments"]))]
+
+
+def test_epochs_are_those_of_the_trainer():
+    trainer, other, log, train = new_trainer(), new_trainer(), Log(), make_dataset()
+    records = fit(trainer, train, callbacks=[log])
+    expected = []
+    for epoch in range(3):
+        expected += [("start", epoch, 5), *(("step", 5 * epoch + i) for i in range(1, 6)), ("end", epoch + 1)]
+    assert log.events == expected
+    assert [r["epoch"] for r in records] == [1, 2, 3]
+    assert [r["learning_rate"] for r in records] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    batches = Batches(train, 8)
+    for epoch in range(3):
+        rates = [1e-3 * (1 - (5 * epoch + i) / 15) for i in range(5)]
+        losses = [float(loss) for loss in other.epoch(batches, epoch, rates.__getitem__)]
+        assert records[epoch]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    for a, b in zip(arrays(trainer), arrays(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_validation_is_recorded():
+    trainer, validation = new_trainer(epochs=2), make_dataset(seed=5)
+    records = fit(trainer, make_dataset(), validation)
+    metrics = evaluate(trainer.model, validation, batch_size=8)
+    assert {name: records[-1][name] for name in metrics} == metrics
+
+
+@pytest.mark.parametrize(("schedule", "stopped_after"), [("linear", 7), ("plateau", 10), ("plateau", 13)])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, schedule, stopped_after):
+    train, validation = make_dataset(), make_dataset(seed=5)
+    options = {"checkpoint_minutes": 0.0}
+    whole = new_trainer(schedule=schedule, epochs=4)
+    with Checkpoints(tmp_path / "whole") as checkpoints:
+        expected = fit(whole, train, validation, checkpoints=checkpoints, **options)
+    with Checkpoints(tmp_path / "stopped") as checkpoints, pytest.raises(KeyboardInterrupt):
+        fit(
+            new_trainer(schedule=schedule, epochs=4),
+            *(train, validation),
+            checkpoints=checkpoints,
+            callbacks=[RecordFile(tmp_path / "records"), Log(last=stopped_after)],
+            **options,
+        )
+    trainer, callbacks = (
+        new_trainer(schedule=schedule, epochs=4),
+        [RecordFile(tmp_path / "records"), Progress()],
+    )
+    with Checkpoints(tmp_path / "stopped") as checkpoints:
+        records = fit(trainer, train, validation, checkpoints=checkpoints, callbacks=callbacks, **options)
+    assert f"going on after epoch {(stopped_after - 1) // 5}\n" in capsys.readouterr().out
+    assert [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()] == records
+
+    def timeless(records):
+        return [{name: r[name] for name in r if name != "seconds"} for r in records]
+
+    assert timeless(records) == timeless(expected)
+    for a, b in zip(arrays(trainer), arrays(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_plateau_ends_with_the_best_weights(tmp_path):
+    validation, seen = make_dataset(seed=5), {}
+
+    class Keep(Callback):
+        def on_epoch_end(self, trainer, batches, records):
+            seen[records[-1]["p@3"]] = np.array(trainer.model.head.output.kernel[...])
+
+    trainer = new_trainer(schedule="plateau", epochs=30, learning_rate=0.03)
+    with Checkpoints(tmp_path) as checkpoints:
+        records = fit(trainer, make_dataset(), validation, checkpoints=checkpoints, callbacks=[Keep()])
+    best = max(r["p@3"] for r in records)
+    first = next(r for r in records if r["p@3"] == best)
+    assert len(records) < 30  # it stopped
+    assert len(records) - first["epoch"] >= 4
+    np.testing.assert_array_equal(trainer.model.head.output.kernel[...], seen[best])
+
+
+def test_plateau_needs_validation_and_checkpoints(tmp_path):
+    for options in ({}, {"validation": make_dataset()}):
+        with pytest.raises(
+            ValueError, match="'plateau' ends with the weights of the best epoch: give validation"
+        ):
+            fit(new_trainer(schedule="plateau"), make_dataset(), **options)
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    train = make_dataset()
+    features = train.features.copy()
+    features[17] = np.nan
+    log = Log()
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d of epoch 1"):
+        fit(new_trainer(), Dataset(features, train.labels), callbacks=[log])
+    assert ("end", 1) not in log.events
+
+
+def test_records_are_written_line_by_line(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("of an earlier run\n")
+    callbacks = [GradientDensity(batches=2), RecordFile(path)]
+    records = fit(new_trainer(), make_dataset(), callbacks=callbacks)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records
+    assert all(0 < r["gradient_density"] <= 1 for r in records)
+
+
+def test_progress_is_a_line_for_each_epoch(capsys):
+    records = fit(new_trainer(epochs=2), make_dataset(), make_dataset(seed=5), callbacks=[Progress()])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"epoch   1  loss {records[0]['loss']:.3e}  validation P@1/3/5 ")
+    assert f"{100 * records[1]['p@1']:.2f}/{100 * records[1]['p@3']:.2f}" in second
+    fit(new_trainer(epochs=1), make_dataset(), callbacks=[Progress()])
+    assert "validation" not in capsys.readouterr().out
+    assert math.isfinite(records[0]["seconds"])

@@ -1,0 +1,171 @@
+"""Both kinds of step on random networks: the same state, which after 20 steps agrees to rounding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import FEATURES, LABELS, head_config, make_batches
+
+from sparse_xmc import (
+    BagOfWordsEncoder,
+    Classifier,
+    DenseFeatures,
+    FixedFanInLinear,
+    RewireConfig,
+    Trainer,
+    TrainingConfig,
+)
+from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead
+
+STEPS = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Deep(nnx.Module):
+    """Layers with GELU and LayerNorm behind another encoder."""
+
+    def __init__(self, inner, width, use_bias, rngs):
+        self.inner = inner
+        self.layer = nnx.Linear(width, 9, use_bias=use_bias, rngs=rngs)
+        self.norm = nnx.LayerNorm(9, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.norm(nnx.gelu(self.layer(self.inner(inputs))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a random network is made of."""
+
+    bag_of_words: bool
+    deep: bool
+    dropout: float
+    kind: str  # of the head; with "no bias", "dense no bias": layers without a bias
+    penultimate: int
+    bfloat16: bool  # in the output layer
+
+    def make(self):
+        rngs, width = nnx.Rngs(0), FEATURES
+        if self.bag_of_words:
+            width = 7
+            encoder = BagOfWordsEncoder(FEATURES, width, self.dropout, rngs=rngs)
+        else:
+            encoder = DenseFeatures(width, self.dropout, rngs=rngs)
+        if self.deep:
+            encoder, width = Deep(encoder, width, not self.bag_of_words, rngs), 9
+        return Classifier(encoder, self._head(width, rngs))
+
+    def _head(self, width, rngs):
+        def sparse(width):
+            init = nnx.initializers.normal(0.3)
+            return FixedFanInLinear(width, LABELS, 4, use_bias=False, kernel_init=init, rngs=rngs)
+
+        if self.kind == "no bias":
+            return FixedFanInHead(width, self.penultimate, sparse, rngs=rngs)
+        if self.kind == "dense no bias":
+            layer = nnx.Linear(width, LABELS, use_bias=False, rngs=rngs)
+            return DenseHead(width, 0, lambda width: layer, rngs=rngs)
+        options = {"output_dtype": "bfloat16"} if self.bfloat16 else {}
+        config = head_config(
+            self.kind, penultimate=self.penultimate, fan_in=4, output_bias=-0.5, output_bound=0.5, **options
+        )
+        counts = np.random.default_rng(1).permutation(LABELS)
+        return config.make(width, LABELS, label_counts=counts, rngs=rngs)
+
+
+@st.composite
+def problems(draw):
+    """A network, and how it is trained."""
+    kind = draw(st.sampled_from([*HEADS, "no bias", "dense no bias"]))
+    optimizer = draw(st.sampled_from(["adam", "sgd"]))
+    narrow = optimizer == "sgd" and kind in ("fixed_fan_in", "head_and_tail") and draw(st.booleans())
+    network = Network(
+        bag_of_words=draw(st.booleans()),
+        deep=draw(st.booleans()),
+        dropout=draw(st.sampled_from([0.0, 0.2])),
+        kind=kind,
+        penultimate=draw(st.sampled_from([0, 24])) or (6 if kind == "bottleneck" else 0),
+        bfloat16=narrow,
+    )
+    growth = draw(st.sampled_from(["random", "active"])) if kind != "unstructured" else "random"
+    training = TrainingConfig(
+        batch_size=8,
+        loss=draw(st.sampled_from(["squared_hinge", "bce"])),
+        learning_rate=1e-2,
+        output_optimizer=optimizer,
+        output_rate=0.5,
+        penultimate_rate=0.5,
+        embedding_rate=2.0,
+        moments=draw(st.sampled_from(["float32", "bfloat16"])),
+        epsilon=1e-5,  # far above the noise of gradients that cancel
+        rewire=RewireConfig(fraction=draw(st.sampled_from([0.0, 0.3])), growth=growth),
+    )
+    return network, training
+
+
+def train(network, training, fused):
+    """Trains, by the kind of step that `fused(step)` says; returns the losses and the state."""
+    trainers = {kind: Trainer(network.make(), training, seed=3, fused=kind) for kind in (True, False)}
+    state, losses = trainers[True].state, []
+    for step, batch in enumerate(make_batches(STEPS, bag_of_words=network.bag_of_words)):
+        trainer = trainers[fused(step)]
+        trainer.state, trainer.step = state, step
+        losses.append(float(trainer.train_step(batch, 1e-2)))
+        state = trainer.state
+    return losses, state
+
+
+def arrays(tree):
+    """The arrays of a tree by path, random state aside."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf, np.float32)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    }
+
+
+@settings(max_examples=24)
+@given(problems())
+def test_training_in_place_is_training_by_optax(problem):
+    network, training = problem
+    losses, state = train(network, training, lambda step: True)
+    # What is rounded stochastically, with the same bits, may land on the other side if it is off a little.
+    tolerance = {"float32": 2e-3, "bfloat16": 2e-2}["bfloat16" if network.bfloat16 else training.moments]
+    for fused in (lambda step: False, lambda step: step % 10 < 5):
+        other_losses, other = train(network, training, fused)
+        shapes, other_shapes = (jax.tree.map(lambda a: (a.shape, a.dtype), s) for s in (state, other))
+        assert shapes == other_shapes
+        np.testing.assert_allclose(other_losses, losses, rtol=tolerance)
+        expected = arrays((state["params"], state["squares"]))
+        for path, array in arrays((other["params"], other["squares"])).items():
+            np.testing.assert_allclose(
+                array,
+                expected[path],
+                rtol=tolerance,
+                atol=tolerance * (1 + np.abs(array).max()) / 2,
+                err_msg=path,
+            )
+        np.testing.assert_equal(arrays(other["other"]), arrays(state["other"]))
+
+
+def test_what_the_test_above_can_see():
+    # Steps are large beside its tolerance: 20 of them with another rate for one layer end elsewhere.
+    network = Network(False, True, 0.0, "fixed_fan_in", 24, False)
+    training = TrainingConfig(batch_size=8, epsilon=1e-5, learning_rate=1e-2)
+    _, state = train(network, training, lambda step: True)
+    for name in ("output_rate", "penultimate_rate"):
+        _, other = train(network, dataclasses.replace(training, **{name: 0.9}), lambda step: False)
+        expected, actual = arrays(state["params"]), arrays(other["params"])
+        off = [np.abs(actual[path] - expected[path]).max() for path in expected]
+        assert max(off) > 5 * 2e-3

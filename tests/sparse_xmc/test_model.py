@@ -1,0 +1,143 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import config_of, make_inputs, make_model, make_positives, make_random_model
+
+from sparse_xmc import ClassifierConfig
+from sparse_xmc.heads import HEADS
+from sparse_xmc.losses import LOSSES
+from sparse_xmc.model import in_evaluation, in_training
+
+KINDS = pytest.mark.parametrize("kind", HEADS)
+POSITIVES = make_positives(8)
+
+
+@pytest.mark.parametrize("bag_of_words", [False, True])
+@pytest.mark.parametrize("penultimate", [0, 8])
+@KINDS
+def test_loss_and_top_k_are_those_of_the_logits(kind, penultimate, bag_of_words):
+    penultimate = penultimate or int(kind == "bottleneck")
+    model = make_random_model(kind, penultimate=penultimate, bag_of_words=bag_of_words)
+    inputs = make_inputs(bag_of_words=bag_of_words)
+    logits = model(inputs)
+    assert logits.shape == (8, 30)
+    for name, loss in LOSSES.items():
+        np.testing.assert_allclose(model.loss(inputs, POSITIVES, name), loss(logits, POSITIVES), rtol=1e-5)
+    for k in (1, 4, 30):
+        scores, labels = model.top_k(inputs, k)
+        expected_scores, expected_labels = jax.lax.top_k(logits, k)
+        np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(labels, expected_labels)
+        assert labels.dtype == jnp.int32
+
+
+def test_forward_pass_step_by_step():
+    model, inputs = make_random_model(bag_of_words=True), make_inputs(bag_of_words=True)
+    words = np.zeros((8, 12), np.float32)
+    for row, word, weight in zip(inputs.rows, inputs.words, inputs.weights, strict=True):
+        if row < 8:
+            words[row, word] += weight
+    head = model.head
+    embedded = np.maximum(0, words @ np.asarray(model.encoder.embedding.embedding[...]))
+    hidden = np.maximum(
+        0, embedded @ np.asarray(head.penultimate.kernel[...]) + np.asarray(head.penultimate.bias[...])
+    )
+    kernel, indices = np.asarray(head.output.kernel[...]), np.asarray(head.output.indices[...])
+    logits = (hidden[:, indices] * kernel).sum(axis=2) + np.asarray(head.output.bias[...])
+    np.testing.assert_allclose(model(inputs), logits, rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+def test_gradients_are_those_of_the_logits(kind):
+    model, inputs = make_random_model(kind), make_inputs()
+    ours = nnx.grad(lambda model: model.loss(inputs, POSITIVES))(model)
+    theirs = nnx.grad(lambda model: LOSSES["squared_hinge"](model(inputs), POSITIVES))(model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+
+
+@KINDS
+def test_positives_beyond_the_labels_do_not_count(kind):
+    model, inputs = make_random_model(kind), make_inputs()
+    beyond = np.concatenate([POSITIVES, np.full((8, 1), 30, np.int32), np.full((8, 1), 2**31 - 1)], axis=1)
+    for loss in LOSSES:
+        expected = model.loss(inputs, POSITIVES, loss)
+        np.testing.assert_array_equal(model.loss(inputs, beyond.astype(np.int32), loss), expected)
+
+
+def test_dropout_is_for_training_only():
+    model, inputs = make_model(dropout=0.5), np.ones((1000, 12), np.float32)
+    first, second = model.encoder(inputs), model.encoder(inputs)
+    assert np.any(first != second)
+    assert set(np.unique(first)) == {0, 2}  # what is kept is scaled up
+    assert abs(np.mean(first == 0) - 0.5) < 0.03
+    np.testing.assert_array_equal(in_evaluation(model).encoder(inputs), inputs)
+    model.eval()
+    np.testing.assert_array_equal(model.encoder(inputs), inputs)
+    assert np.any(in_training(model).encoder(inputs) == 0)
+    assert in_training(model).head.output.kernel is model.head.output.kernel
+
+
+@KINDS
+def test_output_bias_is_where_the_bias_starts(kind):
+    model = config_of(kind, output_bias=-1.0).make(rngs=nnx.Rngs(0))
+    # Features of 0 pass through a penultimate layer whose bias is 0.
+    np.testing.assert_array_equal(model(np.zeros((2, 12), np.float32)), np.full((2, 30), -1))
+
+
+def test_sizes_of_the_parameters():
+    def sizes(*arguments, **options):
+        model = make_model(*arguments, **options)
+        return {
+            ".".join(map(str, path)): node.shape
+            for path, node in nnx.iter_graph(model)
+            if isinstance(node, nnx.Param)
+        }
+
+    assert sizes(bag_of_words=True) == {
+        "encoder.embedding.embedding": (12, 6),
+        "head.penultimate.kernel": (6, 8),
+        "head.penultimate.bias": (8,),
+        "head.output.kernel": (30, 3),
+        "head.output.bias": (30,),
+    }
+    assert sizes("dense") == {"head.output.kernel": (12, 30), "head.output.bias": (30,)}
+    assert sizes("head_and_tail", penultimate=0) == {
+        "head.heads.0.output.kernel": (12, 3),
+        "head.heads.0.output.bias": (3,),
+        "head.heads.1.output.kernel": (27, 3),
+        "head.heads.1.output.bias": (27,),
+    }
+
+
+@KINDS
+@pytest.mark.parametrize("bag_of_words", [False, True])
+def test_configurations_come_back_from_json(kind, bag_of_words):
+    config = config_of(kind, bag_of_words=bag_of_words, dropout=0.25)
+    assert ClassifierConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    "change", [{"head": {"kind": "sparse"}}, {"head": {}}, {"width": 3}, {"encoder": {"embeding": 3}}]
+)
+def test_json_of_something_else_is_an_error(change):
+    with pytest.raises(ValueError, match="not the configuration of a classifier"):
+        ClassifierConfig.from_json(config_of().to_json() | change)
+
+
+def test_what_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="fan_in must be between 1 and in_features = 8, got 9"):
+        make_model(fan_in=9)
+    with pytest.raises(ValueError, match="loss must be one of squared_hinge, bce, got 'hinge'"):
+        make_model().loss(make_inputs(), POSITIVES, "hinge")
+    with pytest.raises(ValueError, match="loss must be one of squared_hinge, bce, got 'hinge'"):
+        make_model("dense").loss(make_inputs(), POSITIVES, "hinge")
+    with pytest.raises(ValueError, match=r"features must have shape \[B, 12\], got \[8, 11\]"):
+        make_model()(make_inputs()[:, 1:])
+    with pytest.raises(ValueError, match=r"features must have shape \[B, 12\], got \[8, 11\]"):
+        make_model().head(make_inputs()[:, 1:])
+    with pytest.raises(ValueError, match="head_and_tail needs at least 2 labels, got 1"):
+        make_model("head_and_tail", labels=1)

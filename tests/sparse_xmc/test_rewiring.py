@@ -1,0 +1,284 @@
+"""Rewiring against the rule as the paper states it, worked out in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from sparse_xmc.heads.rewiring import PAPER, RewireConfig, reset_moments, rewire, rewire_active
+from sparse_xmc.layers import FixedFanInLinear
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def random_layer(labels=300, fan_in=8, in_features=50, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(labels, fan_in)).astype(np.float32)
+    indices = np.stack([rng.choice(in_features, fan_in, replace=False) for _ in range(labels)]).astype(
+        np.uint16
+    )
+    return kernel, indices, in_features
+
+
+def run(kernel, indices, in_features, config, seed=0):
+    result = rewire(jax.random.key(seed), jnp.array(kernel), jnp.array(indices), in_features, config)
+    return tuple(np.asarray(a) for a in result[:3])
+
+
+@pytest.mark.parametrize("config", [PAPER, RewireConfig()])
+@pytest.mark.parametrize("labels", [1, 300, 16384, 20000])  # blocks of 16384 rows; the last one overlaps
+def test_the_weakest_connections_move_and_no_others(config, labels):
+    kernel, indices, in_features = random_layer(labels)
+    k = round(0.1 * kernel.size)
+    expected = np.abs(kernel) < (np.sort(np.abs(kernel).ravel())[k - 1] if k else 0)
+    assert expected.sum() == max(0, k - 1)
+
+    new_kernel, new_indices, moved = run(kernel, indices, in_features, config)
+
+    np.testing.assert_array_equal(moved, expected)
+    np.testing.assert_array_equal(new_indices[~moved], indices[~moved])
+    assert new_indices.max() < in_features
+    if moved.sum() > 20:
+        assert np.mean(new_indices[moved] != indices[moved]) > 0.8
+    np.testing.assert_array_equal(new_kernel, np.where(moved, 0, kernel) if config.zero_weights else kernel)
+
+
+def test_the_papers_choices_allow_repeats_and_ours_do_not():
+    kernel, indices, in_features = random_layer(labels=2000, fan_in=8, in_features=10)
+
+    def rows_with_repeats(config):
+        _, new, _ = run(kernel, indices, in_features, config)
+        return sum(len(set(row)) < len(row) for row in new.tolist())
+
+    assert rows_with_repeats(RewireConfig(fraction=0.5, distinct=False)) > 100
+    assert rows_with_repeats(RewireConfig(fraction=0.5)) == 0
+
+
+@pytest.mark.parametrize("labels", [300, 20000])
+def test_moments_are_zeroed_where_a_connection_moves(labels):
+    kernel, indices, in_features = random_layer(labels)
+    moments = (jnp.asarray(kernel + 10), jnp.ones(kernel.shape, jnp.bfloat16))
+    before = [np.array(m) for m in moments]
+    _, _, moved, after = rewire(
+        jax.random.key(0), jnp.array(kernel), jnp.array(indices), in_features, moments=moments
+    )
+    for a, b in zip(after, before, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, np.where(moved, 0, b))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rewiring_in_place_makes_nothing_of_the_layers_size_but_the_mask(dtype):
+    @functools.partial(jax.jit, donate_argnums=(1, 2, 3, 4))
+    def in_place(key, kernel, indices, mu, nu):
+        kernel, indices, _, moments = rewire(key, kernel, indices, 32_768, moments=(mu, nu))
+        return kernel, indices, moments
+
+    size = 10_000_000 * 32
+    dtypes = (dtype, jnp.uint16, jnp.float32, jnp.float32)
+    arguments = [jax.ShapeDtypeStruct((10_000_000, 32), dtype) for dtype in dtypes]
+    memory = in_place.lower(jax.random.key(0), *arguments).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= (10 + jnp.dtype(dtype).itemsize) * size
+    assert memory.temp_size_in_bytes < 1.05 * size, memory.temp_size_in_bytes
+
+
+def test_nothing_moves_where_as_many_weights_as_would_move_are_zero():
+    kernel, indices, in_features = random_layer(labels=10, fan_in=10)
+    kernel.ravel()[:10] = 0
+    new_kernel, new_indices, moved = run(kernel, indices, in_features, PAPER)
+    assert not moved.any()
+    np.testing.assert_array_equal(new_indices, indices)
+    np.testing.assert_array_equal(new_kernel, kernel)
+
+    kernel.ravel()[9] = 5.0  # nine zeros left: the tenth smallest is above them
+    assert run(kernel, indices, in_features, PAPER)[2].sum() == 9
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001])
+def test_a_fraction_that_rounds_to_nothing_moves_nothing(fraction):
+    kernel, indices, in_features = random_layer(labels=10, fan_in=2, in_features=5)
+    _, new, moved = run(kernel, indices, in_features, RewireConfig(fraction=fraction))
+    assert not moved.any()
+    np.testing.assert_array_equal(new, indices)
+
+
+def test_new_inputs_are_uniform_and_depend_on_the_key_alone():
+    kernel, indices, in_features = random_layer(labels=4000, fan_in=8, in_features=40)
+    config = RewireConfig(fraction=1.0, distinct=False)
+    first, again, other = (run(kernel, indices, in_features, config, seed)[1] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+    counts = np.bincount(first.ravel(), minlength=in_features)
+    expected = first.size / in_features
+    assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 1.5}, r"fraction must be at least 0 and at most 1, got 1\.5"),
+        ({"growth": "wild"}, "growth must be one of random, active, got 'wild'"),
+        ({"growth": "active", "distinct": False}, "growth='active' has no other way than distinct inputs"),
+        ({"growth": "active", "zero_weights": False}, "no other way than .* inputs that start at weight 0"),
+    ],
+)
+def test_bad_choices_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewireConfig(**options)
+
+
+# ---- towards active inputs ----
+
+
+def moved_towards_active_inputs(kernel, indices, x, positives, k):
+    """The rule, label by label: new indices, and the mask of what moved."""
+    indices, moved = indices.copy(), np.zeros(kernel.shape, bool)
+    excess = x - x.mean(axis=0, keepdims=True)
+    points = {}
+    for point, row in enumerate(positives):
+        for label in row:
+            if 0 <= label < len(kernel):
+                points.setdefault(int(label), point)
+    for label, point in points.items():
+        best = [d for d in np.argsort(-excess[point]) if excess[point, d] > 0 and d not in indices[label]]
+        weakest = np.argsort(np.abs(kernel[label]))
+        for slot, new in zip(weakest[:k], best, strict=False):
+            indices[label, slot], moved[label, slot] = new, True
+    return indices, moved
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("fan_in", "in_features", "fraction", "k"),
+    [
+        (8, 50, 0.25, 2),
+        (8, 12, 0.5, 4),
+        (8, 8, 0.5, 4),
+        (1, 9, 0.1, 1),
+        (5, 70_000, 1.0, 5),
+        (8, 50, 0.01, 1),
+    ],
+)
+def test_labels_of_the_batch_move_to_inputs_active_in_their_points(fan_in, in_features, fraction, k, dtype):
+    rng = np.random.default_rng(in_features)
+    kernel, indices, _ = random_layer(60, fan_in, in_features)
+    kernel = np.asarray(jnp.asarray(kernel, dtype).astype(jnp.float32))
+    indices = indices.astype(np.uint16 if in_features < 2**16 else np.int32)
+    moments = [rng.normal(size=kernel.shape).astype(np.float32) + 10 for _ in range(2)]
+    x = np.maximum(rng.normal(size=(6, in_features)), 0).astype(np.float32)
+    positives = rng.integers(0, 40, (6, 5)).astype(np.int32)  # labels from 40 on have no point
+    positives[:, -1] = [-1, -1, 60, np.iinfo(np.int32).max, np.iinfo(np.int32).min, positives[5, 0]]
+    expected, moved = moved_towards_active_inputs(kernel, indices, x, positives, k)
+
+    results = rewire_active(
+        jnp.asarray(kernel, dtype),
+        jnp.array(indices),
+        jnp.asarray(x),
+        positives,
+        RewireConfig(fraction=fraction, growth="active"),
+        (jnp.array(moments[0]), jnp.asarray(moments[1], jnp.bfloat16)),
+    )
+
+    assert moved.any() == (in_features > fan_in)
+    assert not moved[40:].any()
+    assert results[1].dtype == indices.dtype
+    np.testing.assert_array_equal(results[1], expected)
+    np.testing.assert_array_equal(results[2], moved)
+    np.testing.assert_array_equal(results[0].astype(jnp.float32), np.where(moved, 0, kernel))
+    np.testing.assert_array_equal(results[3][0], np.where(moved, 0, moments[0]))
+    assert results[3][1].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(results[3][1] == 0, moved)
+
+
+@pytest.mark.parametrize(("dtype", "mask"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
+def test_moving_in_place_towards_active_inputs_copies_no_layer(dtype, mask):
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2, 3))
+    def in_place(kernel, indices, mu, nu, x, positives):
+        config = RewireConfig(growth="active")
+        kernel, indices, _, moments = rewire_active(kernel, indices, x, positives, config, (mu, nu))
+        return kernel, indices, moments
+
+    size = 10_000_000 * 32
+    arguments = [
+        jax.ShapeDtypeStruct((10_000_000, 32), d) for d in (dtype, jnp.uint16, jnp.float32, jnp.float32)
+    ]
+    batch = jax.ShapeDtypeStruct((32, 32_768), jnp.float32), jax.ShapeDtypeStruct((32, 36), jnp.int32)
+    memory = in_place.lower(*arguments, *batch).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= (10 + jnp.dtype(dtype).itemsize) * size
+    assert memory.temp_size_in_bytes < mask * size + 10e6, memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("tx", "count"),
+    [
+        (optax.adam(1e-2), 2),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale(-1e-2)), 2),
+        (optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2), 2),
+        (optax.sgd(1e-2, momentum=0.9), 1),
+        (optax.adam(1e-2, mu_dtype=jnp.bfloat16), 2),
+        (optax.partition({"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, {"output": "a", "other": "b"}), 2),
+        (optax.masked(optax.adam(1e-2), {"output": {"kernel": True, "bias": False}, "other": False}), 2),
+    ],
+    ids=["adam", "chain", "inject_hyperparams", "momentum", "bfloat16 moments", "partition", "masked"],
+)
+def test_moments_of_moved_connections_are_zeroed_in_any_chain(tx, count):
+    params = {
+        "output": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)},
+        "other": {"kernel": jnp.ones((3, 4))},
+    }
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    moved = np.zeros((3, 4), bool)
+    moved[0, 1] = moved[2, 3] = True
+
+    new = reset_moments(
+        tx, state, params, lambda path: path[0].key == "output" and path[1].key == "kernel", moved
+    )
+
+    zeroed = 0
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(new), strict=True
+    ):
+        before, after = np.asarray(before, np.float32), np.asarray(after, np.float32)
+        if before.shape == (3, 4) and "output" in jax.tree_util.keystr(path):
+            np.testing.assert_array_equal(after, np.where(moved, 0, before))
+            assert np.all(before != 0)
+            zeroed += 1
+        else:
+            np.testing.assert_array_equal(after, before)
+    assert zeroed == count
+
+
+def test_factored_moments_are_left_alone():
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=2)
+    params = {"kernel": jnp.ones((300, 400))}
+    _, state = tx.update(params, tx.init(params), params)
+    new = reset_moments(tx, state, params, lambda path: True, jnp.ones((300, 400), bool))
+    factored = [a for a in jax.tree.leaves(new) if a.shape in ((300,), (400,))]
+    assert len(factored) == 2
+    assert all(np.all(np.asarray(a) > 0) for a in factored)
+
+
+def test_rewiring_a_layer_in_a_users_own_nnx_training():
+    layer = FixedFanInLinear(20, 30, fan_in=4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(1), (8, 20))
+    grads = nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(layer)
+    optimizer.update(layer, grads)
+
+    kernel, indices, moved, _ = rewire(
+        jax.random.key(2), layer.kernel.get_value(), layer.indices.get_value(), layer.in_features
+    )
+    layer.kernel.set_value(kernel)
+    layer.indices.set_value(indices)
+    assert moved.sum() == 11
+    np.testing.assert_array_equal(layer.kernel[...] == 0, moved)
+    assert layer(x).shape == (8, 30)

@@ -1,0 +1,83 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import config_of, make_inputs, make_model
+
+from sparse_xmc.data import LabelEncoder, TextEncoder
+from sparse_xmc.heads import HEADS
+from sparse_xmc.saving import SavedModel, load_weights, save_weights
+
+WORDS = TextEncoder([f"word{i}" for i in range(12)], np.ones(12, np.float32))
+NAMES = LabelEncoder([f"label {i}" for i in range(30)])
+
+
+def assert_equal(model, other):
+    for a, b in zip(
+        *(jax.tree.leaves(nnx.state(m, nnx.Not(nnx.RngKey))) for m in (model, other)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("bag_of_words", [False, True])
+def test_models_round_trip(tmp_path, kind, bag_of_words):
+    config = config_of(kind, bag_of_words=bag_of_words)
+    SavedModel(config, make_model(kind, bag_of_words=bag_of_words, seed=4), WORDS, NAMES).save(tmp_path)
+    model = make_model(kind, bag_of_words=bag_of_words, seed=3)
+    SavedModel(config, model).save(tmp_path)  # in place of that one
+    loaded = SavedModel.load(tmp_path)
+    assert loaded.config == config
+    assert loaded.text_encoder is loaded.label_encoder is None
+    assert_equal(loaded.model, model)
+    inputs = make_inputs(bag_of_words=bag_of_words)
+    np.testing.assert_array_equal(loaded.model(inputs), model(inputs))
+
+
+def test_encoders_round_trip(tmp_path):
+    SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
+    loaded = SavedModel.load(tmp_path)
+    assert loaded.label_encoder.names == NAMES.names
+    np.testing.assert_array_equal(
+        loaded.text_encoder(["word3 word7"]).toarray(), WORDS(["word3 word7"]).toarray()
+    )
+
+
+@pytest.mark.parametrize("part", ["model.json", "model"])
+def test_a_missing_part_is_an_error(tmp_path, part):
+    SavedModel(config_of(), make_model()).save(tmp_path)
+    (tmp_path / part).rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=rf"{part}: not there; is this the directory of a saved model\?"
+    ):
+        SavedModel.load(tmp_path)
+
+
+def test_parts_that_do_not_fit_are_errors(tmp_path):
+    SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
+    LabelEncoder(NAMES.names[1:]).save(tmp_path / "labels.txt")
+    with pytest.raises(ValueError, match=r"labels\.txt: has 29 labels, but the model 30"):
+        SavedModel.load(tmp_path)
+    NAMES.save(tmp_path / "labels.txt")
+    config = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(config | {"num_features": 13}))
+    with pytest.raises(ValueError, match=r"text_encoder\.json: has 12 words, but the model 13"):
+        SavedModel.load(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.json: not the configuration of a classifier"):
+        SavedModel.load(tmp_path)
+
+
+def test_weights_of_a_users_own_module_round_trip(tmp_path):
+    module = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    save_weights(tmp_path / "weights", module)
+    loaded = load_weights(tmp_path / "weights", nnx.Linear(3, 4, rngs=nnx.Rngs(1)))
+    assert_equal(loaded, module)
+
+
+def test_weights_of_another_shape_are_an_error(tmp_path):
+    save_weights(tmp_path / "weights", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="weights"):
+        load_weights(tmp_path / "weights", nnx.Linear(3, 5, rngs=nnx.Rngs(0)))

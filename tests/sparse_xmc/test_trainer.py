@@ -1,0 +1,430 @@
+"""Training step by step: against plain Optax, and the rules of rewiring. See also test_fused_and_optax.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.sparse
+from flax import nnx
+from small_models import make_batches, make_inputs, make_model, make_positives
+
+from sparse_xmc import Batch, Classifier, DenseFeatures, EmbeddingTable, RewireConfig, Trainer, TrainingConfig
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import Batches
+from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead
+from sparse_xmc.model import in_evaluation
+
+NEVER = RewireConfig(fraction=0)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def new_trainer(kind="fixed_fan_in", *, seed=0, model=None, **options):
+    model = model or make_model(kind, seed=seed, penultimate=24, fan_in=4)
+    return Trainer(model, TrainingConfig(**{"batch_size": 8} | options), seed=seed)
+
+
+def one_batch():
+    (batch,) = make_batches(1)
+    return batch
+
+
+def indices_of(trainer):
+    return np.asarray(trainer.model.head.output.indices[...])
+
+
+def test_steps_are_those_of_optax_adam_on_dense_arithmetic():
+    trainer = new_trainer(rewire=NEVER, epsilon=1e-7)
+    head, columns = trainer.model.head, indices_of(trainer)
+    params = {
+        "w1": head.penultimate.kernel[...],
+        "b1": head.penultimate.bias[...],
+        "w2": head.output.kernel[...],
+        "b2": head.output.bias[...],
+    }
+    params = jax.tree.map(jnp.copy, params)  # the trainer donates its own
+
+    def loss_of(params, batch):
+        hidden = jnp.maximum(batch.inputs @ params["w1"] + params["b1"][None], 0)
+        logits = jnp.sum(hidden[:, columns] * params["w2"][None], axis=2) + params["b2"][None]
+        is_positive = (batch.positives[:, :, None] == np.arange(30)).any(axis=1)
+        return jnp.mean(jnp.square(jnp.maximum(0, 1 - jnp.where(is_positive, logits, -logits))))
+
+    tx = optax.adam(3e-3, eps=1e-7)
+    state = tx.init(params)
+    for batch in make_batches(5):
+        expected, grads = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = tx.update(grads, state)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(trainer.train_step(batch, 3e-3), expected, rtol=1e-5)
+    np.testing.assert_allclose(trainer.model.head.output.kernel[...], params["w2"], rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(trainer.model.head.penultimate.kernel[...], params["w1"], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("loss", ["squared_hinge", "bce"])
+def test_a_small_problem_is_learnt(loss, kind):
+    trainer, batch = new_trainer(kind, loss=loss, rewire_interval=20), one_batch()
+    losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
+    assert losses[-1] < 0.15 * losses[0]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_every_choice_of_optimizer_learns(kind, optimizer, moments):
+    model = make_model(kind, penultimate=24, fan_in=4, output_bias=-1.0, output_bound=0.5)
+    rate = {"adam": 1.0, "sgd": 3.0}[optimizer]
+    trainer = new_trainer(
+        model=model, output_optimizer=optimizer, output_rate=rate, moments=moments, rewire=NEVER
+    )
+    batch = one_batch()
+    losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit():
+    def losses(seed):
+        trainer = new_trainer(seed=seed, rewire_interval=2)
+        return [float(trainer.train_step(batch, 1e-3)) for batch in make_batches(6)]
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_layers_learn_at_their_own_rates():
+    def changes(**rates):
+        trainer = new_trainer(rewire=NEVER, **rates)
+        before = jax.tree.map(np.array, trainer.state["params"]["head"])
+        trainer.train_step(one_batch(), 1e-3)
+        after = trainer.state["params"]["head"]
+        return {name: np.asarray(after[name]["kernel"][...]) - before[name]["kernel"][...] for name in after}
+
+    plain, slow = changes(), changes(penultimate_rate=0.25)
+    np.testing.assert_allclose(slow["penultimate"], 0.25 * plain["penultimate"], rtol=1e-3, atol=1e-8)
+    np.testing.assert_array_equal(slow["output"], plain["output"])
+
+
+def test_sgd_follows_the_sum_of_the_losses():
+    trainer, batch = new_trainer(rewire=NEVER, output_optimizer="sgd", output_rate=0.5), one_batch()
+    before = trainer.model
+
+    def loss_of(kernel):
+        model = nnx.clone(before)
+        model.head.output.kernel.set_value(kernel)
+        return model.loss(batch.inputs, batch.positives)
+
+    kernel = jnp.copy(before.head.output.kernel[...])
+    expected = kernel - 1e-2 * 0.5 * 8 * 30 * jax.grad(loss_of)(kernel)
+    trainer.train_step(batch, 1e-2)
+    np.testing.assert_allclose(trainer.model.head.output.kernel[...], expected, rtol=1e-5, atol=1e-7)
+    assert set(trainer.state["moments"].mu) == {"penultimate.kernel", "penultimate.bias"}
+
+
+def test_a_bfloat16_output_layer_learns_and_repeats():
+    def train(seed):
+        model = make_model(penultimate=24, output_dtype="bfloat16", output_bias=-1.0, output_bound=0.5)
+        trainer = new_trainer(
+            model=model, seed=seed, output_optimizer="sgd", output_rate=3.0, rewire_interval=50
+        )
+        batch = one_batch()
+        losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
+        assert trainer.model.head.output.kernel[...].dtype == jnp.bfloat16
+        return losses
+
+    losses = train(0)
+    assert losses[-1] < 0.3 * losses[0]
+    assert train(0) == losses
+    assert train(1) != losses  # other bits for the rounding
+
+
+# ---- rewiring ----
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(3, [1, 4, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [1])])
+def test_connections_move_after_steps_1_and_then_every_interval(interval, expected):
+    trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=interval)
+    changed, before = [], indices_of(trainer)
+    for step, batch in enumerate(make_batches(7), start=1):
+        trainer.train_step(batch, 1e-3)
+        after = indices_of(trainer)
+        if np.any(after != before):
+            changed.append(step)
+        before = after
+    assert changed == expected
+
+
+def test_an_interval_of_minus_one_rewires_once_between_epochs():
+    rng = np.random.default_rng(0)
+    labels = scipy.sparse.csr_array(rng.random((40, 30)) < 0.1)
+    batches = Batches(Dataset(rng.normal(size=(40, 12)).astype(np.float32), labels), 8)
+    trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=-1)
+    start = indices_of(trainer)
+    for _ in trainer.epoch(batches, 0, lambda step: 1e-3):
+        np.testing.assert_array_equal(indices_of(trainer), start)
+    seen = []
+    for _ in trainer.epoch(batches, 1, lambda step: 1e-3):
+        seen.append(indices_of(trainer))
+    assert len(seen) == 5
+    assert np.any(seen[0] != start)
+    assert all(np.array_equal(seen[0], later) for later in seen)
+
+
+@pytest.mark.parametrize("kind", ["fixed_fan_in", "unstructured"])
+def test_rewiring_zeroes_weights_and_moments_of_what_moved(kind):
+    trainer = new_trainer(kind, rewire=RewireConfig(fraction=0.5), rewire_interval=1000)
+    trainer.train_step(one_batch(), 1e-3)
+    kernel, moments = np.asarray(trainer.model.head.output.kernel[...]), trainer.state["moments"]
+    assert (kernel == 0).sum() == 30 * 4 // 2 - 1
+    for moment in (moments.mu["output.kernel"], moments.nu["output.kernel"]):
+        assert np.all(np.asarray(moment)[kernel == 0] == 0)
+        assert np.any(np.asarray(moment)[kernel != 0] != 0)
+
+
+def test_labels_move_towards_the_hidden_units_of_their_points_which_dropout_does_not_hide():
+    rewiring = RewireConfig(fraction=0.5, growth="active")
+    model = make_model(penultimate=24, fan_in=4, dropout=0.9)
+    trainer = new_trainer(model=model, rewire=rewiring, rewire_interval=2)
+    start = indices_of(trainer)
+    first, second, third = make_batches(3)
+    trainer.train_step(first, 0.0)
+    after, trained = indices_of(trainer), in_evaluation(trainer.model)
+    hidden = np.asarray(trained.head.hidden(trained.encoder(first.inputs)))
+    excess = hidden - hidden.mean(axis=0, keepdims=True)
+    for label in range(30):
+        if label not in first.positives:
+            np.testing.assert_array_equal(after[label], start[label])
+            continue
+        point = np.flatnonzero((first.positives == label).any(axis=1))[0]
+        others = np.setdiff1d(np.arange(24), start[label])
+        best = others[np.argsort(-excess[point, others])][:2]
+        np.testing.assert_array_equal(np.setdiff1d(after[label], start[label]), np.sort(best))
+    trainer.train_step(second, 0.0)
+    np.testing.assert_array_equal(indices_of(trainer), after)
+    trainer.train_step(third, 0.0)
+    assert np.any(indices_of(trainer) != after)
+
+
+def test_unstructured_layers_are_rewired_in_both_coordinates():
+    trainer = new_trainer("unstructured", rewire=RewireConfig(fraction=0.5), rewire_interval=2)
+    first, second, third = make_batches(3)
+    trainer.train_step(first, 1e-3)
+    before = indices_of(trainer)
+    trainer.train_step(second, 1e-3)
+    np.testing.assert_array_equal(indices_of(trainer), before)
+    trainer.train_step(third, 1e-3)
+    assert np.all(np.any(indices_of(trainer) != before, axis=0))
+
+
+def test_unstructured_layers_do_not_grow_towards_active_inputs():
+    with pytest.raises(ValueError, match="unstructured layers grow at random, got growth='active'"):
+        new_trainer("unstructured", rewire=RewireConfig(growth="active"))
+
+
+def test_the_tail_is_rewired_behind_a_dense_head():
+    trainer = new_trainer("head_and_tail", rewire=RewireConfig(fraction=0.5), rewire_interval=1000)
+    before = np.asarray(trainer.model.head.heads[1].output.indices[...])
+    trainer.train_step(one_batch(), 1e-3)
+    assert np.any(np.asarray(trainer.model.head.heads[1].output.indices[...]) != before)
+
+
+# ---- a network of the user's own ----
+
+
+class Encoder(nnx.Module):
+    """Two layers, GELU and LayerNorm between."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(12, 16, rngs=rngs)
+        self.norm = nnx.LayerNorm(16, rngs=rngs)
+        self.second = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(self.norm(nnx.gelu(self.first(x))))
+
+
+def with_encoder(encoder, features=10, kind="fixed_fan_in", penultimate=24):
+    head = HEADS[kind](penultimate=penultimate, fan_in=4).make(features, 30, rngs=nnx.Rngs(1))
+    return Classifier(encoder, head)
+
+
+def test_every_parameter_of_an_encoder_moves_as_its_optimizer_says():
+    model = with_encoder(Encoder(nnx.Rngs(0)))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    trainer = Trainer(
+        nnx.clone(model), TrainingConfig(learning_rate=1e-2, rewire=NEVER), encoder_optimizer=tx
+    )
+    graphdef, params, rest = nnx.split(model.encoder, nnx.Param, ...)
+    state = tx.init(params)
+    for batch in make_batches(3):
+        # The gradient of the sum over labels, with the head as it is before its step.
+        head = nnx.clone(trainer.model.head)
+
+        def loss_of(params, batch=batch, head=head):
+            features = nnx.merge(graphdef, params, rest, copy=True)(batch.inputs)
+            return 30 * head.loss(features, batch.positives)
+
+        updates, state = tx.update(jax.grad(loss_of)(params), state, params)
+        params = jax.tree.map(lambda p, u: p + 0.5 * u, params, updates)  # half way down the schedule
+        before = jax.tree.map(np.array, trainer.state["params"]["encoder"])
+        trainer.train_step(batch, 5e-3)
+        after = trainer.state["params"]["encoder"]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), dict(after), dict(params)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.any(a != b), True), after, before)
+
+
+def test_an_encoder_learns_what_the_head_alone_cannot():
+    class Scale(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.zeros(()))
+
+        def __call__(self, x):
+            return self.scale[...] * x
+
+    trainer = Trainer(
+        with_encoder(Scale(), features=12, penultimate=0), TrainingConfig(learning_rate=1e-2, rewire=NEVER)
+    )
+    batch = one_batch()
+    for _ in range(5):
+        trainer.train_step(batch, 1e-2)
+    assert float(trainer.model.encoder.scale[...]) != 0
+
+
+def test_random_state_and_statistics_of_an_encoder_go_on():
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.norm, self.dropout = nnx.BatchNorm(12, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.norm(x))
+
+    trainer = Trainer(with_encoder(Normed(nnx.Rngs(0)), features=12), TrainingConfig(rewire=NEVER))
+    first, second = make_batches(2)
+    trainer.train_step(first, 1e-3)
+    norm = trainer.model.encoder.norm
+    np.testing.assert_allclose(norm.mean[...], 0.01 * first.inputs.mean(axis=0), rtol=1e-3, atol=1e-6)
+    counts = [int(c) for c in jax.tree.leaves(nnx.state(trainer.model, nnx.RngCount))]
+    trainer.train_step(second, 1e-3)
+    assert counts != [int(c) for c in jax.tree.leaves(nnx.state(trainer.model, nnx.RngCount))]
+
+
+def test_encoders_in_bfloat16_are_trained():
+    class Narrow(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(12, 10, dtype=jnp.bfloat16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    trainer = Trainer(with_encoder(Narrow(nnx.Rngs(0))), TrainingConfig(rewire=NEVER))
+    before, batch = np.array(trainer.model.encoder.layer.kernel[...]), one_batch()
+    losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(100)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert np.all(before != trainer.model.encoder.layer.kernel[...])
+
+
+# ---- what would go wrong without a word ----
+
+
+def test_a_parameter_that_the_features_do_not_depend_on_is_an_error():
+    class Unused(Encoder):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.extra = nnx.Linear(3, 3, rngs=rngs)
+
+    class Stopped(Encoder):
+        def __call__(self, x):
+            return self.second(jax.lax.stop_gradient(self.norm(self.first(x))))
+
+    for encoder, name in ((Unused, "extra.bias"), (Stopped, "first.bias")):
+        trainer = Trainer(with_encoder(encoder(nnx.Rngs(0))), TrainingConfig())
+        with pytest.raises(ValueError, match=f"do not depend on the encoder's parameter {name}"):
+            trainer.train_step(one_batch(), 1e-3)
+
+
+def test_a_table_that_the_encoder_does_not_use_is_an_error():
+    class Unused(DenseFeatures):
+        def __init__(self, rngs):
+            super().__init__(12, rngs=rngs)
+            self.words = EmbeddingTable(5, 3, rngs=rngs)
+
+    trainer = Trainer(with_encoder(Unused(nnx.Rngs(0)), features=12), TrainingConfig())
+    with pytest.raises(ValueError, match=r"does not use its table words\.embedding"):
+        trainer.train_step(one_batch(), 1e-3)
+
+
+def test_a_parameter_that_a_heads_step_forgets_is_an_error():
+    class Forgetful(FixedFanInHead):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.temperature = nnx.Param(jnp.ones(()))
+
+    template = make_model().head
+    head = Forgetful(12, 8, lambda width: template.output, rngs=nnx.Rngs(0))
+    trainer = Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig(rewire=NEVER))
+    with pytest.raises(ValueError, match="head's step leaves its parameter temperature as it is"):
+        trainer.train_step(one_batch(), 1e-3)
+
+
+def test_parameters_outside_of_encoder_and_head_or_in_both_are_errors():
+    class Tempered(Classifier):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.temperature = nnx.Param(jnp.ones(()))
+
+    model = make_model()
+    with pytest.raises(ValueError, match="temperature is neither in the encoder nor in the head"):
+        Trainer(Tempered(model.encoder, model.head), TrainingConfig())
+
+    class Tied(nnx.Module):
+        def __init__(self, layer):
+            self.layer = layer
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    layer = nnx.Linear(12, 30, rngs=nnx.Rngs(0))
+    tied = Classifier(Tied(layer), DenseHead(12, 0, lambda width: layer, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="is in the encoder and the head both"):
+        Trainer(tied, TrainingConfig())
+
+
+def test_labels_beyond_those_of_the_head_are_errors():
+    trainer, positives = new_trainer(), make_positives()
+    positives[5, 1] = 30
+    with pytest.raises(ValueError, match=r"labels in 0\.\.29, or -1; point 5 of the batch has 30"):
+        trainer.train_step(Batch(make_inputs(), positives), 1e-3)
+    assert trainer.step == 0
+
+
+def test_a_bfloat16_output_layer_is_not_for_adam():
+    with pytest.raises(ValueError, match="'adam' needs a float32 output layer, got bfloat16; use 'sgd'"):
+        new_trainer(model=make_model(output_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be one of squared_hinge, bce, got 'hinge'"),
+        ({"output_optimizer": "lion"}, "output_optimizer must be one of adam, sgd, got 'lion'"),
+        ({"moments": "int8"}, "moments must be one of float32, bfloat16, got 'int8'"),
+        ({"schedule": "cosine"}, "schedule must be one of plateau, linear, got 'cosine'"),
+        ({"rewire_interval": 0}, "rewire_interval must be at least 1, or -1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
+        ({"epsilon": 0.0}, r"epsilon must be above 0, got 0\.0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"output_rate": float("inf")}, "output_rate must be at least 0, got inf"),
+    ],
+)
+def test_bad_settings_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**options)
