@@ -51,6 +51,11 @@ def register() -> tuple[str, ...]:
     return tuple(cpu().registrations())
 
 
+def platforms() -> tuple[str, ...]:
+    """The backends, by JAX's names, that the ops run on: "cpu", and "gpu" where the CUDA module is built."""
+    return ("cpu",) if cuda() is None else ("cpu", "gpu")
+
+
 @functools.cache
 def cpu():
     """The CPU module, its handlers registered. Raises ImportError if it is missing or does not fit jaxlib."""
@@ -94,7 +99,7 @@ def call(
     Args:
       handler: its name.
       results: what it returns, but for the workspace that those for CUDA have as their last result.
-      operands: x [B, D], kernel [L, F], and the others, all `varying` alike.
+      operands: x [B, D], the kernel, a matrix, and the others, all `varying` alike.
       aliases: results that take the place of operands, by number of the operand.
       attributes: of NumPy's scalar types.
     """
@@ -147,7 +152,10 @@ _SYMBOLIC_BATCH = 256
 
 
 def cuda_workspace(handler: str, results, x, kernel, *_) -> jax.ShapeDtypeStruct:
-    """The last result of a handler for CUDA: memory for its temporaries, as the module says how much."""
+    """The last result of a handler for CUDA: memory for its temporaries, as the module says how much.
+
+    That may be none: no handler does without this result.
+    """
     pieces, (batch, in_features) = 1, x.shape
     if not isinstance(batch, int):
         pieces, batch = (batch + _SYMBOLIC_BATCH - 1) // _SYMBOLIC_BATCH, _SYMBOLIC_BATCH

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_dense_step as dense_test
 import test_fan_in_loss as loss_test
 import test_fan_in_matmul as matmul
 import test_fan_in_step as step_test
@@ -63,8 +64,9 @@ def call_for_workspace(program, directory, op, arrays, device, *more):
     """The same, but returns how many bytes of workspace the launcher took, all that it was given."""
     for name, array in arrays.items():
         (np.zeros(0) if array is None else array).tofile(directory / name)
-    (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays["indices"].shape
-    dtypes = [arrays[name].dtype.name for name in ("x", "indices")]
+    layer, *typed = ("kernel", "mu", "mu") if op == "dense_step.adam" else ("indices", "x", "indices")
+    (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays[layer].shape
+    dtypes = [arrays[name].dtype.name for name in typed]
     numbers = map(str, [batch, in_features, labels, fan_in, *device, *more])
     finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
@@ -409,6 +411,77 @@ def test_sgd_step_passes_nan_on(run, dtype):
     arrays = {"rates": np.float32(0.1), "key": np.zeros(3, np.uint32)}
     _, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
     assert np.isnan(new["kernel"][:, 0].astype(np.float32)).tolist() == [True, False] * 100
+
+
+# ---- dense_step ----
+
+
+def run_dense(run, arrays):
+    """Returns the new kernel and moments."""
+    results = [(f"{name}.new", arrays[name].shape, arrays[name].dtype) for name in ("kernel", "mu", "nu")]
+    return run("dense_step.adam", arrays, results, SMALL)
+
+
+def dense_arrays(batch, rows, columns, dtype):
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(batch, rows)).astype(np.float32),
+        "dy": rng.normal(size=(batch, columns)).astype(np.float32),
+        "kernel": rng.normal(size=(rows, columns)).astype(np.float32),
+        "mu": rng.normal(size=(rows, columns)).astype(dtype),
+        "nu": rng.uniform(0.1, 2, (rows, columns)).astype(dtype),
+        "rates": np.float32([0.1, 3, 20]),
+        "decays": np.float32([0.8, 0.99]),
+        "key": np.uint32([7, 0, 3]),
+    }
+
+
+DENSE_SHAPES = [
+    (0, 3, 5),
+    (1, 1, 1),
+    (33, 1, 257),
+    (1, 65, 1),
+    (16, 64, 128),
+    (32, 70, 300),
+    (33, 130, 131),
+    (100, 63, 127),
+]
+
+
+@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
+@DTYPE
+def test_dense_adam_step(run, shape, dtype):
+    arrays = dense_arrays(*shape, dtype)
+    kernel, mu, nu = (a.astype(np.float64) for a in run_dense(run, arrays))
+    gradient = arrays["x"].T.astype(np.float64) @ arrays["dy"]
+    exact_mu = 0.8 * arrays["mu"].astype(np.float64) + 0.2 * gradient
+    exact_nu = 0.99 * arrays["nu"].astype(np.float64) + 0.01 * gradient**2
+    exact_kernel = arrays["kernel"] - 0.1 * (3 * exact_mu) / (np.sqrt(20 * exact_nu) + 1e-7)
+    error = 1e-5 * (np.abs(arrays["x"]).T @ np.abs(arrays["dy"])) + 1e-6  # of the gradient, and more
+    np.testing.assert_array_less(np.abs(kernel - exact_kernel), error)
+    gap = 2**-7 if dtype == jnp.bfloat16 else 0  # between neighbours, at most, of what is 1
+    np.testing.assert_array_less(np.abs(mu - exact_mu), error + gap / 2 * np.abs(exact_mu))
+    np.testing.assert_array_less(np.abs(nu - exact_nu), error * (1 + np.abs(gradient)) + gap * exact_nu)
+
+
+@pytest.mark.parametrize("shape", DENSE_SHAPES, ids=str)
+def test_dense_adam_step_in_bfloat16_rounds_with_the_bits_of_its_generator(run, shape):
+    def adam(x, dy, kernel, mu, nu, b1, b2, seed, number):
+        arrays = {"x": x, "dy": dy, "kernel": kernel, "mu": mu, "nu": nu, "rates": np.ones(3, np.float32)}
+        arrays |= {"decays": np.float32([b1, b2]), "key": np.array([seed, 0, number], np.uint32)}
+        return run_dense(run, arrays)
+
+    dense_test.check_rounding(shape, adam)
+
+
+@DTYPE
+def test_dense_adam_step_passes_nan_on(run, dtype):
+    arrays = dense_arrays(20, 66, 140, dtype)
+    for name, at in (("x", (17, 65)), ("dy", (3, 139))):  # a GPU's NaN: adding to it carries over into 0
+        arrays[name].view(np.uint32)[at] = 0x7FFFFFFF
+    row, column = np.mgrid[:66, :140]
+    for new in run_dense(run, arrays):
+        np.testing.assert_array_equal(np.isnan(new.astype(np.float32)), (row == 65) | (column == 139))
 
 
 # ---- fan_in_top_k ----

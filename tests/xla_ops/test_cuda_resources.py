@@ -10,7 +10,7 @@ import pytest
 
 REPORT = Path(__file__).parents[2] / "xla_ops" / "_cuda_resources.txt"
 ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"}  # and what newer compilers know
-KERNELS = {"pack", "unpack", "forward", "gradients", "loss", "mean", "merge", "sort"}
+KERNELS = {"pack", "unpack", "forward", "gradients", "loss", "mean", "merge", "sort", "adam"}
 LARGEST_STATIC_SHARED = 48 << 10
 
 

@@ -23,12 +23,14 @@ HANDLERS = (
     "xla_ops.fan_in_step.sgd",
     "xla_ops.fan_in_step.adam",
     "xla_ops.fan_in_top_k",
+    "xla_ops.dense_step.adam",
 )
+FOR_FLOAT32 = {"xla_ops.fan_in_step.adam", "xla_ops.dense_step.adam"}
 WORKSPACE = re.compile(r"tensor<([\w]+x)(\d+)xui8>")
 
 
 def run_all(x, kernel, bias, indices, positives):
-    """Calls each of HANDLERS once, but the step of Adam for float32 alone."""
+    """Calls each of HANDLERS once, but the steps of Adam for float32 alone."""
     y, vjp = jax.vjp(lambda *a: fan_in_matmul(a[0], a[1], indices, a[2]), x, kernel, bias)
     loss = jax.value_and_grad(lambda *a: fan_in_loss(a[0], a[1], indices, a[2], positives), (0, 1, 2))
     value = fan_in_loss(x, kernel, indices, bias, positives)
@@ -37,6 +39,8 @@ def run_all(x, kernel, bias, indices, positives):
     if x.dtype == jnp.float32:
         *step, _ = xla_ops.fan_in_adam_step(x, *layer, positives, adam_init(kernel, bias), 0.1)
         steps.append(step)
+        dense = jnp.ones((x.shape[1], y.shape[1]))
+        steps.append(xla_ops.dense_adam_step(x, y, dense, xla_ops.dense_adam_init(dense), 0.1)[0])
     return y, vjp(y), loss(x, kernel, bias), value, steps, fan_in_top_k(x, *layer, 5)
 
 
@@ -82,8 +86,7 @@ def bytes_of(handler, batch, in_features, labels, fan_in, dtype=jnp.float32, k=5
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_handler_for_cuda_has_a_workspace(dtype):
     called = calls(lower(run_all, *arguments(dtype=dtype), platform="cuda"))
-    for_float32 = {"xla_ops.fan_in_step.adam"} if dtype == jnp.bfloat16 else set()
-    assert called.keys() == set(HANDLERS) - for_float32
+    assert called.keys() == set(HANDLERS) - (FOR_FLOAT32 if dtype == jnp.bfloat16 else set())
     for handler, line in called.items():
         pieces, size = WORKSPACE.findall(line)[-1]
         assert line.endswith(f"tensor<{pieces}{size}xui8>)")
@@ -156,6 +159,7 @@ def test_workspaces_stay_small():
     assert megabytes["xla_ops.fan_in_loss.gradients"] < 80
     assert megabytes["xla_ops.fan_in_step.adam"] == megabytes["xla_ops.fan_in_loss.gradients"]
     assert megabytes["xla_ops.fan_in_top_k"] < 90
+    assert megabytes["xla_ops.dense_step.adam"] == 0
 
 
 # ---- what a handler says of itself: structs of XLA's c_api.h ----

@@ -1,4 +1,4 @@
-"""The in-place steps of a dense layer against Optax on the gradient written out."""
+"""The in-place step of a dense layer against Optax on the gradient written out, and a Philox written out."""
 
 import functools
 
@@ -9,9 +9,7 @@ import optax
 import pytest
 from test_fan_in_step import rounding_bits
 
-from xla_ops import dense_adam_init, dense_adam_step, dense_factored_init, dense_factored_step
-
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="updates in place are for CPUs")
+from xla_ops import DenseAdamState, _native, dense_adam_init, dense_adam_step
 
 SHAPES = [(5, 7, 9), (1, 4, 64), (33, 130, 200), (3, 1, 1), (300, 6, 65), (2, 300, 3000), (0, 3, 5)]
 
@@ -58,21 +56,39 @@ def test_adam_is_that_of_optax(instruction_set, shape, dtype):
     assert state.count == len(steps)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_second_moment_in_bfloat16_is_rounded_with_the_bits_of_its_generator(instruction_set, shape):
+def check_rounding(shape, step):
+    """Checks the moments that `step(x, dy, kernel, mu, nu, b1, b2, seed, number)` returns after the kernel.
+
+    All values are integers or quarters of them, so all sums are exact and no order of summing shows.
+    """
     batch, rows, columns = shape
     rng = np.random.default_rng(3)
-    x, dy = (rng.integers(-3, 4, (batch, n)).astype(np.float32) for n in (rows, columns))
-    kernel = np.zeros((rows, columns), np.float32)
-    state = dense_adam_init(jnp.asarray(kernel), jnp.bfloat16)._replace(count=jnp.int32(8))
-    _, state = dense_adam_step(x, dy, kernel, state, 0.1, b2=0.75, seed=2**32 - 5)
-    nu = np.float32(0.25) * (x.T @ dy) ** 2  # integers: no order of summing shows
+    x, dy = (rng.integers(-5, 6, (batch, n)).astype(np.float32) for n in (rows, columns))
+    kernel = rng.integers(-5, 6, (rows, columns)).astype(np.float32)
+    mu, nu = rng.integers(-255, 256, kernel.shape), rng.integers(0, 256, kernel.shape)
+    moments = [m.astype(jnp.bfloat16) for m in (mu, nu)]
+    _, new_mu, new_nu = step(x, dy, kernel, *moments, 0.75, 0.75, 2**32 - 5, 9)
+
+    gradient = x.T @ dy
+    exact_mu = (0.75 * mu + 0.25 * gradient).astype(np.float32)
+    exact_nu = (0.75 * nu + 0.25 * gradient**2).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(new_mu), exact_mu.astype(jnp.bfloat16))
     runs = -(-columns // 128) * 128  # each row starts a run of positions of its own
     positions = (np.arange(rows)[:, None] * runs + np.arange(columns)).ravel()
     some = rng.permutation(nu.size)[:4000]
-    sums = nu.ravel()[some].view(np.uint32) + rounding_bits(positions[some], seed=2**32 - 5, step=9)
-    actual = np.asarray(state.nu, np.float32).ravel()[some]
+    sums = exact_nu.ravel()[some].view(np.uint32) + rounding_bits(positions[some], seed=2**32 - 5, step=9)
+    actual = np.asarray(new_nu, np.float32).ravel()[some]
     np.testing.assert_array_equal(actual, (sums & 0xFFFF0000).view(np.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits(instruction_set, shape):
+    def adam(x, dy, kernel, mu, nu, b1, b2, seed, number):
+        state = DenseAdamState(jnp.int32(number - 1), jnp.asarray(mu), jnp.asarray(nu))
+        kernel, state = dense_adam_step(x, dy, kernel, state, 0.1, b1=b1, b2=b2, seed=seed)
+        return kernel, *state[1:]
+
+    check_rounding(shape, adam)
 
 
 def test_the_second_moment_in_bfloat16_decays_right_on_average():
@@ -87,67 +103,100 @@ def test_the_second_moment_in_bfloat16_decays_right_on_average():
     assert 0.01 < nu.std() < 0.1
 
 
-@pytest.mark.parametrize("shape", SHAPES[:-1])  # Optax divides 0 by 0 where there is no gradient at all
-def test_factored_is_that_of_optax(instruction_set, shape):
-    kernel, steps = make_steps(*shape)
-    tx = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
-    expected, expected_state = expected_of(tx, kernel, steps, 0.1)
-    state = dense_factored_init(kernel)
-    step = jax.jit(dense_factored_step)
-    for x, dy in steps:
-        kernel, state = step(x, dy, kernel, state, 0.1)
-    np.testing.assert_allclose(kernel, expected, rtol=1e-3, atol=1e-4)
-    # Of a square matrix Optax takes the axes the other way round; there is none in SHAPES but the last.
-    v = {a.shape: a for a in (expected_state.v_row, expected_state.v_col)}
-    np.testing.assert_allclose(state.v_row, v[state.v_row.shape], rtol=1e-3)
-    np.testing.assert_allclose(state.v_col, v[state.v_col.shape], rtol=1e-3)
-
-
-def test_donated_arrays_are_updated_where_they_are_also_when_the_input_has_a_gradient():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_donated_arrays_are_updated_where_they_are_also_when_the_input_has_a_gradient(dtype):
     kernel, [(x, dy)] = make_steps(8, 300, 2000, steps=1)
-    adam, factored = dense_adam_init(kernel), dense_factored_init(kernel)
 
-    @functools.partial(jax.jit, donate_argnums=(2, 3), static_argnums=4)
-    def run(x, dy, kernel, state, step):
+    @functools.partial(jax.jit, donate_argnums=(2, 3))
+    def run(x, dy, kernel, state):
         d_x = dy @ kernel.T
-        return d_x, *step(x, dy, kernel, state, 0.1, before=d_x)
+        return d_x, *dense_adam_step(x, dy, kernel, state, 0.1, before=d_x)
 
     d_x = np.asarray(dy) @ np.asarray(kernel).T
-    for step, state in ((dense_adam_step, adam), (dense_factored_step, factored)):
-        arguments = (x, dy, jnp.copy(kernel), state)
-        memory = run.lower(*arguments, step).compile().memory_analysis()
+    arguments = (x, dy, jnp.copy(kernel), dense_adam_init(kernel, dtype))
+    if jax.default_backend() == "cpu":  # on a GPU, a product has memory of its own
+        memory = run.lower(*arguments).compile().memory_analysis()
         assert memory.temp_size_in_bytes < kernel.nbytes / 4
-        pointer = arguments[2].unsafe_buffer_pointer()
-        actual, new, _ = run(*arguments, step)
-        assert new.unsafe_buffer_pointer() == pointer
-        np.testing.assert_allclose(actual, d_x, rtol=1e-4, atol=1e-4)
-        assert np.all(np.asarray(new) != np.asarray(kernel))
+    before = [a.unsafe_buffer_pointer() for a in (arguments[2], *arguments[3][1:])]
+    actual, new, state = run(*arguments)
+    assert [a.unsafe_buffer_pointer() for a in (new, *state[1:])] == before
+    np.testing.assert_allclose(actual, d_x, rtol=1e-4, atol=1e-4)
+    assert np.all(np.asarray(new) != np.asarray(kernel))
 
 
 def test_arrays_that_are_not_donated_stay():
     kernel, [(x, dy)] = make_steps(8, 30, 20, steps=1)
     copy = np.array(kernel)
-    dense_adam_step(x, dy, kernel, dense_adam_init(kernel), 0.1)
-    dense_factored_step(x, dy, kernel, dense_factored_init(kernel), 0.1)
+    state = dense_adam_init(kernel)
+    dense_adam_step(x, dy, kernel, state, 0.1)
     np.testing.assert_array_equal(kernel, copy)
+    assert not np.any(state.mu)
 
 
-@pytest.mark.parametrize(
-    ("step", "init"), [(dense_adam_step, dense_adam_init), (dense_factored_step, dense_factored_init)]
-)
-def test_bad_arguments_are_named(step, init):
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0)])
+def test_a_layer_without_weights(rows, columns):
+    kernel, [(x, dy)] = make_steps(8, rows, columns, steps=1)
+    kernel, state = dense_adam_step(x, dy, kernel, dense_adam_init(kernel), 0.1)
+    assert kernel.shape == state.mu.shape == state.nu.shape == (rows, columns)
+    assert state.count == 1
+
+
+def test_nan_reaches_the_weights_whose_gradient_it_is():
+    kernel, [(x, dy)] = make_steps(40, 70, 200, steps=1)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state = dense_adam_init(kernel, dtype)
+        new, state = dense_adam_step(x.at[20, 3].set(jnp.nan), dy.at[:, 130].set(jnp.nan), kernel, state, 0.1)
+        row, column = np.mgrid[:70, :200]
+        for array in (new, *state[1:]):
+            np.testing.assert_array_equal(np.isnan(np.asarray(array)), (row == 3) | (column == 130))
+
+
+def test_vmap_is_a_loop():
+    kernel, steps = make_steps(8, 30, 20, steps=3)
+    x, dy = (jnp.stack(a) for a in zip(*steps, strict=True))
+    state = dense_adam_init(kernel)
+    new, states = jax.vmap(lambda x, dy: dense_adam_step(x, dy, kernel, state, 0.1))(x, dy)
+    for i, (x, dy) in enumerate(steps):
+        expected, expected_state = dense_adam_step(x, dy, kernel, state, 0.1)
+        np.testing.assert_array_equal(new[i], expected)
+        np.testing.assert_array_equal(states.nu[i], expected_state.nu)
+
+
+def test_over_devices_each_takes_a_step_of_its_own():
+    devices = len(jax.devices())
+    mesh = jax.make_mesh((devices,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     kernel, [(x, dy)] = make_steps(8, 30, 20, steps=1)
-    state = init(kernel)
+
+    def step(x, dy, kernel):
+        new, state = dense_adam_step(x, dy, kernel, dense_adam_init(kernel), 0.1)
+        return new[None], state.mu[None]
+
+    split, whole = jax.P("i"), jax.P()
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(split, split, whole), out_specs=(split, split))
+    actual = jax.jit(sharded)(x, dy, kernel)
+    batches = zip(jnp.split(x, devices), jnp.split(dy, devices), strict=True)
+    parts = [step(x, dy, kernel) for x, dy in batches]
+    for result, expected in zip(actual, zip(*parts, strict=True), strict=True):
+        np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_bad_arguments_are_named():
+    kernel, [(x, dy)] = make_steps(8, 30, 20, steps=1)
+    state = dense_adam_init(kernel)
     with pytest.raises(ValueError, match=r"dy must have shape \[8, 20\] .*got \[8, 19\]"):
-        step(x, dy[:, 1:], kernel, state, 0.1)
+        dense_adam_step(x, dy[:, 1:], kernel, state, 0.1)
     with pytest.raises(ValueError, match=r"kernel must have shape \[29, 20\] .*got \[30, 20\]"):
-        step(x[:, 1:], dy, kernel, state, 0.1)
+        dense_adam_step(x[:, 1:], dy, kernel, state, 0.1)
     with pytest.raises(ValueError, match=r"x must be a matrix, got shape \[30\]"):
-        step(x[0], dy, kernel, state, 0.1)
+        dense_adam_step(x[0], dy, kernel, state, 0.1)
     with pytest.raises(TypeError, match="kernel must have dtype float32, got bfloat16"):
-        step(x, dy, kernel.astype(jnp.bfloat16), state, 0.1)
-    with pytest.raises(ValueError, match=r"state\.\w+ must have shape"):
-        step(x, dy, kernel, init(kernel[1:, 1:]), 0.1)
+        dense_adam_step(x, dy, kernel.astype(jnp.bfloat16), state, 0.1)
+    with pytest.raises(ValueError, match=r"state\.mu must have shape \[30, 20\] .*got \[29, 19\]"):
+        dense_adam_step(x, dy, kernel, dense_adam_init(kernel[1:, 1:]), 0.1)
+    with pytest.raises(ValueError, match=r"state\.nu must have shape \[30, 20\] .*got \[30, 19\]"):
+        dense_adam_step(x, dy, kernel, state._replace(nu=state.nu[:, 1:]), 0.1)
+    with pytest.raises(TypeError, match=r"state\.mu must have dtype float32 or bfloat16, got float16"):
+        dense_adam_step(x, dy, kernel, dense_adam_init(kernel, jnp.float16), 0.1)
 
 
 def test_moments_of_two_dtypes_are_refused():
@@ -155,3 +204,48 @@ def test_moments_of_two_dtypes_are_refused():
     state = dense_adam_init(kernel)
     with pytest.raises(TypeError, match=r"state\.nu must have dtype bfloat16, got float32"):
         dense_adam_step(x, dy, kernel, state._replace(mu=state.mu.astype(jnp.bfloat16)), 0.1)
+
+
+X, DY, KERNEL, OTHER = (2, 5), (2, 7), (5, 7), (9, 9)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handler")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: jnp.zeros(5)}, r"x and dy must be matrices, got shapes \[5\] and \[2, 7\]"),
+        ({0: jnp.zeros(X, jnp.bfloat16)}, "x has an element type that does not fit"),
+        ({1: jnp.zeros(OTHER)}, r"kernel must have shape \[5, 7\], got \[9, 9\]"),
+        ({2: jnp.zeros((3, 7))}, r"dy must have shape \[2, 7\], got \[3, 7\]"),
+        ({3: jnp.zeros(OTHER)}, r"mu must have shape \[5, 7\], got \[9, 9\]"),
+        ({3: jnp.zeros(KERNEL, jnp.bfloat16)}, "nu has an element type that does not fit"),
+        ({4: jnp.zeros(OTHER)}, r"nu must have shape \[5, 7\], got \[9, 9\]"),
+        ({5: jnp.zeros(2)}, r"rates must have shape \[3\], got \[2\]"),
+        ({6: jnp.zeros(3, jnp.int32)}, "key has an element type that does not fit"),
+    ],
+)
+def test_the_handler_checks_its_operands_itself(changes, message):
+    _native.register()
+    zeros = [jnp.zeros(shape) for shape in (X, KERNEL, DY, KERNEL, KERNEL, 3)]
+    operands = [*zeros, jnp.zeros(3, jnp.uint32), jnp.zeros(0)]
+    for i, operand in changes.items():
+        operands[i] = operand
+    results = [jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in (1, 3, 4)]
+    call = jax.ffi.ffi_call("xla_ops.dense_step.adam", results, input_output_aliases={1: 0, 3: 1, 4: 2})
+    attributes = {name: np.float32(0.5) for name in ("b1", "b2", "epsilon")}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(*operands, **attributes))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handler")
+@pytest.mark.parametrize(
+    ("aliases", "name"), [({3: 1, 4: 2}, "kernel"), ({1: 0, 4: 2}, "mu"), ({1: 0, 3: 1}, "nu")]
+)
+def test_the_handler_says_so_if_it_is_called_without_aliasing(aliases, name):
+    _native.register()
+    operands = [jnp.zeros(shape) for shape in (X, KERNEL, DY, KERNEL, KERNEL, 3)]
+    results = [jax.ShapeDtypeStruct(KERNEL, jnp.float32)] * 3
+    call = jax.ffi.ffi_call("xla_ops.dense_step.adam", results, input_output_aliases=aliases)
+    attributes = {name: np.float32(0.5) for name in ("b1", "b2", "epsilon")}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{name} must be updated in place"):
+        jax.block_until_ready(call(*operands, jnp.zeros(3, jnp.uint32), jnp.zeros(0), **attributes))

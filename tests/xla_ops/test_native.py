@@ -73,8 +73,7 @@ def test_refused_module_registers_nothing(monkeypatch, load):
 @pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
 def test_cuda_module_has_the_handlers_of_the_cpu_module():
     there = set(_native.cpu().registrations())
-    on_cpus_only = {name for name in there if "dense" in name or name == "xla_ops.kth_smallest"}  # so far
-    assert set(_native.cuda().registrations()) == there - on_cpus_only
+    assert set(_native.cuda().registrations()) == there - {"xla_ops.kth_smallest"}
     assert _native.cuda().ffi_version == _native.cpu().ffi_version
 
 

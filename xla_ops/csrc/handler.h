@@ -52,21 +52,26 @@ ffi::Error guarded(Fn&& fn) {
   }
 }
 
+// Calls fn(T*), which returns an error, with a null pointer of the type that `values` holds.
+template <typename Fn>
+ffi::Error dispatch(const ffi::AnyBuffer& values, Fn&& fn) {
+  return guarded([&] {
+    switch (values.element_type()) {
+      case ffi::F32: return fn(static_cast<float*>(nullptr));
+      case ffi::BF16: return fn(static_cast<bfloat16*>(nullptr));
+      default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
+    }
+  });
+}
+
 // Calls fn(T*, I*) with null pointers of the types that `values` and `indices` hold.
 template <typename Fn>
 ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
-  const auto with_index = [&](auto* t) {
+  return dispatch(values, [&](auto* t) {
     switch (indices.element_type()) {
       case ffi::U16: fn(t, static_cast<uint16_t*>(nullptr)); return ffi::Error::Success();
       case ffi::S32: fn(t, static_cast<int32_t*>(nullptr)); return ffi::Error::Success();
       default: return ffi::Error::InvalidArgument("indices must be uint16 or int32");
-    }
-  };
-  return guarded([&] {
-    switch (values.element_type()) {
-      case ffi::F32: return with_index(static_cast<float*>(nullptr));
-      case ffi::BF16: return with_index(static_cast<bfloat16*>(nullptr));
-      default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
     }
   });
 }

@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "dense_step.h"
 #include "fan_in_loss.h"
 #include "fan_in_matmul.h"
 #include "fan_in_step.h"
@@ -23,6 +24,7 @@ using Handlers = std::map<std::string, XLA_FFI_Handler*>;
 inline void export_handlers(pybind11::module_& m, const Handlers& more = {}) {
   m.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   Handlers handlers = {
+      {"xla_ops.dense_step.adam", dense_step_adam},
       {"xla_ops.fan_in_matmul.forward", fan_in_matmul_forward},
       {"xla_ops.fan_in_matmul.gradients", fan_in_matmul_gradients},
       {"xla_ops.fan_in_loss.value", fan_in_loss_value},

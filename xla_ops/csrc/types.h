@@ -15,6 +15,11 @@ struct Shape {
   int64_t batch, in_features, labels, fan_in;
 };
 
+// Of a dense layer, whose kernel is [rows, columns].
+struct DenseShape {
+  int64_t batch, rows, columns;
+};
+
 enum class Loss { kSquaredHinge, kBinaryCrossEntropy };
 
 }  // namespace xla_ops

@@ -2,7 +2,8 @@
 //
 //   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F processors blocks_per_processor shared_bytes [...]
 //
-// where the rest is (loss, P) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k.
+// where the rest is (loss, P) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k. For dense_step
+// DTYPE is that of the moments, and L, F are the kernel's shape.
 // Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
 // sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
 // many bytes of workspace the launcher took.
@@ -19,6 +20,7 @@
 
 namespace {
 
+using xla_ops::DenseShape;
 using xla_ops::Shape;
 using xla_ops::bfloat16;
 using xla_ops::cuda::Indices;
@@ -98,6 +100,18 @@ class Result {
   std::unique_ptr<T[]> data_;
 };
 
+template <typename M>
+cudaError_t run_dense_adam(const Call& call) {
+  const DenseShape s{call.shape.batch, call.shape.in_features, call.shape.fan_in};
+  const Operand<float> x(call, "x"), dy(call, "dy"), rates(call, "rates"), decays(call, "decays");
+  const Operand<uint32_t> key(call, "key");
+  const Updated<float> kernel(call, "kernel");
+  const Updated<M> mu(call, "mu"), nu(call, "nu");
+  const float* d = decays.get();
+  return xla_ops::cuda::dense_adam_step(nullptr, s, x.get(), dy.get(), kernel.get(), mu.get(), nu.get(),
+                                        {rates.get(), d[0], d[1], 1e-7f}, key.get());
+}
+
 template <typename T>
 cudaError_t run(const Call& call, Workspace& workspace) {
   const Shape& s = call.shape;
@@ -171,8 +185,13 @@ int main(int, char** argv) {
   call.shape = {numbers[0], numbers[1], numbers[2], numbers[3]};
   cuda_on_host::device = {static_cast<int>(numbers[4]), static_cast<int>(numbers[5]), static_cast<int>(numbers[6])};
   call.more.assign(numbers.begin() + 7, numbers.end());
+  const bool is_float32 = std::string(argv[3]) == "float32";
+  if (call.op == "dense_step.adam") {
+    std::printf("0\n");
+    return is_float32 ? run_dense_adam<float>(call) : run_dense_adam<bfloat16>(call);
+  }
   const auto run_with = [&](Workspace& workspace) {
-    return std::string(argv[3]) == "float32" ? run<float>(call, workspace) : run<bfloat16>(call, workspace);
+    return is_float32 ? run<float>(call, workspace) : run<bfloat16>(call, workspace);
   };
   Workspace none;
   run_with(none);

@@ -5,15 +5,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "dense_step.h"
 #include "kernels.h"
 #include "kth_smallest.h"
 #include "packed.h"
 
 PYBIND11_MODULE(_cpu, m) {
-  xla_ops::export_handlers(m, {{"xla_ops.dense_step.adam", xla_ops::dense_step_adam},
-                               {"xla_ops.dense_step.sgd", xla_ops::dense_step_sgd},
-                               {"xla_ops.kth_smallest", xla_ops::kth_smallest}});
+  xla_ops::export_handlers(m, {{"xla_ops.kth_smallest", xla_ops::kth_smallest}});
   m.def("peak_scratch_bytes", [] { return xla_ops::scratch().peak.load(); });
   m.def("isa", [] { return xla_ops::isa().name; });
   m.def("select_isa", [](const std::string& name) {

@@ -2,35 +2,10 @@
 // updates its labels' weights where they are, once it has their gradients. No other reads them.
 
 #include "fan_in_loss.cuh"
+#include "updates.cuh"
 
 namespace xla_ops::cuda {
 namespace {
-
-// The random bits of the weight at `position`, as csrc/cpu/kernels.h says: half a word of Philox4x32-10.
-__device__ inline uint32_t rounding_bits(const uint32_t* key, uint64_t position) {
-  const uint64_t counter = position / 128 * 16 + position % 16;
-  uint32_t k0 = __ldg(key), k1 = __ldg(key + 1);
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = __ldg(key + 2), c3 = 0;
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  const uint64_t which = position % 128 / 32;
-  const uint32_t word = which < 2 ? (which == 0 ? c0 : c1) : (which == 2 ? c2 : c3);
-  return position / 16 % 2 ? word >> 16 : word & 0xffff;
-}
-
-__device__ inline void round_stochastically(float* w, float x, const uint32_t*, uint64_t) { *w = x; }
-__device__ inline void round_stochastically(bfloat16* w, float x, const uint32_t* key, uint64_t position) {
-  const uint32_t bits = __float_as_uint(x);
-  w->bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : bits + rounding_bits(key, position)) >> 16);
-}
 
 // w -= learning_rate * gradient. A weight without a gradient is not touched.
 template <typename T>
@@ -46,7 +21,7 @@ struct SgdUpdate {
   __device__ bool has_bias() const { return biases != nullptr; }
 
   __device__ void update(T* w, int64_t position, float d) const {
-    if (d != 0) round_stochastically(w, to_float(*w) - __ldg(learning_rate) * d, key, position);
+    if (d != 0) set(w, to_float(*w) - __ldg(learning_rate) * d, rounding_bits(RoundingKey(key), position));
   }
 };
 
@@ -59,12 +34,10 @@ struct AdamUpdate {
   __device__ bool has_bias() const { return biases.w != nullptr; }
 
   __device__ void update(const AdamWeights& at, int64_t i, float d) const {
-    const float mu = rates.b1 * load_once(at.mu + i) + (1 - rates.b1) * d;
-    const float nu = rates.b2 * load_once(at.nu + i) + (1 - rates.b2) * d * d;
-    at.mu[i] = mu;
-    at.nu[i] = nu;
-    const float learning_rate = __ldg(rates.rates), scale1 = __ldg(rates.rates + 1), scale2 = __ldg(rates.rates + 2);
-    at.w[i] -= learning_rate * (mu * scale1) / (sqrtf(nu * scale2) + rates.epsilon);
+    const AdamValues next = AdamStep(rates)({at.w[i], load_once(at.mu + i), load_once(at.nu + i)}, d);
+    at.w[i] = next.w;
+    at.mu[i] = next.mu;
+    at.nu[i] = next.nu;
   }
 };
 

@@ -1,7 +1,8 @@
 // The FFI handlers: they check what XLA passes, and call the launchers of kernels.h.
 //
-// Their last result is the launcher's workspace. So memory is XLA's to plan, and the handlers are compatible with
-// command buffers: XLA may capture the call into a graph and replay it, on the same memory.
+// Their last result is the launcher's workspace, of no bytes where that has no temporaries. So memory is XLA's to plan,
+// and the handlers are compatible with command buffers: XLA may capture the call into a graph and replay it, on the
+// same memory.
 
 #include "handlers.h"
 
@@ -12,6 +13,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../dense_step.h"
 #include "../fan_in_loss.h"
 #include "../fan_in_matmul.h"
 #include "../fan_in_step.h"
@@ -24,6 +26,11 @@ namespace {
 
 using WorkspaceResult = ffi::Result<ffi::AnyBuffer>;
 
+ffi::Error error_of(cudaError_t status) {
+  if (status == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("CUDA: ") + cudaGetErrorString(status));
+}
+
 // Calls fn(T*, workspace) with a null pointer of the type that `values` holds, and turns the CUDA error that it
 // returns into one of XLA's.
 template <typename Fn>
@@ -35,8 +42,7 @@ ffi::Error launch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, f
     return ffi::Error::InvalidArgument("the workspace must have " + std::to_string(workspace.taken()) +
                                        " bytes, got " + std::to_string(buffer.size_bytes()));
   }
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal, std::string("CUDA: ") + cudaGetErrorString(status));
+  return error_of(status);
 }
 
 cuda::Indices indices_of(const ffi::AnyBuffer& buffer) {
@@ -157,6 +163,21 @@ ffi::Error top_k_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kern
   });
 }
 
+ffi::Error dense_adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer dy,
+                           ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key,
+                           ffi::AnyBuffer, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel,
+                           ffi::Result<ffi::AnyBuffer> new_mu, ffi::Result<ffi::AnyBuffer> new_nu, WorkspaceResult) {
+  DenseShape s{};
+  XLA_OPS_RETURN_IF_ERROR(
+      check_dense_step_adam({x, kernel, dy, mu, nu, rates, key, *new_kernel, *new_mu, *new_nu}, &s));
+  return dispatch(mu, [&](auto* m) {
+    using M = std::remove_pointer_t<decltype(m)>;
+    return error_of(cuda::dense_adam_step(stream, s, data<const float>(x), data<const float>(dy), data<float>(kernel),
+                                          data<M>(mu), data<M>(nu), {data<const float>(rates), b1, b2, epsilon},
+                                          data<const uint32_t>(key)));
+  });
+}
+
 // What a launcher takes if it has no workspace.
 template <typename T>
 int64_t taken_by(const std::string& handler, const Shape& s, int64_t k) {
@@ -180,7 +201,7 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k) {
     cuda::fan_in_adam_step(nullptr, none, s, Loss{}, scores, {}, indices, {}, labels, 0, {}, scores, scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
     cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), in, in, indices, in, scores, labels);
-  } else {
+  } else if (handler != "xla_ops.dense_step.adam") {  // which has no temporaries
     throw std::invalid_argument("no such handler: " + handler);
   }
   return none.taken();
@@ -204,5 +225,6 @@ XLA_OPS_DEFINE_HANDLER(fan_in_loss_gradients, loss_gradients_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, adam_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, sgd_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_top_k, top_k_impl);
+XLA_OPS_DEFINE_HANDLER(dense_step_adam, dense_adam_impl);
 
 }  // namespace xla_ops

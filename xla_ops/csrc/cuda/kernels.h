@@ -91,6 +91,12 @@ cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Sh
                              const int32_t* positives, int64_t width, const AdamRates& rates, float* value,
                              float* d_x);
 
+// One step of Adam for kernel [D, O] and its moments where they are, of the gradient x.T dy, x [B, D] and dy [B, O]. M,
+// the moments' type, is float or bfloat16; of the latter `key` is that of the second one's rounding.
+template <typename M>
+cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy, float* kernel,
+                            M* mu, M* nu, const AdamRates& rates, const uint32_t* key);
+
 // scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
 template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,

@@ -1,0 +1,170 @@
+"""Rounding in plain jax.numpy: against a Philox written out, the kernels bit for bit, and its statistics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_fan_in_step import loss_and_gradients, rounding_bits
+
+from xla_ops import DenseAdamState, dense_adam_step, fan_in_sgd_step, round_stochastically
+
+SEED, STEP = 2**32 - 5, 9
+
+
+def in_bits(array) -> np.ndarray:
+    return np.asarray(array).view(np.uint16)
+
+
+def expected_of(x, positions):
+    """The bits of x rounded as `kernels.h` says, with SEED and STEP."""
+    random = rounding_bits(np.ravel(positions).tolist(), SEED, STEP)
+    return ((x.view(np.uint32) + random.reshape(x.shape)) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((300,), {}),
+        ((300,), {"first": 77}),
+        ((7, 150), {}),
+        ((7, 150), {"row_length": 256}),
+        ((2, 3, 50), {"first": 1000, "row_length": 51}),
+        ((3, 1), {"first": 5, "row_length": 2**32 - 1}),
+        ((5, 40), {"first": 2**32 - 60, "row_length": 40}),  # past 32 bits within a row
+        ((5, 40), {"first": 2**32 - 60, "row_length": 2**31 + 5}),
+        ((5, 40), {"first": 2**36 - 100}),  # the counter is, too
+        ((5, 40), {"first": 2**63 + 2**40 + 3, "row_length": 2**20}),
+        ((0,), {}),
+        ((3, 0), {}),
+        ((0, 3), {"row_length": 4}),
+    ],
+)
+def test_the_bits_are_those_of_the_position(shape, options):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    first, row_length = options.get("first", 0), options.get("row_length", shape[-1])
+    rows = x.size // max(1, shape[-1])
+    positions = [first + r * row_length + n for r in range(rows) for n in range(shape[-1])]
+    rounded = round_stochastically(x, SEED, STEP, **options)
+    assert rounded.dtype == jnp.bfloat16
+    assert rounded.shape == shape
+    np.testing.assert_array_equal(in_bits(rounded), expected_of(x, positions))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 128, 5), (2, 40, 512, 33)])
+def test_a_layer_is_rounded_as_sgd_rounds_it(shape):
+    # Small integers, and powers of two: so the update is exact, whatever the order of summing.
+    batch, in_features, labels, fan_in = shape
+    rng = np.random.default_rng(1)
+    x = rng.integers(-2, 3, (batch, in_features)).astype(np.float32)
+    kernel = rng.integers(-4, 5, (labels, fan_in)).astype(np.float32) / 2
+    indices = rng.integers(0, in_features, (labels, fan_in)).astype(np.int32)
+    bias = rng.integers(-2, 3, labels).astype(np.float32)
+    positives = rng.integers(0, labels, (batch, 2)).astype(np.int32)
+    rate = batch * labels * 2.0**-10
+    problem = map(jnp.asarray, (x, kernel, indices, bias, positives))
+    _, _, (d_kernel, d_bias) = loss_and_gradients(*problem, "squared_hinge")
+    exact_kernel, exact_bias = kernel - np.float32(rate) * d_kernel, bias - np.float32(rate) * d_bias
+
+    layer = (kernel.astype(jnp.bfloat16), indices, bias.astype(jnp.bfloat16))
+    key = {"seed": jnp.uint32(SEED), "step": STEP}
+    _, _, *actual = fan_in_sgd_step(x.astype(jnp.bfloat16), *layer, positives, rate, **key)
+    rounded = jax.jit(round_stochastically)(exact_kernel, jnp.uint32(SEED), STEP)
+    np.testing.assert_array_equal(in_bits(actual[0]), in_bits(rounded))
+    rounded = round_stochastically(exact_bias, SEED, STEP, first=labels * fan_in)
+    np.testing.assert_array_equal(in_bits(actual[1]), in_bits(rounded))
+    assert np.any(np.asarray(actual[0], np.float32) != exact_kernel)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9), (3, 1, 1), (33, 130, 200), (2, 300, 3000), (8, 1, 1000)])
+def test_a_second_moment_is_rounded_as_adam_rounds_it(shape):
+    batch, rows, columns = shape
+    rng = np.random.default_rng(2)
+    x, dy = (rng.integers(-5, 6, (batch, n)).astype(np.float32) for n in (rows, columns))
+    nu = rng.integers(0, 256, (rows, columns)).astype(jnp.bfloat16)
+    state = DenseAdamState(jnp.int32(STEP - 1), jnp.zeros_like(nu), jnp.asarray(nu))
+    _, state = dense_adam_step(x, dy, np.zeros(nu.shape, np.float32), state, 0.1, b2=0.75, seed=SEED)
+    exact = np.float32(0.75) * nu.astype(np.float32) + np.float32(0.25) * (x.T @ dy) ** 2
+    rounded = round_stochastically(exact, SEED, STEP, row_length=-(-columns // 128) * 128)
+    np.testing.assert_array_equal(in_bits(state.nu), in_bits(rounded))
+
+
+@given(
+    st.floats(-(2.0**99), 2.0**99, width=32),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**31 - 1),
+)
+def test_rounding_is_unbiased(value, seed, step):
+    count = 4096
+    below = np.float32(value).view(np.uint32) & np.uint32(0xFFFF0000)
+    neighbours = np.uint32([below, below + 0x10000]).view(np.float32)
+    chance = (int(np.float32(value).view(np.uint32)) & 0xFFFF) / 2**16  # of the one further from 0
+    rounded = np.asarray(round_stochastically(np.full(count, value, np.float32), seed, step), np.float32)
+    assert np.all((rounded == neighbours[0]) | (rounded == neighbours[1]))
+    off = np.mean(rounded == neighbours[1]) - chance
+    assert abs(off) <= 6 * np.sqrt(chance * (1 - chance) / count) + 1e-3
+
+
+def test_steps_and_seeds_are_independent():
+    x = np.full(4096, 1 + 0.3 * 2.0**-7, np.float32)
+    up = [np.asarray(round_stochastically(x, *key), np.float32) > 1 for key in ((1, 5), (1, 6), (2, 5))]
+    for i in range(3):
+        for j in range(i):
+            assert abs(np.mean(up[i] & up[j]) - 0.09) < 5 * np.sqrt(0.09 * 0.91 / x.size)
+
+
+def test_what_bfloat16_holds_stays():
+    x = np.float32([0, -0.0, 1, -1.5, np.inf, -np.inf, 3.0e38, 2.0**-133])
+    x = x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(in_bits(round_stochastically(x.astype(np.float32), SEED, STEP)), in_bits(x))
+
+
+def test_nan_stays_nan():
+    bits = np.uint32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000])
+    rounded = round_stochastically(np.tile(bits, 100).view(np.float32), SEED, STEP)
+    np.testing.assert_array_equal(in_bits(rounded)[:5], (bits | 0x400000) >> 16)
+    assert np.all(np.isnan(np.asarray(rounded, np.float32)))
+
+
+def test_one_program_serves_all_steps():
+    rounded = jax.jit(functools.partial(round_stochastically, row_length=64))
+    x = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    for step in (0, 1, 2**31 - 1):
+        np.testing.assert_array_equal(
+            in_bits(rounded(x, jnp.int32(3), jnp.int32(step))),
+            in_bits(round_stochastically(x, 3, np.uint32(step), row_length=64)),
+        )
+    assert rounded._cache_size() == 1
+
+
+def test_vmap_over_keys():
+    x = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    seeds = jnp.arange(4, dtype=jnp.uint32)
+    many = jax.vmap(lambda seed: round_stochastically(x, seed, STEP))(seeds)
+    for seed in range(4):
+        np.testing.assert_array_equal(in_bits(many[seed]), in_bits(round_stochastically(x, seed, STEP)))
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (jnp.zeros(3, jnp.bfloat16), {}, TypeError, "x must have dtype float32, got bfloat16"),
+        (np.zeros(3, np.int32), {}, TypeError, "x must have dtype float32, got int32"),
+        (np.float32(1), {}, ValueError, "x must have at least 1 dimension(s), got shape []"),
+        (jnp.zeros(3), {"row_length": 2}, ValueError, "row_length must be in 3..4294967295, got 2"),
+        (
+            jnp.zeros(3),
+            {"row_length": 2**32},
+            ValueError,
+            "row_length must be in 3..4294967295, got 4294967296",
+        ),
+        (jnp.zeros(3), {"first": -1}, ValueError, "first must be in 0..18446744073709551615, got -1"),
+    ],
+)
+def test_bad_arguments_are_named(x, options, error, message):
+    with pytest.raises(error) as raised:
+        round_stochastically(x, SEED, STEP, **options)
+    assert str(raised.value) == message

@@ -1,0 +1,110 @@
+"""Stochastic rounding to bfloat16, with the bits of the kernels that update weights where they are."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from xla_ops._arguments import check_dtype, rounding_key
+
+
+def round_stochastically(
+    x: ArrayLike, seed: ArrayLike, step: ArrayLike, *, first: int = 0, row_length: int | None = None
+) -> Array:
+    """Rounds to bfloat16, up or down with the probability that makes it right on average.
+
+    A value is rounded as `fan_in_sgd_step` and `dense_adam_step` round it, bit for bit, given the same seed
+    and step and the position that it has there. Column n of row r has position `first + r * row_length + n`,
+    where all axes but the last make up the rows. What they round has:
+
+    - kernel [L, F] of `fan_in_sgd_step`: the positions by default; its bias: `first=L * F`.
+    - second moment [D, O] of `dense_adam_step`: a `row_length` of O rounded up to a multiple of 128.
+
+    A value that bfloat16 holds stays, and so do infinity and NaN. Plain `jax.numpy`, on 32-bit integers.
+
+    Args:
+      x: [..., N], float32.
+      seed: uint32 scalar.
+      step: uint32 or int32 scalar; with one seed, each rounding of a value must have its own.
+      first: the position of the first value, at least 0.
+      row_length: how many positions lie between the starts of rows, N to 2**32 - 1; by default N.
+
+    Returns:
+      x in bfloat16.
+
+    Raises:
+      TypeError, ValueError: for an argument of the wrong dtype or shape or out of range, naming it.
+
+    Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, for Philox4x32-10, whose
+    bits these are; which of them a position has stands in `csrc/cpu/kernels.h`.
+    """
+    x = jnp.asarray(x)
+    check_dtype("x", x, [jnp.float32])
+    if x.ndim < 1:
+        raise ValueError("x must have at least 1 dimension(s), got shape []")
+    columns = x.shape[-1]
+    row_length = columns if row_length is None else row_length
+    if not columns <= row_length < 2**32:
+        raise ValueError(f"row_length must be in {columns}..{2**32 - 1}, got {row_length}")
+    if not 0 <= first < 2**64:
+        raise ValueError(f"first must be in 0..{2**64 - 1}, got {first}")
+    return _round(x, rounding_key(seed, step), first, row_length)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _round(x, key, first, row_length):
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    random = _rounding_bits(key, *_positions(rows.shape, first, row_length))
+    is_nan = jnp.isnan(rows)  # adding could carry one over into 0
+    rounded = jnp.where(is_nan, bits | np.uint32(0x400000), bits + random) >> np.uint32(16)
+    return jax.lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16).reshape(x.shape)
+
+
+def _positions(shape, first: int, row_length: int) -> tuple[Array, Array]:
+    """The high and the low word of each position."""
+    row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    first_high, first_low = np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF)
+    high, start = _product(row, np.uint32(row_length))
+    low = start + column
+    high += first_high + (low < start).astype(jnp.uint32)
+    low += first_low
+    return high + (low < first_low).astype(jnp.uint32), low
+
+
+def _rounding_bits(key: Array, high: Array, low: Array) -> Array:
+    """The 16 bits of each position: of a word of its counter's, which 128 positions have 16 of, a half."""
+
+    def bits(first, count):
+        return (low >> np.uint32(first)) & np.uint32(2**count - 1)
+
+    run_high, run_low = high >> np.uint32(7), high << np.uint32(25) | low >> np.uint32(7)
+    counter_high = run_high << np.uint32(4) | run_low >> np.uint32(28)
+    counter_low = run_low << np.uint32(4) | bits(0, 4)
+    word = jax.lax.select_n(bits(5, 2).astype(jnp.int32), *_philox(key, counter_high, counter_low))
+    return (word >> (bits(4, 1) * np.uint32(16))) & np.uint32(0xFFFF)
+
+
+def _philox(key: Array, counter_high: Array, counter_low: Array) -> tuple[Array, ...]:
+    """The four words of Philox4x32-10 for each counter; `key` is the seed's two words, and the step."""
+    k0, k1, step = key
+    c0, c1, c2, c3 = counter_low, counter_high, jnp.full_like(counter_low, step), jnp.zeros_like(counter_low)
+    for _ in range(10):
+        high0, low0 = _product(c0, np.uint32(0xD2511F53))
+        high1, low1 = _product(c2, np.uint32(0xCD9E8D57))
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + np.uint32(0x9E3779B9), k1 + np.uint32(0xBB67AE85)
+    return c0, c1, c2, c3
+
+
+def _product(a: Array, b: np.uint32) -> tuple[Array, Array]:
+    """The high and the low word of a * b, by halves of words: no type is wider by default."""
+    half = np.uint32(0xFFFF)
+    a_high, a_low, b_high, b_low = a >> np.uint32(16), a & half, b >> np.uint32(16), b & half
+    middle = a_high * b_low + (a_low * b_low >> np.uint32(16))
+    other = a_low * b_high + (middle & half)
+    return a_high * b_high + (middle >> np.uint32(16)) + (other >> np.uint32(16)), a * b
