@@ -67,7 +67,7 @@ def load(
     for path in filter(None, (train, test, train_features, test_features, train_filter, test_filter)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
-    if (train_features is None) != (test_features is None):
+    if bool(train_features) != bool(test_features):
         raise ValueError("train_features and test_features go together: give both or neither")
     if _is_text(train) != _is_text(test):
         raise ValueError(f"train and test must be in the same format, got {train} and {test}")
@@ -75,7 +75,7 @@ def load(
         raise ValueError(f"dense features need labels in the repository's format beside them, got {train}")
     if _is_text(train):
         splits = _load_text(train, test)
-    elif train_features:
+    elif train_features and test_features:
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
         splits = Splits(read_xmc_text(train, cache_dir), read_xmc_text(test, cache_dir))

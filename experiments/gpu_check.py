@@ -16,6 +16,7 @@ one that fails is recorded and the rest go on:
 `--parts=build,tests` runs some of them; results that are already in the file stay.
 """
 
+import collections
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,7 @@ import time
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -104,19 +106,20 @@ def tests() -> dict:
 
 def count_tests(junit: str) -> dict:
     """From pytest's XML: how many passed, were skipped (by reason) and failed (with the message)."""
-    counts = {"passed": 0, "skipped": {}, "failed": {}}
+    passed = 0
+    skipped: collections.Counter[str] = collections.Counter()
+    failed: dict[str, str] = {}
     for case in xml.etree.ElementTree.fromstring(junit).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         problem = next((c for c in case if c.tag in ("failure", "error")), None)
-        skipped = case.find("skipped")
+        skip = case.find("skipped")
         if problem is not None:
-            counts["failed"][name] = problem.get("message", "")[:400]
-        elif skipped is not None:
-            reason = skipped.get("message", "")
-            counts["skipped"][reason] = counts["skipped"].get(reason, 0) + 1
+            failed[name] = problem.get("message", "")[:400]
+        elif skip is not None:
+            skipped[skip.get("message", "")] += 1
         else:
-            counts["passed"] += 1
-    return counts
+            passed += 1
+    return {"passed": passed, "skipped": dict(skipped), "failed": failed}
 
 
 def benchmark() -> dict:
@@ -146,11 +149,12 @@ def claim() -> dict:
 PARTS = {f.__name__: f for f in (device, build, tests, benchmark, training, claim)}
 
 
-def check(parts: dict[str, Callable[[], dict]], report: dict, save: Callable[[dict], None]) -> dict:
+def check(parts: dict[str, Callable[[], dict]], report: dict, save: Callable[[dict], object]) -> dict:
     """Runs parts and enters what they return, or how they failed, into the report; saves it after each."""
     for name, part in parts.items():
         print(f"{name} ...", flush=True)
         start = time.monotonic()
+        outcome: dict[str, Any]
         try:
             outcome = {"result": part()}
         except (PartError, OSError) as error:

@@ -34,6 +34,7 @@ from absl import app, flags
 from scipy.sparse import csr_array, csr_matrix
 
 from experiments import datasets
+from experiments.measure.memory import status_bytes
 from sparse_xmc.data import Dataset, write_xmc_text
 from sparse_xmc.metrics import RankingMetrics
 
@@ -79,7 +80,7 @@ def train_napkinxc(data_file: str, model_dir: str) -> Predict:
     return lambda features: model.predict(csr_matrix(features), top_k=max(_KS))
 
 
-PEERS = {
+PEERS: dict[str, Callable[[str, str], Predict]] = {
     "Omikuji, 1 tree": functools.partial(train_omikuji, num_trees=1),
     "Omikuji, 3 trees": functools.partial(train_omikuji, num_trees=3),
     "napkinXC PLT": train_napkinxc,
@@ -95,13 +96,13 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
     for package in _PACKAGES:
         importlib.import_module(package)
     with tempfile.TemporaryDirectory() as model_dir:
-        before = _memory_bytes("VmRSS")
+        before = status_bytes("VmRSS")
         start = time.perf_counter()
         predict = PEERS[name](data_file, model_dir)
         row = {
             "name": name,
             "train_seconds": time.perf_counter() - start,
-            "peak_memory_bytes": _memory_bytes("VmHWM") - before,
+            "peak_memory_bytes": status_bytes("VmHWM") - before,
             "model_bytes": sum(path.stat().st_size for path in Path(model_dir).rglob("*") if path.is_file()),
         }
         top_labels = np.full((features.shape[0], max(_KS)), -1, dtype=np.int64)
@@ -115,7 +116,12 @@ def run_peers(train: Dataset, test: Dataset) -> list[dict]:
     """Trains and scores every peer, each in a process of its own; returns their rows of the table.
 
     Training points without features are left out, as Omikuji does not read them.
+
+    Raises:
+      ValueError: the features are not sparse.
     """
+    if isinstance(train.features, np.ndarray):
+        raise ValueError("the peers are trained on sparse features, got dense ones")
     train = train.take(np.diff(train.features.indptr) > 0)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
@@ -161,14 +167,6 @@ def _scaled(value: float | None, factor: float, digits: int) -> str:
 def _stdout_to_stderr() -> None:
     """Keeps the peers' logs, which native code writes to stdout, out of the table."""
     os.dup2(2, 1)
-
-
-def _memory_bytes(field: str) -> int:
-    """Returns a field of /proc/self/status, such as VmRSS, which are in kB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def _define_flags() -> None:

@@ -89,15 +89,21 @@ def read_pages(tar: tarfile.TarFile) -> tuple[dict[str, bytes], dict[str, str], 
         if page and (member.issym() or member.islnk()):
             aliases[page[1]] = Path(member.linkname).name.removesuffix(".gz")
         elif page and member.isfile():
-            source = tar.extractfile(member).read()
+            source = _content(tar, member)
             source = gzip.decompress(source) if page[2] else source
             if inclusion := _INCLUSION.fullmatch(source):
                 aliases[page[1]] = Path(inclusion[1].decode()).name
             else:
                 pages[page[1]] = source
         elif licence and member.isfile():
-            copyrights[licence[1]] = tar.extractfile(member).read()
+            copyrights[licence[1]] = _content(tar, member)
     return pages, aliases, copyrights
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # as for every regular file
+    return file.read()
 
 
 def parse(page: str) -> tuple[str, set[str]]:
@@ -107,7 +113,7 @@ def parse(page: str) -> tuple[str, set[str]]:
       page: a page as mandoc typesets it for a terminal: between header and footer, headings begin in the
         first column, and little else does.
     """
-    lines = {False: [], True: []}
+    lines: dict[bool, list[str]] = {False: [], True: []}
     in_see_also = False
     for line in _OVERSTRIKE.sub("", page).strip("\n").split("\n")[1:-1]:
         if _SEE_ALSO.fullmatch(line):
@@ -129,11 +135,12 @@ def build(pages: dict[str, str], aliases: dict[str, str]) -> list[Point]:
       pages: the pages as mandoc typesets them, keyed by file name.
       aliases: the second result of `read_pages`.
     """
-    names = collections.defaultdict(set)
+    names: dict[str, set[str]] = collections.defaultdict(set)
     for alias, target in [*((file, file) for file in pages), *aliases.items()]:
         name, _, section = alias.rpartition(".")
         names[aliases.get(target, target)].add(f"{name}({section[0]})")
-    labels, own_names = collections.defaultdict(set), collections.defaultdict(set)
+    labels: dict[str, set[str]] = collections.defaultdict(set)
+    own_names: dict[str, set[str]] = collections.defaultdict(set)
     for file, page in pages.items():
         text, references = parse(page)
         labels[text] |= references
@@ -148,7 +155,9 @@ def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
     Packages that apt does not know are left out, with a message.
     """
     packages = set(packages)
-    pages, aliases, copyrights = {}, {}, {}
+    pages: dict[str, bytes] = {}
+    aliases: dict[str, str] = {}
+    copyrights: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor() as pool:
         directory = Path(scratch)
         versions = download(packages | {_RENDERER}, directory)

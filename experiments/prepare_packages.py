@@ -99,9 +99,10 @@ def build(stanzas: Iterable[dict[str, str]]) -> list[Point]:
     sources = collections.defaultdict(list)
     for stanza in sorted(stanzas, key=lambda stanza: stanza["Package"]):
         sources[stanza.get("Source", stanza["Package"]).split()[0]].append(stanza)
-    labels = collections.defaultdict(set)
+    labels: dict[str, set[str]] = collections.defaultdict(set)
     for binaries in sources.values():
-        dependencies, paragraphs = set(), {}
+        dependencies: set[str] = set()
+        paragraphs: dict[str, None] = {}  # in order, each once
         for stanza in binaries:
             for field in (stanza.get("Pre-Depends", ""), stanza.get("Depends", "")):
                 dependencies.update(match[1] for match in map(_DEPENDENCY.match, field.split(",")) if match)

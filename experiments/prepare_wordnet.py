@@ -89,8 +89,8 @@ def read_wordnet(dict_dir: str) -> dict[str, Synset]:
 def _parse_synset(line: str) -> tuple[str, Synset]:
     """Parses `offset file type #words (word lex_id)... #pointers (symbol offset pos fields)... | gloss`."""
     head, gloss = line.split(" | ", 1)
-    offset, _, _, num_words, *fields = head.split()
-    num_words = int(num_words, 16)
+    offset, _, _, hex_words, *fields = head.split()
+    num_words = int(hex_words, 16)
     # An adjective may carry a syntactic marker, as in galore(ip).
     lemmas = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in fields[: 2 * num_words : 2]]
     num_pointers, *fields = fields[2 * num_words :]

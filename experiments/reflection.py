@@ -4,19 +4,20 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from absl import flags
 
 
-def define_flags(settings: type, prefix: str = "") -> None:
+def define_flags(settings: type, prefix: str = "", flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines a flag for each field; settings within settings have the field's name in front of theirs."""
     for field, kind in _fields(settings):
-        if dataclasses.is_dataclass(kind):
-            define_flags(kind, f"{prefix}{field.name}_")
+        name = f"{prefix}{field.name}"
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            define_flags(kind, f"{name}_", flag_values)
         else:
-            _define(f"{prefix}{field.name}", field.default, kind, field, _help(settings, field.name))
+            _define(name, field.default, kind, field, _help(settings, field.name), flag_values)
 
 
 def read_flags(settings: type, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -33,12 +34,18 @@ def read_flags(settings: type, values: Mapping[str, Any], prefix: str = "") -> A
     return settings(**arguments)
 
 
-def define_kinds(name: str, kinds: Mapping[str, type], default: str, help: str) -> None:
+def define_kinds(
+    name: str,
+    kinds: Mapping[str, type],
+    default: str,
+    help: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
     """Defines a flag that chooses between kinds of settings, and a flag for each field that any kind has.
 
     The flags of fields have no default: what is not given has the default of the kind that is chosen.
     """
-    flags.DEFINE_enum(name, default, list(kinds), help)
+    flags.DEFINE_enum(name, default, list(kinds), help, flag_values=flag_values)
     found: dict[str, tuple] = {}
     for kind, settings in kinds.items():
         for field, field_type in _fields(settings):
@@ -47,7 +54,7 @@ def define_kinds(name: str, kinds: Mapping[str, type], default: str, help: str) 
             )
     for field_name, (field_type, field, settings, defaults) in found.items():
         text = f"{_help(settings, field_name)} By default: {', '.join(defaults)}."
-        _define(field_name, None, field_type, field, text)
+        _define(field_name, None, field_type, field, text, flag_values)
 
 
 def read_kind(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> Any:
@@ -83,19 +90,21 @@ def _fields(settings: type) -> Iterable[tuple[dataclasses.Field, Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
 
 
-def _define(name: str, default: Any, kind: Any, field: dataclasses.Field, help: str) -> None:
+def _define(
+    name: str, default: Any, kind: Any, field: dataclasses.Field, help: str, flag_values: flags.FlagValues
+) -> None:
     if get_origin(kind) is types.UnionType:  # such as float | None
         (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
     if choices := field.metadata.get("choices"):
-        flags.DEFINE_enum(name, default, list(choices), help)
+        flags.DEFINE_enum(name, default, list(choices), help, flag_values=flag_values)
         return
-    define = {
+    define: dict[type, Callable[..., Any]] = {
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_bool,
         str: flags.DEFINE_string,
     }
-    define[kind](name, default, help)
+    define[kind](name, default, help, flag_values=flag_values)
 
 
 def _help(settings: type, name: str) -> str:

@@ -8,10 +8,13 @@ repeat the run) and the saved model with what encodes its text. A run that was s
 checkpoint when it is started again with the same flags.
 """
 
+import copy
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -172,6 +175,16 @@ def own_flags() -> list[flags.Flag]:
     """The flags of this program, also where another imports it."""
     modules = FLAGS.flags_by_module_dict()
     return [*modules[sys.argv[0] if __name__ == "__main__" else __name__], *modules[reflection.__name__]]
+
+
+def values_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """What this program would see of these arguments, by flag, whatever the program that runs was given."""
+    values = flags.FlagValues()
+    for flag in own_flags():
+        values[flag.name] = copied = copy.deepcopy(flag)
+        copied.unparse()
+    values(["experiments.run", *arguments])
+    return values.flag_values_dict()
 
 
 def _flag_lines() -> list[str]:

@@ -27,7 +27,6 @@ A table file is TOML:
 A run of a grid is named by its cell and the flags that vary, as in dense_dropout_0.2_loss_bce.
 """
 
-import copy
 import hashlib
 import itertools
 import json
@@ -147,11 +146,7 @@ def read_table(path: str) -> Table:
 
 def effective_flags(arguments: list[str]) -> dict:
     """What `experiments.run` would see of these arguments, but for flags that change no result."""
-    values = flags.FlagValues()
-    for flag in run.own_flags():
-        values[flag.name] = copy.deepcopy(flag)
-    values(["experiments.run", *arguments])
-    return _that_matter({flag.name: values[flag.name].value for flag in run.own_flags()})
+    return _that_matter(run.values_of(arguments))
 
 
 def _that_matter(values: dict) -> dict:

@@ -49,11 +49,12 @@ class Column(NamedTuple):
     digits: int
 
 
+def _precision(k: int) -> Column:
+    return Column(f"P@{k}", lambda result: 100 * result["test"][f"p@{k}"], f"test_p{k}", 2)
+
+
 COLUMNS = (
-    *(
-        Column(f"P@{k}", lambda result, k=k: 100 * result["test"][f"p@{k}"], f"test_p{k}", 2)
-        for k in (1, 3, 5)
-    ),
+    *map(_precision, (1, 3, 5)),
     Column("train P@1", lambda result: 100 * result["train"]["p@1"], "train_p1", 2),
     Column("memory, GiB", lambda result: result["peak_memory_bytes"] / 2**30, "peak_memory_gib", 2),
     Column("epochs", lambda result: result["epochs"], "epochs", 1),
@@ -275,7 +276,7 @@ def _draw_memory(rows: list[Row]) -> Figure | None:
     for axes, column in zip(figure.subplots(1, 3), COLUMNS[:3], strict=True):
         for i, row in enumerate(rows):
             style = {"color": f"C{i % 10}", "marker": "os^D"[i // 10 % 4], "linestyle": ""}
-            label = row.name
+            label: str | None = row.name
             if row.results:
                 axes.plot(row.values(memory).mean(), row.values(column).mean(), label=label, **style)
                 label = None
@@ -326,8 +327,14 @@ def _draw_groups(rows: list[Row]) -> Figure | None:
             np.mean([100 * (result["test_p@1_by_group"][group] or 0) for result in row.results])
             for group in LABEL_GROUPS
         ]
-        style = {"color": f"C{i % 10}", "hatch": ("", "//", "..", "xx")[i // 10 % 4]}
-        axes.bar(np.arange(3) + (i - len(rows) / 2 + 0.5) * width, values, width, label=row.name, **style)
+        axes.bar(
+            np.arange(3) + (i - len(rows) / 2 + 0.5) * width,
+            values,
+            width,
+            label=row.name,
+            color=f"C{i % 10}",
+            hatch=("", "//", "..", "xx")[i // 10 % 4],
+        )
     sizes = rows[0].results[0]["labels_by_group"]
     axes.set_xticks(range(3), [f"{g}: {n:,} labels" for g, n in zip(LABEL_GROUPS, sizes, strict=True)])
     axes.set_ylabel("test P@1 among the group's labels, %")
@@ -422,18 +429,18 @@ def _draw_label_scale(results: list[dict]) -> Figure:
     for cell in dict.fromkeys(result["cell"] for result in results):
         of_cell = [result for result in results if result["cell"] == cell]
         labels = [result["scale"]["labels"] for result in of_cell]
-        (family,) = (i for i, name in enumerate(families) if cell.startswith(name))
-        style = {"color": f"C{family}", "marker": "o", "label": _words(cell)}
+        (color,) = (f"C{i}" for i, name in enumerate(families) if cell.startswith(name))
+        style = {"color": color, "marker": "o", "label": _words(cell)}
         memory.plot(labels, [result["peak_memory_bytes"] / 2**30 for result in of_cell], **style)
         seconds.plot(labels, [result["seconds"]["step"] for result in of_cell], **style)
     named = set()
     for row in read_reported().values():
         family = row["output_layer"]
         label = None if family in named else f"{_words(family)}, paper"
-        style = {"color": f"C{families.index(family)}", "marker": "o", "linestyle": "", "label": label}
+        style = {"color": f"C{families.index(family)}", "marker": "o", "linestyle": ""}
         at = prepare.DATASETS[row["dataset"]].labels, float(row["peak_memory_gib"])
         if at[1] > 0:  # a row that was published as 0.0 has no place on this axis
-            memory.plot(*at, markerfacecolor="none", **style)
+            memory.plot(*at, label=label, markerfacecolor="none", **style)
             named.add(family)
     memory.axhline(_FOUR_GB, color="grey", linestyle="--")
     memory.set_ylabel("peak memory, GiB (dashed: 4)")

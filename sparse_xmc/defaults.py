@@ -36,7 +36,7 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
             batch_size //= 2
     steps_per_epoch = max(1, len(dataset) // batch_size)
     epochs = min(_MOST_EPOCHS, max(_EPOCHS, -(-_FEWEST_STEPS // steps_per_epoch)))
-    settings = {
+    settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": 4e-3,

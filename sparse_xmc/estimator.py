@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -23,8 +23,9 @@ from sparse_xmc.train import Progress, Trainer, fit
 
 _PARAMETERS = "estimator.json"
 
-Features = Sequence[str] | np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
-Labels = Sequence[Iterable[str]] | np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
+Matrix: TypeAlias = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
+Features: TypeAlias = Sequence[str] | Matrix
+Labels: TypeAlias = Sequence[Iterable[str]] | Matrix
 
 
 class Predictions(NamedTuple):
@@ -114,7 +115,7 @@ class XMCClassifier(BaseEstimator):
         """
         texts = _texts(X)
         text_encoder = None if texts is None else TextEncoder.fit(texts, min_df=self.min_df)
-        features = _features(X) if text_encoder is None else text_encoder(texts)
+        features = _features(X) if texts is None or text_encoder is None else text_encoder(texts)
         labels, label_encoder = _encode_labels(y)
         train = Dataset(features, labels)
         if not len(train) or not labels.nnz:
@@ -211,7 +212,7 @@ class XMCClassifier(BaseEstimator):
         if (texts is None) != (saved.text_encoder is None):
             expected, got = ("features", "texts") if saved.text_encoder is None else ("texts", "features")
             raise TypeError(f"X must be {expected}, as the classifier was trained on, got {got}")
-        features = _features(X) if saved.text_encoder is None else saved.text_encoder(texts)
+        features = _features(X) if texts is None or saved.text_encoder is None else saved.text_encoder(texts)
         if features.shape[1] != self.n_features_in_:
             raise ValueError(f"X must have {self.n_features_in_} features, got {features.shape[1]}")
         if scipy.sparse.issparse(features) != saved.config.bag_of_words:

@@ -12,7 +12,8 @@ from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.losses import find_loss
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
-from sparse_xmc.model import Classifier, in_evaluation
+from sparse_xmc.model import Classifier
+from sparse_xmc.modules import in_evaluation
 
 # How many labels are ranked where some of them may be left out afterwards.
 CANDIDATES = 100

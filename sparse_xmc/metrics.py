@@ -150,7 +150,7 @@ class RankingMetrics:
         """
         if self._num_points == 0:
             raise ValueError("compute: expected at least one point from update(), got none")
-        results = {}
+        results: dict[str, float] = {}
         for name, sums in self._sums.items():
             totals = self._totals[name]
             # A total is 0 only for psp and psndcg where no point has a label.

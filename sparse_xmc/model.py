@@ -1,7 +1,7 @@
 """The classifier: an encoder of the inputs, and a head over the labels."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -10,8 +10,6 @@ from jax import Array
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
 from sparse_xmc.settings import check, setting
-
-_Module = TypeVar("_Module", bound=nnx.Module)
 
 
 class Classifier(nnx.Module):
@@ -38,16 +36,6 @@ class Classifier(nnx.Module):
     def top_k(self, inputs: Any, k: int) -> tuple[Array, Array]:
         """Scores and label ids, each [B, k], of the k best labels; of equal scores the lower label wins."""
         return self.head.top_k(self.encoder(inputs), k)
-
-
-def in_training(module: _Module) -> _Module:
-    """A view of a module, on the same arrays, as it is trained: with dropout."""
-    return nnx.view(module, deterministic=False, use_running_average=False, raise_if_not_found=False)
-
-
-def in_evaluation(module: _Module) -> _Module:
-    """A view of a module, on the same arrays, as it is used: without dropout."""
-    return nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +79,14 @@ class ClassifierConfig:
           label_counts: int [L], how many training points each label has; see `HeadConfig.make`.
           rngs: random keys; streams `params` and `dropout`.
         """
-        dropout = self.encoder.dropout
+        width = self.encoder.embedding if self.bag_of_words else self.num_features
+        encoder: nnx.Module
         if self.bag_of_words:
-            width = self.encoder.embedding
-            encoder = BagOfWordsEncoder(self.num_features, width, dropout, rngs=rngs)
+            encoder = BagOfWordsEncoder(self.num_features, width, self.encoder.dropout, rngs=rngs)
         else:
-            width = self.num_features
-            encoder = DenseFeatures(width, dropout, rngs=rngs)
-        return Classifier(
-            encoder, self.head.make(width, self.num_labels, label_counts=label_counts, rngs=rngs)
-        )
+            encoder = DenseFeatures(width, self.encoder.dropout, rngs=rngs)
+        head = self.head.make(width, self.num_labels, label_counts=label_counts, rngs=rngs)
+        return Classifier(encoder, head)
 
     def to_json(self) -> dict[str, Any]:
         """An object for JSON; the head has its kind beside its sizes."""

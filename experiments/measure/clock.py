@@ -3,7 +3,7 @@
 import concurrent.futures
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,18 +14,19 @@ TIME_BOX_SECONDS = 20.0
 _COPY_BYTES = 1 << 28
 
 Clock = Callable[[], float]
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def interleaved_times(
-    calls: Mapping[Hashable, Callable[[], Any]],
+    calls: Mapping[_Key, Callable[[], Any]],
     repeats: int | None,
     *,
     calls_per_round: int = 1,
     seconds: float = TIME_BOX_SECONDS,
     at_least: int = 1,
-    keep_going: bool = False,
+    failures: dict[_Key, str] | None = None,
     clock: Clock = time.perf_counter,
-) -> dict[Hashable, list[float] | str]:
+) -> dict[_Key, list[float]]:
     """Times calls in turn, so that whatever else the machine does hits all of them alike.
 
     Before the first round each is called once, to compile and to warm up, which is not counted.
@@ -37,32 +38,33 @@ def interleaved_times(
         for, so that a device is never idle.
       seconds: a call leaves when its rounds add up to this.
       at_least: but not before it has taken part in so many.
-      keep_going: whether the others go on when one fails; otherwise its error is raised.
+      failures: where the reason goes when a call fails, and the others go on; without it the error is raised.
       clock: the time in seconds.
 
     Returns:
-      For each the seconds of a call in each of its rounds, or, for one that failed, the reason.
+      For each that did not fail, the seconds of a call in each of its rounds.
     """
-    results: dict[Hashable, list[float] | str] = {}
+    times: dict[_Key, list[float]] = {}
     taking_part = dict(calls)
     while taking_part:
         for key, call in list(taking_part.items()):
             try:
-                if key not in results:
+                if key not in times:
                     _elapsed(call, 1, clock)
-                    results[key] = []
+                    times[key] = []
                     continue
-                results[key].append(_elapsed(call, calls_per_round, clock) / calls_per_round)
+                times[key].append(_elapsed(call, calls_per_round, clock) / calls_per_round)
             except Exception as error:
-                if not keep_going:
+                if failures is None:
                     raise
-                results[key] = reason(error)
+                failures[key] = reason(error)
+                times.pop(key, None)
                 del taking_part[key]
                 continue
-            rounds, total = len(results[key]), calls_per_round * sum(results[key])
+            rounds, total = len(times[key]), calls_per_round * sum(times[key])
             if rounds == repeats or (total >= seconds and rounds >= at_least):
                 del taking_part[key]
-    return results
+    return times
 
 
 def _elapsed(call: Callable[[], Any], count: int, clock: Clock) -> float:

@@ -33,7 +33,7 @@ def threads() -> int:
     """How many threads can run at once."""
     if hasattr(os, "sched_getaffinity"):  # Linux: the CPUs that this process may use, not all there are
         return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -14,14 +14,13 @@ from experiments.measure import clock
 from experiments.measure.workloads import (
     AMAZON_670K,
     BATCH_SIZE,
-    NETWORKS,
     NUM_FEATURES,
     Network,
     flags_without_use,
     network_of_flags,
 )
 
-PAPER = {"memory_bytes": 1e9 * NETWORKS[0].paper_gb, "seconds_per_epoch": 271}
+PAPER = {"memory_bytes": 1.45e9, "seconds_per_epoch": 271}
 
 
 def measure(network: Network, steps: int) -> dict:

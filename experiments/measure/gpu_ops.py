@@ -23,7 +23,7 @@ from absl import app, flags
 
 from experiments import prepare
 from experiments.measure import clock, environment, problems
-from experiments.measure.ops import compile_contenders
+from experiments.measure.ops import PASSES, compile_contenders, speedup
 from experiments.measure.problems import Contender, Problem, Shape
 from xla_ops import fan_in_matmul
 
@@ -87,6 +87,8 @@ def measure(shape: Shape, dtype: str, bandwidths: Bandwidths, rounds: int) -> di
     rng = np.random.default_rng(0)
     problem = problems.fan_in_matmul(shape, jnp.dtype(dtype), rng)
     x, kernel, bias = problem.values
+    cotangent = problem.cotangent
+    assert cotangent is not None  # only losses have none
     (indices,) = next(iter(problem.contenders.values())).constants
     floor = floor_seconds(shape, dtype, bandwidths)
 
@@ -97,8 +99,8 @@ def measure(shape: Shape, dtype: str, bandwidths: Bandwidths, rounds: int) -> di
     forward = median(fan_in_matmul, x, kernel, indices, bias)
     gradients = {}
     for density in DENSITIES:
-        kept = jax.random.bernoulli(jax.random.key(0), density, problem.cotangent.shape)
-        dy = jnp.where(kept, problem.cotangent, jnp.zeros_like(problem.cotangent))
+        kept = jax.random.bernoulli(jax.random.key(0), density, cotangent.shape)
+        dy = jnp.where(kept, cotangent, jnp.zeros_like(cotangent))
         gradients[str(density)] = median(_gradients, x, kernel, indices, bias, dy)
     contenders = _time_all(problem, rounds)
     dense = _time_all(problem._replace(contenders={"dense": Contender(_dense, ())}), rounds)
@@ -121,25 +123,20 @@ def measure(shape: Shape, dtype: str, bandwidths: Bandwidths, rounds: int) -> di
 
 def _time_all(problem: Problem, rounds: int) -> dict[str, dict[str, float | str]]:
     """The seconds of each contender's passes, or why there are none."""
-    calls = compile_contenders(problem)
-    runnable = {key: call for key, call in calls.items() if callable(call)}
-    times = clock.interleaved_times(runnable, rounds, calls_per_round=_CALLS_PER_ROUND, keep_going=True)
-    found = {}
-    for (name, pass_name), outcome in (calls | times).items():
-        seconds = outcome if isinstance(outcome, str) else float(np.median(outcome))
-        found.setdefault(name, {})[pass_name] = seconds
-    return found
+    compiled, failures = compile_contenders(problem)
+    times = clock.interleaved_times(compiled, rounds, calls_per_round=_CALLS_PER_ROUND, failures=failures)
+    outcomes = {key: float(np.median(t)) for key, t in times.items()} | failures
+    return {name: {p: outcomes[name, p] for p in PASSES} for name in problem.contenders}
 
 
 def speedups(contenders: dict[str, dict[str, float | str]]) -> dict:
     """For each pass, the fastest contender other than the first, which is ours, over ours."""
-    ours, *others = contenders
+    ours = next(iter(contenders))
     found = {}
-    for pass_name, seconds in contenders[ours].items():
-        times = {n: contenders[n][pass_name] for n in others if isinstance(contenders[n][pass_name], float)}
-        if isinstance(seconds, float) and times:
-            best = min(times, key=times.get)
-            found[pass_name] = {"over": best, "ratio": times[best] / seconds}
+    for pass_name in contenders[ours]:
+        ran = {name: s for name, of in contenders.items() if isinstance(s := of[pass_name], float)}
+        if over := speedup(ours, ran):
+            found[pass_name] = over
     return found
 
 
@@ -177,7 +174,8 @@ def main(argv: list[str]) -> None:
         shared=1e12 * values.shared_tb_per_second,
         shared_bytes=1024 * values.shared_kib,
     )
-    report = {"bytes_per_second": bandwidths._asdict(), "rows": [], "environment": environment.describe()}
+    rows: list[dict] = []
+    report = {"bytes_per_second": bandwidths._asdict(), "rows": rows, "environment": environment.describe()}
     densities = " ".join(f"at {d:5}" for d in DENSITIES)
     print(f"ms: batch inputs fan-in dtype  floor  forward  gradients {densities}")
     for inputs, batch, fan_in, dtype in itertools.product(values.inputs, values.batch, values.fan_in, DTYPES):
@@ -188,7 +186,7 @@ def main(argv: list[str]) -> None:
         except Exception as error:  # such as no memory left: the other shapes still count
             row = {**shape._asdict(), "dtype": dtype, "failed": clock.reason(error)}
             print(row, flush=True)
-        report["rows"].append(row)
+        rows.append(row)
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -1,12 +1,21 @@
 """How much memory a part of a program takes."""
 
 import contextlib
-import re
 import resource
 import sys
 from pathlib import Path
 
 import psutil
+
+_STATUS = Path("/proc/self/status")  # Linux has it
+
+
+def status_bytes(field: str) -> int:
+    """A size in /proc/self/status, such as VmRSS, in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024  # it is in kB
+    raise RuntimeError(f"{_STATUS} has no {field}")
 
 
 class PeakMemory:
@@ -25,9 +34,7 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """The growth so far, in bytes; device memory on a GPU is not in it."""
-        status = Path("/proc/self/status")
-        if status.exists():  # Linux: unlike ru_maxrss, this starts afresh with the program
-            kilobytes = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE).group(1)
-            return 1024 * int(kilobytes) - self._before
+        if _STATUS.exists():  # unlike ru_maxrss, this starts afresh with the program
+            return status_bytes("VmHWM") - self._before
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before

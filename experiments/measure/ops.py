@@ -8,7 +8,8 @@ connections (sorting them, for example) is not counted.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ import psutil
 from experiments.measure import clock, environment
 from experiments.measure.problems import OPS, Problem, Shape
 from xla_ops import _native
+
+_Key = tuple[str, str]  # contender and pass
 
 
 def _forward(function, values, constants, cotangent):
@@ -33,9 +36,10 @@ def _forward_backward(function, values, constants, cotangent):
 PASSES = {"forward": _forward, "forward+backward": _forward_backward}
 
 
-def compile_contenders(problem: Problem) -> dict[tuple[str, str], Callable | str]:
-    """Maps (contender, pass) to a compiled function of no arguments, or to the reason why there is none."""
-    compiled = {}
+def compile_contenders(problem: Problem) -> tuple[dict[_Key, Callable[[], Any]], dict[_Key, str]]:
+    """Compiled functions of no arguments, and, where there is none, the reason."""
+    compiled: dict[_Key, Callable[[], Any]] = {}
+    failures: dict[_Key, str] = {}
     for name, (function, constants) in problem.contenders.items():
         arguments = (problem.values, constants, problem.cotangent)
         for pass_name, run in PASSES.items():
@@ -44,8 +48,8 @@ def compile_contenders(problem: Problem) -> dict[tuple[str, str], Callable | str
                 _require_memory(program)
                 compiled[name, pass_name] = functools.partial(program, *arguments)
             except Exception as error:
-                compiled[name, pass_name] = clock.reason(error)
-    return compiled
+                failures[name, pass_name] = clock.reason(error)
+    return compiled, failures
 
 
 def _require_memory(program) -> None:
@@ -62,10 +66,9 @@ def _require_memory(program) -> None:
 def check_agreement(problem: Problem) -> None:
     """Raises AssertionError unless all contenders that run return what the first does."""
     tolerance = 4 * float(jnp.finfo(problem.values[0].dtype).eps) * problem.values[0].shape[0] ** 0.5
-    expected = {}
-    for (name, pass_name), call in compile_contenders(problem).items():
-        if isinstance(call, str):
-            continue
+    expected: dict[str, list[np.ndarray]] = {}
+    compiled, _ = compile_contenders(problem)
+    for (name, pass_name), call in compiled.items():
         result = [np.asarray(a, np.float32) for a in jax.tree.leaves(call())]
         for a, b in zip(result, expected.setdefault(pass_name, result), strict=True):
             error = np.max(np.abs(a - b)) / np.max(np.abs(b))
@@ -78,38 +81,39 @@ def measure(op: str, shape: Shape, dtype: str, repeats: int, now: clock.Clock = 
     small = shape._replace(labels=min(shape.labels, 300), inputs=min(shape.inputs, 70))
     check_agreement(OPS[op](small, jnp.dtype(dtype), np.random.default_rng(0)))
     problem = OPS[op](shape, jnp.dtype(dtype), np.random.default_rng(0))
-    calls = compile_contenders(problem)
-    runnable = {key: call for key, call in calls.items() if callable(call)}
-    times = calls | clock.interleaved_times(runnable, repeats, keep_going=True, clock=now)
-    results = {name: {p: _summary(times[name, p]) for p in PASSES} for name in problem.contenders}
+    compiled, failures = compile_contenders(problem)
+    times = clock.interleaved_times(compiled, repeats, failures=failures, clock=now)
+    summaries = {key: _summary(t) for key, t in times.items()}
+    summaries |= {key: {"failed": reason} for key, reason in failures.items()}
+    medians = {
+        p: {name: summaries[name, p]["median_seconds"] for name in problem.contenders if (name, p) in times}
+        for p in PASSES
+    }
+    ours = next(iter(problem.contenders))
     return {
         "op": op,
         "shape": shape._asdict(),
         "dtype": dtype,
-        "contenders": results,
-        "speedup": {p: _speedup(results, p) for p in PASSES},
+        "contenders": {name: {p: summaries[name, p] for p in PASSES} for name in problem.contenders},
+        "speedup": {p: speedup(ours, medians[p]) for p in PASSES},
         "copy_gb_per_second": clock.copy_gb_per_second(),
         "instruction_set": _native.cpu().isa(),
         "environment": environment.describe(),
     }
 
 
-def _summary(times: list[float] | str) -> dict:
-    if isinstance(times, str):
-        return {"failed": times}
+def _summary(times: list[float]) -> dict[str, Any]:
     low, median, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
     return {"median_seconds": median, "quartiles_seconds": [low, high], "runs": len(times)}
 
 
-def _speedup(results: dict, pass_name: str) -> dict | None:
-    """How many times as long as ours, the first of `results`, the fastest other contender takes."""
-    medians = {name: r[pass_name].get("median_seconds") for name, r in results.items()}
-    ours, *others = medians
-    others = [name for name in others if medians[name] is not None]
-    if medians[ours] is None or not others:
+def speedup(ours: str, seconds: Mapping[str, float]) -> dict | None:
+    """How many times as long as ours the fastest other contender takes; `seconds` are of those that ran."""
+    others = [name for name in seconds if name != ours]
+    if ours not in seconds or not others:
         return None
-    best = min(others, key=medians.get)
-    return {"over": best, "ratio": medians[best] / medians[ours]}
+    best = min(others, key=lambda name: seconds[name])
+    return {"over": best, "ratio": seconds[best] / seconds[ours]}
 
 
 def table(report: dict) -> str:

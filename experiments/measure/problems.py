@@ -58,16 +58,8 @@ def fan_in_matmul(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
         return jnp.asarray(rng.standard_normal(size, np.float32)).astype(dtype)
 
     indices = rng.integers(0, inputs, (labels, fan_in), np.int32)
-    flat = indices.reshape(-1)
-    rows = np.repeat(np.arange(labels, dtype=np.int32), fan_in)
-    row_ends = np.arange(labels + 1, dtype=np.int32) * fan_in
-    # The transposed matrix in compressed form, and where its values are in the kernel.
-    order = np.argsort(flat, kind="stable").astype(np.int32)
-    column_ends = np.cumsum(np.bincount(flat + 1, minlength=inputs + 1), dtype=np.int32)
-    narrow = jnp.asarray(indices.astype(xla_ops.index_dtype(inputs)))
-    wide, flat, rows, row_ends, order, column_ends = map(
-        jnp.asarray, (indices, flat, rows, row_ends, order, column_ends)
-    )
+    narrow, wide = jnp.asarray(indices.astype(xla_ops.index_dtype(inputs))), jnp.asarray(indices)
+    flat, rows, row_ends, order, column_ends = _compressed(indices, inputs)
     return Problem(
         values=(normal(batch, inputs), normal(labels, fan_in), normal(labels)),
         cotangent=normal(batch, labels),
@@ -83,6 +75,22 @@ def fan_in_matmul(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
             ),
         },
     )
+
+
+def _compressed(indices: np.ndarray, inputs: int) -> tuple[Array, ...]:
+    """The connections as a matrix [labels, inputs] in compressed form.
+
+    Returns:
+      The input of each connection, its label, and the ends of the rows; then, for the transposed matrix,
+      where its values are in the kernel, and the ends of its rows.
+    """
+    labels, fan_in = indices.shape
+    flat = indices.reshape(-1)
+    rows = np.repeat(np.arange(labels, dtype=np.int32), fan_in)
+    row_ends = np.arange(labels + 1, dtype=np.int32) * fan_in
+    order = np.argsort(flat, kind="stable").astype(np.int32)
+    column_ends = np.cumsum(np.bincount(flat + 1, minlength=inputs + 1), dtype=np.int32)
+    return tuple(map(jnp.asarray, (flat, rows, row_ends, order, column_ends)))
 
 
 def _ours(x, kernel, bias, indices):

@@ -117,10 +117,10 @@ def _rewire(trainer: Trainer, batch: Batch) -> Any:
 
 def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[], Any]]:
     """Functions of no arguments that run more and more of a step."""
-    graphdef, params, other = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *other = nnx.split(model, nnx.Param, ...)
 
     def classifier(params, other):
-        return nnx.merge(graphdef, params, other, copy=True)
+        return nnx.merge(graphdef, params, *other, copy=True)
 
     def features(params, other, batch):
         return classifier(params, other).encoder(batch.inputs)

@@ -37,10 +37,12 @@ def memory_cell(network: Network, mode: str, steps: int) -> dict:
     for batch in batches:
         losses.append(float(trainer.train_step(batch, _RATE)))
     resident = peak.bytes()
-    compiled = trainer.lower_step(batches[0]).compile().memory_analysis()
+    analysis = trainer.lower_step(batches[0]).compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
     parts = {
         "state_bytes": live,
-        "temporary_bytes": compiled.temp_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
         "scratch_bytes": _native.cpu().peak_scratch_bytes(),
     }
     tail = max(1, steps // 10)

@@ -20,7 +20,7 @@ from experiments.measure import clock, environment
 from experiments.measure.step_memory import measure_memory
 from experiments.measure.workloads import BATCH_SIZE, Network, stepper
 from sparse_xmc.data.batches import Batch
-from sparse_xmc.heads import StepInputs
+from sparse_xmc.heads import FixedFanInHead, StepInputs
 from sparse_xmc.heads.updates import next_state, step_dense
 from sparse_xmc.train import Trainer
 
@@ -94,13 +94,13 @@ def time_lines(network: Network, mode: str, report: dict) -> list[str]:
 
 def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
     """The parts of a step as functions of no arguments, on a copy of a trainer's head."""
-    training = trainer.config
-    graphdef, state = nnx.split(trainer.model.head)
+    training, head = trainer.config, trainer.model.head
+    assert isinstance(head, FixedFanInHead)  # as in all networks
+    graphdef, state = nnx.split(head)
     held = jax.tree.map(jnp.copy, [state, trainer.state["moments"]])
     x, positives = jnp.asarray(batch.inputs), jnp.asarray(batch.positives)
-    d_y = jax.random.normal(jax.random.key(0), (len(x), trainer.model.head.penultimate.out_features))
 
-    def head_of(state):
+    def head_of(state) -> FixedFanInHead:
         return nnx.merge(graphdef, state, copy=True)
 
     forward = jax.jit(lambda state, x: head_of(state).hidden(x))
@@ -110,6 +110,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
         )
     )
     hidden = forward(held[0], x)
+    d_y = jax.random.normal(jax.random.key(0), hidden.shape)
 
     def updating(update):
         """A function that steps one layer of the held head in place; `update` returns its new moments."""

@@ -4,7 +4,6 @@ A system is a list of arguments for `experiments.run`, so that what is measured 
 arguments trains. The flags of `experiments.run` are defined by importing this.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,16 +97,11 @@ class Settings(NamedTuple):
 
 def read_settings(arguments: Sequence[str]) -> Settings:
     """What `experiments.run` would make of these arguments, whatever this program was given."""
-    values = flags.FlagValues()
-    for flag in run.own_flags():
-        values[flag.name] = copied = copy.deepcopy(flag)
-        copied.unparse()
-    values(["experiments.run", *arguments])
-    given = values.flag_values_dict()
+    values = run.values_of(arguments)
     return Settings(
-        reflection.read_flags(EncoderConfig, given),
-        reflection.read_kind("head", HEADS, given),
-        reflection.read_flags(TrainingConfig, given),
+        reflection.read_flags(EncoderConfig, values),
+        reflection.read_kind("head", HEADS, values),
+        reflection.read_flags(TrainingConfig, values),
     )
 
 
@@ -192,7 +186,7 @@ def network_of_flags() -> Network:
     They are its own flags --labels and --features, and --fan_in and --penultimate of `experiments.run`.
     """
     names = ("labels", "features", "fan_in", "penultimate")
-    given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+    given: dict[str, Any] = {n: flags.FLAGS[n].value for n in names if flags.FLAGS[n].present}
     if given.get("penultimate") == 0:
         raise flags.IllegalFlagValueError(
             "--penultimate must be at least 1: what is measured has such a layer"

@@ -6,13 +6,13 @@ import lzma
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 
 @contextlib.contextmanager
-def open_binary(path: str | os.PathLike, mode: str) -> Iterator[BinaryIO]:
+def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
     """Opens a file for reading ("rb") or writing ("wb"), through gzip or xz if it is named `.gz` or `.xz`.
 
     Writing the same bytes twice gives identical files.
@@ -31,7 +31,7 @@ def open_binary(path: str | os.PathLike, mode: str) -> Iterator[BinaryIO]:
             yield raw
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, None]:
     """Yields `(number, line)` for each line, numbered from 1 and without its line break.
 
     Raises:

@@ -160,7 +160,7 @@ def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
     """
     features, labels = dataset.features, dataset.labels
     dense = isinstance(features, np.ndarray)
-    if not dense and not features.has_canonical_format:
+    if not isinstance(features, np.ndarray) and not features.has_canonical_format:
         raise ValueError("features must have sorted indices without duplicates; see sum_duplicates()")
     with files.open_binary(path, "wb") as file:
         file.write(f"{len(dataset)} {dataset.num_features} {dataset.num_labels}\n".encode())
@@ -195,11 +195,14 @@ def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
     num_points, num_labels = _parse_header(path, lines, "N L")
     rows = _Rows("label", num_labels)
     for where, line in _points(path, lines, num_points):
-        matches = [_LABEL_AND_VALUE.fullmatch(token) for token in line.split()]
-        if None in matches:
-            token = line.split()[matches.index(None)]
-            raise ValueError(f"{where}: expected 'label' or 'label:value', got {_show(token)}")
-        rows.append(where, {int(m[1]) for m in matches if m[2] is None or float(m[2]) != 0})
+        named = set()
+        for token in line.split():
+            match = _LABEL_AND_VALUE.fullmatch(token)
+            if match is None:
+                raise ValueError(f"{where}: expected 'label' or 'label:value', got {_show(token)}")
+            if match[2] is None or float(match[2]) != 0:
+                named.add(int(match[1]))
+        rows.append(where, named)
     return rows.matrix()
 
 

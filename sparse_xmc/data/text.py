@@ -134,7 +134,7 @@ class LabelEncoder:
         Raises:
           ValueError: a line is blank, repeats another or is not UTF-8; the message names the line.
         """
-        line_of = {}
+        line_of: dict[str, int] = {}
         for number, name in files.read_text_lines(path):
             if not name:
                 raise ValueError(f"{path}:{number}: expected a label name, got a blank line")

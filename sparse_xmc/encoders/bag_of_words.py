@@ -16,7 +16,7 @@ class EmbeddingBag(EmbeddingTable):
 
     def __call__(self, bags: BagOfWords) -> Array:
         """Maps a batch of B bags to float32 [B, E]."""
-        entries = super().__call__(bags.words).astype(bags.weights.dtype) * bags.weights[:, None]
+        entries = self.lookup(bags.words).astype(bags.weights.dtype) * bags.weights[:, None]
         return jax.ops.segment_sum(
             entries, bags.rows, num_segments=bags.num_examples, indices_are_sorted=True, mode="drop"
         )

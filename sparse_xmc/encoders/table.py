@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from sparse_xmc.layers import Initializer
 
@@ -22,7 +23,7 @@ class TableParam(nnx.Param):
 
 
 class EmbeddingTable(nnx.Module):
-    """Embeddings by number. Wherever one is in an encoder, `Trainer` trains it by rows.
+    """Embeddings by number, through `lookup`. Wherever one is in an encoder, `Trainer` trains it by rows.
 
     Args:
       num_embeddings: V.
@@ -48,9 +49,9 @@ class EmbeddingTable(nnx.Module):
         # Where in the table an id is, while a step has replaced the table by some of its rows.
         self.locate: Callable[[Array], Array] | None = None
 
-    def __call__(self, ids: Array) -> Array:
+    def lookup(self, ids: ArrayLike) -> Array:
         """The rows [..., E] of ids [...] in 0..V-1."""
-        ids = ids if self.locate is None else self.locate(ids)
+        ids = jnp.asarray(ids) if self.locate is None else self.locate(jnp.asarray(ids))
         return self.embedding[...].at[ids].get(mode="clip")
 
 
@@ -70,7 +71,7 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
     Raises:
       ValueError: a table is not used, and so nothing would train it.
     """
-    seen = {path: [] for path, _ in tables_of(encoder)}
+    seen: dict[str, list[Array]] = {path: [] for path, _ in tables_of(encoder)}
     if not seen:
         return {}
 
@@ -87,10 +88,10 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
         sizes[path] = table.embedding.shape[0]
     encoder(inputs)
     rows = {}
-    for path, ids in seen.items():
-        if not ids:
+    for path, calls in seen.items():
+        if not calls:
             raise ValueError(f"the encoder does not use its table {path}, so that nothing would train it")
-        ids, size = jnp.concatenate(ids), sizes[path]
+        ids, size = jnp.concatenate(calls), sizes[path]
         rows[path] = jnp.unique(ids, size=min(ids.size, size), fill_value=size).astype(jnp.int32)
     return rows
 

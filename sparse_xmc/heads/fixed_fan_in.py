@@ -77,8 +77,8 @@ class FixedFanInHead(LayeredHead):
         x, kernel, indices, bias = self.output.cast(self.hidden(x))
         for start in range(0, self.num_labels, _LABELS_AT_ONCE):
             block = slice(start, start + _LABELS_AT_ONCE)
-            of_block = (None if a is None else a[block] for a in (kernel, indices, bias))
-            logits = xla_ops.fan_in_matmul(x, *of_block)
+            of_block = None if bias is None else bias[block]
+            logits = xla_ops.fan_in_matmul(x, kernel[block], indices[block], of_block)
             yield logits, start + jnp.arange(logits.shape[1])
 
     def step_output(self, inputs, moments, training):

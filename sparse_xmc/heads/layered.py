@@ -14,6 +14,7 @@ from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, bytes_of
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import Connectivity, glorot_uniform
 from sparse_xmc.losses import find_loss
+from sparse_xmc.modules import split
 
 
 class OutputLayer(Protocol):
@@ -120,7 +121,7 @@ class LayeredHead(Head):
         Returns:
           The loss, its gradient in that input, and the output layer's new moments.
         """
-        graphdef, params, rest = nnx.split(self.output, nnx.Param, ...)
+        graphdef, (params, rest) = split(self.output, nnx.Param)
 
         def loss_of(params, x):
             output = nnx.merge(graphdef, params, rest, copy=True)
@@ -130,7 +131,7 @@ class LayeredHead(Head):
         return loss, d_x, self._update(nnx.State({"output": grads}), inputs, moments, training)
 
     def step_by_optax(self, inputs, moments, training):
-        graphdef, params, rest = nnx.split(self, nnx.Param, ...)
+        graphdef, (params, rest) = split(self, nnx.Param)
 
         def loss_of(params, x):
             head = nnx.merge(graphdef, params, rest, copy=True)

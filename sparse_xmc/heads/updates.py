@@ -94,7 +94,8 @@ def step_dense(
         mu[name], nu[name] = (m.reshape(kernel.shape) for m in moments[1:])
         return new.reshape(kernel.shape)
 
-    mu, nu = {}, {}
+    mu: dict[str, Array] = {}
+    nu: dict[str, Array] = {}
     layer.kernel.set_value(step(x, layer.kernel[...], f"{name}.kernel", before=before))
     if layer.bias is not None:  # a bias is the kernel of an input of ones
         layer.bias.set_value(step(jnp.ones((len(x), 1)), layer.bias[...], f"{name}.bias"))

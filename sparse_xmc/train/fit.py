@@ -97,7 +97,7 @@ def fit(
 
 def _train_epoch(trainer: Trainer, batches: Batches, epoch: int, learning_rate, callbacks) -> float:
     """Trains one epoch; returns the mean loss."""
-    losses = []
+    losses: list[jax.Array | float] = []
     for loss in trainer.epoch(batches, epoch, learning_rate):
         losses.append(loss)
         for callback in callbacks:

@@ -21,7 +21,8 @@ import xla_ops
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.encoders.table import TableParam, adagrad, put_rows, tables_of, take_rows, used_rows
 from sparse_xmc.heads import StepInputs
-from sparse_xmc.model import Classifier, in_evaluation, in_training
+from sparse_xmc.model import Classifier
+from sparse_xmc.modules import in_evaluation, in_training, split
 from sparse_xmc.train.config import TrainingConfig
 
 State = dict[str, Any]
@@ -69,7 +70,7 @@ class Trainer:
         if config.rewire.fraction:
             model.head.check_rewiring(config.rewire)
         self._num_labels = model.head.num_labels
-        self._graphdef, params, other = nnx.split(model, nnx.Param, ...)
+        self._graphdef, (params, other) = split(model, nnx.Param)
         self.state: State = {
             "params": params,
             "other": other,
@@ -138,7 +139,7 @@ class Trainer:
         rows = used_rows(nnx.clone(encoder), batch.inputs)
         of_batch = nnx.clone(encoder)
         take_rows(of_batch, rows)
-        graphdef, tables, params, rest = nnx.split(of_batch, TableParam, nnx.Param, ...)
+        graphdef, (tables, params, rest) = split(of_batch, TableParam, nnx.Param)
 
         def encode(tables, params):
             encoder = nnx.merge(graphdef, tables, params, rest, copy=True)
@@ -146,8 +147,8 @@ class Trainer:
             return features, nnx.state(encoder, nnx.Not(nnx.Param))
 
         features, pullback, rest = jax.vjp(encode, tables, params, has_aux=True)
-        has_params = bool(jax.tree.leaves((tables, params)))
-        inputs = StepInputs(features, batch.positives, learning_rate, self.seed, step, wants_d_x=has_params)
+        has_params, positives = bool(jax.tree.leaves((tables, params))), jnp.asarray(batch.positives)
+        inputs = StepInputs(features, positives, learning_rate, self.seed, step, wants_d_x=has_params)
         before = [
             (path, node, node[...]) for path, node in nnx.iter_graph(head) if isinstance(node, nnx.Param)
         ]
@@ -186,7 +187,7 @@ class Trainer:
         return self._state(model, moments, state["encoder"], state["squares"])
 
     def _state(self, model: Classifier, moments, optimizer, squares) -> State:
-        _, params, other = nnx.split(model, nnx.Param, ...)
+        _, (params, other) = split(model, nnx.Param)
         return {
             "params": params,
             "other": other,

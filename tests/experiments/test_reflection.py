@@ -68,18 +68,11 @@ KINDS = {"round": Round, "square": Square}
 
 
 @pytest.fixture
-def parse(monkeypatch):
+def parse():
     """Parses arguments into values by name, with flags of their own."""
     values = flags.FlagValues()
-    for kind in ("integer", "float", "bool", "string", "enum"):
-        define = getattr(flags, f"DEFINE_{kind}")
-        monkeypatch.setattr(
-            reflection.flags,
-            f"DEFINE_{kind}",
-            lambda *arguments, define=define, **options: define(*arguments, flag_values=values, **options),
-        )
-    reflection.define_flags(Settings)
-    reflection.define_kinds("kind", KINDS, "round", "Which.")
+    reflection.define_flags(Settings, flag_values=values)
+    reflection.define_kinds("kind", KINDS, "round", "Which.", flag_values=values)
 
     def parse(*arguments):
         values.unparse_flags()

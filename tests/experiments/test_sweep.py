@@ -110,6 +110,15 @@ def test_effective_flags_are_what_the_last_flag_says(project):
     assert flags.FLAGS["fan_in"].value == before
 
 
+def test_what_the_program_was_given_does_not_reach_effective_flags():
+    flag, before = flags.FLAGS["batch_size"], sweep.effective_flags([])
+    try:
+        flag.parse("5")
+        assert sweep.effective_flags([]) == before
+    finally:
+        flag.unparse()
+
+
 def test_directories_are_the_same_for_the_same_flags_only():
     def directory(*arguments):
         return sweep._directory(Path("runs"), sweep.effective_flags(["--train=a", "--test=b", *arguments]))

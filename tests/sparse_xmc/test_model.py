@@ -10,7 +10,7 @@ from small_models import config_of, make_inputs, make_model, make_positives, mak
 from sparse_xmc import ClassifierConfig
 from sparse_xmc.heads import HEADS
 from sparse_xmc.losses import LOSSES
-from sparse_xmc.model import in_evaluation, in_training
+from sparse_xmc.modules import in_evaluation, in_training
 
 KINDS = pytest.mark.parametrize("kind", HEADS)
 POSITIVES = make_positives(8)

@@ -13,7 +13,7 @@ from sparse_xmc import Batch, Classifier, DenseFeatures, EmbeddingTable, RewireC
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead
-from sparse_xmc.model import in_evaluation
+from sparse_xmc.modules import in_evaluation
 
 NEVER = RewireConfig(fraction=0)
 
