@@ -4,7 +4,11 @@ The rates are those that suit short texts with 10^4 to 10^5 labels (experiments/
 others give); sizes and the number of steps follow from the numbers of points and labels.
 """
 
+import math
 from typing import Any
+
+import numpy as np
+import scipy.sparse
 
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads import RewireConfig
@@ -13,15 +17,42 @@ from sparse_xmc.train import TrainingConfig
 _FEWEST_STEPS, _MOST_EPOCHS, _EPOCHS = 2000, 100, 10
 
 
-def sizes_for(dataset: Dataset) -> dict[str, int]:
-    """The sizes "embedding", "penultimate" and "fan_in" of a fixed fan-in classifier of a data set.
+def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
+    """The sizes "embedding", "penultimate" and "fan_in"; `given` are those that are decided already.
 
-    The penultimate layer has 8,192 units, fewer where there are fewer labels than twice that.
+    The penultimate layer has 8,192 units, fewer where there are fewer labels; the fan-in is 32, or all inputs
+    where there are fewer.
     """
     penultimate = 8192
     while penultimate > max(256, dataset.num_labels):
         penultimate //= 2
-    return {"embedding": 256, "penultimate": penultimate, "fan_in": 32}
+    sizes = {"embedding": 256, "penultimate": penultimate} | given
+    features = sizes["embedding"] if dataset.is_sparse else dataset.num_features
+    return {"fan_in": min(32, sizes["penultimate"] or features)} | sizes
+
+
+def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
+    """What features are multiplied by, so that the rates below suit features of any scale.
+
+    Bags of words are brought to length 1, as TF-IDF has it; dense features to where the inputs of a label, as
+    a penultimate layer starts, have squares that sum to about 1.
+    """
+    mean_square = _mean_square(dataset.features) * dataset.num_features  # of a point's length
+    if dataset.is_sparse:
+        wanted = 1.0
+    elif penultimate:
+        wanted = (dataset.num_features + penultimate) / (2 * fan_in)
+    else:
+        wanted = dataset.num_features / fan_in
+    return float((wanted / mean_square) ** 0.5) if mean_square else 1.0
+
+
+def _mean_square(features: np.ndarray | scipy.sparse.csr_array) -> float:
+    if not isinstance(features, np.ndarray):
+        return float(np.sum(np.square(features.data, dtype=np.float64))) / max(1, math.prod(features.shape))
+    blocks = np.array_split(features, max(1, len(features) // 4096))  # which may be memory-mapped
+    total = sum(float(np.sum(np.square(block, dtype=np.float64))) for block in blocks)
+    return total / max(1, features.size)
 
 
 def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
@@ -42,8 +73,9 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         "learning_rate": 4e-3,
         "embedding_rate": 50.0,
         "penultimate_rate": 0.2,
-        "output_optimizer": "sgd",  # needs no moments, and does better here than Adam
-        "output_rate": 3.0,
+        # SGD does as well and takes less memory, but diverges where a label is in half of the points.
+        "output_optimizer": "adam",
+        "output_rate": 1.0,
         "moments": "bfloat16",
         # Gradients of a mean over labels are of order 1 / L, and epsilon is to be far below.
         "epsilon": 1.6e-6 / dataset.num_labels,

@@ -14,7 +14,7 @@ from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
-from sparse_xmc.defaults import sizes_for, training_for
+from sparse_xmc.defaults import input_scale_for, sizes_for, training_for
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
@@ -120,13 +120,10 @@ class XMCClassifier(BaseEstimator):
         train = Dataset(features, labels)
         if not len(train) or not labels.nnz:
             raise ValueError(f"expected points with labels, got {len(train)} points and {labels.nnz} labels")
-        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate")}
-        training = training_for(train, **{name: v for name, v in given.items() if v is not None})
-        sizes = sizes_for(train) | {
-            name: value
-            for name in ("embedding", "penultimate", "fan_in")
-            if (value := getattr(self, name)) is not None
-        }
+        training = training_for(train, **self._given("epochs", "batch_size", "learning_rate"))
+        if self.embedding is not None and not train.is_sparse:
+            raise ValueError(f"embedding={self.embedding} is for texts and sparse features, but X is dense")
+        sizes = sizes_for(train, **self._given("embedding", "penultimate", "fan_in"))
         config = ClassifierConfig(
             num_features=train.num_features,
             num_labels=train.num_labels,
@@ -139,12 +136,19 @@ class XMCClassifier(BaseEstimator):
                 output_bound=0.05,
             ),
         )
-        model = config.make(label_counts=train.label_counts(), rngs=nnx.Rngs(self.seed))
+        scale = 1.0
+        if texts is None:  # of texts it is right as it is
+            scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
+        model = config.make(label_counts=train.label_counts(), input_scale=scale, rngs=nnx.Rngs(self.seed))
         trainer = Trainer(model, training, seed=self.seed)
         history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
         self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder))
         self.history_ = history
         return self
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """Those of the parameters that are not left to be chosen."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def predict(self, X: Features, k: int = 5) -> Predictions:
         """The k best labels of each point with their scores.
@@ -156,6 +160,7 @@ class XMCClassifier(BaseEstimator):
         Raises:
           NotFittedError: `fit` has not been called.
           ValueError, TypeError: X is not what the classifier was trained on, or k is out of range.
+          FloatingPointError: a score is not finite.
         """
         points = self._points(X)
         if not 1 <= k <= self.n_labels_:
@@ -227,6 +232,8 @@ def _texts(X: Any) -> list[str] | None:
         return None
     if isinstance(X, str):
         raise TypeError("X must be a sequence of texts, got a single str")
+    if hasattr(X, "columns"):
+        raise TypeError("X must be texts or a matrix, got a data frame: give one column, or to_numpy()")
     texts = list(X)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
@@ -240,18 +247,18 @@ def _features(X: Any) -> np.ndarray | scipy.sparse.csr_array:
         raise ValueError(f"X must have shape [N, D], got {list(X.shape)}")
     if not scipy.sparse.issparse(X):
         features = np.asarray(X, np.float32)
-        _check_finite(features)
+        _check_finite("X", features)
         return features
     features = scipy.sparse.csr_array(X, dtype=np.float32)
     features.sum_duplicates()
-    _check_finite(features.data)
+    _check_finite("X", features.data)
     return features
 
 
-def _check_finite(values: np.ndarray) -> None:
+def _check_finite(name: str, values: np.ndarray) -> None:
     for block in np.array_split(values, max(1, len(values) // 4096)):  # which may be memory-mapped
         if not np.isfinite(block).all():
-            raise ValueError("X must be finite, got NaN or infinity")
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def _encode_labels(
@@ -264,6 +271,7 @@ def _encode_labels(
         if num_labels is not None and (encoder is not None or y.shape[1] != num_labels):
             expected = "names" if encoder is not None else f"a matrix [N, {num_labels}]"
             raise ValueError(f"y must be {expected}, got a matrix {list(y.shape)}")
+        _check_finite("y", y.data if scipy.sparse.issparse(y) else y)
         labels = scipy.sparse.csr_array(y != 0)
         labels.sum_duplicates()
         labels.eliminate_zeros()
@@ -274,6 +282,9 @@ def _encode_labels(
             raise TypeError(
                 f"y must have a sequence of names (str) for each point, got {names!r} for point {i}"
             )
+        for name in names:
+            if not name or "\n" in name or "\r" in name:
+                raise ValueError(f"labels must not be empty or have line breaks, got {name!r} for point {i}")
     if num_labels is not None and encoder is None:
         raise ValueError("y must be a matrix, as the classifier was trained with, got names")
     encoder = encoder or LabelEncoder.fit(y)

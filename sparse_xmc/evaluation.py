@@ -34,11 +34,17 @@ def predict(
       dataset: the points; their labels are not looked at, nor what is excluded.
       k: how many labels; no more than the model has.
       batch_size: how many points are scored at once.
+
+    Raises:
+      FloatingPointError: a score is not finite.
     """
     graphdef, state = nnx.split(in_evaluation(model))
     for points, batch in Batches(dataset, batch_size).in_order():
-        scores, labels = _top_k(graphdef, state, batch.inputs, k)
-        yield points, np.asarray(scores), np.asarray(labels)
+        scores, labels = (np.asarray(array) for array in _top_k(graphdef, state, batch.inputs, k))
+        if not np.isfinite(scores).all():
+            row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
+            raise FloatingPointError(f"the scores of point {points.start + row} are not finite")
+        yield points, scores, labels
 
 
 def evaluate(

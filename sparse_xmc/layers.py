@@ -127,6 +127,6 @@ class FixedFanInLinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x [..., D] to [..., L]."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features, in its last axis, got {x.shape}")
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features in its last axis, got {list(x.shape)}")
         return fan_in_matmul(*self.cast(x))

@@ -72,19 +72,23 @@ class ClassifierConfig:
     encoder: EncoderConfig = EncoderConfig()
     head: HeadConfig = FixedFanInConfig()
 
-    def make(self, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs) -> Classifier:
+    def make(
+        self, *, label_counts: np.ndarray | None = None, input_scale: float = 1.0, rngs: nnx.Rngs
+    ) -> Classifier:
         """A new classifier.
 
         Args:
           label_counts: int [L], how many training points each label has; see `HeadConfig.make`.
+          input_scale: what the features are multiplied by.
           rngs: random keys; streams `params` and `dropout`.
         """
         width = self.encoder.embedding if self.bag_of_words else self.num_features
+        options: dict[str, Any] = {"dropout": self.encoder.dropout, "scale": input_scale, "rngs": rngs}
         encoder: nnx.Module
         if self.bag_of_words:
-            encoder = BagOfWordsEncoder(self.num_features, width, self.encoder.dropout, rngs=rngs)
+            encoder = BagOfWordsEncoder(self.num_features, width, **options)
         else:
-            encoder = DenseFeatures(width, self.encoder.dropout, rngs=rngs)
+            encoder = DenseFeatures(width, **options)
         head = self.head.make(width, self.num_labels, label_counts=label_counts, rngs=rngs)
         return Classifier(encoder, head)
 

@@ -1,10 +1,16 @@
-"""What is done to any Flax module: taking it apart, and views of it in training and in use."""
+"""What is done to any Flax module: taking it apart, and having it in training or in use."""
 
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
+
+
+class Scale(nnx.Variable):
+    """What inputs are multiplied by. Not an `nnx.Param`, so it stays as it is, and is saved."""
 
 
 def split(module: nnx.Module, *filters: type[nnx.Variable]) -> tuple[nnx.GraphDef, list[nnx.State]]:
@@ -13,11 +19,30 @@ def split(module: nnx.Module, *filters: type[nnx.Variable]) -> tuple[nnx.GraphDe
     return graphdef, states
 
 
+def parameters_of(module: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter by its path."""
+    return {path_name(path): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)}
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A path in a module as one name, such as "output.kernel"."""
+    return ".".join(map(str, path))
+
+
 def in_training(module: Module) -> Module:
-    """A view of a module, on the same arrays, as it is trained: with dropout."""
-    return nnx.view(module, deterministic=False, use_running_average=False, raise_if_not_found=False)
+    """The module as it is trained, with dropout, on the same arrays; the module itself stays as it is."""
+    copy = _of_same_arrays(module)
+    copy.train()
+    return copy
 
 
 def in_evaluation(module: Module) -> Module:
-    """A view of a module, on the same arrays, as it is used: without dropout."""
-    return nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
+    """The module as it is used, without dropout, on the same arrays; the module itself stays as it is."""
+    copy = _of_same_arrays(module)
+    copy.eval()
+    return copy
+
+
+def _of_same_arrays(module: Module) -> Module:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # with Variables of its own

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+import numbers
+from typing import Any, get_args, get_type_hints
 
 
 def setting(
@@ -39,23 +40,33 @@ _HOLDS = {
 
 
 def check(settings: Any) -> None:
-    """Raises ValueError if a field has a value that its `setting` does not allow, naming it.
+    """Raises ValueError if a field has a value that its type or its `setting` does not allow, naming it.
 
+    A whole number of another type, such as NumPy's, becomes an int, and where a float is expected a float.
     To be called by `__post_init__`.
     """
+    hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
         allowed = field.metadata.get("or_else", ())
         if any(value is other or (type(value) is type(other) and value == other) for other in allowed):
             continue
-        choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds")
+        choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds") or {}
         if choices and value not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        if bounds:
-            is_number = (
-                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            )
-            if not is_number or not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+        if bool in kinds and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be True or False, got {value!r}")
+        if int not in kinds and float not in kinds:
+            continue
+        number = numbers.Integral if float not in kinds else numbers.Real
+        fits = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits or not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+            what = "a whole number" if float not in kinds else "a finite number"
+            if bounds:
                 what = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
-                besides = "".join(f", or {other}" for other in allowed)
+            besides = "".join(f", or {other}" for other in allowed)
+            if fits or float in kinds:
                 raise ValueError(f"{field.name} must be {what}{besides}, got {value!r}")
+            raise ValueError(f"{field.name} must be a whole number, {what}{besides}, got {value!r}")
+        object.__setattr__(settings, field.name, int(value) if float not in kinds else float(value))

@@ -19,10 +19,8 @@ def runtime_ffi_version() -> tuple[int, int]:
     """The version of XLA's FFI that the installed jaxlib speaks, read from the headers it ships."""
     header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text()
-    major, minor = (
-        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", text).group(1)) for part in ("MAJOR", "MINOR")
-    )
-    return major, minor
+    versions = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
+    return int(versions["MAJOR"]), int(versions["MINOR"])
 
 
 def check_ffi_version(module) -> None:

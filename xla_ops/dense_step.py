@@ -21,7 +21,7 @@ class DenseAdamState(NamedTuple):
       nu: the second moment [D, O], of the same dtype.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu: Array
     nu: Array
 

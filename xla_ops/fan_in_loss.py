@@ -62,7 +62,7 @@ def fan_in_loss_reference(x, kernel, indices, bias, positives, *, loss: str = "s
     return jnp.mean(jax.nn.softplus(-margin))
 
 
-def check_loss(x, kernel, indices, bias, positives, loss) -> tuple[Array, Array, Array, Array, Array]:
+def check_loss(x, kernel, indices, bias, positives, loss) -> tuple[Array, ...]:
     """Checks the arguments of `fan_in_loss`, and returns the arrays as its handlers take them."""
     x, kernel, indices, positives = (jnp.asarray(a) for a in (x, kernel, indices, positives))
     bias = None if bias is None else jnp.asarray(bias)

@@ -22,7 +22,7 @@ class AdamState(NamedTuple):
       mu_bias, nu_bias: those of the bias, float32 [L], or None where there is none.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # a tuple has a method of this name
     mu_kernel: Array
     nu_kernel: Array
     mu_bias: Array | None
@@ -101,9 +101,10 @@ def fan_in_adam_step(
         b2=np.float32(b2),
         epsilon=np.float32(epsilon),
     )
+    mu_kernel, nu_kernel, mu_bias, nu_bias = moments
     if state.mu_bias is None:
-        return value, d_x, kernel, None, AdamState(count, *moments[:2], None, None)
-    return value, d_x, kernel, new_bias, AdamState(count, *moments)
+        return value, d_x, kernel, None, AdamState(count, mu_kernel, nu_kernel, None, None)
+    return value, d_x, kernel, new_bias, AdamState(count, mu_kernel, nu_kernel, mu_bias, nu_bias)
 
 
 def fan_in_sgd_step(

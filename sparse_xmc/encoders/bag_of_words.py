@@ -1,11 +1,13 @@
 """The encoder of bags of words: their embeddings, summed."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sparse_xmc.data.batches import BagOfWords
 from sparse_xmc.encoders.table import EmbeddingTable
+from sparse_xmc.modules import Scale
 
 
 class EmbeddingBag(EmbeddingTable):
@@ -29,13 +31,20 @@ class BagOfWordsEncoder(nnx.Module):
       num_words: V.
       features: E.
       dropout: the rate of dropout.
+      scale: what the words' weights are multiplied by.
       rngs: random keys; the streams `params` and `dropout` are used.
+
+    Attributes:
+      scale: `Scale`, float32 scalar.
     """
 
-    def __init__(self, num_words: int, features: int, dropout: float = 0.0, *, rngs: nnx.Rngs):
+    def __init__(
+        self, num_words: int, features: int, dropout: float = 0.0, *, scale: float = 1.0, rngs: nnx.Rngs
+    ):
+        self.scale = Scale(jnp.float32(scale))
         self.embedding = EmbeddingBag(num_words, features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, bags: BagOfWords) -> Array:
         """Maps a batch of B bags to float32 [B, E]."""
-        return self.dropout(nnx.relu(self.embedding(bags)))
+        return self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))

@@ -6,6 +6,7 @@ it exists. They learn by Adagrad with one sum per row: rare words take larger st
 Reference: Duchi, Hazan & Singer, JMLR 12, 2011; one sum per row as in Naumov et al., arXiv:1906.00091.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_xmc.layers import Initializer
+from sparse_xmc.modules import path_name
 
 
 class TableParam(nnx.Param):
@@ -24,6 +26,9 @@ class TableParam(nnx.Param):
 
 class EmbeddingTable(nnx.Module):
     """Embeddings by number, through `lookup`. Wherever one is in an encoder, `Trainer` trains it by rows.
+
+    For that, a training step replaces the table by some of its rows: read it through `lookup` alone, and not
+    within a transformation of its own, such as `nnx.remat` or `nnx.scan`.
 
     Args:
       num_embeddings: V.
@@ -50,16 +55,18 @@ class EmbeddingTable(nnx.Module):
         self.locate: Callable[[Array], Array] | None = None
 
     def lookup(self, ids: ArrayLike) -> Array:
-        """The rows [..., E] of ids [...] in 0..V-1."""
-        ids = jnp.asarray(ids) if self.locate is None else self.locate(jnp.asarray(ids))
-        return self.embedding[...].at[ids].get(mode="clip")
+        """The rows [..., E] of ids [...] in 0..V-1; NaN for any other, negative ones too."""
+        at = jnp.asarray(ids)
+        at = at if self.locate is None else self.locate(at)
+        at = jnp.where(at < 0, self.embedding.shape[0], at)
+        return self.embedding[...].at[at].get(mode="fill", fill_value=jnp.nan)
 
 
 def tables_of(encoder: nnx.Module) -> Iterator[tuple[str, EmbeddingTable]]:
     """Yields every table of an encoder with the path of its parameter."""
     for path, module in nnx.iter_modules(encoder):
         if isinstance(module, EmbeddingTable):
-            yield ".".join(map(str, (*path, "embedding"))), module
+            yield path_name((*path, "embedding")), module
 
 
 def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
@@ -92,6 +99,7 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
         if not calls:
             raise ValueError(f"the encoder does not use its table {path}, so that nothing would train it")
         ids, size = jnp.concatenate(calls), sizes[path]
+        ids = jnp.where((ids >= 0) & (ids < size), ids, size)  # others are padding
         rows[path] = jnp.unique(ids, size=min(ids.size, size), fill_value=size).astype(jnp.int32)
     return rows
 
@@ -99,9 +107,14 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
 def take_rows(encoder: nnx.Module, rows: dict[str, Array]) -> None:
     """Replaces the tables of an encoder by the given rows of them."""
     for path, table in tables_of(encoder):
-        of_table = rows[path]
+        of_table, size = rows[path], table.embedding.shape[0]
         table.embedding.set_value(table.embedding[...].at[of_table].get(mode="clip"))
-        table.locate = lambda ids, of_table=of_table: jnp.searchsorted(of_table, ids)
+        table.locate = functools.partial(_place, of_table, size)
+
+
+def _place(rows: Array, size: int, ids: Array) -> Array:
+    """Where ids in 0..size-1 are among `rows`; others are beyond the last."""
+    return jnp.where((ids >= 0) & (ids < size), jnp.searchsorted(rows, ids), len(rows))
 
 
 def put_rows(table: Array, rows: Array, values: Array) -> Array:

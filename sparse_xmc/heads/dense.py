@@ -5,20 +5,20 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
+from sparse_xmc.heads.head import Head, HeadConfig, label_blocks
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.updates import step_dense
 from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
-from sparse_xmc.settings import check, setting
-
-_LABELS_AT_ONCE = 1 << 14
+from sparse_xmc.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(HeadConfig):
     """A dense head, as the paper's "dense".
 
     Attributes:
@@ -28,13 +28,14 @@ class DenseConfig:
 
     output_bias: float = 0.0
 
-    def make(self, in_features, num_labels, *, label_counts=None, rngs):
-        """A new head; see `HeadConfig`."""
+    def make(
+        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+    ) -> Head:
         return make_dense(in_features, num_labels, 0, self.output_bias, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
-class BottleneckConfig:
+class BottleneckConfig(HeadConfig):
     """A dense layer behind a few units, as the paper's "bottleneck".
 
     Attributes:
@@ -45,11 +46,9 @@ class BottleneckConfig:
     penultimate: int = setting(64, at_least=1)
     output_bias: float = 0.0
 
-    def __post_init__(self):
-        check(self)
-
-    def make(self, in_features, num_labels, *, label_counts=None, rngs):
-        """A new head; see `HeadConfig`."""
+    def make(
+        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+    ) -> Head:
         return make_dense(in_features, num_labels, self.penultimate, self.output_bias, rngs=rngs)
 
 
@@ -72,11 +71,10 @@ class DenseHead(LayeredHead):
 
     def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
         hidden, kernel, bias = self.hidden(x), self.output.kernel[...], self.output.bias
-        for start in range(0, self.num_labels, _LABELS_AT_ONCE):
-            block = slice(start, start + _LABELS_AT_ONCE)
+        for block in label_blocks(self.num_labels):
             logits = hidden @ kernel[:, block]
             logits = logits if bias is None else logits + bias[...][None, block]
-            yield logits, start + jnp.arange(logits.shape[1])
+            yield logits, jnp.arange(block.start, block.stop)
 
     def step_output(self, inputs, moments, training):
         if training.output_optimizer != "adam":
@@ -86,7 +84,9 @@ class DenseHead(LayeredHead):
         of_output = step_dense(
             self.output,
             "output",
-            *(inputs.x, d_y, moments),
+            x=inputs.x,
+            d_y=d_y,
+            state=moments,
             learning_rate=training.output_rate * inputs.learning_rate,
             epsilon=training.epsilon,
             seed=inputs.seed,

@@ -4,20 +4,20 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 import xla_ops
+from sparse_xmc.heads.head import Head, HeadConfig, label_blocks
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import rewire, rewire_active
 from sparse_xmc.layers import FixedFanInLinear, start_of_kernel
-from sparse_xmc.settings import check, setting
-
-_LABELS_AT_ONCE = 1 << 14
+from sparse_xmc.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedFanInConfig:
+class FixedFanInConfig(HeadConfig):
     """A fixed fan-in head.
 
     Attributes:
@@ -38,11 +38,9 @@ class FixedFanInConfig:
     distinct: bool = True
     output_dtype: str = setting("float32", choices=("float32", "bfloat16"))
 
-    def __post_init__(self):
-        check(self)
-
-    def make(self, in_features, num_labels, *, label_counts=None, rngs):
-        """A new head; see `HeadConfig`."""
+    def make(
+        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+    ) -> Head:
 
         def output(width):
             return FixedFanInLinear(
@@ -75,11 +73,19 @@ class FixedFanInHead(LayeredHead):
 
     def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
         x, kernel, indices, bias = self.output.cast(self.hidden(x))
-        for start in range(0, self.num_labels, _LABELS_AT_ONCE):
-            block = slice(start, start + _LABELS_AT_ONCE)
+        for block in label_blocks(self.num_labels):
             of_block = None if bias is None else bias[block]
             logits = xla_ops.fan_in_matmul(x, kernel[block], indices[block], of_block)
-            yield logits, start + jnp.arange(logits.shape[1])
+            yield logits, jnp.arange(block.start, block.stop)
+
+    def init_moments(self, training):
+        dtype = self.output.dtype
+        if dtype is not None and jnp.dtype(dtype) != self.output.kernel.dtype:
+            raise ValueError(
+                f"a FixedFanInLinear is trained in the dtype of its parameters, {self.output.kernel.dtype}; "
+                f"leave out dtype={jnp.dtype(dtype).name}"
+            )
+        return super().init_moments(training)
 
     def step_output(self, inputs, moments, training):
         layer, names = self.output, ("output.kernel", "output.bias")

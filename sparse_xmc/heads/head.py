@@ -10,7 +10,7 @@ To add one: a file here with its configuration (a frozen dataclass with `make`) 
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from sparse_xmc.settings import check, setting
 # The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
 # mean over 10^5 labels are as small as that.
 PAPER_EPSILON = 1e-7
+
+_LABELS_AT_ONCE = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,10 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        """Scores float32 and label ids int32, each [B, k], best first; of equal scores the lower id wins."""
+        """Scores float32 and label ids int32, each [B, k], best first; of equal scores the lower id wins.
+
+        k is at most L. What is returned for logits of NaN is not defined, but is not finite.
+        """
 
     @abc.abstractmethod
     def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
@@ -128,7 +133,7 @@ class Head(nnx.Module):
     def step_by_optax(
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
-        """The same step by `jax.grad` and Optax: a reference, and for platforms without native steps."""
+        """The same step by `jax.grad` of `loss` and Optax: a reference."""
 
     def check_rewiring(self, config: RewireConfig) -> None:
         """Raises ValueError if the head has connections that cannot be rewired so."""
@@ -158,11 +163,14 @@ class Head(nnx.Module):
         """
 
 
-class HeadConfig(Protocol):
-    """What makes a head: a frozen dataclass of its sizes, one for each kind in `HEADS`."""
+@dataclasses.dataclass(frozen=True)
+class HeadConfig(abc.ABC):
+    """What makes a head: its sizes. One subclass, a frozen dataclass too, for each kind in `HEADS`."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    def __post_init__(self):
+        check(self)
 
+    @abc.abstractmethod
     def make(
         self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
     ) -> Head:
@@ -175,7 +183,12 @@ class HeadConfig(Protocol):
             in another way; None where only the shapes matter.
           rngs: random keys; the stream `params` is used.
         """
-        ...
+
+
+def label_blocks(num_labels: int) -> Iterator[slice]:
+    """Yields ranges of labels, for what is not to hold the logits of all of them."""
+    for start in range(0, num_labels, _LABELS_AT_ONCE):
+        yield slice(start, min(start + _LABELS_AT_ONCE, num_labels))
 
 
 def bytes_of(tree: Any) -> int:

@@ -14,7 +14,7 @@ from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, bytes_of
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import Connectivity, glorot_uniform
 from sparse_xmc.losses import find_loss
-from sparse_xmc.modules import split
+from sparse_xmc.modules import parameters_of, path_name, split
 
 
 class OutputLayer(Protocol):
@@ -74,7 +74,11 @@ class LayeredHead(Head):
     # ---- training ----
 
     def init_moments(self, training: HeadTraining) -> optax.ScaleByAdamState:
-        parameters = self._parameters()
+        parameters = parameters_of(self)
+        if unknown := [
+            name for name in parameters if name.partition(".")[0] not in ("penultimate", "output")
+        ]:
+            raise ValueError(f"nothing would train the head's parameter {unknown[0]}: it is in neither layer")
         dtypes = {"penultimate": jnp.dtype(training.moments)}
         if training.output_optimizer == "adam":
             dtypes["output"] = jnp.dtype(jnp.float32)
@@ -105,7 +109,9 @@ class LayeredHead(Head):
         of_penultimate = step_dense(
             self.penultimate,
             "penultimate",
-            *(inputs.x, d_y, moments),
+            x=inputs.x,
+            d_y=d_y,
+            state=moments,
             learning_rate=training.penultimate_rate * inputs.learning_rate,
             epsilon=training.epsilon,
             seed=inputs.seed,
@@ -144,8 +150,8 @@ class LayeredHead(Head):
         self, grads: nnx.State, inputs: StepInputs, state: optax.ScaleByAdamState, training: HeadTraining
     ) -> Moments:
         """Updates the parameters that there are gradients of, by Optax; returns their new moments."""
-        gradients = {".".join(map(str, path)): g[...] for path, g in nnx.to_flat_state(grads)}
-        parameters = self._parameters()
+        gradients = {path_name(path): g[...] for path, g in nnx.to_flat_state(grads)}
+        parameters = parameters_of(self)
         rates = {"penultimate": training.penultimate_rate, "output": training.output_rate}
         of_adam = {name: g for name, g in gradients.items() if name in state.mu}
         directions, moments = adam_directions(of_adam, state, training.epsilon, inputs.seed)
@@ -158,16 +164,8 @@ class LayeredHead(Head):
             if value.dtype == jnp.bfloat16:  # a bias has its random bits after those of the kernel
                 first = parameters["output.kernel"].size if name == "output.bias" else 0
                 new = xla_ops.round_stochastically(new, inputs.seed, inputs.step, first=first)
-            parameters[name].set_value(new)
+            parameters[name].set_value(new.astype(value.dtype))
         return moments
-
-    def _parameters(self) -> dict[str, nnx.Param]:
-        """Every parameter by its path."""
-        return {
-            ".".join(map(str, path)): node
-            for path, node in nnx.iter_graph(self)
-            if isinstance(node, nnx.Param)
-        }
 
     def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
         return {

@@ -26,15 +26,27 @@ class LabelRanges(Head):
     so have its gradients.
 
     Args:
-      heads: in order.
+      heads: in order, all on the same number of features.
       labels: int [L], the label at each position, ascending within a range, so that equal scores keep their
         order.
+      rates: the output layer of each head learns at this times `output_rate`.
+
+    Raises:
+      ValueError: the heads do not fit each other, or `labels` is not such an order.
     """
 
-    def __init__(self, heads: Sequence[Head], labels: np.ndarray):
+    def __init__(self, heads: Sequence[Head], labels: np.ndarray, rates: Sequence[float]):
+        if len({head.in_features for head in heads}) != 1 or len(rates) != len(heads):
+            raise ValueError("heads must have the same in_features, and a rate each")
         self.in_features = heads[0].in_features
         self.num_labels = sum(head.num_labels for head in heads)
+        if not np.array_equal(np.sort(labels), np.arange(self.num_labels)):
+            raise ValueError(f"labels must be an order of 0..{self.num_labels - 1}")
+        for part in np.split(labels, np.cumsum([head.num_labels for head in heads])[:-1]):
+            if np.any(np.diff(part) < 0):
+                raise ValueError("labels must ascend within the range of a head")
         self.heads = nnx.List(heads)
+        self.rates = tuple(rates)
         self.labels = LabelOrder(jnp.asarray(labels, jnp.int32))
         self.positions = LabelOrder(jnp.argsort(self.labels[...]).astype(jnp.int32))
 
@@ -62,6 +74,8 @@ class LabelRanges(Head):
         return jnp.sum(jnp.stack(shares))
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        if k > self.num_labels:
+            raise ValueError(f"k must be at most the number of labels, {self.num_labels}, got {k}")
         best = []
         for head, start in self._ranges():
             scores, at = head.top_k(x, min(k, head.num_labels))
@@ -86,10 +100,12 @@ class LabelRanges(Head):
     def _step(self, method: str, inputs: StepInputs, moments: tuple, training: HeadTraining):
         at = self._positions(inputs.positives)
         loss, d_x, new = 0.0, 0.0, []
-        for (head, start), of_head in zip(self._ranges(), moments, strict=True):
+        for (head, start), of_head, rate in zip(self._ranges(), moments, self.rates, strict=True):
             share = self._share(head)
             # Adam's step does not depend on a gradient's scale, but for epsilon; SGD follows the sum anyway.
-            scaled = dataclasses.replace(training, epsilon=training.epsilon / share)
+            scaled = dataclasses.replace(
+                training, epsilon=training.epsilon / share, output_rate=rate * training.output_rate
+            )
             step = getattr(head, method)
             its_loss, its_d_x, of_head = step(inputs._replace(positives=shift(at, start)), of_head, scaled)
             loss += share * its_loss
@@ -133,12 +149,16 @@ class HeadAndTailConfig(FixedFanInConfig):
 
     Attributes:
       head_fraction: the part of the labels that are in the dense layer.
+      head_rate: the dense layer learns at this times `output_rate`: all features of a label learn together.
     """
 
     head_fraction: float = setting(0.1, above=0, below=1)
+    head_rate: float = setting(0.25, at_least=0)
 
-    def make(self, in_features, num_labels, *, label_counts=None, rngs):
-        """A new head; see `HeadConfig`. Without counts lower labels are taken as the more frequent ones."""
+    def make(
+        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+    ) -> Head:
+        """A new head. Without counts lower labels are taken as the more frequent ones."""
         if num_labels < 2:
             raise ValueError(f"head_and_tail needs at least 2 labels, got {num_labels}")
         counts = -np.arange(num_labels) if label_counts is None else np.asarray(label_counts)
@@ -146,4 +166,5 @@ class HeadAndTailConfig(FixedFanInConfig):
         by_frequency = np.argsort(-counts, kind="stable")
         labels = np.concatenate([np.sort(by_frequency[:size]), np.sort(by_frequency[size:])])
         head = make_dense(in_features, size, 0, self.output_bias, rngs=rngs)
-        return LabelRanges([head, super().make(in_features, num_labels - size, rngs=rngs)], labels)
+        tail = super().make(in_features, num_labels - size, rngs=rngs)
+        return LabelRanges([head, tail], labels, rates=(self.head_rate, 1.0))

@@ -4,14 +4,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from sparse_xmc.connectivity import draw_coordinates
+from sparse_xmc.heads.head import Head, HeadConfig
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import RewireConfig, rewire_unstructured
 from sparse_xmc.layers import Connectivity, Initializer, flat_glorot_uniform, start_of_kernel
-from sparse_xmc.settings import check, setting
+from sparse_xmc.settings import setting
 
 _CONNECTIONS_AT_ONCE = 4096
 
@@ -65,6 +67,8 @@ class UnstructuredLinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x float32 [B, D] to [B, L]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features in its last axis, got {list(x.shape)}")
         features, kernel, indices = jnp.asarray(x).T, self.kernel[...], self.indices[...]
         bias = self.bias[...]
 
@@ -85,7 +89,7 @@ class UnstructuredLinear(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnstructuredConfig:
+class UnstructuredConfig(HeadConfig):
     """An unstructured head, as in the paper: L * fan_in connections between any inputs and labels.
 
     Attributes:
@@ -101,11 +105,9 @@ class UnstructuredConfig:
     output_bias: float = 0.0
     output_bound: float | None = setting(None, above=0, or_else=(None,))
 
-    def __post_init__(self):
-        check(self)
-
-    def make(self, in_features, num_labels, *, label_counts=None, rngs):
-        """A new head; see `HeadConfig`."""
+    def make(
+        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+    ) -> Head:
 
         def output(width):
             return UnstructuredLinear(

@@ -1,5 +1,7 @@
 """How parameters of a head are updated: by Optax, and a dense layer in place."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -58,13 +60,13 @@ def _round(value: Array, dtype, seed, count: Array) -> Array:
 def step_dense(
     layer: nnx.Linear,
     name: str,
+    *,
     x: Array,
     d_y: Array,
     state: optax.ScaleByAdamState,
     learning_rate: Array,
     epsilon: float,
-    seed,
-    *,
+    seed: Any,
     before: Array,
 ) -> Moments:
     """One step of Adam of a dense layer, in place: the gradient of its kernel is never held.

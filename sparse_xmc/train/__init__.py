@@ -1,6 +1,5 @@
 """Training: settings, the one step, the loop around it, checkpoints."""
 
-from sparse_xmc.heads import PAPER_EPSILON
 from sparse_xmc.train.callbacks import Callback, GradientDensity, Progress, RecordFile
 from sparse_xmc.train.checkpoints import Checkpoints
 from sparse_xmc.train.config import TrainingConfig
@@ -9,7 +8,6 @@ from sparse_xmc.train.schedules import SCHEDULES, Linear, Plateau, Schedule
 from sparse_xmc.train.trainer import Trainer
 
 __all__ = [
-    "PAPER_EPSILON",
     "SCHEDULES",
     "Callback",
     "Checkpoints",

@@ -62,6 +62,8 @@ class Checkpoints:
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
+        if self._best.latest_step() is None:
+            raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
         weights = self._best.restore(
             self._best.latest_step(), args=ocp.args.StandardRestore(local_shapes(_weights(trainer.state)))
         )

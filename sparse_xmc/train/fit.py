@@ -1,5 +1,6 @@
 """The training loop: epochs, validation, schedule, stopping, checkpoints, callbacks."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def fit(
       "learning_rate" (at its start), the metrics on the validation points, and what callbacks entered.
 
     Raises:
-      ValueError: the schedule needs validation points or checkpoints.
+      ValueError: the schedule needs validation points or checkpoints, or the latest checkpoint is of a run
+        with other settings.
       FloatingPointError: the loss is not finite; the message says where.
     """
     config = trainer.config
@@ -56,7 +58,11 @@ def fit(
         )
     batches = Batches(train, config.batch_size)
     records: list[dict[str, Any]] = []
+    run = {"seed": trainer.seed, **dataclasses.asdict(config)}
     if checkpoints and (progress := checkpoints.restore_latest(trainer)):
+        if different := sorted(name for name in run if run[name] != progress["run"].get(name)):
+            was, now = ({name: of[name] for name in different} for of in (progress["run"], run))
+            raise ValueError(f"the checkpoint is of a run with {was}, not {now}; choose another directory")
         records = progress["records"]
         schedule = SCHEDULES[config.schedule](**progress["schedule"])
     saved = time.monotonic()
@@ -86,7 +92,7 @@ def fit(
         if checkpoints and schedule.is_best:
             checkpoints.save_best(trainer)
         if checkpoints and time.monotonic() - saved > 60 * checkpoint_minutes:
-            progress = {"records": records, "schedule": schedule.state()}
+            progress = {"records": records, "schedule": schedule.state(), "run": run}
             checkpoints.save_latest(trainer, progress)
             saved = time.monotonic()
 

@@ -152,6 +152,22 @@ def test_used_rows_are_those_of_all_calls():
     np.testing.assert_array_equal(rows, [1, 3, 7, 30, 40, 40])
 
 
+@pytest.mark.parametrize("wrong", [-1, 40, 41, 2**31 - 1])
+def test_ids_out_of_range_are_nan_and_train_nothing(wrong):
+    table = EmbeddingTable(40, 5, rngs=nnx.Rngs(0))
+    rows = np.asarray(table.lookup(np.asarray([3, wrong, 39], np.int32)))
+    assert np.isfinite(rows[[0, 2]]).all()
+    assert np.isnan(rows[1]).all()
+    with jax.numpy_dtype_promotion("standard"):
+        trainer = make_trainer(Sequence(nnx.Rngs(0)), 6)
+        ids = np.asarray([[39, 2, 4], [wrong, 3, 4], [1, 1, 1], [0, 0, 0]], np.int32)
+        before = table_of(trainer)
+        loss = trainer.train_step(Batch(ids, make_positives(4)), 0.1)
+    assert np.isnan(loss)
+    unused = np.setdiff1d(np.arange(40), np.append(ids[:, -1] // 2, ids))
+    np.testing.assert_array_equal(table_of(trainer)[unused], before[unused])
+
+
 def test_no_array_of_the_tables_size_is_made():
     encoder = BagOfWordsEncoder(200_000, 16, rngs=nnx.Rngs(0))
     (batch,) = make_batches(1, bag_of_words=True)

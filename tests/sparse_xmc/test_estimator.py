@@ -12,7 +12,8 @@ from sklearn.exceptions import NotFittedError
 from sparse_xmc import XMCClassifier
 
 WORDS = ["apple", "brook", "cloud", "dune", "ember", "fern", "grove", "heath"]
-SMALL = {"penultimate": 32, "fan_in": 8, "embedding": 16, "epochs": 40, "batch_size": 8}
+DENSE = {"penultimate": 32, "fan_in": 8, "epochs": 80, "batch_size": 8}
+SMALL = DENSE | {"embedding": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_texts_and_names(fitted):
     assert fitted.n_labels_ == 8
     assert fitted.classes_.tolist() == [word.upper() for word in WORDS]
     assert fitted.n_features_in_ == 8 + 3
-    assert len(fitted.history_) == 40
+    assert len(fitted.history_) == 80
     names, scores = fitted.predict(texts, k=3)
     assert names.shape == scores.shape == (20, 3)
     assert np.all(np.diff(scores, axis=1) <= 0)
@@ -73,7 +74,7 @@ def test_matrices(features, labels):
 
     texts, names = make_points()
     X, y = convert(features, counts(texts)), names if labels == "names" else convert(labels, indicator(names))
-    classifier = XMCClassifier(**SMALL).fit(X, y)
+    classifier = XMCClassifier(**DENSE if features == "dense" else SMALL).fit(X, y)
     assert classifier.score(X, y) > 0.9
     predicted, _ = classifier.predict(X, k=2)
     expected = [word.upper() for word in WORDS] if labels == "names" else np.arange(8)
@@ -81,10 +82,17 @@ def test_matrices(features, labels):
     assert predicted.dtype == (object if labels == "names" else np.int64)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_the_scale_of_dense_features_does_not_matter(scale):
+@pytest.mark.parametrize("convert", [np.asarray, scipy.sparse.csr_array])
+@pytest.mark.parametrize("penultimate", [0, 32])
+def test_the_scale_of_features_does_not_matter(convert, penultimate):
     texts, names = make_points()
-    assert XMCClassifier(**SMALL).fit(scale * counts(texts), names).score(scale * counts(texts), names) > 0.9
+    scores = []
+    for scale in (2**-10, 1, 2**10):  # powers of two round alike
+        X = convert(scale * counts(texts))
+        classifier = XMCClassifier(**DENSE | {"penultimate": penultimate, "epochs": 5}).fit(X, names)
+        scores.append(classifier.predict(X, k=8).scores)
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_array_equal(scores[2], scores[1])
 
 
 def test_conventions_of_scikit_learn():
@@ -149,6 +157,8 @@ TEXTS, LABELS = make_points(6)
             r"y must have shape \[N, L\], or be names for each point, got \[6\]",
         ),
         (TEXTS, [[]] * 6, ValueError, "expected points with labels, got 6 points and 0 labels"),
+        (TEXTS, np.full((6, 3), np.nan), ValueError, "y must be finite, got NaN or infinity"),
+        (TEXTS, [["a"], ["b\nc"], [], [], [], []], ValueError, r"line breaks, got 'b\\nc' for point 1"),
         (np.full((6, 3), np.nan), LABELS, ValueError, "X must be finite, got NaN or infinity"),
         (scipy.sparse.csr_array(np.full((6, 3), np.inf)), LABELS, ValueError, "X must be finite"),
         (np.zeros(6), LABELS, ValueError, r"X must have shape \[N, D\], got \[6\]"),
@@ -156,7 +166,7 @@ TEXTS, LABELS = make_points(6)
 )
 def test_what_cannot_be_fitted(X, y, error, message):
     with pytest.raises(error, match=message):
-        XMCClassifier(**SMALL, min_df=1).fit(X, y)
+        XMCClassifier(**DENSE, min_df=1).fit(X, y)
 
 
 def test_settings_are_checked():
@@ -171,7 +181,22 @@ def test_settings_are_checked():
             XMCClassifier(**SMALL | options, min_df=1).fit(TEXTS, LABELS)
 
 
+def test_what_is_chosen_fits_the_data():
+    X = np.eye(4, dtype=np.float32)
+    classifier = XMCClassifier(penultimate=0, epochs=1).fit(X, [["a"], ["b"], ["a"], ["c"]])
+    assert classifier.saved_.config.head.fan_in == 4
+    with pytest.raises(ValueError, match="embedding=8 is for texts and sparse features, but X is dense"):
+        XMCClassifier(embedding=8).fit(X, [["a"], ["b"], ["a"], ["c"]])
+    assert XMCClassifier(fan_in=np.int64(2), epochs=1).fit(X, [["a"]] * 4).saved_.config.head.fan_in == 2
+
+
+class Frame(list):
+    columns = ("text",)
+
+
 def test_what_cannot_be_predicted(fitted):
+    with pytest.raises(TypeError, match="got a data frame: give one column"):
+        fitted.predict(Frame(TEXTS))
     with pytest.raises(NotFittedError, match="not trained yet: call fit, or load one"):
         XMCClassifier().predict(TEXTS)
     with pytest.raises(TypeError, match="X must be texts, as the classifier was trained on, got features"):
@@ -180,7 +205,7 @@ def test_what_cannot_be_predicted(fitted):
         fitted.predict(TEXTS, k=9)
     with pytest.raises(ValueError, match="y must be names, got a matrix"):
         fitted.score(TEXTS, indicator(LABELS))
-    dense = XMCClassifier(**SMALL | {"epochs": 1}).fit(counts(TEXTS), indicator(LABELS))
+    dense = XMCClassifier(**DENSE | {"epochs": 1}).fit(counts(TEXTS), indicator(LABELS))
     with pytest.raises(ValueError, match="X must have 9 features, got 8"):
         dense.predict(counts(TEXTS)[:, 1:])
     with pytest.raises(TypeError, match="X must be dense, as the classifier was trained on, got csr_array"):

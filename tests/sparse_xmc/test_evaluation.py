@@ -11,7 +11,7 @@ from sparse_xmc import evaluation
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.evaluation import evaluate, evaluate_groups, gradient_density, predict
-from sparse_xmc.heads import HEADS, dense, fixed_fan_in
+from sparse_xmc.heads import HEADS, head
 from sparse_xmc.losses import LOSSES
 
 
@@ -96,6 +96,14 @@ def test_more_labels_than_there_are_cannot_be_predicted():
         next(predict(make_model(), make_dataset(5), 21))
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_scores_that_are_not_finite_are_an_error(kind):
+    dataset = make_dataset(9)
+    dataset.features[7] = np.nan
+    with pytest.raises(FloatingPointError, match="the scores of point 7 are not finite"):
+        list(predict(make_model(kind), dataset, 5, batch_size=4))
+
+
 def test_no_points_is_an_error():
     with pytest.raises(ValueError, match="expected at least one point"):
         evaluate(make_model(), make_dataset(5).take(slice(0)))
@@ -157,8 +165,7 @@ def test_a_group_without_test_points_has_no_precision():
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, kind):
-    for module in (dense, fixed_fan_in):
-        monkeypatch.setattr(module, "_LABELS_AT_ONCE", 7)  # the last block is smaller
+    monkeypatch.setattr(head, "_LABELS_AT_ONCE", 7)  # the last block is smaller
     model, dataset = make_model(kind, output_bias=-1.0, output_bound=0.5), make_dataset(23)
     model.eval()
     batches = [batch for _, batch in Batches(dataset, 10).in_order()]

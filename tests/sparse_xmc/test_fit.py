@@ -112,6 +112,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, sched
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("change", [{"epochs": 4}, {"learning_rate": 5e-3}, {"seed": 2}, {"loss": "bce"}])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
+    with Checkpoints(tmp_path) as checkpoints:
+        fit(new_trainer(), make_dataset(), checkpoints=checkpoints, checkpoint_minutes=0.0)
+    trainer = new_trainer(**{name: value for name, value in change.items() if name != "seed"})
+    trainer.seed = change.get("seed", trainer.seed)
+    (name,) = change
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=f"is of a run with .*{name}"):
+        fit(trainer, make_dataset(), checkpoints=checkpoints)
+
+
 def test_plateau_ends_with_the_best_weights(tmp_path):
     validation, seen = make_dataset(seed=5), {}
 

@@ -120,5 +120,5 @@ class TestFixedFanInLinear:
 
     @pytest.mark.parametrize("width", [19, 21])
     def test_an_input_of_another_width_is_an_error(self, width):
-        with pytest.raises(ValueError, match=f"x must have 20 features, in its last axis, got .*{width}"):
+        with pytest.raises(ValueError, match=f"x must have 20 features in its last axis, got .*{width}"):
             FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0))(jnp.ones((2, width)))

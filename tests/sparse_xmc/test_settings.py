@@ -1,6 +1,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from sparse_xmc.settings import check, setting
@@ -13,6 +14,7 @@ class Example:
     bound: float | None = setting(None, above=0, or_else=(None,))
     interval: int = setting(3, at_least=1, or_else=(-1,))
     plain: bool = False
+    offset: float = 0.0
 
     def __post_init__(self):
         check(self)
@@ -39,8 +41,17 @@ def test_what_is_allowed(options):
         ({"bound": float("inf")}, "bound must be above 0, or None, got inf"),
         ({"interval": 0}, "interval must be at least 1, or -1, got 0"),
         ({"interval": -2}, "interval must be at least 1, or -1, got -2"),
+        ({"interval": 1.5}, "interval must be a whole number, at least 1, or -1, got 1.5"),
+        ({"plain": 1}, "plain must be True or False, got 1"),
+        ({"offset": float("nan")}, "offset must be a finite number, got nan"),
     ],
 )
 def test_what_is_not(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Example(**options)
+
+
+def test_numbers_of_other_types_become_pythons():
+    example = Example(rate=np.float32(0.5), interval=np.int64(4), offset=2)
+    assert [type(value) for value in (example.rate, example.interval, example.offset)] == [float, int, float]
+    assert (example.rate, example.interval, example.offset) == (0.5, 4, 2.0)

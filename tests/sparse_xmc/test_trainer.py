@@ -1,5 +1,7 @@
 """Training step by step: against plain Optax, and the rules of rewiring. See also test_fused_and_optax.py."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,21 @@ import scipy.sparse
 from flax import nnx
 from small_models import make_batches, make_inputs, make_model, make_positives
 
-from sparse_xmc import Batch, Classifier, DenseFeatures, EmbeddingTable, RewireConfig, Trainer, TrainingConfig
+from sparse_xmc import (
+    Batch,
+    Classifier,
+    DenseFeatures,
+    EmbeddingTable,
+    FixedFanInLinear,
+    RewireConfig,
+    Trainer,
+    TrainingConfig,
+)
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
+from sparse_xmc.encoders.table import TableParam
 from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead
-from sparse_xmc.modules import in_evaluation
+from sparse_xmc.modules import in_evaluation, parameters_of
 
 NEVER = RewireConfig(fraction=0)
 
@@ -125,6 +137,55 @@ def test_sgd_follows_the_sum_of_the_losses():
     trainer.train_step(batch, 1e-2)
     np.testing.assert_allclose(trainer.model.head.output.kernel[...], expected, rtol=1e-5, atol=1e-7)
     assert set(trainer.state["moments"].mu) == {"penultimate.kernel", "penultimate.bias"}
+
+
+def rates_of(head, training):
+    """What each parameter of a head learns at, by its path."""
+    rates = {}
+    for name in parameters_of(head):
+        of_layer = training.penultimate_rate if "penultimate" in name else training.output_rate
+        rates[name] = of_layer * (0.25 if name.startswith("heads.0") else 1.0)  # of the dense part
+    return rates
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_first_step_of_every_head_follows_the_gradient_of_its_loss(kind, optimizer, fused):
+    training = TrainingConfig(
+        rewire=NEVER,
+        output_optimizer=optimizer,
+        output_rate=0.5,
+        penultimate_rate=0.3,
+        learning_rate=0.1,
+        epsilon=1e-4,  # about as large as gradients, so that their scale shows
+    )
+    head = make_model(kind, penultimate=24, fan_in=4, output_bound=0.5).head
+    model = Classifier(nnx.Linear(12, 12, rngs=nnx.Rngs(5)), head)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    batch = one_batch()
+
+    def loss_of(params):
+        return nnx.merge(graphdef, params, rest, copy=True).loss(batch.inputs, batch.positives)
+
+    loss, gradients = jax.value_and_grad(loss_of)(params)
+    expected = {}
+    for path, g in nnx.to_flat_state(gradients):
+        name, gradient = ".".join(map(str, path)), np.asarray(g[...])
+        value = np.asarray(parameters_of(model)[name][...])
+        if name.startswith("encoder"):
+            expected[name] = value - 30 * gradient  # of the sum over labels
+            continue
+        rate = 0.1 * rates_of(head, training)[name.removeprefix("head.")]
+        by_sgd = optimizer == "sgd" and "penultimate" not in name
+        # In Adam's first step the moments, undone of their start at 0, are the gradient and its square.
+        expected[name] = value - rate * (
+            8 * 30 * gradient if by_sgd else gradient / (np.abs(gradient) + 1e-4)
+        )
+    trainer = Trainer(model, training, encoder_optimizer=optax.sgd(1.0), fused=fused)
+    np.testing.assert_allclose(trainer.train_step(batch, 0.1), loss, rtol=1e-5)
+    for name, parameter in parameters_of(trainer.model).items():
+        np.testing.assert_allclose(parameter[...], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_a_bfloat16_output_layer_learns_and_repeats():
@@ -344,7 +405,17 @@ def test_a_parameter_that_the_features_do_not_depend_on_is_an_error():
         def __call__(self, x):
             return self.second(jax.lax.stop_gradient(self.norm(self.first(x))))
 
-    for encoder, name in ((Unused, "extra.bias"), (Stopped, "first.bias")):
+    class StoppedTable(Encoder):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.words = EmbeddingTable(5, 10, rngs=rngs)
+
+        def __call__(self, x):
+            rows = self.words.lookup(jnp.zeros(len(x), jnp.int32))
+            return super().__call__(x) + jax.lax.stop_gradient(rows)
+
+    encoders = ((Unused, "extra.bias"), (Stopped, "first.bias"), (StoppedTable, "words.embedding"))
+    for encoder, name in encoders:
         trainer = Trainer(with_encoder(encoder(nnx.Rngs(0))), TrainingConfig())
         with pytest.raises(ValueError, match=f"do not depend on the encoder's parameter {name}"):
             trainer.train_step(one_batch(), 1e-3)
@@ -369,8 +440,18 @@ def test_a_parameter_that_a_heads_step_forgets_is_an_error():
 
     template = make_model().head
     head = Forgetful(12, 8, lambda width: template.output, rngs=nnx.Rngs(0))
-    trainer = Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig(rewire=NEVER))
-    with pytest.raises(ValueError, match="head's step leaves its parameter temperature as it is"):
+    with pytest.raises(ValueError, match="nothing would train the head's parameter temperature"):
+        Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig())
+
+
+def test_a_step_that_leaves_a_parameter_as_it_is_is_an_error():
+    class Lazy(FixedFanInHead):
+        def step_fused(self, inputs, moments, training):
+            return self.loss(inputs.x, inputs.positives), jnp.zeros_like(inputs.x), moments
+
+    head = Lazy(12, 0, lambda width: FixedFanInLinear(12, 30, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    trainer = Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig(), fused=True)
+    with pytest.raises(ValueError, match=r"head's step leaves its parameter output\.\w+ as it is"):
         trainer.train_step(one_batch(), 1e-3)
 
 
@@ -397,12 +478,77 @@ def test_parameters_outside_of_encoder_and_head_or_in_both_are_errors():
         Trainer(tied, TrainingConfig())
 
 
-def test_labels_beyond_those_of_the_head_are_errors():
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("wrong", [30, 2**31 - 1, -2])
+def test_labels_that_are_none_are_errors(convert, wrong):
     trainer, positives = new_trainer(), make_positives()
-    positives[5, 1] = 30
-    with pytest.raises(ValueError, match=r"labels in 0\.\.29, or -1; point 5 of the batch has 30"):
-        trainer.train_step(Batch(make_inputs(), positives), 1e-3)
+    positives[5, 1] = wrong
+    with pytest.raises(ValueError, match=rf"labels in 0\.\.29, or -1; point 5 of the batch has {wrong}$"):
+        trainer.train_step(Batch(make_inputs(), convert(positives)), 1e-3)
     assert trainer.step == 0
+
+
+def test_a_label_listed_twice_is_an_error():
+    positives = np.full((8, 3), -1, np.int32)
+    positives[2] = [7, -1, 7]
+    with pytest.raises(ValueError, match="positives must be distinct; point 2 of the batch has 7 twice"):
+        new_trainer().train_step(Batch(make_inputs(), positives), 1e-3)
+
+
+def test_tables_that_cannot_be_trained_by_rows_are_errors():
+    class Loose(DenseFeatures):
+        def __init__(self, rngs):
+            super().__init__(12, rngs=rngs)
+            self.table = TableParam(jnp.zeros((3, 2)))
+
+    class Shared(DenseFeatures):
+        def __init__(self, rngs):
+            super().__init__(12, rngs=rngs)
+            self.one, self.other = (EmbeddingTable(3, 2, rngs=rngs) for _ in range(2))
+            self.other.embedding = self.one.embedding
+
+    class Narrow(DenseFeatures):
+        def __init__(self, rngs):
+            super().__init__(12, rngs=rngs)
+            self.words = EmbeddingTable(3, 2, param_dtype=jnp.bfloat16, rngs=rngs)
+
+    for encoder, message in (
+        (Loose, "table must be the table of one EmbeddingTable, but is that of 0"),
+        (Shared, r"embedding must be the table of one EmbeddingTable, but is that of 2"),
+        (Narrow, r"words\.embedding must be float32 to be trained by rows, got bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(with_encoder(encoder(nnx.Rngs(0)), features=12), TrainingConfig())
+
+
+def test_a_rate_beside_an_optimizer_that_does_not_ask_for_it_is_an_error():
+    with pytest.raises(ValueError, match="encoder_rate is for the default optimizer"):
+        Trainer(make_model(), TrainingConfig(encoder_rate=2.0), encoder_optimizer=optax.sgd(0.1))
+
+
+def test_a_layer_that_computes_in_another_dtype_is_not_trained():
+    def output(width):
+        return FixedFanInLinear(width, 30, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    head = FixedFanInHead(12, 0, output, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="dtype of its parameters, float32; leave out dtype=bfloat16"):
+        Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig())
+
+
+def test_looking_at_the_model_changes_nothing():
+    trainers = [new_trainer(model=make_model(dropout=0.5)) for _ in range(2)]
+    for batch in make_batches(3):
+        losses = [float(trainer.train_step(batch, 1e-2)) for trainer in trainers]
+        assert losses[0] == losses[1]
+        trainers[0].model.encoder(batch.inputs)  # in training mode: draws random numbers of its own
+
+
+def test_a_trainer_that_is_dropped_frees_its_arrays():
+    trainer = new_trainer()
+    trainer.train_step(one_batch(), 1e-2)
+    arrays = [weakref.ref(a) for a in jax.tree.leaves(trainer.state)]
+    del trainer
+    assert not any(array() is not None for array in arrays)
 
 
 def test_a_bfloat16_output_layer_is_not_for_adam():
