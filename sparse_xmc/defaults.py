@@ -14,7 +14,7 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig
 
-_FEWEST_STEPS, _MOST_EPOCHS, _EPOCHS = 2000, 100, 10
+_FEWEST_STEPS, _MOST_EPOCHS, _EPOCHS = 1000, 100, 10
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
@@ -59,7 +59,7 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
     """How to train on a data set; `given` are fields of `TrainingConfig` that are decided already.
 
     Batches have 256 points, fewer where that would be less than 100 steps an epoch; epochs are 10, or as many
-    as it takes for 2,000 steps, but no more than 100.
+    as it takes for 1,000 steps, but no more than 100.
     """
     batch_size = given.get("batch_size") or 256
     if "batch_size" not in given:

@@ -69,7 +69,7 @@ class XMCClassifier(BaseEstimator):
       >>> from sparse_xmc import XMCClassifier
       >>> texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
       >>> labels = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 5
-      >>> classifier = XMCClassifier(penultimate=32, fan_in=8, epochs=30).fit(texts, labels)
+      >>> classifier = XMCClassifier().fit(texts, labels)
       >>> classifier.predict(["the small cat"], k=2).labels.tolist()
       [['cat', 'small']]
     """
