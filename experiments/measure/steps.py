@@ -135,7 +135,9 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
         return step_dense(
             head.penultimate,
             "penultimate",
-            *(*x_and_d_y, moments),
+            x=x_and_d_y[0],
+            d_y=x_and_d_y[1],
+            state=moments,
             learning_rate=jnp.float32(_RATE),
             epsilon=training.epsilon,
             seed=trainer.seed,

@@ -21,7 +21,7 @@ import test_fan_in_step as step_test
 import test_fan_in_top_k as top_k_test
 
 from xla_ops import _native
-from xla_ops.fan_in_loss import LOSSES
+from xla_ops._fan_in_loss import LOSSES
 
 HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = Path(__file__).parents[2] / "xla_ops" / "csrc" / "cuda"

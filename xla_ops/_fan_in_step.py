@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from xla_ops import _native
 from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
-from xla_ops.fan_in_loss import check_loss, loss_code
+from xla_ops._fan_in_loss import check_loss, loss_code
 
 
 class AdamState(NamedTuple):

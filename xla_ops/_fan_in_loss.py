@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from xla_ops import _native
 from xla_ops._arguments import check_connections, check_dtype, check_values
-from xla_ops.fan_in_matmul import fan_in_matmul_reference
+from xla_ops._fan_in_matmul import fan_in_matmul_reference
 
 LOSSES = ("squared_hinge", "bce")
 
