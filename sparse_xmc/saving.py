@@ -12,6 +12,7 @@ from flax import nnx
 
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.model import Classifier, ClassifierConfig
+from sparse_xmc.modules import path_name
 
 CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
 
@@ -91,11 +92,30 @@ def load_weights(path: str | os.PathLike, model: nnx.Module) -> Any:
       ValueError: what is there is of another model.
     """
     graphdef, state = nnx.split(model)
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory")
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            return nnx.merge(graphdef, checkpointer.restore(Path(path).absolute(), local_shapes(state)))
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: not the weights of such a model: {error}") from error
+        # Compared before anything is read: Orbax' own complaint comes half way.
+        there, expected = _sizes(checkpointer.metadata(path).item_metadata.tree), _sizes(state)
+        if different := sorted(name for name in there | expected if there.get(name) != expected.get(name)):
+            name = different[0]
+            raise ValueError(
+                f"{path}: not the weights of such a model: {name} is {there.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'none')}"
+            )
+        return nnx.merge(graphdef, checkpointer.restore(path, local_shapes(state)))
+
+
+def _sizes(tree: Any) -> dict[str, str]:
+    """The dtype and shape of each array by its path."""
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # as it is saved
+        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        sizes[path_name(name for name in names if name != "value")] = f"{leaf.dtype} {list(leaf.shape)}"
+    return sizes
 
 
 def local_shapes(state: Any) -> Any:

@@ -77,8 +77,9 @@ def test_result(finished):
     assert report["model"]["num_labels"] == 12
     assert report["training"]["rewire_interval"] == 7
     assert {"versions", "cpu", "commit"} <= report["environment"].keys()
-    # Two float32 layers of [12, 32] and [32, 64] + [64]; kernel [12, 8] and bias [12], indices in uint16.
-    assert report["model_bytes"] == 4 * (12 * 32 + 32 * 64 + 64 + 12 * 8 + 12) + 2 * 12 * 8
+    # Two float32 layers of [12, 32] and [32, 64] + [64]; kernel [12, 8] and bias [12], indices in uint16; and
+    # the scale of the inputs.
+    assert report["model_bytes"] == 4 * (12 * 32 + 32 * 64 + 64 + 12 * 8 + 12 + 1) + 2 * 12 * 8
     for split in ("test", "train"):
         names = {f"{name}@{k}" for name in ("p", "ndcg", "recall", "psp", "psndcg") for k in (1, 3, 5)}
         assert report[split].keys() == names

@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -79,5 +80,13 @@ def test_weights_of_a_users_own_module_round_trip(tmp_path):
 
 def test_weights_of_another_shape_are_an_error(tmp_path):
     save_weights(tmp_path / "weights", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="not the weights of such a model"):
-        load_weights(tmp_path / "weights", nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
+    for module, message in (
+        (nnx.Linear(3, 5, rngs=nnx.Rngs(0)), r"bias is float32 \[4\], expected float32 \[5\]"),
+        (nnx.Linear(3, 4, use_bias=False, rngs=nnx.Rngs(0)), r"bias is float32 \[4\], expected none"),
+        (nnx.BatchNorm(4, rngs=nnx.Rngs(0)), r"kernel is float32 \[3, 4\], expected none"),
+        (nnx.Linear(3, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), r"expected bfloat16 \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=f"not the weights of such a model: .*{message}"):
+            load_weights(tmp_path / "weights", module)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+        load_weights(tmp_path / "nowhere", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))

@@ -7,7 +7,8 @@ from flax import nnx
 
 from experiments.measure.synthetic import Synthetic
 from sparse_xmc.heads import DenseConfig
-from sparse_xmc.model import ClassifierConfig, EncoderConfig, in_evaluation
+from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.modules import in_evaluation
 from sparse_xmc.train import Trainer, TrainingConfig
 
 
