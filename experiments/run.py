@@ -89,10 +89,8 @@ def main(argv):
         print(f"{workdir / 'result.json'} is there already. Choose another --workdir to run again.")
         return
     values = {flag.name: flag.value for flag in own_flags()}
-    head, training = (
-        reflection.read_kind("head", HEADS, values),
-        reflection.read_flags(TrainingConfig, values),
-    )
+    head = reflection.read_kind("head", HEADS, values)
+    training = reflection.read_flags(TrainingConfig, values)
     if unused := reflection.flags_without_use("head", HEADS, values):
         print(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
 

@@ -127,22 +127,16 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
 
         return run
 
+    def inputs_of(x, wants_d_x):
+        return StepInputs(x, positives, jnp.float32(_RATE), trainer.seed, jnp.int32(0), wants_d_x)
+
     def update_output(head, moments, hidden):
-        inputs = StepInputs(hidden, positives, jnp.float32(_RATE), trainer.seed, jnp.int32(0))
-        return head.step_output(inputs, moments, training)[2]
+        return head.step_output(inputs_of(hidden, True), moments, training)[2]
 
     def update_penultimate(head, moments, x_and_d_y):
-        return step_dense(
-            head.penultimate,
-            "penultimate",
-            x=x_and_d_y[0],
-            d_y=x_and_d_y[1],
-            state=moments,
-            learning_rate=jnp.float32(_RATE),
-            epsilon=training.epsilon,
-            seed=trainer.seed,
-            before=jnp.zeros(0),
-        )
+        x, d_y = x_and_d_y
+        layer, inputs = head.penultimate, inputs_of(x, False)
+        return step_dense(layer, "penultimate", d_y, inputs, moments, rate=1.0, epsilon=training.epsilon)[1]
 
     return {
         "gather": lambda: gather(held[0], hidden),

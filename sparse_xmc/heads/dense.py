@@ -80,17 +80,14 @@ class DenseHead(LayeredHead):
         if training.output_optimizer != "adam":
             return super().step_output(inputs, moments, training)
         loss, d_y = jax.value_and_grad(find_loss(training.loss))(self.output(inputs.x), inputs.positives)
-        d_x = d_y @ self.output.kernel[...].T if inputs.wants_d_x else jnp.zeros(0)
-        of_output = step_dense(
+        d_x, of_output = step_dense(
             self.output,
             "output",
-            x=inputs.x,
-            d_y=d_y,
-            state=moments,
-            learning_rate=training.output_rate * inputs.learning_rate,
+            d_y,
+            inputs,
+            moments,
+            rate=training.output_rate,
             epsilon=training.epsilon,
-            seed=inputs.seed,
-            before=d_x,
         )
         return loss, d_x, of_output
 

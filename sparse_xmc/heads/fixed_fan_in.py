@@ -41,7 +41,6 @@ class FixedFanInConfig(HeadConfig):
     def make(
         self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
     ) -> Head:
-
         def output(width):
             return FixedFanInLinear(
                 width,

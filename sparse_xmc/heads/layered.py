@@ -105,17 +105,14 @@ class LayeredHead(Head):
         behind = inputs._replace(x=hidden, wants_d_x=True)
         loss, d_hidden, of_output = self.step_output(behind, moments, training)
         (d_y,) = to_d_y(d_hidden)
-        d_x = d_y @ self.penultimate.kernel[...].T if inputs.wants_d_x else jnp.zeros(0)
-        of_penultimate = step_dense(
+        d_x, of_penultimate = step_dense(
             self.penultimate,
             "penultimate",
-            x=inputs.x,
-            d_y=d_y,
-            state=moments,
-            learning_rate=training.penultimate_rate * inputs.learning_rate,
+            d_y,
+            inputs,
+            moments,
+            rate=training.penultimate_rate,
             epsilon=training.epsilon,
-            seed=inputs.seed,
-            before=d_x,
         )
         return loss, d_x, next_state(moments, of_output, of_penultimate)
 

@@ -1,13 +1,12 @@
 """How parameters of a head are updated: by Optax, and a dense layer in place."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
 
 import xla_ops
+from sparse_xmc.heads.head import StepInputs
 
 # What Adam remembers of some parameters, first and second moments by the parameters' names.
 Moments = tuple[dict[str, Array], dict[str, Array]]
@@ -60,30 +59,26 @@ def _round(value: Array, dtype, seed, count: Array) -> Array:
 def step_dense(
     layer: nnx.Linear,
     name: str,
-    *,
-    x: Array,
     d_y: Array,
+    inputs: StepInputs,
     state: optax.ScaleByAdamState,
-    learning_rate: Array,
+    *,
+    rate: float,
     epsilon: float,
-    seed: Any,
-    before: Array,
-) -> Moments:
+) -> tuple[Array, Moments]:
     """One step of Adam of a dense layer, in place: the gradient of its kernel is never held.
 
     Args:
-      layer: updated.
+      layer: updated; its input is `inputs.x`.
       name: its name in the state.
-      x: its input [B, D].
       d_y: the gradient of its output [B, O].
+      inputs: of the head's step.
       state: has the moments of `name`.kernel and, where there is one, `name`.bias.
-      learning_rate: float32 scalar.
+      rate: the layer learns at this times the learning rate.
       epsilon: Adam's.
-      seed: integer scalar, of the rounding of bfloat16 moments.
-      before: what must be computed before the kernel changes.
 
     Returns:
-      The layer's new moments.
+      The gradient of the input [B, D] (anything unless `wants_d_x`), and the layer's new moments.
     """
 
     def step(x, kernel, name, **options):
@@ -91,14 +86,23 @@ def step_dense(
         if kernel.ndim == 1:
             moments = moments._replace(mu=moments.mu[None], nu=moments.nu[None])
         new, moments = xla_ops.dense_adam_step(
-            x, d_y, jnp.atleast_2d(kernel), moments, learning_rate, epsilon=epsilon, seed=seed, **options
+            x,
+            d_y,
+            jnp.atleast_2d(kernel),
+            moments,
+            rate * inputs.learning_rate,
+            epsilon=epsilon,
+            seed=inputs.seed,
+            **options,
         )
         mu[name], nu[name] = (m.reshape(kernel.shape) for m in moments[1:])
         return new.reshape(kernel.shape)
 
     mu: dict[str, Array] = {}
     nu: dict[str, Array] = {}
-    layer.kernel.set_value(step(x, layer.kernel[...], f"{name}.kernel", before=before))
+    kernel = layer.kernel[...]
+    d_x = d_y @ kernel.T if inputs.wants_d_x else jnp.zeros(0)
+    layer.kernel.set_value(step(inputs.x, kernel, f"{name}.kernel", before=d_x))
     if layer.bias is not None:  # a bias is the kernel of an input of ones
-        layer.bias.set_value(step(jnp.ones((len(x), 1)), layer.bias[...], f"{name}.bias"))
-    return mu, nu
+        layer.bias.set_value(step(jnp.ones((len(inputs.x), 1)), layer.bias[...], f"{name}.bias"))
+    return d_x, (mu, nu)
