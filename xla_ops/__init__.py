@@ -6,6 +6,7 @@ from xla_ops._fan_in_loss import fan_in_loss, fan_in_loss_reference
 from xla_ops._fan_in_matmul import fan_in_matmul, fan_in_matmul_reference
 from xla_ops._fan_in_step import AdamState, adam_init, fan_in_adam_step, fan_in_sgd_step
 from xla_ops._fan_in_top_k import fan_in_top_k, fan_in_top_k_reference
+from xla_ops._inputs import SparseInputs
 from xla_ops._kth_smallest import kth_smallest_magnitude, kth_smallest_magnitude_reference
 from xla_ops._native import platforms, register
 from xla_ops._rounding import round_stochastically
@@ -13,6 +14,7 @@ from xla_ops._rounding import round_stochastically
 __all__ = [
     "AdamState",
     "DenseAdamState",
+    "SparseInputs",
     "adam_init",
     "dense_adam_init",
     "dense_adam_step",

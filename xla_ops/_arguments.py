@@ -49,8 +49,8 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
         check_shape("bias", bias, indices.shape[:1], "one per row of indices")
     if indices.dtype == jnp.uint16 and in_features > UINT16_FEATURES:
         raise TypeError(
-            f"indices must have dtype int32 where x has more than {UINT16_FEATURES} features, "
-            f"got uint16 for {in_features} features"
+            f"indices must have dtype int32 where there are more than {UINT16_FEATURES} inputs, "
+            f"got uint16 for {in_features}"
         )
 
 

@@ -1,5 +1,6 @@
 """The fixed fan-in matrix product: every output reads exactly F inputs."""
 
+import functools
 import math
 
 import jax
@@ -9,17 +10,23 @@ from jax.typing import ArrayLike
 
 from xla_ops import _native
 from xla_ops._arguments import check_connections, check_values
+from xla_ops._inputs import SparseInputs, check_sparse, in_features, with_sparse
 
 
 def fan_in_matmul(
-    x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None = None
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    sparse: SparseInputs | None = None,
 ) -> Array:
     """Multiplies by a sparse matrix in which every output has exactly F inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
 
     Differentiable (reverse mode, once) in x, kernel and bias. An input that is listed twice in a row of
-    `indices` counts twice; an index outside [0, D) contributes nothing (given a finite weight) and gets no
+    `indices` counts twice; an index outside [0, D + C) contributes nothing (given a finite weight) and gets no
     gradient. float32 accumulation, also for bfloat16. Results repeat bit for bit on the same machine with the
     same number of threads; on a GPU all but the gradient of x do, whose sums are taken by atomic additions in
     whatever order they come.
@@ -27,8 +34,9 @@ def fan_in_matmul(
     Args:
       x: [..., D], float32 or bfloat16.
       kernel: [L, F], of x's dtype.
-      indices: [L, F], uint16 (for D <= 65,536) or int32.
+      indices: [L, F], uint16 (for D + C <= 65,536) or int32.
       bias: [L], of x's dtype, or None.
+      sparse: C more inputs, D to D + C - 1, of the examples [...] in order; or None.
 
     Returns:
       [..., L], of x's dtype.
@@ -42,19 +50,25 @@ def fan_in_matmul(
     x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
     bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=1)
-    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
+    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=in_features(x, sparse))
+    entries, num_columns = check_sparse(sparse, x)
     _native.register()
     bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
     examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _matmul(*_native.varying(examples, kernel, indices, bias))
+    y = _matmul(num_columns, *_native.varying(examples, *entries, kernel, indices, bias))
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
 def fan_in_matmul_reference(
-    x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None = None
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    sparse: SparseInputs | None = None,
 ) -> Array:
     """`fan_in_matmul` in plain `jax.numpy`: slow, and [..., L, F] in memory. Same arguments and result."""
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel = with_sparse(x, sparse), jnp.asarray(kernel)
     indices = jnp.asarray(indices).astype(jnp.int32)
     valid = (indices >= 0) & (indices < x.shape[-1])
     inputs = jnp.take(x, jnp.where(valid, indices, 0), axis=-1)
@@ -65,36 +79,52 @@ def fan_in_matmul_reference(
     return y.astype(x.dtype)
 
 
-@jax.custom_vjp
-def _matmul(x, kernel, indices, bias):
-    return _forward(x, kernel, indices, bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(num_columns, x, rows, columns, values, kernel, indices, bias):
+    return _forward(num_columns)(x, rows, columns, values, kernel, indices, bias)
 
 
-def _matmul_fwd(x, kernel, indices, bias):
-    return _forward(x, kernel, indices, bias), (x, kernel, indices, bias)
+def _matmul_fwd(num_columns, *operands):
+    return _forward(num_columns)(*operands), operands
 
 
-def _matmul_bwd(residuals, dy):
-    x, kernel, indices, bias = residuals
+def _matmul_bwd(num_columns, operands, dy):
+    x, rows, columns, values, kernel, indices, bias = operands
     results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
-    d_x, d_kernel, d_bias = _native.call("xla_ops.fan_in_matmul.gradients", results, x, kernel, indices, dy)
-    return d_x, d_kernel, None, d_bias
+    d_x, d_kernel, d_bias = _native.call(
+        "xla_ops.fan_in_matmul.gradients", results, *operands[:-1], dy, num_columns=num_columns
+    )
+    return d_x, None, None, None, d_kernel, None, d_bias
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd, optimize_remat=True)
 
 
-@jax.custom_batching.custom_vmap
-def _forward(x, kernel, indices, bias):
-    result = jax.ShapeDtypeStruct((x.shape[0], kernel.shape[0]), x.dtype)
-    return _native.call("xla_ops.fan_in_matmul.forward", [result], x, kernel, indices, bias)[0]
+@functools.cache
+def _forward(num_columns):
+    """The forward pass; `jax.vmap` of it with one layer for all widens the batch, in place of a loop."""
 
+    def call(x, *others):
+        result = jax.ShapeDtypeStruct((x.shape[0], others[3].shape[0]), x.dtype)
+        handler = "xla_ops.fan_in_matmul.forward"
+        return _native.call(handler, [result], x, *others, num_columns=num_columns)[0]
 
-@_forward.def_vmap
-def _forward_vmap(axis_size, in_batched, x, *layer):
-    """With one layer for all, widens the batch instead of calling once per element."""
-    if in_batched[0] and not any(in_batched[1:]):
-        y = _forward(x.reshape(axis_size * x.shape[1], x.shape[2]), *layer)
-        return y.reshape(axis_size, x.shape[1], y.shape[1]), True
-    axes = [0 if b else None for b in in_batched]
-    return jax.vmap(_forward.fun, in_axes=axes)(x, *layer), True
+    forward = jax.custom_batching.custom_vmap(call)
+
+    @forward.def_vmap
+    def _(axis_size, in_batched, x, rows, columns, values, *layer):
+        if in_batched[0] and not any(in_batched[4:]) and len(set(in_batched[1:4])) == 1:
+            batch = x.shape[1]
+            if in_batched[1]:
+                first = batch * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
+                inside = (rows >= 0) & (rows < batch)
+                rows = jnp.where(inside, rows + first, -1)
+            elif rows.size:
+                return jax.vmap(call, (0, *[None] * 6))(x, rows, columns, values, *layer), True
+            flat = (rows.reshape(-1), columns.reshape(-1), values.reshape(-1))
+            y = forward(x.reshape(axis_size * batch, x.shape[2]), *flat, *layer)
+            return y.reshape(axis_size, batch, y.shape[1]), True
+        axes = [0 if b else None for b in in_batched]
+        return jax.vmap(call, in_axes=axes)(x, rows, columns, values, *layer), True
+
+    return forward

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from xla_ops import _native
 from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
 from xla_ops._fan_in_loss import check_loss, loss_code
+from xla_ops._inputs import SparseInputs
 
 
 class AdamState(NamedTuple):
@@ -51,6 +52,7 @@ def fan_in_adam_step(
     b1: float = 0.9,
     b2: float = 0.999,
     epsilon: float = 1e-7,
+    sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, Array | None, AdamState]:
     """One step of Adam on `fan_in_loss`, in one sweep over the labels: the kernel's gradient is never held.
 
@@ -61,7 +63,7 @@ def fan_in_adam_step(
 
     Args:
       x: [B, D], float32.
-      kernel, indices, bias, positives, loss: as for `fan_in_loss`; kernel and bias float32.
+      kernel, indices, bias, positives, loss, sparse: as for `fan_in_loss`; kernel and bias float32.
       state: from `adam_init`, or the last step.
       learning_rate: float32 scalar.
       b1, b2: the decay rates of the moments.
@@ -77,7 +79,8 @@ def fan_in_adam_step(
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
     check_dtype("kernel", kernel, [jnp.float32])
-    x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
+    inputs, num_columns = check_loss(x, kernel, indices, bias, positives, loss, sparse)
+    x, _, _, _, kernel, _, bias, _ = inputs
     shapes = {"kernel": kernel.shape, "bias": bias.shape}
     moments = []
     for name in ("mu_kernel", "nu_kernel", "mu_bias", "nu_bias"):
@@ -89,13 +92,14 @@ def fan_in_adam_step(
         moments.append(moment)
     count = state.count + 1
     rates = adam_rates(learning_rate, count, b1, b2)
-    operands = _native.varying(x, kernel, indices, bias, positives, *moments, rates)
+    operands = _native.varying(*inputs, *moments, rates)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias, *moments))]
     value, d_x, kernel, new_bias, *moments = _native.call(
         "xla_ops.fan_in_step.adam",
         results,
         *operands,
-        aliases={1: 2, 3: 3, 5: 4, 6: 5, 7: 6, 8: 7},
+        aliases={4: 2, 6: 3, 8: 4, 9: 5, 10: 6, 11: 7},
+        num_columns=num_columns,
         loss=loss_code(loss),
         b1=np.float32(b1),
         b2=np.float32(b2),
@@ -118,6 +122,7 @@ def fan_in_sgd_step(
     seed: ArrayLike = 0,
     step: ArrayLike = 0,
     loss: str = "squared_hinge",
+    sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """One step of SGD without momentum on `fan_in_loss`, in one sweep over the labels.
 
@@ -131,7 +136,7 @@ def fan_in_sgd_step(
 
     Args:
       x: [B, D], float32 or bfloat16.
-      kernel, indices, bias, positives, loss: as for `fan_in_loss`.
+      kernel, indices, bias, positives, loss, sparse: as for `fan_in_loss`.
       learning_rate: float32 scalar.
       seed: uint32 scalar, of the rounding. With `step` and a weight's position it fixes the random bits, on
         any machine (Philox4x32-10; how exactly stands in `csrc/cpu/kernels.h`).
@@ -148,12 +153,18 @@ def fan_in_sgd_step(
     Spaces", ICML 2025, for momentum-free SGD with stochastic rounding in an extreme classifier.
     """
     has_bias = bias is not None
-    x, kernel, indices, bias, positives = check_loss(x, kernel, indices, bias, positives, loss)
+    inputs, num_columns = check_loss(x, kernel, indices, bias, positives, loss, sparse)
+    x, _, _, _, kernel, _, bias, _ = inputs
     rate, key = jnp.asarray(learning_rate, jnp.float32), rounding_key(seed, step)
-    operands = _native.varying(x, kernel, indices, bias, positives, rate, key)
+    operands = _native.varying(*inputs, rate, key)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))]
     value, d_x, kernel, bias = _native.call(
-        "xla_ops.fan_in_step.sgd", results, *operands, aliases={1: 2, 3: 3}, loss=loss_code(loss)
+        "xla_ops.fan_in_step.sgd",
+        results,
+        *operands,
+        aliases={4: 2, 6: 3},
+        num_columns=num_columns,
+        loss=loss_code(loss),
     )
     return value, d_x, kernel, bias if has_bias else None
 

@@ -10,10 +10,17 @@ from jax.typing import ArrayLike
 from xla_ops import _native
 from xla_ops._arguments import check_connections, check_values
 from xla_ops._fan_in_matmul import fan_in_matmul_reference
+from xla_ops._inputs import SparseInputs, check_sparse, in_features, with_sparse
 
 
 def fan_in_top_k(
-    x: ArrayLike, kernel: ArrayLike, indices: ArrayLike, bias: ArrayLike | None, k: int
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    k: int,
+    *,
+    sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array]:
     """The k largest of `fan_in_matmul(x, kernel, indices, bias)` for each row of x, and their labels.
 
@@ -22,9 +29,10 @@ def fan_in_top_k(
     Args:
       x: [..., D], float32 or bfloat16.
       kernel: [L, F], of x's dtype.
-      indices: [L, F], uint16 (for D <= 65,536) or int32; one outside [0, D) contributes nothing.
+      indices: [L, F], uint16 (for D + C <= 65,536) or int32; one outside [0, D + C) contributes nothing.
       bias: [L], of x's dtype, or None.
       k: from 0 to L.
+      sparse: C more inputs, D to D + C - 1, of the rows of x in order; or None.
 
     Returns:
       scores float32 [..., k], descending, and labels int32 [..., k]. Of equal scores the lower label comes
@@ -37,19 +45,22 @@ def fan_in_top_k(
     x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
     bias = None if bias is None else jnp.asarray(bias)
     check_values("x", x, ndim_at_least=1)
-    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1])
+    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=in_features(x, sparse))
+    entries, num_columns = check_sparse(sparse, x)
     if not 0 <= k <= kernel.shape[0]:
         raise ValueError(f"k must be between 0 and the number of labels, {kernel.shape[0]}, got {k}")
     _native.register()
     bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handler takes for none
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results = [jax.ShapeDtypeStruct((rows.shape[0], k), dtype) for dtype in (jnp.float32, jnp.int32)]
-    operands = _native.varying(rows, kernel, indices, bias)
-    scores, labels = _native.call("xla_ops.fan_in_top_k", results, *operands)
+    operands = _native.varying(rows, *entries, kernel, indices, bias)
+    scores, labels = _native.call("xla_ops.fan_in_top_k", results, *operands, num_columns=num_columns)
     return scores.reshape(*x.shape[:-1], k), labels.reshape(*x.shape[:-1], k)
 
 
-def fan_in_top_k_reference(x, kernel, indices, bias, k: int) -> tuple[Array, Array]:
+def fan_in_top_k_reference(
+    x, kernel, indices, bias, k: int, *, sparse: SparseInputs | None = None
+) -> tuple[Array, Array]:
     """`fan_in_top_k` in plain `jax.numpy`, with the logits of all labels. Same arguments and result."""
-    x, kernel = jnp.asarray(x).astype(jnp.float32), jnp.asarray(kernel).astype(jnp.float32)
+    x, kernel = with_sparse(x, sparse).astype(jnp.float32), jnp.asarray(kernel).astype(jnp.float32)
     return jax.lax.top_k(fan_in_matmul_reference(x, kernel, indices, bias), k)

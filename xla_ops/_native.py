@@ -97,7 +97,8 @@ def call(
     Args:
       handler: its name.
       results: what it returns, but for the workspace that those for CUDA have as their last result.
-      operands: x [B, D], the kernel, a matrix, and the others, all `varying` alike.
+      operands: x [B, D], the kernel, a matrix, and the others, all `varying` alike; those that take
+        sparse inputs have rows, columns and values of these between the two.
       aliases: results that take the place of operands, by number of the operand.
       attributes: of NumPy's scalar types.
     """
@@ -137,7 +138,7 @@ def _call(handler, results, aliases, attributes, *operands):
     def on_any_platform(*operands):
         if cuda() is None:
             return native(*operands)
-        workspace = [cuda_workspace(handler, results, *operands)]
+        workspace = [cuda_workspace(handler, results, dict(attributes).get("num_columns"), *operands)]
         on_cuda = functools.partial(native, workspace=workspace)
         return jax.lax.platform_dependent(*operands, cuda=on_cuda, default=native)
 
@@ -149,17 +150,20 @@ def _call(handler, results, aliases, attributes, *operands):
 _SYMBOLIC_BATCH = 256
 
 
-def cuda_workspace(handler: str, results, x, kernel, *_) -> jax.ShapeDtypeStruct:
+def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeDtypeStruct:
     """The last result of a handler for CUDA: memory for its temporaries, as the module says how much.
 
     That may be none: no handler does without this result.
     """
+    entries, kernel = (0, others[0]) if num_columns is None else (others[0].shape[0], others[3])
     pieces, (batch, in_features) = 1, x.shape
     if not isinstance(batch, int):
         pieces, batch = (batch + _SYMBOLIC_BATCH - 1) // _SYMBOLIC_BATCH, _SYMBOLIC_BATCH
     columns = results[0].shape[-1] if results[0].shape else 0
     is_bfloat16 = x.dtype == jnp.bfloat16
-    size = cuda().workspace_bytes(handler, is_bfloat16, batch, in_features, *kernel.shape, columns)
+    size = cuda().workspace_bytes(
+        handler, is_bfloat16, batch, in_features, *kernel.shape, columns, entries, int(num_columns or 0)
+    )
     return jax.ShapeDtypeStruct((pieces, size), jnp.uint8)
 
 

@@ -68,7 +68,7 @@ BAD = {
     "indices too narrow for the features": (
         {"x": WIDE, "indices": np.zeros((4, 3), np.uint16)},
         TypeError,
-        "indices must have dtype int32 where x has more than 65536 features, got uint16 for 65537 features",
+        "indices must have dtype int32 where there are more than 65536 inputs, got uint16 for 65537",
     ),
     "bias of another dtype than x": (
         {"bias": jnp.zeros(4, jnp.bfloat16)},

@@ -15,8 +15,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_loss_gradients);
 // `context` holds what a platform's handler takes before the operands.
 template <typename Context>
 auto bind_fan_in_loss_value(Context&& context) {
-  return std::move(context)
-      .template Arg<ffi::AnyBuffer>()    // x [B, D]
+  return bind_inputs(std::move(context))
       .template Arg<ffi::AnyBuffer>()    // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()    // indices [L, F]
       .template Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
@@ -33,11 +32,11 @@ auto bind_fan_in_loss_gradients(Context&& context) {
       .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0]
 }
 
-inline ffi::Error check_fan_in_loss_value(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
+inline ffi::Error check_fan_in_loss_value(const InputBuffers& in, const ffi::AnyBuffer& kernel,
                                           const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
                                           const ffi::AnyBuffer& positives, int64_t loss, const ffi::AnyBuffer& mean,
                                           Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, s));
+  XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, bias, s));
   return check_loss(*s, positives, loss, mean);
 }
 

@@ -15,25 +15,23 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_matmul_gradients);
 // `context` holds what a platform's handler takes before the operands.
 template <typename Context>
 auto bind_fan_in_matmul_forward(Context&& context) {
-  return std::move(context)
-      .template Arg<ffi::AnyBuffer>()   // x [B, D]
+  return bind_inputs(std::move(context))
       .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()   // indices [L, F]
       .template Arg<ffi::AnyBuffer>()   // bias [L], or [0] for none
       .template Ret<ffi::AnyBuffer>();  // y [B, L]
 }
 
-inline ffi::Error check_fan_in_matmul_forward(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
+inline ffi::Error check_fan_in_matmul_forward(const InputBuffers& in, const ffi::AnyBuffer& kernel,
                                               const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
                                               const ffi::AnyBuffer& y, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, bias, s));
-  return check("y", y, x.element_type(), {s->batch, s->labels});
+  XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, bias, s));
+  return check("y", y, in.x.element_type(), {s->batch, s->labels});
 }
 
 template <typename Context>
 auto bind_fan_in_matmul_gradients(Context&& context) {
-  return std::move(context)
-      .template Arg<ffi::AnyBuffer>()   // x [B, D]
+  return bind_inputs(std::move(context))
       .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()   // indices [L, F]
       .template Arg<ffi::AnyBuffer>()   // dy [B, L]
@@ -42,14 +40,14 @@ auto bind_fan_in_matmul_gradients(Context&& context) {
       .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0] for none
 }
 
-inline ffi::Error check_fan_in_matmul_gradients(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel,
+inline ffi::Error check_fan_in_matmul_gradients(const InputBuffers& in, const ffi::AnyBuffer& kernel,
                                                 const ffi::AnyBuffer& indices, const ffi::AnyBuffer& dy,
                                                 const ffi::AnyBuffer& d_x, const ffi::AnyBuffer& d_kernel,
                                                 const ffi::AnyBuffer& d_bias, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_layer(x, kernel, indices, d_bias, s));
-  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, x.element_type(), {s->batch, s->labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("d_x", d_x, x.element_type(), {s->batch, s->in_features}));
-  return check("d_kernel", d_kernel, x.element_type(), {s->labels, s->fan_in});
+  XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, d_bias, s));
+  XLA_OPS_RETURN_IF_ERROR(check("dy", dy, in.x.element_type(), {s->batch, s->labels}));
+  XLA_OPS_RETURN_IF_ERROR(check("d_x", d_x, in.x.element_type(), {s->batch, s->in_features}));
+  return check("d_kernel", d_kernel, in.x.element_type(), {s->labels, s->fan_in});
 }
 
 }  // namespace xla_ops

@@ -15,8 +15,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_step_sgd);
 // `context` holds what a platform's handler takes before the operands.
 template <typename Context>
 auto bind_fan_in_step_adam(Context&& context) {
-  return std::move(context)
-      .template Arg<ffi::AnyBuffer>()  // x [B, D]
+  return bind_inputs(std::move(context))
       .template Arg<ffi::AnyBuffer>()  // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()  // indices [L, F]
       .template Arg<ffi::AnyBuffer>()  // bias [L], or [0] for none
@@ -42,8 +41,7 @@ auto bind_fan_in_step_adam(Context&& context) {
 
 template <typename Context>
 auto bind_fan_in_step_sgd(Context&& context) {
-  return std::move(context)
-      .template Arg<ffi::AnyBuffer>()   // x [B, D]
+  return bind_inputs(std::move(context))
       .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()   // indices [L, F]
       .template Arg<ffi::AnyBuffer>()   // bias [L], or [0] for none
@@ -59,15 +57,16 @@ auto bind_fan_in_step_sgd(Context&& context) {
 
 // What both steps take and return.
 struct StepBuffers {
-  ffi::AnyBuffer &x, &kernel, &indices, &bias, &positives;
+  const InputBuffers& in;
+  ffi::AnyBuffer &kernel, &indices, &bias, &positives;
   int64_t loss;
   ffi::AnyBuffer &mean, &d_x, &new_kernel, &new_bias;
 };
 
 inline ffi::Error check_fan_in_step(const StepBuffers& b, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_layer(b.x, b.kernel, b.indices, b.bias, s));
+  XLA_OPS_RETURN_IF_ERROR(read_layer(b.in, b.kernel, b.indices, b.bias, s));
   XLA_OPS_RETURN_IF_ERROR(check_loss(*s, b.positives, b.loss, b.mean));
-  XLA_OPS_RETURN_IF_ERROR(check("d_x", b.d_x, b.x.element_type(), {s->batch, s->in_features}));
+  XLA_OPS_RETURN_IF_ERROR(check("d_x", b.d_x, b.in.x.element_type(), {s->batch, s->in_features}));
   XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", b.kernel, b.new_kernel));
   return check_aliased("bias", b.bias, b.new_bias);
 }

@@ -8,6 +8,7 @@
 #include <new>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "types.h"
 #include "xla/ffi/api/ffi.h"
@@ -93,6 +94,24 @@ T* optional_data(const ffi::AnyBuffer& buffer) {
   return buffer.element_count() ? data<T>(buffer) : nullptr;
 }
 
+// The operands that hold the inputs of a batch: dense ones, and sparse ones behind them.
+struct InputBuffers {
+  ffi::AnyBuffer x;        // [batch, in_features]
+  ffi::AnyBuffer rows;     // [entries] int32, which example an entry is of
+  ffi::AnyBuffer columns;  // [entries] int32, which sparse input
+  ffi::AnyBuffer values;   // [entries]
+  int64_t num_columns;     // how many sparse inputs there are
+};
+
+inline ffi::Error check_inputs(const InputBuffers& in) {
+  const int64_t entries = in.rows.element_count();
+  XLA_OPS_RETURN_IF_ERROR(check("rows", in.rows, ffi::S32, {entries}));
+  XLA_OPS_RETURN_IF_ERROR(check("columns", in.columns, ffi::S32, {entries}));
+  XLA_OPS_RETURN_IF_ERROR(check("values", in.values, in.x.element_type(), {entries}));
+  if (in.num_columns >= 0) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("num_columns must be at least 0, got " + std::to_string(in.num_columns));
+}
+
 // Reads a call's sizes from x [batch, in_features] and indices [labels, fan_in].
 inline ffi::Error read_shape(const ffi::AnyBuffer& x, const ffi::AnyBuffer& indices, Shape* s) {
   const auto a = x.dimensions(), b = indices.dimensions();
@@ -105,11 +124,24 @@ inline ffi::Error read_shape(const ffi::AnyBuffer& x, const ffi::AnyBuffer& indi
 }
 
 // The same, and checks kernel [labels, fan_in] and bias ([labels], or [0] for none) against them.
-inline ffi::Error read_layer(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
+inline ffi::Error read_layer(const InputBuffers& in, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
                              const ffi::AnyBuffer& bias, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_shape(x, indices, s));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, x.element_type(), {s->labels, s->fan_in}));
-  return check("bias", bias, x.element_type(), {bias.element_count() ? s->labels : 0});
+  XLA_OPS_RETURN_IF_ERROR(read_shape(in.x, indices, s));
+  XLA_OPS_RETURN_IF_ERROR(check_inputs(in));
+  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, in.x.element_type(), {s->labels, s->fan_in}));
+  return check("bias", bias, in.x.element_type(), {bias.element_count() ? s->labels : 0});
+}
+
+// Binds the operands of InputBuffers, the first ones of every handler of a fixed fan-in layer; `num_columns` is the
+// first attribute.
+template <typename Context>
+auto bind_inputs(Context&& context) {
+  return std::move(context)
+      .template Attr<int64_t>("num_columns")
+      .template Arg<ffi::AnyBuffer>()   // x
+      .template Arg<ffi::AnyBuffer>()   // rows
+      .template Arg<ffi::AnyBuffer>()   // columns
+      .template Arg<ffi::AnyBuffer>();  // values
 }
 
 // Checks what a loss takes besides the layer: positives [batch, any], and `mean`, the scalar result.

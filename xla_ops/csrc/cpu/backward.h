@@ -45,21 +45,22 @@ class Gradients {
   Buffer<float> beside_;
 };
 
-// One thread's part of the labels, [begin, end). rows_of(tile, label, n, rows) fills in the gradient of the logits
+// One thread's part of the labels, [begin, end). rows_of(run, tile, label, n, rows) fills in the gradient of the logits
 // of n labels, and returns the mask of those that have any; the gradient of the packed input is added to d_packed.
 //
 // Tiles are on the inside, so that the sink gets a run's gradients summed over the batch, but a run is long enough to
 // pay for bringing a tile's features into the cache.
 template <typename T, typename I, typename Rows, typename Sink>
-void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const T* packed, int64_t begin, int64_t end,
+void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed, int64_t begin, int64_t end,
                    Rows& rows_of, Sink& sink, float* d_packed) {
-  const FanInKernels<T, I>& ops = fan_in_kernels<T, I>();
   const Shape& s = layer.shape;
   const int64_t run_length = std::max(kBlock, kConnectionsPerRun / s.fan_in / kBlock * kBlock);
+  Run<T, I> run(layer, packed, std::min(run_length, end - begin));
   const Buffer<float> d_bias = allocate<float>(run_length);
   alignas(64) float rows[kBlock * kTile];
   for (int64_t first = begin; first < end; first += run_length) {
     const int64_t labels = std::min(run_length, end - first);
+    run.start(first, labels);
     float* d_kernel = sink.kernel_sums(first, labels);
     std::fill_n(d_kernel, labels * s.fan_in, 0.0f);
     std::fill_n(d_bias.get(), labels, 0.0f);
@@ -67,13 +68,9 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const T* packed
       const Tile tile = tiles[t];
       for (int64_t done = 0; done < labels; done += kBlock) {
         const int64_t label = first + done, n = std::min(kBlock, labels - done);
-        const I* indices = layer.indices + label * s.fan_in;
-        const uint64_t mask = rows_of(tile, label, n, rows);
+        const uint64_t mask = rows_of(run, tile, label, n, rows);
         row_kernels().sums(rows, mask, tile.width, d_bias.get() + done);
-        ops.kernel_grad(packed + tile.offset, s.in_features, tile.width, rows, mask, indices, s.fan_in,
-                        d_kernel + done * s.fan_in);
-        ops.input_grad(rows, mask, s.in_features, tile.width, layer.kernel + label * s.fan_in, indices, s.fan_in,
-                       d_packed + tile.offset);
+        run.gradients(tile, label, rows, mask, d_kernel + done * s.fan_in, d_packed + tile.offset);
       }
     }
     sink.take(first, labels, d_kernel, d_bias.get());
@@ -94,7 +91,7 @@ struct Parts {
 // d_x [batch, in_features], and everything else into the sinks. make_rows() and make_sink() are called once per
 // part; the rows come back, for what they have counted.
 template <typename T, typename I, typename MakeRows, typename MakeSink>
-auto backward(xla::ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles, const T* packed,
+auto backward(xla::ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed,
               const MakeRows& make_rows, const MakeSink& make_sink, T* d_x) {
   const Shape& s = layer.shape;
   const Parts parts(s, std::max<int64_t>(1, std::min(pool.num_threads(), worthwhile_copies(s))));

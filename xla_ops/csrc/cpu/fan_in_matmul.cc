@@ -18,17 +18,19 @@ namespace xla_ops {
 namespace {
 
 template <typename T, typename I>
-void forward(ffi::ThreadPool& pool, const Layer<T, I>& layer, const T* x, T* y) {
+void forward(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>& inputs, T* y) {
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
-  const Buffer<T> packed = pack(pool, tiles, x);
+  const Packed<T> packed(pool, tiles, inputs);
   expect_writes(y, s.batch * s.labels * sizeof(T));
   const int64_t blocks = ceil_div(s.labels, kBlock);
   parallel_for(pool, tiles.count * blocks, [&](int64_t item) {
     const Tile tile = tiles[item / blocks];
     const int64_t label = item % blocks * kBlock, n = std::min(kBlock, s.labels - label);
     alignas(64) float rows[kBlock * kTile];
-    layer.logits(packed.get(), tile, label, n, rows);
+    Run<T, I> run(layer, packed, kBlock);
+    run.start(label, n);
+    run.logits(tile, label, n, rows);
     layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label, s.labels);
   });
 }
@@ -39,46 +41,49 @@ struct GivenRows {
   const T* dy;
   int64_t labels;
 
-  uint64_t operator()(const Tile& tile, int64_t label, int64_t n, float* rows) const {
+  template <typename AnyRun>
+  uint64_t operator()(const AnyRun&, const Tile& tile, int64_t label, int64_t n, float* rows) const {
     layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows, tile.width);
     return row_kernels().nonzero(rows, n, tile.width);
   }
 };
 
 template <typename T, typename I>
-void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const T* x, const T* dy, T* d_x, T* d_kernel,
-               T* d_bias) {
+void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>& inputs, const T* dy, T* d_x,
+               T* d_kernel, T* d_bias) {
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
-  const Buffer<T> packed = pack(pool, tiles, x);
+  const Packed<T> packed(pool, tiles, inputs);
   expect_writes(d_kernel, s.labels * s.fan_in * sizeof(T));
   backward(
-      pool, layer, tiles, packed.get(), [&] { return GivenRows<T>{dy, s.labels}; },
+      pool, layer, tiles, packed, [&] { return GivenRows<T>{dy, s.labels}; },
       [&] { return Gradients<T>(s, d_kernel, d_bias); }, d_x);
 }
 
 // ---- handlers ----
 
-ffi::Error forward_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error forward_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(x, kernel, indices, bias, *y, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(in, kernel, indices, bias, *y, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, data<T>(x), data<T>(*y));
+    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, inputs_of<T>(in), data<T>(*y));
   });
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                           ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x,
                           ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    gradients(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), nullptr}, data<T>(x), data<T>(dy),
+    gradients(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), nullptr}, inputs_of<T>(in), data<T>(dy),
               data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }

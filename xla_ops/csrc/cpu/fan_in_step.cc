@@ -66,16 +66,16 @@ template <typename T, typename I, typename Weights>
 void step(ffi::ThreadPool& pool, const Shape& s, const StepBuffers& a, const Weights& kernel, const Weights& bias) {
   const Layer<T, I> layer{s, data<T>(a.kernel), data<I>(a.indices), optional_data<T>(a.bias)};
   const Tiles tiles(s.batch, s.in_features);
-  const Buffer<T> packed = pack(pool, tiles, data<T>(a.x));
+  const Packed<T> packed(pool, tiles, inputs_of<T>(a.in));
   const auto sorted = by_label(data<int32_t>(a.positives), s.batch, a.positives.dimensions()[1], s.labels);
   const auto sums = backward(
-      pool, layer, tiles, packed.get(),
-      [&] { return LossRows<T, I>(layer, static_cast<Loss>(a.loss), packed.get(), sorted); },
+      pool, layer, tiles, packed,
+      [&] { return LossRows(s, static_cast<Loss>(a.loss), sorted); },
       [&] { return Update<Weights>(s, kernel, bias); }, data<T>(a.d_x));
   *data<float>(a.mean) = mean_loss(sums, s);
 }
 
-ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error adam_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel,
                      ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates,
                      int64_t loss, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
@@ -83,7 +83,8 @@ ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kern
                      ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
                      ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
                      ffi::Result<ffi::AnyBuffer> new_nu_bias) {
-  const StepBuffers buffers{x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
+  const InputBuffers in{x, rows, columns, values, num_columns};
+  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
   Shape s;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(buffers,
                                                  {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel,
@@ -102,11 +103,12 @@ ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kern
   });
 }
 
-ffi::Error sgd_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error sgd_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
                     int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias) {
-  const StepBuffers buffers{x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
+  const InputBuffers in{x, rows, columns, values, num_columns};
+  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
   Shape s;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(buffers, learning_rate, key, &s));
   const uint32_t* k = data<uint32_t>(key);

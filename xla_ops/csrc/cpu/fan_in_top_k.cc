@@ -39,11 +39,11 @@ struct Ranking {
 };
 
 template <typename T, typename I>
-void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const T* x, float* scores, int32_t* labels) {
+void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inputs<T>& inputs, float* scores, int32_t* labels) {
   if (k == 0) return;
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
-  const Buffer<T> packed = pack(pool, tiles, x);
+  const Packed<T> packed(pool, tiles, inputs);
   const int64_t blocks = ceil_div(s.labels, kBlock);
   const int64_t threads_per_tile = ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count));
   const int64_t parts = std::max<int64_t>(1, std::min(threads_per_tile, blocks));
@@ -58,12 +58,14 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const T* 
     Ranking& ranking = rankings[part];
     alignas(64) float rows[kBlock * kTile];
     alignas(64) float worst[kTile];
+    Run<T, I> run(layer, packed, kBlock);
     std::fill_n(worst, kTile, std::numeric_limits<float>::infinity());  // padding is never a candidate
     std::fill_n(worst, tile.size, -std::numeric_limits<float>::infinity());
     const int64_t end = std::min(s.labels, (part + 1) * labels_per_part);
     for (int64_t label = part * labels_per_part; label < end; label += kBlock) {
       const int64_t n = std::min(kBlock, end - label);
-      layer.logits(packed.get(), tile, label, n, rows);
+      run.start(label, n);
+      run.logits(tile, label, n, rows);
       for (uint64_t mask = row_kernels().above(rows, n, tile.width, worst); mask; mask &= mask - 1) {
         const int64_t i = __builtin_ctzll(mask);
         const float* row = rows + i * tile.width;
@@ -87,15 +89,17 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const T* 
   std::copy_n(best.labels.get(), s.batch * k, labels);
 }
 
-ffi::Error top_k_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error top_k_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   int64_t k = 0;
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(in, kernel, indices, bias, *scores, *labels, &s, &k));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    top_k(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, k, data<T>(x),
+    top_k(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, k,
+          inputs_of<T>(in),
           data<float>(*scores), data<int32_t>(*labels));
   });
 }

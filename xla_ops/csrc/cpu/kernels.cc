@@ -1,12 +1,17 @@
 // See kernels.h. setup.py compiles this file once per instruction set, with XLA_OPS_ISA naming it.
 //
-// Only <stdint.h> is included, and everything but the exported table has internal linkage: an inline
+// No header with functions that could be compiled on their own is included, and everything but the exported table has internal linkage: an inline
 // function of the standard library compiled here with AVX-512 could otherwise be the copy that the linker
 // keeps for the whole program, and crash processors without it.
 
 #include "kernels.h"
 
 #include <stdint.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>  // whose functions are never compiled on their own
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes its undefined vectors for mistakes
+#endif
 
 #if defined(__AVX512F__)
 #define XLA_OPS_VECTOR 16
@@ -189,7 +194,7 @@ void narrow(const float* in, int64_t count, T* out) {
 
 // ---- fixed fan-in ----
 
-// An index as a row of the packed features; every index out of range becomes the zero row.
+// An index as a row of the packed inputs; every index out of range becomes the row of zeros.
 template <typename I>
 XLA_OPS_INLINE int64_t row_of(I index, int64_t in_features) {
   const uint64_t i = static_cast<uint64_t>(static_cast<int64_t>(index));
@@ -207,106 +212,128 @@ XLA_OPS_INLINE bool is_zero(const float* row, int64_t width) {
 
 static_assert(kBlock <= 64, "a mask has a bit for each row of a block");
 
+// Which connections a label has, in order: all of them, each reading a row.
+template <typename I>
+struct All {
+  const I* indices;
+  int64_t in_features, fan_in;
+
+  struct OfLabel {
+    const I* indices;
+    int64_t in_features, count;
+    XLA_OPS_INLINE int64_t row(int64_t k) const { return row_of(indices[k], in_features); }
+    XLA_OPS_INLINE int64_t at(int64_t k) const { return k; }
+  };
+  XLA_OPS_INLINE OfLabel every(int64_t n) const { return {indices + n * fan_in, in_features, fan_in}; }
+  XLA_OPS_INLINE OfLabel dense(int64_t n) const { return every(n); }
+};
+
+// The same of connections that were listed.
+struct Chosen {
+  Lists lists;
+
+  struct OfLabel {
+    const int32_t *rows, *ats;
+    int64_t count;
+    XLA_OPS_INLINE int64_t row(int64_t k) const { return rows[k]; }
+    XLA_OPS_INLINE int64_t at(int64_t k) const { return ats[k]; }
+  };
+  XLA_OPS_INLINE OfLabel every(int64_t n) const {
+    return {lists.row + n * lists.stride, lists.at + n * lists.stride, lists.count[n]};
+  }
+  XLA_OPS_INLINE OfLabel dense(int64_t n) const {
+    return {lists.row + n * lists.stride, lists.at + n * lists.stride, lists.dense[n]};
+  }
+};
+
 // Calls fn<NV>(...) with NV = the number of vectors in a row of `width`, so that a row stays in registers.
-#define XLA_OPS_FOR_WIDTH(fn, width, ...)                    \
-  switch ((width) / kLanes) {                                \
-    case 1: return fn<T, I, 1 * kLanes / W>(__VA_ARGS__);    \
-    case 2: return fn<T, I, 2 * kLanes / W>(__VA_ARGS__);    \
-    case 3: return fn<T, I, 3 * kLanes / W>(__VA_ARGS__);    \
-    default: return fn<T, I, 4 * kLanes / W>(__VA_ARGS__);   \
+#define XLA_OPS_FOR_WIDTH(fn, width, ...)             \
+  switch ((width) / kLanes) {                         \
+    case 1: return fn<1 * kLanes / W>(__VA_ARGS__);   \
+    case 2: return fn<2 * kLanes / W>(__VA_ARGS__);   \
+    case 3: return fn<3 * kLanes / W>(__VA_ARGS__);   \
+    default: return fn<4 * kLanes / W>(__VA_ARGS__);  \
   }
 static_assert(kTile == 4 * kLanes, "XLA_OPS_FOR_WIDTH covers every width");
 
-// The gather's latency is hidden by asking for the next label's features while this one's are summed.
-template <int NV, int Write, typename T, typename I>
-XLA_OPS_INLINE void prefetch(const T* packed, int64_t in_features, I index) {
-  const char* row = reinterpret_cast<const char*>(packed + row_of(index, in_features) * NV * W);
+// The gather's latency is hidden by asking for the next label's rows while this one's are summed.
+template <int NV, int Write, typename T>
+XLA_OPS_INLINE void prefetch(const T* packed, int64_t row) {
+  const char* start = reinterpret_cast<const char*>(packed + row * NV * W);
 #pragma GCC unroll 16
   for (int64_t byte = 0; byte < static_cast<int64_t>(NV * W * sizeof(T)); byte += 64) {
-    __builtin_prefetch(row + byte, Write);
+    __builtin_prefetch(start + byte, Write);
   }
 }
 
-template <typename T, typename I, int NV>
-void logits_of_width(const T* packed, int64_t in_features, const T* kernel, const I* indices, const T* bias,
-                     int64_t labels, int64_t fan_in, float* rows) {
+template <int NV, typename T, typename Connections>
+void logits_of_width(const T* packed, const Connections& connections, const T* kernel, const T* bias, int64_t labels,
+                     int64_t fan_in, float* rows) {
   for (int64_t n = 0; n < labels; ++n) {
-    const I* next = indices + (n + 1 < labels ? fan_in : 0);
+    const auto these = connections.every(n), next = connections.every(n + 1 < labels ? n + 1 : n);
     Vec sum[NV];
     const Vec start = Vec{} + (bias ? to_float(bias[n]) : 0.0f);
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) sum[i] = start;
-    for (int64_t f = 0; f < fan_in; ++f) {
-      prefetch<NV, 0>(packed, in_features, next[f]);
-      const T* x = packed + row_of(indices[f], in_features) * NV * W;
-      const float weight = to_float(kernel[f]);
+    int64_t k = 0;
+    for (; k < these.count; ++k) {
+      if (k < next.count) prefetch<NV, 0>(packed, next.row(k));
+      const T* x = packed + these.row(k) * NV * W;
+      const float weight = to_float(kernel[n * fan_in + these.at(k)]);
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) sum[i] += weight * load(x + i * W);
     }
+    for (; k < next.count; ++k) prefetch<NV, 0>(packed, next.row(k));
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) store(rows + i * W, sum[i]);
-    kernel += fan_in;
-    indices += fan_in;
-    rows += NV * W;
+    for (int i = 0; i < NV; ++i) store(rows + (n * NV + i) * W, sum[i]);
   }
 }
 
-template <typename T, typename I>
-void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices,
-            const T* bias, int64_t labels, int64_t fan_in, float* rows) {
-  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, in_features, kernel, indices, bias, labels, fan_in, rows);
+// The products of two rows, not yet summed over the lanes.
+template <int NV, typename T>
+XLA_OPS_INLINE Vec products_of_rows(const float* row, const T* x) {
+  Vec s = load(row) * load(x);
+#pragma GCC unroll 16
+  for (int i = 1; i < NV; ++i) s += load(row + i * W) * load(x + i * W);
+  return s;
 }
 
-template <typename T, typename I, int NV>
-void kernel_grad_of_width(const T* packed, int64_t in_features, const float* rows, uint64_t mask,
-                          const I* indices, int64_t fan_in, float* d_kernel) {
+template <int NV, typename T, typename Connections>
+void kernel_grad_of_width(const T* packed, const Connections& connections, const float* rows, uint64_t mask,
+                          int64_t fan_in, float* d_kernel) {
   for (; mask; mask &= mask - 1) {
-    const int64_t n = __builtin_ctzll(mask), first = n * fan_in;
+    const int64_t n = __builtin_ctzll(mask);
+    const auto these = connections.every(n);
     const float* row = rows + n * NV * W;
-    int64_t f = 0;
-    for (; f + W <= fan_in; f += W) {  // W connections at a time, summed over the lanes together
+    float* d = d_kernel + n * fan_in;
+    int64_t k = 0;
+    for (; k + W <= these.count; k += W) {  // W connections at a time, summed over the lanes together
       Vec sum[W];
 #pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) {
-        const T* x = packed + row_of(indices[first + f + j], in_features) * NV * W;
-        Vec s = load(row) * load(x);
-#pragma GCC unroll 16
-        for (int i = 1; i < NV; ++i) s += load(row + i * W) * load(x + i * W);
-        sum[j] = s;
-      }
+      for (int j = 0; j < W; ++j) sum[j] = products_of_rows<NV>(row, packed + these.row(k + j) * NV * W);
       SumLanes<1>::run(sum);
-      float* d = d_kernel + first + f;
-      store(d, load(d) + sum[0]);
+      for (int j = 0; j < W; ++j) d[these.at(k + j)] += sum[0][j];
     }
-    for (; f < fan_in; ++f) {
-      const T* x = packed + row_of(indices[first + f], in_features) * NV * W;
-      Vec s = load(row) * load(x);
-      for (int i = 1; i < NV; ++i) s += load(row + i * W) * load(x + i * W);
-      d_kernel[first + f] += sum_lanes(s);
+    for (; k < these.count; ++k) {
+      d[these.at(k)] += sum_lanes(products_of_rows<NV>(row, packed + these.row(k) * NV * W));
     }
   }
 }
 
-template <typename T, typename I>
-void kernel_grad(const T* packed, int64_t in_features, int64_t width, const float* rows, uint64_t mask,
-                 const I* indices, int64_t fan_in, float* d_kernel) {
-  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, in_features, rows, mask, indices, fan_in, d_kernel);
-}
-
-template <typename T, typename I, int NV>
-void input_grad_of_width(const float* rows, uint64_t mask, int64_t in_features, const T* kernel,
-                         const I* indices, int64_t fan_in, float* d_packed) {
+template <int NV, typename T, typename Connections>
+void input_grad_of_width(const float* rows, uint64_t mask, const Connections& connections, const T* kernel,
+                         int64_t fan_in, float* d_packed) {
   for (; mask; mask &= mask - 1) {
     const int64_t n = __builtin_ctzll(mask);
     const uint64_t others = mask & (mask - 1);
-    const I* next = indices + (others ? __builtin_ctzll(others) : n) * fan_in;
+    const auto these = connections.dense(n), next = connections.dense(others ? __builtin_ctzll(others) : n);
     Vec row[NV];
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) row[i] = load(rows + (n * NV + i) * W);
-    for (int64_t f = 0; f < fan_in; ++f) {
-      prefetch<NV, 1>(d_packed, in_features, next[f]);
-      float* d = d_packed + row_of(indices[n * fan_in + f], in_features) * NV * W;
-      const float weight = to_float(kernel[n * fan_in + f]);
+    for (int64_t k = 0; k < these.count; ++k) {
+      if (k < next.count) prefetch<NV, 1>(d_packed, next.row(k));
+      float* d = d_packed + these.row(k) * NV * W;
+      const float weight = to_float(kernel[n * fan_in + these.at(k)]);
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) store(d + i * W, load(d + i * W) + weight * row[i]);
     }
@@ -314,9 +341,119 @@ void input_grad_of_width(const float* rows, uint64_t mask, int64_t in_features, 
 }
 
 template <typename T, typename I>
+void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices, const T* bias,
+            int64_t labels, int64_t fan_in, float* rows) {
+  const All<I> all{indices, in_features, fan_in};
+  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, all, kernel, bias, labels, fan_in, rows);
+}
+template <typename T, typename I>
+void kernel_grad(const T* packed, int64_t in_features, int64_t width, const float* rows, uint64_t mask,
+                 const I* indices, int64_t fan_in, float* d_kernel) {
+  const All<I> all{indices, in_features, fan_in};
+  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, all, rows, mask, fan_in, d_kernel);
+}
+template <typename T, typename I>
 void input_grad(const float* rows, uint64_t mask, int64_t in_features, int64_t width, const T* kernel,
                 const I* indices, int64_t fan_in, float* d_packed) {
-  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, in_features, kernel, indices, fan_in, d_packed);
+  const All<I> all{indices, in_features, fan_in};
+  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, all, kernel, fan_in, d_packed);
+}
+
+template <typename T>
+void listed_logits(const T* packed, const Lists& lists, int64_t width, const T* kernel, const T* bias, int64_t labels,
+                   int64_t fan_in, float* rows) {
+  const Chosen chosen{lists};
+  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, chosen, kernel, bias, labels, fan_in, rows);
+}
+template <typename T>
+void listed_kernel_grad(const T* packed, const Lists& lists, int64_t width, const float* rows, uint64_t mask,
+                        int64_t fan_in, float* d_kernel) {
+  const Chosen chosen{lists};
+  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, chosen, rows, mask, fan_in, d_kernel);
+}
+template <typename T>
+void listed_input_grad(const float* rows, uint64_t mask, const Lists& lists, int64_t width, const T* kernel,
+                       int64_t fan_in, float* d_packed) {
+  const Chosen chosen{lists};
+  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, chosen, kernel, fan_in, d_packed);
+}
+
+// ---- listing connections ----
+
+// Appends one label's connections to a dense input to row and at, those to sparse inputs that the batch has to column
+// and at_sparse, and returns how many there are of each. Which they are is hard to predict: no branches. Writes up to
+// kLanes elements beyond.
+struct Counts {
+  int64_t dense, sparse;
+};
+#if defined(__AVX512F__)
+XLA_OPS_INLINE __m512i load_indices(const uint16_t* p, __mmask16 lanes) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+}
+XLA_OPS_INLINE __m512i load_indices(const int32_t* p, __mmask16 lanes) { return _mm512_maskz_loadu_epi32(lanes, p); }
+
+template <typename I>
+XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_in, int32_t* row, int32_t* at,
+                            int32_t* column, int32_t* at_sparse) {
+  static_assert(kLanes == 16, "a vector of int32");
+  const __m512i all_dense = _mm512_set1_epi32(static_cast<int32_t>(map.dense));
+  const __m512i all_sparse = _mm512_set1_epi32(static_cast<int32_t>(map.sparse));
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  Counts n{0, 0};
+  for (int64_t f = 0; f < fan_in; f += 16) {
+    const __mmask16 lanes = static_cast<__mmask16>(fan_in - f < 16 ? (1u << (fan_in - f)) - 1 : 0xffff);
+    const __m512i index = load_indices(indices + f, lanes), columns = _mm512_sub_epi32(index, all_dense);
+    const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(f)));
+    const __mmask16 dense = _mm512_mask_cmplt_epu32_mask(lanes, index, all_dense);
+    const __mmask16 sparse = _mm512_mask_cmplt_epu32_mask(lanes & ~dense, columns, all_sparse);
+    const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), sparse, _mm512_srli_epi32(columns, 5),
+                                                      map.present, 4);
+    const __m512i bit = _mm512_sllv_epi32(_mm512_set1_epi32(1), _mm512_and_epi32(columns, _mm512_set1_epi32(31)));
+    const __mmask16 present = _mm512_mask_test_epi32_mask(sparse, words, bit);
+    _mm512_storeu_si512(row + n.dense, _mm512_maskz_compress_epi32(dense, index));
+    _mm512_storeu_si512(at + n.dense, _mm512_maskz_compress_epi32(dense, position));
+    _mm512_storeu_si512(column + n.sparse, _mm512_maskz_compress_epi32(present, columns));
+    _mm512_storeu_si512(at_sparse + n.sparse, _mm512_maskz_compress_epi32(present, position));
+    n.dense += __builtin_popcount(dense);
+    n.sparse += __builtin_popcount(present);
+  }
+  return n;
+}
+#else
+template <typename I>
+XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_in, int32_t* row, int32_t* at,
+                            int32_t* column, int32_t* at_sparse) {
+  const uint64_t all_dense = static_cast<uint64_t>(map.dense), all_sparse = static_cast<uint64_t>(map.sparse);
+  Counts n{0, 0};
+  for (int64_t f = 0; f < fan_in; ++f) {
+    const uint64_t index = static_cast<uint64_t>(static_cast<int64_t>(indices[f])), c = index - all_dense;
+    row[n.dense] = static_cast<int32_t>(index);
+    at[n.dense] = static_cast<int32_t>(f);
+    n.dense += index < all_dense;
+    const uint64_t inside = c < all_sparse ? c : 0;
+    column[n.sparse] = static_cast<int32_t>(c);
+    at_sparse[n.sparse] = static_cast<int32_t>(f);
+    n.sparse += (c < all_sparse) & (map.present[inside / 32] >> inside % 32);
+  }
+  return n;
+}
+#endif
+
+template <typename I>
+void list(const SparseMap& map, const I* indices, int64_t labels, int64_t fan_in, int32_t* spare, const Lists& out) {
+  int32_t *const column = spare, *const at_sparse = spare + out.stride;
+  for (int64_t n = 0; n < labels; ++n) {
+    int32_t *row = out.row + n * out.stride, *at = out.at + n * out.stride;
+    const Counts counts = split(map, indices + n * fan_in, fan_in, row, at, column, at_sparse);
+    for (int64_t k = 0; k < counts.sparse; ++k) {
+      const uint32_t c = static_cast<uint32_t>(column[k]);
+      const uint32_t before = map.present[c / 32] & ((uint32_t{1} << c % 32) - 1);
+      row[counts.dense + k] = map.first[c / 32] + __builtin_popcount(before);
+      at[counts.dense + k] = at_sparse[k];
+    }
+    out.dense[n] = static_cast<int32_t>(counts.dense);
+    out.count[n] = static_cast<int32_t>(counts.dense + counts.sparse);
+  }
 }
 
 // ---- losses ----
@@ -602,6 +739,11 @@ constexpr FanInKernels<T, I> fan_in_table() {
 }
 
 template <typename T>
+constexpr ListedKernels<T> listed_table() {
+  return {listed_logits<T>, listed_kernel_grad<T>, listed_input_grad<T>};
+}
+
+template <typename T>
 constexpr LayoutKernels<T> layout_table() {
   return {transpose<T, T>, transpose<T, float>, transpose<float, T>, narrow<T>};
 }
@@ -620,6 +762,9 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     fan_in_table<float, int32_t>(),
     fan_in_table<bfloat16, uint16_t>(),
     fan_in_table<bfloat16, int32_t>(),
+    listed_table<float>(),
+    listed_table<bfloat16>(),
+    {list<uint16_t>, list<int32_t>},
     layout_table<float>(),
     layout_table<bfloat16>(),
     {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, nonzero, above},

@@ -5,8 +5,10 @@
 // contiguous run of memory. `width` is a tile's row length: its number of examples rounded up to kLanes.
 // Of a block's rows, at most kBlock, a mask names some: bit n stands for row n.
 //
-// Packed features are [in_features + 1, width] per tile. The last row is zero, and every index outside
-// [0, in_features) is redirected to it: such a connection contributes nothing and touches nothing else.
+// Packed inputs are rows of `width` per tile: the dense inputs, a row of zeros, and the sparse inputs that an example
+// of the batch has. An index out of range reads the zeros: such a connection contributes nothing and touches nothing
+// else. Where there are sparse inputs, the connections that read anything are listed first, once for all tiles.
+// Gradients are those of the dense inputs and the zeros.
 
 #ifndef XLA_OPS_CSRC_CPU_KERNELS_H_
 #define XLA_OPS_CSRC_CPU_KERNELS_H_
@@ -35,6 +37,41 @@ struct FanInKernels {
   // d_packed[indices[n, f], :] += kernel[n, f] * rows[n, :] for the rows n of a mask.
   void (*input_grad)(const float* rows, uint64_t mask, int64_t in_features, int64_t width, const T* kernel,
                      const I* indices, int64_t fan_in, float* d_packed);
+};
+
+// The packed row of each input where there are sparse ones: `dense` dense inputs are row by row, then come `sparse`
+// sparse ones. Of those, bit i of present[w] says whether the batch has input 32 w + i, and first[w] is the row of
+// the first one that it has.
+struct SparseMap {
+  int64_t dense, sparse;
+  const uint32_t* present;
+  const int32_t* first;
+};
+
+// The connections of some labels that read anything. Label n has count[n] of them, of which the first dense[n] read a
+// dense input: connection at[n * stride + k] reads row row[n * stride + k].
+struct Lists {
+  int32_t *count, *dense, *row, *at;
+  int64_t stride;  // at least the fan-in, and kLanes more
+};
+
+struct ListKernels {
+  // Lists the connections of `labels` labels, in order, but dense inputs first. `spare` has room for two strides.
+  void (*u16)(const SparseMap& map, const uint16_t* indices, int64_t labels, int64_t fan_in, int32_t* spare,
+              const Lists& out);
+  void (*s32)(const SparseMap& map, const int32_t* indices, int64_t labels, int64_t fan_in, int32_t* spare,
+              const Lists& out);
+};
+
+// As FanInKernels, of the connections in lists.
+template <typename T>
+struct ListedKernels {
+  void (*logits)(const T* packed, const Lists& lists, int64_t width, const T* kernel, const T* bias, int64_t labels,
+                 int64_t fan_in, float* rows);
+  void (*kernel_grad)(const T* packed, const Lists& lists, int64_t width, const float* rows, uint64_t mask,
+                      int64_t fan_in, float* d_kernel);
+  void (*input_grad)(const float* rows, uint64_t mask, const Lists& lists, int64_t width, const T* kernel,
+                     int64_t fan_in, float* d_packed);
 };
 
 template <typename T>
@@ -106,6 +143,9 @@ struct Isa {
   FanInKernels<float, int32_t> f32_s32;
   FanInKernels<bfloat16, uint16_t> bf16_u16;
   FanInKernels<bfloat16, int32_t> bf16_s32;
+  ListedKernels<float> listed_f32;
+  ListedKernels<bfloat16> listed_bf16;
+  ListKernels list;
   LayoutKernels<float> f32;
   LayoutKernels<bfloat16> bf16;
   RowKernels rows;
@@ -121,6 +161,8 @@ bool select_isa(const char* name);
 template <typename T, typename I>
 const FanInKernels<T, I>& fan_in_kernels();
 template <typename T>
+const ListedKernels<T>& listed_kernels();
+template <typename T>
 const LayoutKernels<T>& layout_kernels();
 
 template <>
@@ -132,10 +174,22 @@ inline const FanInKernels<bfloat16, uint16_t>& fan_in_kernels() { return isa().b
 template <>
 inline const FanInKernels<bfloat16, int32_t>& fan_in_kernels() { return isa().bf16_s32; }
 template <>
+inline const ListedKernels<float>& listed_kernels() { return isa().listed_f32; }
+template <>
+inline const ListedKernels<bfloat16>& listed_kernels() { return isa().listed_bf16; }
+template <>
 inline const LayoutKernels<float>& layout_kernels() { return isa().f32; }
 template <>
 inline const LayoutKernels<bfloat16>& layout_kernels() { return isa().bf16; }
 
+inline void list_connections(const SparseMap& map, const uint16_t* indices, int64_t labels, int64_t fan_in,
+                             int32_t* spare, const Lists& out) {
+  isa().list.u16(map, indices, labels, fan_in, spare, out);
+}
+inline void list_connections(const SparseMap& map, const int32_t* indices, int64_t labels, int64_t fan_in,
+                             int32_t* spare, const Lists& out) {
+  isa().list.s32(map, indices, labels, fan_in, spare, out);
+}
 inline const RowKernels& row_kernels() { return isa().rows; }
 inline const UpdateKernels& update_kernels() { return isa().updates; }
 inline const DenseKernels& dense_kernels() { return isa().dense; }

@@ -50,19 +50,17 @@ inline std::vector<Positive> by_label(const int32_t* positives, int64_t batch, i
 }
 
 // Computes blocks of logits, and turns them into the gradients of the mean loss over batch and labels.
-template <typename T, typename I>
 class LossRows {
  public:
-  LossRows(const Layer<T, I>& layer, Loss loss, const T* packed, const std::vector<Positive>& positives)
-      : layer_(layer),
-        loss_(loss),
-        scale_(1.0f / (static_cast<float>(layer.shape.batch) * static_cast<float>(layer.shape.labels))),
-        packed_(packed),
+  LossRows(const Shape& s, Loss loss, const std::vector<Positive>& positives)
+      : loss_(loss),
+        scale_(1.0f / (static_cast<float>(s.batch) * static_cast<float>(s.labels))),
         positives_(positives) {}
 
   // Returns the mask of the rows that are not zero.
-  uint64_t operator()(const Tile& tile, int64_t label, int64_t n, float* rows) {
-    layer_.logits(packed_, tile, label, n, rows);
+  template <typename T, typename I>
+  uint64_t operator()(const Run<T, I>& run, const Tile& tile, int64_t label, int64_t n, float* rows) {
+    run.logits(tile, label, n, rows);
     corrections_.clear();
     for (auto p = std::lower_bound(positives_.begin(), positives_.end(), Positive{label, 0});
          p != positives_.end() && p->label < label + n; ++p) {
@@ -87,10 +85,8 @@ class LossRows {
   double total() const { return total_; }
 
  private:
-  const Layer<T, I>& layer_;
   const Loss loss_;
   const float scale_;
-  const T* const packed_;
   const std::vector<Positive>& positives_;
   std::vector<std::pair<int64_t, float>> corrections_;
   double total_ = 0;

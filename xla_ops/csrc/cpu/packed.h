@@ -1,4 +1,4 @@
-// The batch cut into tiles, and matrices [batch, in_features] packed feature-major within each tile.
+// The batch cut into tiles, and its inputs packed feature-major within each tile.
 
 #ifndef XLA_OPS_CSRC_CPU_PACKED_H_
 #define XLA_OPS_CSRC_CPU_PACKED_H_
@@ -7,13 +7,16 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "../handler.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -81,14 +84,14 @@ inline float* accumulator(bfloat16*, int64_t count, Buffer<float>* beside) {
   return beside->get();
 }
 
-// Threads that scatter into the same features each use a copy of their own. A copy costs as much as in_features
+// Threads that scatter into the same inputs each use a copy of their own. A copy costs as much as in_features
 // connections, so there are never more copies than the work pays for.
 inline int64_t worthwhile_copies(const Shape& s) { return s.labels * s.fan_in / (s.in_features + 1); }
 
 struct Tile {
   int64_t first, size;  // examples [first, first + size)
   int64_t width;        // size rounded up to kLanes; the padding is zero
-  int64_t offset;       // of the tile's packed [in_features + 1, width] matrix, in elements
+  int64_t offset;       // of the tile's gradient, [in_features + 1, width], in elements
 };
 
 // All tiles but the last are kTile wide.
@@ -107,40 +110,182 @@ struct Tiles {
   int64_t batch, in_features, count, elements;
 };
 
+// The inputs of a batch: dense ones, x [batch, in_features], then `columns` sparse ones, of which the batch has
+// `entries`: row_of[n] is an example's number, column_of[n] an input's, and what is out of range is padding. Entries
+// of the same example and input are added.
+template <typename T>
+struct Inputs {
+  const T* x;
+  const int32_t* row_of;
+  const int32_t* column_of;
+  const T* values;
+  int64_t entries, columns;
+};
+
+template <typename T>
+Inputs<T> inputs_of(const InputBuffers& in) {
+  const int64_t entries = in.rows.element_count();
+  return {data<T>(in.x), data<int32_t>(in.rows), data<int32_t>(in.columns), data<T>(in.values), entries,
+          in.num_columns};
+}
+
+inline void add(float value, float* sum) { *sum += value; }
+inline void add(bfloat16 value, bfloat16* sum) {
+  const auto wide = [](bfloat16 v) {
+    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof(f));
+    return f;
+  };
+  const float total = wide(*sum) + wide(value);
+  layout_kernels<bfloat16>().narrow(&total, 1, sum);
+}
+
+constexpr int64_t kFeaturesAtOnce = 1024;
+
+// Inputs packed by tile: the dense ones, a row of zeros, and a row for each sparse input that the batch has.
+template <typename T>
+class Packed {
+ public:
+  Packed(xla::ffi::ThreadPool& pool, const Tiles& tiles, const Inputs<T>& inputs)
+      : in_features_(tiles.in_features), columns_(inputs.columns) {
+    if (columns_) find_present(tiles, inputs);
+    values_ = allocate<T>(rows_ * ceil_div(tiles.batch, kLanes) * kLanes);
+    pack_dense(pool, tiles, inputs.x);
+    if (columns_) add_sparse(tiles, inputs);
+  }
+
+  bool has_sparse() const { return columns_ > 0; }
+  int64_t in_features() const { return in_features_; }
+  const T* of(const Tile& tile) const { return values_.get() + tile.first * rows_; }
+  SparseMap map() const { return {in_features_, columns_, present_.get(), first_.get()}; }
+
+ private:
+  // Calls fn(row, column, n) for each entry that is in range.
+  template <typename Fn>
+  static void for_each(const Tiles& tiles, const Inputs<T>& inputs, const Fn& fn) {
+    for (int64_t n = 0; n < inputs.entries; ++n) {
+      const int64_t row = inputs.row_of[n], column = inputs.column_of[n];
+      if (row >= 0 && row < tiles.batch && column >= 0 && column < inputs.columns) fn(row, column, n);
+    }
+  }
+
+  // Finds the sparse inputs that the batch has, and numbers their rows in order.
+  void find_present(const Tiles& tiles, const Inputs<T>& inputs) {
+    const int64_t words = ceil_div(columns_, 32);
+    present_ = allocate<uint32_t>(words);
+    first_ = allocate<int32_t>(words);
+    std::fill_n(present_.get(), words, 0);
+    for_each(tiles, inputs, [&](int64_t, int64_t column, int64_t) {
+      present_[column / 32] |= uint32_t{1} << column % 32;
+    });
+    for (int64_t w = 0; w < words; ++w) {
+      first_[w] = static_cast<int32_t>(rows_);
+      rows_ += __builtin_popcount(present_[w]);
+    }
+  }
+
+  void pack_dense(xla::ffi::ThreadPool& pool, const Tiles& tiles, const T* x) {
+    const int64_t chunks = ceil_div(in_features_ + 1, kFeaturesAtOnce);
+    parallel_for(pool, tiles.count * chunks, [&](int64_t item) {
+      const Tile tile = tiles[item / chunks];
+      const int64_t first = item % chunks * kFeaturesAtOnce;
+      const int64_t n = std::min(kFeaturesAtOnce, in_features_ - first);
+      T* rows = values_.get() + tile.first * rows_;
+      layout_kernels<T>().to_packed(x + tile.first * in_features_ + first, in_features_, n, tile.size, tile.width,
+                                    rows + first * tile.width, tile.width);
+      if (first + kFeaturesAtOnce > in_features_) {  // the zeros, and sparse inputs before they are added
+        std::fill(rows + in_features_ * tile.width, rows + rows_ * tile.width, T{});
+      }
+    });
+  }
+
+  void add_sparse(const Tiles& tiles, const Inputs<T>& inputs) {
+    for_each(tiles, inputs, [&](int64_t row, int64_t column, int64_t n) {
+      const Tile tile = tiles[row / kTile];
+      const uint32_t before = present_[column / 32] & ((uint32_t{1} << column % 32) - 1);
+      const int64_t at = first_[column / 32] + __builtin_popcount(before);
+      add(inputs.values[n], values_.get() + tile.first * rows_ + at * tile.width + row - tile.first);
+    });
+  }
+
+  const int64_t in_features_, columns_;
+  int64_t rows_ = in_features_ + 1;
+  Buffer<uint32_t> present_;
+  Buffer<int32_t> first_;
+  Buffer<T> values_;
+};
+
 // A fixed fan-in layer: kernel and indices [labels, fan_in], bias [labels] or null.
 template <typename T, typename I>
 struct Layer {
-  // rows[n, tile.width] = the logits of labels [label, label + n) for one tile of the packed input.
-  void logits(const T* packed, const Tile& tile, int64_t label, int64_t n, float* rows) const {
-    fan_in_kernels<T, I>().logits(packed + tile.offset, shape.in_features, tile.width, kernel + label * shape.fan_in,
-                                  indices + label * shape.fan_in, bias ? bias + label : nullptr, n, shape.fan_in,
-                                  rows);
-  }
-
   Shape shape;
   const T* kernel;
   const I* indices;
   const T* bias;
 };
 
-constexpr int64_t kFeaturesAtOnce = 1024;
+// What a layer computes of one tile after the other, for a run of labels.
+template <typename T, typename I>
+class Run {
+ public:
+  // No run will have more than `most` labels. The layer and the packed inputs are kept by reference.
+  Run(const Layer<T, I>& layer, const Packed<T>& packed, int64_t most) : layer_(layer), packed_(packed) {
+    if (!packed.has_sparse()) return;
+    const int64_t stride = ceil_div(layer.shape.fan_in, kLanes) * kLanes + kLanes;
+    numbers_ = allocate<int32_t>(2 * (most + (most + 1) * stride));
+    int32_t* const n = numbers_.get();
+    lists_ = {n, n + most, n + 2 * most, n + 2 * most + most * stride, stride};
+  }
 
-// The packed form of x [batch, in_features].
-template <typename T>
-Buffer<T> pack(xla::ffi::ThreadPool& pool, const Tiles& tiles, const T* x) {
-  Buffer<T> packed = allocate<T>(tiles.elements);
-  const int64_t in_features = tiles.in_features, chunks = ceil_div(in_features + 1, kFeaturesAtOnce);
-  parallel_for(pool, tiles.count * chunks, [&](int64_t item) {
-    const Tile tile = tiles[item / chunks];
-    const int64_t first = item % chunks * kFeaturesAtOnce;
-    const int64_t n = std::min(kFeaturesAtOnce, in_features - first);
-    T* out = packed.get() + tile.offset + first * tile.width;
-    layout_kernels<T>().to_packed(x + tile.first * in_features + first, in_features, n, tile.size, tile.width, out,
-                                  tile.width);
-    if (first + kFeaturesAtOnce > in_features) std::fill_n(out + n * tile.width, tile.width, T{});  // the zero row
-  });
-  return packed;
-}
+  // What follows is of labels from [first, first + count).
+  void start(int64_t first, int64_t count) {
+    first_ = first;
+    if (!packed_.has_sparse()) return;
+    int32_t* const spare = lists_.at + (lists_.at - lists_.row);
+    list_connections(packed_.map(), layer_.indices + first * fan_in(), count, fan_in(), spare, lists_);
+  }
+
+  // rows[n, tile.width] = the logits of labels [label, label + n).
+  void logits(const Tile& tile, int64_t label, int64_t n, float* rows) const {
+    const T *kernel = layer_.kernel + label * fan_in(), *bias = layer_.bias ? layer_.bias + label : nullptr;
+    const T* packed = packed_.of(tile);
+    if (packed_.has_sparse()) {
+      listed_kernels<T>().logits(packed, lists(label), tile.width, kernel, bias, n, fan_in(), rows);
+    } else {
+      plain().logits(packed, packed_.in_features(), tile.width, kernel, indices(label), bias, n, fan_in(), rows);
+    }
+  }
+
+  // Adds to d_kernel [labels from `label`, fan_in] and d_packed, from the rows of a mask.
+  void gradients(const Tile& tile, int64_t label, const float* rows, uint64_t mask, float* d_kernel,
+                 float* d_packed) const {
+    const T *kernel = layer_.kernel + label * fan_in(), *packed = packed_.of(tile);
+    if (packed_.has_sparse()) {
+      listed_kernels<T>().kernel_grad(packed, lists(label), tile.width, rows, mask, fan_in(), d_kernel);
+      listed_kernels<T>().input_grad(rows, mask, lists(label), tile.width, kernel, fan_in(), d_packed);
+    } else {
+      const int64_t in_features = packed_.in_features();
+      plain().kernel_grad(packed, in_features, tile.width, rows, mask, indices(label), fan_in(), d_kernel);
+      plain().input_grad(rows, mask, in_features, tile.width, kernel, indices(label), fan_in(), d_packed);
+    }
+  }
+
+ private:
+  static const FanInKernels<T, I>& plain() { return fan_in_kernels<T, I>(); }
+  int64_t fan_in() const { return layer_.shape.fan_in; }
+  const I* indices(int64_t label) const { return layer_.indices + label * fan_in(); }
+  Lists lists(int64_t label) const {
+    const int64_t n = label - first_, at = n * lists_.stride;
+    return {lists_.count + n, lists_.dense + n, lists_.row + at, lists_.at + at, lists_.stride};
+  }
+
+  const Layer<T, I>& layer_;
+  const Packed<T>& packed_;
+  int64_t first_ = 0;
+  Buffer<int32_t> numbers_;  // what the lists hold
+  Lists lists_{};
+};
 
 // out [batch, in_features] = the sum of `parts` packed matrices; the first of them is overwritten.
 template <typename T>
