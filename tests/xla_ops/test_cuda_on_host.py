@@ -62,12 +62,13 @@ def call(program, directory, op, arrays, results, device, *more):
 
 def call_for_workspace(program, directory, op, arrays, device, *more):
     """The same, but returns how many bytes of workspace the launcher took, all that it was given."""
+    arrays = dict.fromkeys(("rows", "columns", "values")) | arrays
     for name, array in arrays.items():
         (np.zeros(0) if array is None else array).tofile(directory / name)
     layer, *typed = ("kernel", "mu", "mu") if op == "dense_step.adam" else ("indices", "x", "indices")
     (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays[layer].shape
     dtypes = [arrays[name].dtype.name for name in typed]
-    numbers = map(str, [batch, in_features, labels, fan_in, *device, *more])
+    numbers = map(str, [batch, in_features, labels, fan_in, 0, *device, *more])
     finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return int(finished.stdout)
@@ -133,7 +134,7 @@ def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_featu
         ("fan_in_top_k", k, labels),
     ):
         results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
-        asked = _native.cuda_workspace(f"xla_ops.{op}", results, problem.x, problem.kernel)
+        asked = _native.cuda_workspace(f"xla_ops.{op}", results, None, problem.x, problem.kernel)
         assert call_for_workspace(program, tmp_path, op, arrays, SMALL, *more) == asked.size
 
 

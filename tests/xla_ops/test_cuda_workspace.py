@@ -80,7 +80,7 @@ def calls(text):
 def bytes_of(handler, batch, in_features, labels, fan_in, dtype=jnp.float32, k=5):
     results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
     x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in ((batch, in_features), (labels, fan_in)))
-    return np.prod(_native.cuda_workspace(handler, results, x, kernel).shape)
+    return np.prod(_native.cuda_workspace(handler, results, None, x, kernel).shape)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,6 +1,6 @@
 // Runs one launcher of xla_ops/csrc/cuda on arrays in files.
 //
-//   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F processors blocks_per_processor shared_bytes [...]
+//   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F C processors blocks_per_processor shared_bytes [...]
 //
 // where the rest is (loss, P) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k. For dense_step
 // DTYPE is that of the moments, and L, F are the kernel's shape.
@@ -24,6 +24,7 @@ using xla_ops::DenseShape;
 using xla_ops::Shape;
 using xla_ops::bfloat16;
 using xla_ops::cuda::Indices;
+using xla_ops::cuda::Inputs;
 using xla_ops::cuda::Workspace;
 
 struct HostWorkspace : Workspace {
@@ -42,6 +43,7 @@ struct HostWorkspace : Workspace {
 struct Call {
   std::string op, directory;
   Shape shape;
+  int64_t columns;  // sparse inputs
   bool is_uint16;
   std::vector<int64_t> more;
 
@@ -57,10 +59,11 @@ class Operand {
     const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
     data_.reset(new T[bytes.size() / sizeof(T)]);
     std::copy(bytes.begin(), bytes.end(), reinterpret_cast<char*>(data_.get()));
-    bytes_ = bytes.size();
+    bytes_ = static_cast<int64_t>(bytes.size());
     empty_ = bytes.empty();
   }
   const T* get() const { return data_.get(); }
+  int64_t count() const { return bytes_ / static_cast<int64_t>(sizeof(T)); }
   const T* or_null() const { return empty_ ? nullptr : data_.get(); }
 
  protected:
@@ -116,17 +119,20 @@ template <typename T>
 cudaError_t run(const Call& call, Workspace& workspace) {
   const Shape& s = call.shape;
   const Operand<T> x(call, "x"), kernel(call, "kernel"), bias(call, "bias");
+  const Operand<int32_t> rows(call, "rows"), columns(call, "columns");
+  const Operand<T> values(call, "values");
+  const Inputs<T> inputs{x.get(), rows.get(), columns.get(), values.get(), rows.count(), call.columns};
   const Operand<char> index_bytes(call, "indices");
   const Indices indices{index_bytes.get(), call.is_uint16};
   if (call.op == "fan_in_matmul.forward") {
     const Result<T> y(call, "y", s.batch * s.labels);
-    return fan_in_matmul_forward(nullptr, workspace, s, x.get(), kernel.get(), indices, bias.or_null(), y.get());
+    return fan_in_matmul_forward(nullptr, workspace, s, inputs, kernel.get(), indices, bias.or_null(), y.get());
   }
   if (call.op == "fan_in_matmul.gradients") {
     const Operand<T> dy(call, "dy");
     const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
-    return fan_in_matmul_gradients(nullptr, workspace, s, x.get(), kernel.get(), indices, dy.get(), d_x.get(),
+    return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(), d_x.get(),
                                    d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
@@ -135,12 +141,12 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const int64_t width = call.more.at(1);
     const Result<float> value(call, "value", 1);
     if (call.op == "fan_in_loss.value") {
-      return fan_in_loss_value(nullptr, workspace, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
+      return fan_in_loss_value(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
                                positives.get(), width, value.get());
     }
     const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
-    return fan_in_loss_gradients(nullptr, workspace, s, loss, x.get(), kernel.get(), indices, bias.or_null(),
+    return fan_in_loss_gradients(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
                                  positives.get(), width, value.get(), d_x.get(), d_kernel.get(),
                                  bias.or_null() ? d_bias.get() : nullptr);
   }
@@ -154,13 +160,13 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const Updated<T> w(call, "kernel"), b(call, "bias");
     if (call.op == "fan_in_step.sgd") {
       const Operand<uint32_t> key(call, "key");
-      return fan_in_sgd_step(nullptr, workspace, s, loss, x.get(), w.get(), indices, b.get(), positives.get(), width,
+      return fan_in_sgd_step(nullptr, workspace, s, loss, inputs, w.get(), indices, b.get(), positives.get(), width,
                              rates.get(), key.get(), value.get(), d_x.get());
     }
     if constexpr (std::is_same_v<T, float>) {
       const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"), mu_bias(call, "mu_bias"),
           nu_bias(call, "nu_bias");
-      return fan_in_adam_step(nullptr, workspace, s, loss, x.get(), {w.get(), mu_kernel.get(), nu_kernel.get()},
+      return fan_in_adam_step(nullptr, workspace, s, loss, inputs, {w.get(), mu_kernel.get(), nu_kernel.get()},
                               indices, {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
                               {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.get());
     }
@@ -169,7 +175,7 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
     const Result<float> scores(call, "scores", s.batch * k);
     const Result<int32_t> labels(call, "labels", s.batch * k);
-    return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, x.get(), kernel.get(), indices, bias.or_null(),
+    return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, inputs, kernel.get(), indices, bias.or_null(),
                         scores.get(), labels.get());
   }
   std::fprintf(stderr, "no such op: %s\n", call.op.c_str());
@@ -179,12 +185,13 @@ cudaError_t run(const Call& call, Workspace& workspace) {
 }  // namespace
 
 int main(int, char** argv) {
-  Call call{argv[1], argv[2], {}, std::string(argv[4]) == "uint16", {}};
+  Call call{argv[1], argv[2], {}, 0, std::string(argv[4]) == "uint16", {}};
   std::vector<int64_t> numbers;
   for (char** a = argv + 5; *a; ++a) numbers.push_back(std::strtoll(*a, nullptr, 10));
   call.shape = {numbers[0], numbers[1], numbers[2], numbers[3]};
-  cuda_on_host::device = {static_cast<int>(numbers[4]), static_cast<int>(numbers[5]), static_cast<int>(numbers[6])};
-  call.more.assign(numbers.begin() + 7, numbers.end());
+  call.columns = numbers[4];
+  cuda_on_host::device = {static_cast<int>(numbers[5]), static_cast<int>(numbers[6]), static_cast<int>(numbers[7])};
+  call.more.assign(numbers.begin() + 8, numbers.end());
   const bool is_float32 = std::string(argv[3]) == "float32";
   if (call.op == "dense_step.adam") {
     std::printf("0\n");

@@ -131,7 +131,7 @@ cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count,
 
 // The whole pass: the loss and, unless the sink is NoGradients, d_x.
 template <typename T, typename Sink>
-cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x, const T* kernel,
+cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs, const T* kernel,
                      Indices indices, const T* bias, const Positives& positives, const Sink& sink, float* value,
                      T* d_x) {
   constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
@@ -146,7 +146,7 @@ cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, 
   }
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
 
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs.x, packed));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(layer)));
   if constexpr (kGradients) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, out.d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(launch(loss_kernel<T, Sink>, most_sharers(layer), Group<T>::kThreads, 0, stream, layer,

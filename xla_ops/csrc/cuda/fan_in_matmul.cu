@@ -123,23 +123,23 @@ cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, Out* y, int
 }
 
 template <typename T>
-cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
                                   const T* kernel, Indices indices, const T* bias, T* y) {
   T* const packed = workspace.take<T>(packed_count(s));
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs.x, packed));
   return write_logits(stream, Layer<T>{s, packed, kernel, indices, bias}, y, s.labels);
 }
 
 template <typename T>
-cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
                                     const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias) {
   T* const packed = workspace.take<T>(packed_count(s));
   const Layer<T> layer{s, packed, kernel, indices, nullptr};
   float* const d_packed = workspace.take<float>(sums_count(s));
   float* const sums = workspace.take<float>(most_sharers(layer) * kLabels * s.fan_in);
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs.x, packed));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(launch(gradients_kernel<T>, most_sharers(layer), Group<T>::kThreads, 0, stream, layer, dy,
                                       sums, d_packed, d_kernel, d_bias));
@@ -147,9 +147,9 @@ cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, c
 }
 
 #define XLA_OPS_INSTANTIATE(T)                                                                                       \
-  template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Workspace&, const Shape&, const T*, const T*, Indices, \
+  template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Workspace&, const Shape&, const Inputs<T>&, const T*, Indices, \
                                                 const T*, T*);                                                       \
-  template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Workspace&, const Shape&, const T*, const T*,        \
+  template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Workspace&, const Shape&, const Inputs<T>&, const T*,        \
                                                   Indices, const T*, T*, T*, T*);                                    \
   template cudaError_t write_logits<T, float>(cudaStream_t, const Layer<T>&, float*, int64_t);
 XLA_OPS_INSTANTIATE(float)

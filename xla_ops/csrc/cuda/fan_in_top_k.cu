@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
-                         const T* x, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels) {
+                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels) {
   if (k == 0) return cudaSuccess;
   int64_t size = 1;
   while (size < k) size *= 2;
@@ -158,7 +158,7 @@ cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape&
   const Lists lists{capacity, workspace.take<uint64_t>(s.batch * capacity), workspace.take<uint32_t>(s.batch),
                     workspace.take<uint64_t>(s.batch)};
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs.x, packed));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.counts, s.batch));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.bounds, s.batch));
   for (int64_t first = 0; first < s.labels; first += stride) {
@@ -175,7 +175,7 @@ cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape&
 }
 
 #define XLA_OPS_INSTANTIATE(T)                                                                               \
-  template cudaError_t fan_in_top_k<T>(cudaStream_t, Workspace&, const Shape&, int64_t, int64_t, const T*, \
+  template cudaError_t fan_in_top_k<T>(cudaStream_t, Workspace&, const Shape&, int64_t, int64_t, const Inputs<T>&, \
                                        const T*, Indices, const T*, float*, int32_t*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)

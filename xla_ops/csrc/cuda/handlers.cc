@@ -31,13 +31,14 @@ ffi::Error error_of(cudaError_t status) {
   return ffi::Error(ffi::ErrorCode::kInternal, std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// Calls fn(T*, workspace) with a null pointer of the type that `values` holds, and turns the CUDA error that it
+// Calls fn(T*, workspace) with a null pointer of the type that x holds, and turns the CUDA error that it
 // returns into one of XLA's.
 template <typename Fn>
-ffi::Error launch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, ffi::AnyBuffer& buffer, Fn&& fn) {
+ffi::Error launch(const InputBuffers& in, const ffi::AnyBuffer& indices, ffi::AnyBuffer& buffer, Fn&& fn) {
+  if (in.num_columns > 0) return ffi::Error(ffi::ErrorCode::kUnimplemented, "no sparse inputs on CUDA");
   cudaError_t status = cudaSuccess;
   cuda::Workspace workspace(buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
-  XLA_OPS_RETURN_IF_ERROR(dispatch(values, indices, [&](auto* t, auto*) { status = fn(t, workspace); }));
+  XLA_OPS_RETURN_IF_ERROR(dispatch(in.x, indices, [&](auto* t, auto*) { status = fn(t, workspace); }));
   if (!workspace.enough()) {
     return ffi::Error::InvalidArgument("the workspace must have " + std::to_string(workspace.taken()) +
                                        " bytes, got " + std::to_string(buffer.size_bytes()));
@@ -49,93 +50,112 @@ cuda::Indices indices_of(const ffi::AnyBuffer& buffer) {
   return {buffer.untyped_data(), buffer.element_type() == ffi::U16};
 }
 
-ffi::Error forward_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+template <typename T>
+cuda::Inputs<T> inputs_of(const InputBuffers& in) {
+  const int64_t entries = in.rows.element_count();
+  return {data<const T>(in.x), data<const int32_t>(in.rows), data<const int32_t>(in.columns),
+          data<const T>(in.values), entries, in.num_columns};
+}
+
+ffi::Error forward_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                        ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                         ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y, WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(x, kernel, indices, bias, *y, &s));
-  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(in, kernel, indices, bias, *y, &s));
+  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_matmul_forward(stream, workspace, s, data<const T>(x), data<const T>(kernel),
+    return cuda::fan_in_matmul_forward(stream, workspace, s, inputs_of<T>(in), data<const T>(kernel),
                                        indices_of(indices), optional_data<const T>(bias), data<T>(*y));
   });
 }
 
-ffi::Error gradients_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                          ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                           ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
                           ffi::Result<ffi::AnyBuffer> d_bias, WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(x, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
-  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
+  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_matmul_gradients(stream, workspace, s, data<const T>(x), data<const T>(kernel),
+    return cuda::fan_in_matmul_gradients(stream, workspace, s, inputs_of<T>(in), data<const T>(kernel),
                                          indices_of(indices), data<const T>(dy), data<T>(*d_x), data<T>(*d_kernel),
                                          optional_data<T>(*d_bias));
   });
 }
 
-ffi::Error value_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error value_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, ffi::Result<ffi::AnyBuffer> value,
                       WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
-  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, *value, &s));
+  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_loss_value(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x),
+    return cuda::fan_in_loss_value(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
                                    data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                    data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value));
   });
 }
 
-ffi::Error loss_gradients_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                               ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
+ffi::Error loss_gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                               ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                               ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
                                ffi::Result<ffi::AnyBuffer> value, ffi::Result<ffi::AnyBuffer> d_x,
                                ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias,
                                WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(x, kernel, indices, bias, positives, loss, *value, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, *value, &s));
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, *d_x, *d_kernel, *d_bias));
-  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_loss_gradients(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x),
+    return cuda::fan_in_loss_gradients(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
                                        data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                        data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value),
                                        data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
-ffi::Error sgd_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error sgd_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                    ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
                     int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
                     WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(
-      {x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
-  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+      {in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
+  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), data<const T>(x), data<T>(kernel),
+    return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in), data<T>(kernel),
                                  indices_of(indices), optional_data<T>(bias), data<const int32_t>(positives),
                                  positives.dimensions()[1], data<const float>(learning_rate),
                                  data<const uint32_t>(key), data<float>(*mean), data<T>(*d_x));
   });
 }
 
-ffi::Error adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel,
-                     ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates,
-                     int64_t loss, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
-                     ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel,
-                     ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
-                     ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
-                     ffi::Result<ffi::AnyBuffer> new_nu_bias, WorkspaceResult buffer) {
+ffi::Error adam_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                     ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel, ffi::AnyBuffer nu_kernel,
+                     ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates, int64_t loss, float b1,
+                     float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
+                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
+                     ffi::Result<ffi::AnyBuffer> new_mu_kernel, ffi::Result<ffi::AnyBuffer> new_nu_kernel,
+                     ffi::Result<ffi::AnyBuffer> new_mu_bias, ffi::Result<ffi::AnyBuffer> new_nu_bias,
+                     WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(
-      {x, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias},
+      {in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias},
       {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel, *new_nu_kernel, *new_mu_bias, *new_nu_bias},
       &s));
-  return launch(x, indices, *buffer, [&](auto*, cuda::Workspace& workspace) {  // the values are float32
+  return launch(in, indices, *buffer, [&](auto*, cuda::Workspace& workspace) {  // the values are float32
     return cuda::fan_in_adam_step(
-        stream, workspace, s, static_cast<Loss>(loss), data<const float>(x),
+        stream, workspace, s, static_cast<Loss>(loss), inputs_of<float>(in),
         {data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel)}, indices_of(indices),
         {optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias)}, data<const int32_t>(positives),
         positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean), data<float>(*d_x));
@@ -149,15 +169,17 @@ int64_t labels_at_once(const Shape& s) {
   return std::max(kLabelsAtOnce, kLogitsAtOnce / std::max<int64_t>(1, s.batch));
 }
 
-ffi::Error top_k_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
+ffi::Error top_k_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                       ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels,
                       WorkspaceResult buffer) {
+  const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   int64_t k = 0;
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(x, kernel, indices, bias, *scores, *labels, &s, &k));
-  return launch(x, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(in, kernel, indices, bias, *scores, *labels, &s, &k));
+  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_top_k(stream, workspace, s, k, labels_at_once(s), data<const T>(x), data<const T>(kernel),
+    return cuda::fan_in_top_k(stream, workspace, s, k, labels_at_once(s), inputs_of<T>(in), data<const T>(kernel),
                               indices_of(indices), optional_data<const T>(bias), data<float>(*scores),
                               data<int32_t>(*labels));
   });
@@ -180,7 +202,8 @@ ffi::Error dense_adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
 
 // What a launcher takes if it has no workspace.
 template <typename T>
-int64_t taken_by(const std::string& handler, const Shape& s, int64_t k) {
+int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t entries, int64_t num_columns) {
+  const cuda::Inputs<T> inputs{nullptr, nullptr, nullptr, nullptr, entries, num_columns};
   const T* in = nullptr;
   T* out = nullptr;
   float* scores = nullptr;
@@ -188,19 +211,19 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k) {
   const cuda::Indices indices{nullptr, false};
   cuda::Workspace none;
   if (handler == "xla_ops.fan_in_matmul.forward") {
-    cuda::fan_in_matmul_forward(nullptr, none, s, in, in, indices, in, out);
+    cuda::fan_in_matmul_forward(nullptr, none, s, inputs, in, indices, in, out);
   } else if (handler == "xla_ops.fan_in_matmul.gradients") {
-    cuda::fan_in_matmul_gradients(nullptr, none, s, in, in, indices, in, out, out, out);
+    cuda::fan_in_matmul_gradients(nullptr, none, s, inputs, in, indices, in, out, out, out);
   } else if (handler == "xla_ops.fan_in_loss.value") {
-    cuda::fan_in_loss_value(nullptr, none, s, Loss{}, in, in, indices, in, labels, 0, scores);
+    cuda::fan_in_loss_value(nullptr, none, s, Loss{}, inputs, in, indices, in, labels, 0, scores);
   } else if (handler == "xla_ops.fan_in_loss.gradients") {
-    cuda::fan_in_loss_gradients(nullptr, none, s, Loss{}, in, in, indices, in, labels, 0, scores, out, out, out);
+    cuda::fan_in_loss_gradients(nullptr, none, s, Loss{}, inputs, in, indices, in, labels, 0, scores, out, out, out);
   } else if (handler == "xla_ops.fan_in_step.sgd") {
-    cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, in, out, indices, out, labels, 0, scores, nullptr, scores, out);
+    cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, inputs, out, indices, out, labels, 0, scores, nullptr, scores, out);
   } else if (handler == "xla_ops.fan_in_step.adam") {
-    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, scores, {}, indices, {}, labels, 0, {}, scores, scores);
+    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, {nullptr, nullptr, nullptr, nullptr, entries, num_columns}, {}, indices, {}, labels, 0, {}, scores, scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
-    cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), in, in, indices, in, scores, labels);
+    cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), inputs, in, indices, in, scores, labels);
   } else if (handler != "xla_ops.dense_step.adam") {  // which has no temporaries
     throw std::invalid_argument("no such handler: " + handler);
   }
@@ -211,8 +234,10 @@ auto stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()
 
 }  // namespace
 
-int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k) {
-  return is_bfloat16 ? taken_by<bfloat16>(handler, s, k) : taken_by<float>(handler, s, k);
+int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k, int64_t entries,
+                        int64_t num_columns) {
+  return is_bfloat16 ? taken_by<bfloat16>(handler, s, k, entries, num_columns)
+                     : taken_by<float>(handler, s, k, entries, num_columns);
 }
 
 #define XLA_OPS_DEFINE_HANDLER(handler, impl)                                                       \

@@ -22,6 +22,17 @@ struct Indices {
   bool is_uint16;
 };
 
+// The inputs of a batch: dense ones, and `columns` sparse ones behind them. An entry is of the example `row_of` and the
+// sparse input `column_of`, and padding if either is out of range; those of the same example and input are added.
+template <typename T>
+struct Inputs {
+  const T* x;  // [B, D]
+  const int32_t* row_of;
+  const int32_t* column_of;
+  const T* values;
+  int64_t entries, columns;
+};
+
 // Weights and their moments; for a bias that there is not, null.
 struct AdamWeights {
   float *w, *mu, *nu;
@@ -62,31 +73,31 @@ class Workspace {
 
 // y [B, L] = bias + x kernel.
 template <typename T>
-cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
                                   const T* kernel, Indices indices, const T* bias, T* y);
 
 // d_x [B, D], d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
 template <typename T>
-cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const T* x,
+cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
                                     const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias);
 
 // value = the mean loss against positives [B, width]; the gradients of all but the positives.
 template <typename T>
-cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
                               const T* kernel, Indices indices, const T* bias, const int32_t* positives, int64_t width,
                               float* value);
 template <typename T>
-cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
                                   const T* kernel, Indices indices, const T* bias, const int32_t* positives,
                                   int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias);
 
 // The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without momentum,
 // with a float and, for the rounding of bfloat16, the three words of csrc/cpu/kernels.h's RoundingKey, or by Adam.
 template <typename T>
-cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const T* x,
+cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
                             T* kernel, Indices indices, T* bias, const int32_t* positives, int64_t width,
                             const float* learning_rate, const uint32_t* key, float* value, T* d_x);
-cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const float* x,
+cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<float>& inputs,
                              const AdamWeights& kernel, Indices indices, const AdamWeights& bias,
                              const int32_t* positives, int64_t width, const AdamRates& rates, float* value,
                              float* d_x);
@@ -100,7 +111,7 @@ cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const floa
 // scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
 template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
-                         const T* x, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels);
+                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels);
 
 }  // namespace xla_ops::cuda
 
