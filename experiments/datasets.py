@@ -42,6 +42,7 @@ def load(
     train_filter: str | None = None,
     test_filter: str | None = None,
     cache_dir: str | None = None,
+    ngrams: int = 1,
 ) -> Splits:
     """Loads a training and a test set.
 
@@ -55,6 +56,7 @@ def load(
         Beside raw text, a label's number is its name.
       test_filter: likewise.
       cache_dir: where parsed files of the repository's format are kept, to be memory-mapped.
+      ngrams: of raw text, 1 for words alone, 2 for pairs of neighbouring words as well.
 
     Returns:
       The two sets, with the same features and labels. Of raw text, labels and words that no training point
@@ -74,7 +76,7 @@ def load(
     if _is_text(train) and train_features is not None:
         raise ValueError(f"dense features need labels in the repository's format beside them, got {train}")
     if _is_text(train):
-        splits = _load_text(train, test)
+        splits = _load_text(train, test, ngrams)
     elif train_features and test_features:
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
@@ -110,10 +112,10 @@ def _is_text(path: str) -> bool:
     return Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".tsv")
 
 
-def _load_text(train: str, test: str) -> Splits:
+def _load_text(train: str, test: str, ngrams: int) -> Splits:
     train_labels, train_texts = read_tsv(train)
     test_labels, test_texts = read_tsv(test)
-    texts, labels = TextEncoder.fit(train_texts), LabelEncoder.fit(train_labels)
+    texts, labels = TextEncoder.fit(train_texts, ngrams=ngrams), LabelEncoder.fit(train_labels)
     return Splits(
         train=Dataset(texts(train_texts), labels(train_labels)),
         test=Dataset(texts(test_texts), labels(test_labels)),

@@ -26,7 +26,8 @@ def measure(train: str, test: str) -> dict:
     start = time.perf_counter()
     classifier = XMCClassifier(verbose=True).fit(texts, labels)
     seconds = time.perf_counter() - start
-    splits = datasets.load(train, test)  # with the same words and labels as the classifier's
+    # With the same words and labels as the classifier's.
+    splits = datasets.load(train, test, ngrams=classifier.ngrams)
     weights = inverse_propensities(splits.train.labels)
     return {
         "train": train,

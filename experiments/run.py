@@ -61,6 +61,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("test_filter", None, "The same for test points.")
 flags.DEFINE_string("cache_dir", None, "Where parsed .txt files are kept and memory-mapped.")
+flags.DEFINE_integer(
+    "ngrams", 1, "Of raw text: 1 for words alone, 2 for pairs of neighbouring words as well.", 1
+)
 flags.DEFINE_enum(
     "propensities", "default", list(PROPENSITY_CONSTANTS), "The family of data sets, for PSP@k."
 )
@@ -102,6 +105,7 @@ def main(argv):
         train_filter=FLAGS.train_filter,
         test_filter=FLAGS.test_filter,
         cache_dir=FLAGS.cache_dir,
+        ngrams=FLAGS.ngrams,
     )
     train, validation = _hold_out(splits)
     config = ClassifierConfig(
@@ -115,7 +119,7 @@ def main(argv):
     (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
 
     memory = PeakMemory()
-    model = config.make(label_counts=train.label_counts(), rngs=nnx.Rngs(FLAGS.seed))
+    model = config.make(train=train, rngs=nnx.Rngs(FLAGS.seed))
     trainer = Trainer(model, training, seed=FLAGS.seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         epochs = fit(

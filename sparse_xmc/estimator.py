@@ -54,6 +54,7 @@ class XMCClassifier(BaseEstimator):
       epochs: how often each point is seen.
       batch_size: how many points a step takes.
       learning_rate: that of the first step; it falls to 0.
+      ngrams: of texts, 1 for words alone, 2 for pairs of neighbouring words as well.
       min_df: a word must occur in this many of the texts.
       seed: of everything random; the same seed on the same machine gives the same classifier.
       verbose: whether to show progress.
@@ -80,10 +81,11 @@ class XMCClassifier(BaseEstimator):
         fan_in: int | None = None,
         penultimate: int | None = None,
         embedding: int | None = None,
-        dropout: float = 0.1,
+        dropout: float = 0.5,
         epochs: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
+        ngrams: int = 2,
         min_df: int = 2,
         seed: int = 0,
         verbose: bool = False,
@@ -95,6 +97,7 @@ class XMCClassifier(BaseEstimator):
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.ngrams = ngrams
         self.min_df = min_df
         self.seed = seed
         self.verbose = verbose
@@ -114,7 +117,9 @@ class XMCClassifier(BaseEstimator):
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
         """
         texts = _texts(X)
-        text_encoder = None if texts is None else TextEncoder.fit(texts, min_df=self.min_df)
+        text_encoder = (
+            None if texts is None else TextEncoder.fit(texts, ngrams=self.ngrams, min_df=self.min_df)
+        )
         features = _features(X) if texts is None or text_encoder is None else text_encoder(texts)
         labels, label_encoder = _encode_labels(y)
         train = Dataset(features, labels)
@@ -132,6 +137,8 @@ class XMCClassifier(BaseEstimator):
             head=FixedFanInConfig(
                 penultimate=sizes["penultimate"],
                 fan_in=sizes["fan_in"],
+                direct=sizes["direct"],
+                direct_scale=5.0,
                 output_bias=-1.0,  # on the negative side of the margin, so that easy negatives cost nothing
                 output_bound=0.05,
             ),
@@ -139,7 +146,7 @@ class XMCClassifier(BaseEstimator):
         scale = 1.0
         if texts is None:  # of texts it is right as it is
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
-        model = config.make(label_counts=train.label_counts(), input_scale=scale, rngs=nnx.Rngs(self.seed))
+        model = config.make(train=train, input_scale=scale, rngs=nnx.Rngs(self.seed))
         trainer = Trainer(model, training, seed=self.seed)
         history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
         self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder))

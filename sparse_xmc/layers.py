@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from sparse_xmc.connectivity import draw_connections, update_in_blocks
-from xla_ops import fan_in_matmul
+from xla_ops import SparseInputs, fan_in_matmul
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
@@ -125,8 +125,9 @@ class FixedFanInLinear(nnx.Module):
             bias if bias is None else bias.astype(dtype),
         )
 
-    def __call__(self, x: Array) -> Array:
-        """Maps x [..., D] to [..., L]."""
-        if x.ndim < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last axis, got {list(x.shape)}")
-        return fan_in_matmul(*self.cast(x))
+    def __call__(self, x: Array, sparse: SparseInputs | None = None) -> Array:
+        """Maps x [..., D] to [..., L]; of D inputs the last may be sparse ones instead."""
+        dense = self.in_features - (0 if sparse is None else sparse.num_columns)
+        if x.ndim < 1 or x.shape[-1] != dense:
+            raise ValueError(f"x must have {dense} features in its last axis, got {list(x.shape)}")
+        return fan_in_matmul(*self.cast(x), sparse=sparse)

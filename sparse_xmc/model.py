@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from jax import Array
 
+from sparse_xmc.data.formats import Dataset
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
 from sparse_xmc.settings import check, setting
@@ -72,13 +72,11 @@ class ClassifierConfig:
     encoder: EncoderConfig = EncoderConfig()
     head: HeadConfig = FixedFanInConfig()
 
-    def make(
-        self, *, label_counts: np.ndarray | None = None, input_scale: float = 1.0, rngs: nnx.Rngs
-    ) -> Classifier:
+    def make(self, *, train: Dataset | None = None, input_scale: float = 1.0, rngs: nnx.Rngs) -> Classifier:
         """A new classifier.
 
         Args:
-          label_counts: int [L], how many training points each label has; see `HeadConfig.make`.
+          train: the training points, that heads may start from; see `HeadConfig.make`.
           input_scale: what the features are multiplied by.
           rngs: random keys; streams `params` and `dropout`.
         """
@@ -86,10 +84,11 @@ class ClassifierConfig:
         options: dict[str, Any] = {"dropout": self.encoder.dropout, "scale": input_scale, "rngs": rngs}
         encoder: nnx.Module
         if self.bag_of_words:
-            encoder = BagOfWordsEncoder(self.num_features, width, **options)
+            encoder = BagOfWordsEncoder(self.num_features, width, direct=self.head.reads_words, **options)
         else:
             encoder = DenseFeatures(width, **options)
-        head = self.head.make(width, self.num_labels, label_counts=label_counts, rngs=rngs)
+        num_words = self.num_features if self.bag_of_words else 0
+        head = self.head.make(width, self.num_labels, num_words=num_words, train=train, rngs=rngs)
         return Classifier(encoder, head)
 
     def to_json(self) -> dict[str, Any]:

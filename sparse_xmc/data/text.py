@@ -17,31 +17,36 @@ class TextEncoder:
     """Bag-of-words features: TF-IDF with logarithmic counts, rows scaled to unit length.
 
     A word is a run of letters, digits and underscores, lower-cased; unlike scikit-learn's default it may be a
-    single character, because `c` and `7` tell labels apart. Words not seen by `fit` are ignored.
+    single character, because `c` and `7` tell labels apart. Pairs of neighbouring words (bigrams), with a
+    space between them, may be features like words. What `fit` has not seen is ignored.
 
     Args:
-      words: the V words, each once; a word's position is its feature id.
+      words: the V words and pairs of words, each once; a word's position is its feature id.
       idf: float32 `[V]`, the weight of each word.
     """
 
     def __init__(self, words: Sequence[str], idf: np.ndarray):
         self._words = list(words)
-        self._vectorizer = _new_vectorizer(vocabulary=self._words)
+        longest = 1 + max((word.count(" ") for word in self._words), default=0)
+        self._vectorizer = _new_vectorizer(longest, vocabulary=self._words)
         self._vectorizer.idf_ = np.asarray(idf, np.float32)
 
     @classmethod
-    def fit(cls, texts: Iterable[str], *, min_df: int = 2, max_features: int | None = None) -> "TextEncoder":
+    def fit(
+        cls, texts: Iterable[str], *, ngrams: int = 1, min_df: int = 2, max_features: int | None = None
+    ) -> "TextEncoder":
         """Learns the words and their weights from training texts.
 
         Args:
           texts: the training texts.
+          ngrams: 1 for words alone, 2 for pairs of neighbouring words as well.
           min_df: a word must occur in this many texts.
           max_features: if given, keep only this many words, those with the highest total count.
 
         Raises:
           ValueError: no word is left.
         """
-        vectorizer = _new_vectorizer(min_df=min_df, max_features=max_features)
+        vectorizer = _new_vectorizer(ngrams, min_df=min_df, max_features=max_features)
         vectorizer.fit(texts)
         return cls(vectorizer.get_feature_names_out(), vectorizer.idf_)
 
@@ -146,5 +151,7 @@ class LabelEncoder:
         return cls(line_of)
 
 
-def _new_vectorizer(**options) -> TfidfVectorizer:
-    return TfidfVectorizer(token_pattern=r"\b\w+\b", sublinear_tf=True, dtype=np.float32, **options)
+def _new_vectorizer(ngrams: int, **options) -> TfidfVectorizer:
+    return TfidfVectorizer(
+        token_pattern=r"\b\w+\b", ngram_range=(1, ngrams), sublinear_tf=True, dtype=np.float32, **options
+    )

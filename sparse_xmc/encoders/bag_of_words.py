@@ -7,7 +7,9 @@ from jax import Array
 
 from sparse_xmc.data.batches import BagOfWords
 from sparse_xmc.encoders.table import EmbeddingTable
+from sparse_xmc.heads.head import Features
 from sparse_xmc.modules import Scale
+from xla_ops import SparseInputs
 
 
 class EmbeddingBag(EmbeddingTable):
@@ -32,6 +34,7 @@ class BagOfWordsEncoder(nnx.Module):
       features: E.
       dropout: the rate of dropout.
       scale: what the words' weights are multiplied by.
+      direct: whether to return the weighted words beside the features, for heads that read them.
       rngs: random keys; the streams `params` and `dropout` are used.
 
     Attributes:
@@ -39,12 +42,26 @@ class BagOfWordsEncoder(nnx.Module):
     """
 
     def __init__(
-        self, num_words: int, features: int, dropout: float = 0.0, *, scale: float = 1.0, rngs: nnx.Rngs
+        self,
+        num_words: int,
+        features: int,
+        dropout: float = 0.0,
+        *,
+        scale: float = 1.0,
+        direct: bool = False,
+        rngs: nnx.Rngs,
     ):
+        self.num_words = num_words
+        self.direct = direct
         self.scale = Scale(jnp.float32(scale))
         self.embedding = EmbeddingBag(num_words, features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, bags: BagOfWords) -> Array:
-        """Maps a batch of B bags to float32 [B, E]."""
-        return self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))
+    def __call__(self, bags: BagOfWords) -> Array | Features:
+        """Maps a batch of B bags to float32 [B, E], or to `Features`."""
+        x = self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))
+        if not self.direct:
+            return x
+        rows, words = jnp.asarray(bags.rows), jnp.asarray(bags.words)
+        values = self.scale[...] * jnp.asarray(bags.weights)
+        return Features(x, SparseInputs(rows, words, values, self.num_words))

@@ -2,7 +2,15 @@
 
 from sparse_xmc.heads.dense import BottleneckConfig, DenseConfig, DenseHead
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead
-from sparse_xmc.heads.head import PAPER_EPSILON, Head, HeadConfig, HeadTraining, StepInputs
+from sparse_xmc.heads.head import (
+    PAPER_EPSILON,
+    Features,
+    Head,
+    HeadConfig,
+    HeadTraining,
+    StepInputs,
+    split_features,
+)
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.ranges import HeadAndTailConfig, LabelRanges
 from sparse_xmc.heads.rewiring import RewireConfig
@@ -22,6 +30,7 @@ __all__ = [
     "BottleneckConfig",
     "DenseConfig",
     "DenseHead",
+    "Features",
     "FixedFanInConfig",
     "FixedFanInHead",
     "Head",
@@ -34,4 +43,5 @@ __all__ = [
     "StepInputs",
     "UnstructuredConfig",
     "UnstructuredHead",
+    "split_features",
 ]

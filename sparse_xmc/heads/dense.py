@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.heads.head import Head, HeadConfig, label_blocks
+from sparse_xmc.data.formats import Dataset
+from sparse_xmc.heads.head import Features, Head, HeadConfig, label_blocks
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.updates import step_dense
 from sparse_xmc.layers import glorot_uniform
@@ -29,7 +29,13 @@ class DenseConfig(HeadConfig):
     output_bias: float = 0.0
 
     def make(
-        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
     ) -> Head:
         return make_dense(in_features, num_labels, 0, self.output_bias, rngs=rngs)
 
@@ -47,7 +53,13 @@ class BottleneckConfig(HeadConfig):
     output_bias: float = 0.0
 
     def make(
-        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
     ) -> Head:
         return make_dense(in_features, num_labels, self.penultimate, self.output_bias, rngs=rngs)
 
@@ -69,7 +81,7 @@ class DenseHead(LayeredHead):
 
     output: nnx.Linear
 
-    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
         hidden, kernel, bias = self.hidden(x), self.output.kernel[...], self.output.bias
         for block in label_blocks(self.num_labels):
             logits = hidden @ kernel[:, block]

@@ -9,11 +9,18 @@ from flax import nnx
 from jax import Array
 
 import xla_ops
-from sparse_xmc.heads.head import Head, HeadConfig, label_blocks
+from sparse_xmc.connectivity import draw_connections
+from sparse_xmc.data.formats import Dataset
+from sparse_xmc.heads.choosing import choose_columns
+from sparse_xmc.heads.head import Features, Head, HeadConfig, label_blocks, split_features
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import rewire, rewire_active
 from sparse_xmc.layers import FixedFanInLinear, start_of_kernel
 from sparse_xmc.settings import setting
+from xla_ops import SparseInputs
+
+# The length of a label's weights of its direct inputs at the start.
+_START = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +30,10 @@ class FixedFanInConfig(HeadConfig):
     Attributes:
       penultimate: I, the width of the penultimate layer; 0 for none.
       fan_in: F, the inputs of each label.
+      direct: how many of them may be, at the start, the encoder's own inputs beside the units: words of a
+        bag, or the features themselves. Each label starts with those that `choose_columns` finds for it, and
+        has units for what is left; 0 for units alone, as in the paper.
+      direct_scale: what direct inputs are multiplied by.
       output_bias: where the bias of all labels starts. -1 puts every label on the negative side of the
         squared hinge's margin, so that easy negatives have no gradient from the first step.
       output_bound: the kernel starts uniformly in +-output_bound; None for the much smaller bound of the
@@ -33,17 +44,32 @@ class FixedFanInConfig(HeadConfig):
 
     penultimate: int = setting(8192, at_least=0)
     fan_in: int = setting(32, at_least=1)
+    direct: int = setting(0, at_least=0)
+    direct_scale: float = setting(3.0, above=0)
     output_bias: float = 0.0
     output_bound: float | None = setting(None, above=0, or_else=(None,))
     distinct: bool = True
     output_dtype: str = setting("float32", choices=("float32", "bfloat16"))
 
     def make(
-        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
     ) -> Head:
+        if self.direct > self.fan_in:
+            raise ValueError(f"direct must be at most fan_in, {self.fan_in}, got {self.direct}")
+        num_words = num_words if self.direct else 0
+        reads_features = self.direct > 0 and not num_words
+        if reads_features and not self.penultimate:
+            raise ValueError("without a penultimate layer labels read the features anyway; use direct=0")
+
         def output(width):
             return FixedFanInLinear(
-                width,
+                width + num_words + (in_features if reads_features else 0),
                 num_labels,
                 self.fan_in,
                 distinct=self.distinct,
@@ -53,7 +79,22 @@ class FixedFanInConfig(HeadConfig):
                 rngs=rngs,
             )
 
-        return FixedFanInHead(in_features, self.penultimate, output, rngs=rngs)
+        head = FixedFanInHead(
+            in_features,
+            self.penultimate,
+            output,
+            num_words=num_words,
+            reads_features=reads_features,
+            direct_scale=self.direct_scale,
+            rngs=rngs,
+        )
+        if self.direct and train is not None:
+            head.choose(self.direct, train, rngs.params())
+        return head
+
+    @property
+    def reads_words(self) -> bool:
+        return self.direct > 0
 
 
 class FixedFanInHead(LayeredHead):
@@ -64,17 +105,73 @@ class FixedFanInHead(LayeredHead):
 
     output: FixedFanInLinear
 
-    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
-        return xla_ops.fan_in_loss(*self.output.cast(self.hidden(x)), positives, loss=loss)
+    def __init__(
+        self,
+        in_features,
+        penultimate,
+        make_output,
+        *,
+        num_words: int = 0,
+        reads_features: bool = False,
+        direct_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(in_features, penultimate, make_output, rngs=rngs)
+        self.num_words = num_words
+        self.reads_features = reads_features
+        self.direct_scale = direct_scale
 
-    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        return xla_ops.fan_in_top_k(*self.output.cast(self.hidden(x)), k)
+    def choose(self, count: int, train: Dataset, key: Array) -> None:
+        """Connects each label to `count` direct inputs, or as many as speak for it, and to units otherwise."""
+        layer = self.output
+        units = layer.in_features - (self.num_words or self.in_features)
+        columns, excess = choose_columns(train.features, train.labels, count)
+        length = np.sqrt(np.square(excess).sum(axis=1, keepdims=True))
+        weights = _START * excess / np.maximum(length, np.finfo(np.float32).tiny)
+        chosen = columns >= 0
+        indices = np.array(draw_connections(key, self.num_labels, layer.fan_in, units)).astype(np.int32)
+        kernel = np.array(layer.kernel[...].astype(jnp.float32))
+        indices[:, :count][chosen] = units + columns[chosen]
+        kernel[:, :count][chosen] = weights[chosen]
+        layer.indices.set_value(jnp.asarray(indices, layer.indices.dtype))
+        layer.kernel.set_value(jnp.asarray(kernel, layer.kernel.dtype))
 
-    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
-        x, kernel, indices, bias = self.output.cast(self.hidden(x))
+    def output_input(self, hidden: Array, x: Array) -> Array:
+        if self.reads_features:
+            return jnp.concatenate([hidden, self.direct_scale * x], axis=1)
+        return hidden
+
+    def _words(self, words: SparseInputs | None) -> SparseInputs | None:
+        """The words as the output layer reads them."""
+        if not self.num_words:
+            return None
+        if words is None or words.num_columns != self.num_words:
+            given = "none" if words is None else f"{words.num_columns}"
+            raise ValueError(f"features must come with words, {self.num_words} of them, got {given}")
+        values = (self.direct_scale * words.values).astype(self.output.kernel.dtype)
+        return dataclasses.replace(words, values=values)
+
+    def _read(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:
+        """The output layer's dense inputs, and the words behind them."""
+        return self.hidden(x), self._words(split_features(x)[1])
+
+    def __call__(self, x: Array | Features) -> Array:
+        return self.output(*self._read(x))
+
+    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
+        x, words = self._read(x)
+        return xla_ops.fan_in_loss(*self.output.cast(x), positives, loss=loss, sparse=words)
+
+    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
+        x, words = self._read(x)
+        return xla_ops.fan_in_top_k(*self.output.cast(x), k, sparse=words)
+
+    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+        x, words = self._read(x)
+        x, kernel, indices, bias = self.output.cast(x)
         for block in label_blocks(self.num_labels):
             of_block = None if bias is None else bias[block]
-            logits = xla_ops.fan_in_matmul(x, kernel[block], indices[block], of_block)
+            logits = xla_ops.fan_in_matmul(x, kernel[block], indices[block], of_block, sparse=words)
             yield logits, jnp.arange(block.start, block.stop)
 
     def init_moments(self, training):
@@ -89,6 +186,7 @@ class FixedFanInHead(LayeredHead):
     def step_output(self, inputs, moments, training):
         layer, names = self.output, ("output.kernel", "output.bias")
         kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
+        words = self._words(inputs.words)
         arguments = (inputs.x.astype(kernel.dtype), kernel, layer.indices[...], bias, inputs.positives)
         rate = training.output_rate * inputs.learning_rate
         mu, nu = {}, {}
@@ -96,7 +194,7 @@ class FixedFanInHead(LayeredHead):
             of_kernel, of_bias = ((moments.mu.get(name), moments.nu.get(name)) for name in names)
             adam = xla_ops.AdamState(moments.count, *of_kernel, *of_bias)
             loss, d_x, kernel, bias, adam = xla_ops.fan_in_adam_step(
-                *arguments, adam, rate, loss=training.loss, epsilon=training.epsilon
+                *arguments, adam, rate, loss=training.loss, epsilon=training.epsilon, sparse=words
             )
             mu, nu = {names[0]: adam.mu_kernel}, {names[0]: adam.nu_kernel}
             if bias is not None:
@@ -104,20 +202,28 @@ class FixedFanInHead(LayeredHead):
         else:
             rate = rate * (inputs.x.shape[0] * self.num_labels)  # the loss is a mean over both
             loss, d_x, kernel, bias = xla_ops.fan_in_sgd_step(
-                *arguments, rate, seed=inputs.seed, step=inputs.step, loss=training.loss
+                *arguments, rate, seed=inputs.seed, step=inputs.step, loss=training.loss, sparse=words
             )
         layer.kernel.set_value(kernel)
         if layer.bias is not None:
             layer.bias.set_value(bias)
         return loss, d_x.astype(inputs.x.dtype), (mu, nu)
 
+    def check_rewiring(self, config):
+        if (self.num_words or self.reads_features) and config.growth != "active":
+            raise ValueError(
+                "direct inputs were chosen, and do not move to others at random: set rewire's growth to "
+                f"'active' or its fraction to 0, got growth={config.growth!r}"
+            )
+
     def rewire(self, x, positives, moments, key, config):
         layer, name = self.output, "output.kernel"
         kernel, indices = layer.kernel[...], layer.indices[...]
         remembered = (moments.mu[name], moments.nu[name]) if name in moments.mu else ()
         if config.growth == "active":
+            hidden, words = self._read(x)
             kernel, indices, _, remembered = rewire_active(
-                kernel, indices, self.hidden(x), positives, config, remembered
+                kernel, indices, hidden, positives, config, remembered, words
             )
         else:
             kernel, indices, _, remembered = rewire(

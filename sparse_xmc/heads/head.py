@@ -17,9 +17,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.rewiring import RewireConfig
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.settings import check, setting
+from xla_ops import SparseInputs
 
 # The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
 # mean over 10^5 labels are as small as that.
@@ -55,6 +57,23 @@ class HeadTraining:
         check(self)
 
 
+class Features(NamedTuple):
+    """What an encoder returns that passes its input on, for heads whose labels read that directly.
+
+    Attributes:
+      x: float32 [B, E], the features.
+      words: the words of the batch, [B, V].
+    """
+
+    x: Array
+    words: SparseInputs
+
+
+def split_features(features: Array | Features) -> tuple[Array, SparseInputs | None]:
+    """The features [B, E], and the words beside them if there are any."""
+    return (features.x, features.words) if isinstance(features, Features) else (features, None)
+
+
 class StepInputs(NamedTuple):
     """What a head's training step takes besides its own state.
 
@@ -65,6 +84,7 @@ class StepInputs(NamedTuple):
       seed: integer scalar, of stochastic rounding.
       step: int32 scalar, the number of the step; each must have its own.
       wants_d_x: whether the gradient of x is used; where it is not, it may be left out.
+      words: those beside x, as in `Features`, or None.
     """
 
     x: Array
@@ -73,10 +93,13 @@ class StepInputs(NamedTuple):
     seed: Any
     step: Array
     wants_d_x: bool = True
+    words: SparseInputs | None = None
 
 
 class Head(nnx.Module):
     """From features [B, E] to labels. See the module's docstring.
+
+    What is called x is an array [B, E] or `Features`; heads without direct inputs have no use for words.
 
     Attributes:
       in_features: E.
@@ -87,25 +110,25 @@ class Head(nnx.Module):
     num_labels: int
 
     @abc.abstractmethod
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | Features) -> Array:
         """The logits [B, L] for features [B, E]."""
 
     @abc.abstractmethod
-    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
+    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
         """The mean of a loss, a name in `LOSSES`, over batch and labels: differentiable in x and parameters.
 
         Positives outside [0, L) do not count.
         """
 
     @abc.abstractmethod
-    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
         """Scores float32 and label ids int32, each [B, k], best first; of equal scores the lower id wins.
 
         k is at most L. What is returned for logits of NaN is not defined, but is not finite.
         """
 
     @abc.abstractmethod
-    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
         """Yields (logits [B, n], their label ids int32 [n], ascending), until every label has come once."""
 
     @abc.abstractmethod
@@ -138,7 +161,9 @@ class Head(nnx.Module):
     def check_rewiring(self, config: RewireConfig) -> None:
         """Raises ValueError if the head has connections that cannot be rewired so."""
 
-    def rewire(self, x: Array, positives: Array, moments: Any, key: Array, config: RewireConfig) -> Any:
+    def rewire(
+        self, x: Array | Features, positives: Array, moments: Any, key: Array, config: RewireConfig
+    ) -> Any:
         """Moves connections of this head, if it has any.
 
         Args:
@@ -170,17 +195,29 @@ class HeadConfig(abc.ABC):
     def __post_init__(self):
         check(self)
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether the head needs `Features`, with the words of bags."""
+        return False
+
     @abc.abstractmethod
     def make(
-        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
     ) -> Head:
         """A new head.
 
         Args:
           in_features: E.
           num_labels: L.
-          label_counts: int [L], how many training points each label has, for heads that treat frequent labels
-            in another way; None where only the shapes matter.
+          num_words: V, how many words `Features` have; 0 where the encoder gives none.
+          train: the training points, for heads that start from them: label frequencies, chosen connections.
+            None where only the shapes matter.
           rngs: random keys; the stream `params` is used.
         """
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 import xla_ops
-from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, bytes_of, split_features
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import Connectivity, glorot_uniform
 from sparse_xmc.losses import find_loss
@@ -53,22 +53,27 @@ class LayeredHead(Head):
         self.output = make_output(penultimate or in_features)
         self.num_labels = self.output.out_features
 
-    def hidden(self, x: Array) -> Array:
-        """The output layer's input, for x [B, E]."""
+    def hidden(self, x: Array | Features) -> Array:
+        """The output layer's dense input, for x [B, E]."""
+        x, _ = split_features(x)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"features must have shape [B, {self.in_features}], got {list(x.shape)}")
-        return x if self.penultimate is None else nnx.relu(self.penultimate(x))
+        return x if self.penultimate is None else self.output_input(nnx.relu(self.penultimate(x)), x)
 
-    def __call__(self, x: Array) -> Array:
+    def output_input(self, hidden: Array, x: Array) -> Array:
+        """What the output layer reads behind a penultimate layer, of its units and of the features."""
+        return hidden
+
+    def __call__(self, x: Array | Features) -> Array:
         return self.output(self.hidden(x))
 
-    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
+    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
         return find_loss(loss)(self(x), positives)
 
-    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
         return jax.lax.top_k(self(x).astype(jnp.float32), k)
 
-    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
         yield self(x), jnp.arange(self.num_labels)
 
     # ---- training ----
@@ -101,10 +106,10 @@ class LayeredHead(Head):
             loss, d_x, of_output = self.step_output(inputs, moments, training)
             return loss, d_x, next_state(moments, of_output)
         y = self.penultimate(inputs.x)
-        hidden, to_d_y = jax.vjp(nnx.relu, y)
+        hidden, pullback = jax.vjp(lambda y, x: self.output_input(nnx.relu(y), x), y, inputs.x)
         behind = inputs._replace(x=hidden, wants_d_x=True)
         loss, d_hidden, of_output = self.step_output(behind, moments, training)
-        (d_y,) = to_d_y(d_hidden)
+        d_y, d_x_past = pullback(d_hidden)
         d_x, of_penultimate = step_dense(
             self.penultimate,
             "penultimate",
@@ -114,6 +119,7 @@ class LayeredHead(Head):
             rate=training.penultimate_rate,
             epsilon=training.epsilon,
         )
+        d_x = d_x + d_x_past if inputs.wants_d_x else d_x
         return loss, d_x, next_state(moments, of_output, of_penultimate)
 
     def step_output(
@@ -138,7 +144,8 @@ class LayeredHead(Head):
 
         def loss_of(params, x):
             head = nnx.merge(graphdef, params, rest, copy=True)
-            return head.loss(x, inputs.positives, training.loss)
+            features = x if inputs.words is None else Features(x, inputs.words)
+            return head.loss(features, inputs.positives, training.loss)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
         return loss, d_x, next_state(moments, self._update(grads, inputs, moments, training))

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.dense import make_dense
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig
-from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, bytes_of
 from sparse_xmc.settings import setting
 
 
@@ -64,16 +65,16 @@ class LabelRanges(Head):
         inside = (positives >= 0) & (positives < self.num_labels)
         return jnp.where(inside, self.positions[...][jnp.where(inside, positives, 0)], -1)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | Features) -> Array:
         logits = jnp.concatenate([head(x) for head in self.heads], axis=1)
         return logits[:, self.positions[...]]
 
-    def loss(self, x: Array, positives: Array, loss: str = "squared_hinge") -> Array:
+    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
         at = self._positions(positives)
         shares = [self._share(head) * head.loss(x, shift(at, start), loss) for head, start in self._ranges()]
         return jnp.sum(jnp.stack(shares))
 
-    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
         if k > self.num_labels:
             raise ValueError(f"k must be at most the number of labels, {self.num_labels}, got {k}")
         best = []
@@ -83,7 +84,7 @@ class LabelRanges(Head):
             best.append((scores, jnp.where(at < 0, -1, labels)))
         return merge_top_k(best, k)
 
-    def logits_in_blocks(self, x: Array) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
         for head, start in self._ranges():
             for logits, at in head.logits_in_blocks(x):
                 yield logits, self.labels[...][at + start]
@@ -156,15 +157,22 @@ class HeadAndTailConfig(FixedFanInConfig):
     head_rate: float = setting(0.25, at_least=0)
 
     def make(
-        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
     ) -> Head:
-        """A new head. Without counts lower labels are taken as the more frequent ones."""
+        """A new head. Without training points lower labels are taken as the more frequent ones."""
         if num_labels < 2:
             raise ValueError(f"head_and_tail needs at least 2 labels, got {num_labels}")
-        counts = -np.arange(num_labels) if label_counts is None else np.asarray(label_counts)
+        counts = -np.arange(num_labels) if train is None else train.label_counts()
         size = min(num_labels - 1, max(1, round(self.head_fraction * num_labels)))
         by_frequency = np.argsort(-counts, kind="stable")
         labels = np.concatenate([np.sort(by_frequency[:size]), np.sort(by_frequency[size:])])
         head = make_dense(in_features, size, 0, self.output_bias, rngs=rngs)
-        tail = super().make(in_features, num_labels - size, rngs=rngs)
+        of_tail = None if train is None else Dataset(train.features, train.labels[:, labels[size:]])
+        tail = super().make(in_features, num_labels - size, num_words=num_words, train=of_tail, rngs=rngs)
         return LabelRanges([head, tail], labels, rates=(self.head_rate, 1.0))

@@ -10,7 +10,7 @@ from jax import Array
 
 from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
 from sparse_xmc.settings import check, setting
-from xla_ops import kth_smallest_magnitude
+from xla_ops import SparseInputs, kth_smallest_magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,7 @@ def rewire_active(
     positives: Array,
     config: RewireConfig,
     moments: tuple[Array, ...] = (),
+    words: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
     """Moves the weakest connections of a batch's labels to inputs that are active in the label's point.
 
@@ -132,6 +133,7 @@ def rewire_active(
       positives: int32 [B, P], the labels of each point, padded with -1.
       config: its `fraction` counts.
       moments: as for `rewire`.
+      words: further inputs, D to D + V - 1, of which a point has each once; or None.
 
     Returns:
       The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
@@ -144,6 +146,12 @@ def rewire_active(
     x = x.astype(jnp.float32)
     # A label reads F of a point's best inputs at most, so that k more of them are enough.
     excess, candidates = jax.lax.top_k(x - x.mean(axis=0, keepdims=True), min(x.shape[1], fan_in + k))
+    if words is not None:
+        of_words, columns = _best_words(words, x.shape[0], fan_in + k)
+        excess = jnp.concatenate([excess, of_words], axis=1)
+        candidates = jnp.concatenate([candidates, x.shape[1] + columns], axis=1)
+        excess, order = jax.lax.top_k(excess, min(excess.shape[1], fan_in + k))
+        candidates = jnp.take_along_axis(candidates, order, axis=1)
     pairs = jnp.where((positives >= 0) & (positives < num_labels), positives, num_labels).reshape(-1)
     labels, first = jnp.unique(pairs, return_index=True, size=pairs.size, fill_value=num_labels)
     point = first // positives.shape[1]
@@ -169,6 +177,23 @@ def rewire_active(
 
     indices = put(indices, jnp.take_along_axis(candidates, order, axis=1))
     return clear(kernel), indices, moved, tuple(clear(m) for m in moments)
+
+
+def _best_words(words: SparseInputs, batch: int, count: int) -> tuple[Array, Array]:
+    """The words of each point that exceed their means over the batch by most: by how much, and their columns.
+
+    Both are [batch, count]; where a point has no more words, it is by -inf.
+    """
+    rows, columns = jnp.asarray(words.rows), jnp.asarray(words.columns)
+    values = jnp.asarray(words.values).astype(jnp.float32)
+    inside = (rows >= 0) & (rows < batch)
+    means = jnp.zeros(words.num_columns).at[columns].add(jnp.where(inside, values, 0)) / batch
+    excess = values - means[columns]
+    rows, negative, columns = jax.lax.sort((jnp.where(inside, rows, batch), -excess, columns), num_keys=2)
+    starts = jnp.searchsorted(rows, jnp.arange(batch))
+    at = starts[:, None] + jnp.arange(count)[None, :]
+    own = rows.at[at].get(mode="fill", fill_value=batch) == jnp.arange(batch)[:, None]
+    return jnp.where(own, -negative.at[at].get(mode="clip"), -jnp.inf), columns.at[at].get(mode="clip")
 
 
 @functools.partial(jax.jit, static_argnames=("in_features", "labels", "config"), donate_argnums=(1, 2))

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from sparse_xmc.connectivity import draw_coordinates
+from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.head import Head, HeadConfig
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import RewireConfig, rewire_unstructured
@@ -106,7 +106,13 @@ class UnstructuredConfig(HeadConfig):
     output_bound: float | None = setting(None, above=0, or_else=(None,))
 
     def make(
-        self, in_features: int, num_labels: int, *, label_counts: np.ndarray | None = None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
     ) -> Head:
 
         def output(width):

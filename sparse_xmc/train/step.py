@@ -19,7 +19,7 @@ from jax.extend import core
 
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.encoders.table import TableParam, adagrad, put_rows, tables_of, take_rows, used_rows
-from sparse_xmc.heads import StepInputs
+from sparse_xmc.heads import Features, StepInputs, split_features
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation, in_training, parameters_of, path_name, split
 from sparse_xmc.train.config import TrainingConfig
@@ -65,12 +65,14 @@ class Step:
 
         def encode(tables, params):
             encoder = nnx.merge(graphdef, tables, params, rest, copy=True)
-            features = encoder(batch.inputs).astype(jnp.float32)
-            return features, nnx.state(encoder, nnx.Not(nnx.Param))
+            features, words = split_features(encoder(batch.inputs))
+            return features.astype(jnp.float32), (words, nnx.state(encoder, nnx.Not(nnx.Param)))
 
-        features, pullback, rest = jax.vjp(encode, tables, params, has_aux=True)
+        features, pullback, (words, rest) = jax.vjp(encode, tables, params, has_aux=True)
         has_params, positives = bool(jax.tree.leaves((tables, params))), jnp.asarray(batch.positives)
-        inputs = StepInputs(features, positives, learning_rate, self.seed, step, wants_d_x=has_params)
+        inputs = StepInputs(
+            features, positives, learning_rate, self.seed, step, wants_d_x=has_params, words=words
+        )
         before = {name: parameter[...] for name, parameter in parameters_of(head).items()}
         step_head = head.step_fused if self.fused else head.step_by_optax
         loss, d_features, moments = step_head(inputs, state["moments"], self.config)
@@ -103,7 +105,9 @@ class Step:
     def rewire(self, state: State, batch: Batch, key: jax.Array) -> State:
         """The state after a rewiring."""
         model = self._merge(state)
-        features = in_evaluation(nnx.clone(model.encoder))(batch.inputs).astype(jnp.float32)
+        features, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
+        features = features.astype(jnp.float32)
+        features = features if words is None else Features(features, words)
         moments = model.head.rewire(
             features, jnp.asarray(batch.positives), state["moments"], key, self.config.rewire
         )

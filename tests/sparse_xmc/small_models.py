@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
+import scipy.sparse
 from flax import nnx
 
 from sparse_xmc import BagOfWords, Batch, ClassifierConfig, EncoderConfig
+from sparse_xmc.data import Dataset
 from sparse_xmc.heads import HEADS
 
 FEATURES, LABELS = 12, 30
@@ -28,7 +30,17 @@ def config_of(kind="fixed_fan_in", *, bag_of_words=False, dropout=0.0, embedding
 def make_model(kind="fixed_fan_in", *, seed=0, **options):
     """A small classifier as it starts."""
     counts = np.random.default_rng(0).permutation(options.get("labels", LABELS))
-    return config_of(kind, **options).make(label_counts=counts, rngs=nnx.Rngs(seed))
+    config = config_of(kind, **options)
+    train = points_with_counts(counts, FEATURES, sparse=config.bag_of_words)
+    return config.make(train=train, rngs=nnx.Rngs(seed))
+
+
+def points_with_counts(counts, features, *, sparse=False):
+    """Points of which as many have each label as `counts` says, with random features."""
+    labels = np.arange(max(1, counts.max(initial=0)))[:, None] < counts
+    values = np.random.default_rng(2).normal(size=(len(labels), features)).astype(np.float32)
+    values = scipy.sparse.csr_array(np.maximum(values, 0)) if sparse else values
+    return Dataset(values, scipy.sparse.csr_array(labels))
 
 
 def make_random_model(kind="fixed_fan_in", **options):

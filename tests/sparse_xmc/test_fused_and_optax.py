@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import FEATURES, LABELS, head_config, make_batches
+from small_models import FEATURES, LABELS, head_config, make_batches, points_with_counts
 
 from sparse_xmc import (
     BagOfWordsEncoder,
@@ -54,17 +54,24 @@ class Network:
     kind: str  # of the head; with "no bias", "dense no bias": layers without a bias
     penultimate: int
     bfloat16: bool  # in the output layer
+    direct: int  # how many of the connections of a label are chosen, to inputs of the encoder
 
     def make(self):
         rngs, width = nnx.Rngs(0), FEATURES
         if self.bag_of_words:
             width = 7
-            encoder = BagOfWordsEncoder(FEATURES, width, self.dropout, rngs=rngs)
+            encoder = BagOfWordsEncoder(
+                FEATURES, width, self.dropout, scale=1.5, direct=self.reads_words, rngs=rngs
+            )
         else:
             encoder = DenseFeatures(width, self.dropout, rngs=rngs)
         if self.deep:
             encoder, width = Deep(encoder, width, not self.bag_of_words, rngs), 9
         return Classifier(encoder, self._head(width, rngs))
+
+    @property
+    def reads_words(self):
+        return self.bag_of_words and self.direct > 0
 
     def _head(self, width, rngs):
         def sparse(width):
@@ -77,11 +84,14 @@ class Network:
             layer = nnx.Linear(width, LABELS, use_bias=False, rngs=rngs)
             return DenseHead(width, 0, lambda width: layer, rngs=rngs)
         options = {"output_dtype": "bfloat16"} if self.bfloat16 else {}
+        options |= {"direct": self.direct}
         config = head_config(
             self.kind, penultimate=self.penultimate, fan_in=4, output_bias=-0.5, output_bound=0.5, **options
         )
         counts = np.random.default_rng(1).permutation(LABELS)
-        return config.make(width, LABELS, label_counts=counts, rngs=rngs)
+        words = FEATURES if self.reads_words else 0
+        train = points_with_counts(counts, words or width, sparse=self.reads_words)
+        return config.make(width, LABELS, num_words=words, train=train, rngs=rngs)
 
 
 KINDS = [*HEADS, "no bias", "dense no bias"]
@@ -91,15 +101,16 @@ KINDS = [*HEADS, "no bias", "dense no bias"]
 def problems(draw, kind, optimizer):
     """A network with a kind of head, and how it is trained."""
     narrow = optimizer == "sgd" and kind in ("fixed_fan_in", "head_and_tail") and draw(st.booleans())
-    network = Network(
-        bag_of_words=draw(st.booleans()),
-        deep=draw(st.booleans()),
-        dropout=draw(st.sampled_from([0.0, 0.2])),
-        kind=kind,
-        penultimate=draw(st.sampled_from([0, 24])) or (6 if kind == "bottleneck" else 0),
-        bfloat16=narrow,
-    )
+    bag_of_words, deep = draw(st.booleans()), draw(st.booleans())
+    penultimate = draw(st.sampled_from([0, 24])) or (6 if kind == "bottleneck" else 0)
+    # Words come from the encoder itself; dense features are read beside units.
+    direct = 2 if kind in ("fixed_fan_in", "head_and_tail") and draw(st.booleans()) else 0
+    if (bag_of_words and deep) or (not bag_of_words and not penultimate):
+        direct = 0
+    dropout = draw(st.sampled_from([0.0, 0.2]))
+    network = Network(bag_of_words, deep, dropout, kind, penultimate, narrow, direct)
     growth = draw(st.sampled_from(["random", "active"])) if kind != "unstructured" else "random"
+    growth = "active" if direct else growth
     training = TrainingConfig(
         batch_size=8,
         loss=draw(st.sampled_from(["squared_hinge", "bce"])),
@@ -165,7 +176,7 @@ def test_training_in_place_is_training_by_optax(kind, optimizer, data):
 
 def test_what_the_test_above_can_see():
     # Steps are large beside its tolerance: 20 of them with another rate for one layer end elsewhere.
-    network = Network(False, True, 0.0, "fixed_fan_in", 24, False)
+    network = Network(False, True, 0.0, "fixed_fan_in", 24, False, 0)
     training = TrainingConfig(batch_size=8, epsilon=1e-5, learning_rate=1e-2)
     _, state = train(*make_trainers(network, training), network, lambda step: True)
     expected = arrays(state["params"])

@@ -1,0 +1,169 @@
+"""Direct inputs: labels that read the encoder's inputs beside penultimate units, and choose which."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+from small_models import FEATURES, LABELS, make_batches, make_model, points_with_counts
+
+from sparse_xmc import RewireConfig, Trainer, TrainingConfig
+from sparse_xmc.heads import Features, FixedFanInConfig, choosing
+from sparse_xmc.heads.choosing import choose_columns
+from sparse_xmc.heads.rewiring import rewire_active
+from xla_ops import SparseInputs
+
+
+def problem(seed=0, points=40, features=25, labels=12):
+    rng = np.random.default_rng(seed)
+    x = np.where(rng.random((points, features)) < 0.3, rng.random((points, features)), 0).astype(np.float32)
+    y = rng.random((points, labels)) < 0.15
+    y[:, 3] = False  # a label without points
+    return x, y
+
+
+def by_brute_force(x, y, count, dense):
+    columns = np.full((y.shape[1], count), -1)
+    excess = np.zeros((y.shape[1], count))
+    for label in np.flatnonzero(y.any(axis=0)):
+        difference = x[y[:, label]].mean(axis=0, dtype=np.float64) - x.mean(axis=0, dtype=np.float64)
+        candidates = [
+            f
+            for f in range(x.shape[1])
+            if (dense or difference[f] > 0) and (dense or x[y[:, label], f].any())
+        ]
+        candidates.sort(key=lambda f: -(abs(difference[f]) if dense else difference[f]))
+        best = candidates[:count]
+        columns[label, : len(best)] = best
+        excess[label, : len(best)] = difference[best]
+    return columns, excess
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 1 << 20])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("count", [1, 6, 25])
+def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense, count):
+    monkeypatch.setattr(choosing, "_ENTRIES_AT_ONCE", at_once)
+    x, y = problem()
+    x = x - 0.3 * dense  # no zeros, and negative ones
+    features = x if dense else scipy.sparse.csr_array(x)
+    columns, excess = choose_columns(features, scipy.sparse.csr_array(y), count)
+    expected_columns, expected = by_brute_force(x, y, count, dense)
+    np.testing.assert_array_equal(columns, expected_columns)
+    np.testing.assert_allclose(excess, expected, atol=1e-6)
+    assert (columns[3] == -1).all()
+
+
+def test_a_word_of_one_label_is_chosen_for_it():
+    features = scipy.sparse.csr_array(np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 1, 0.5]], np.float32))
+    labels = scipy.sparse.csr_array(np.array([[True, False], [False, True], [False, True]]))
+    columns, excess = choose_columns(features, labels, 2)
+    np.testing.assert_array_equal(columns, [[0, -1], [1, -1]])  # what all points have says nothing
+    np.testing.assert_allclose(excess, [[2 / 3, 0], [1 / 3, 0]], rtol=1e-6)
+
+
+def test_a_head_starts_with_its_words_and_units_for_the_rest():
+    counts = np.arange(LABELS) % 4
+    train = points_with_counts(counts, FEATURES, sparse=True)
+    config = FixedFanInConfig(penultimate=8, fan_in=5, direct=3)
+    head = config.make(6, LABELS, num_words=FEATURES, train=train, rngs=nnx.Rngs(0))
+    columns, excess = choose_columns(train.features, train.labels, 3)
+    indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
+    for label in range(LABELS):
+        words = columns[label][columns[label] >= 0]
+        np.testing.assert_array_equal(indices[label][: len(words)], 8 + words)
+        assert (indices[label][len(words) :] < 8).all()
+        assert len(set(indices[label])) == 5
+        if len(words):
+            start = kernel[label, : len(words)]
+            np.testing.assert_allclose(np.linalg.norm(start), 0.3, rtol=1e-5)
+            np.testing.assert_allclose(
+                start * np.linalg.norm(excess[label]), 0.3 * excess[label, : len(words)], rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("bag_of_words", [True, False])
+def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
+    model = make_model(bag_of_words=bag_of_words, fan_in=5, direct=3, direct_scale=2.0, output_bound=0.5)
+    model.eval()
+    (batch,) = make_batches(1, bag_of_words=bag_of_words)
+    features = model.encoder(batch.inputs)
+    x = features.x if bag_of_words else features
+    head = model.head
+    units = np.maximum(np.asarray(head.penultimate(x)), 0)
+    inputs = np.asarray(features.words.densify(len(x)) if bag_of_words else x)
+    both = np.concatenate([units, 2 * inputs], axis=1)
+    indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
+    assert (indices >= 8).any()
+    assert (indices < 8).any()
+    expected = np.einsum("blf,lf->bl", both[:, indices], kernel) + np.asarray(head.output.bias[...])
+    np.testing.assert_allclose(model(batch.inputs), expected, rtol=1e-4, atol=1e-5)
+    blocks = [logits for logits, _ in head.logits_in_blocks(features)]
+    np.testing.assert_allclose(jnp.concatenate(blocks, axis=1), expected, rtol=1e-4, atol=1e-5)
+    scores, labels = model.top_k(batch.inputs, 3)
+    np.testing.assert_allclose(scores, -np.sort(-expected, axis=1)[:, :3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.take_along_axis(expected, np.asarray(labels), 1), scores, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_growth_towards_words_is_growth_towards_dense_inputs_of_the_same_values(seed):
+    rng = np.random.default_rng(seed)
+    batch, units, num_words, labels, fan_in = 6, 5, 40, 9, 6
+    x = rng.random((batch, units)).astype(np.float32)
+    words = np.where(rng.random((batch, num_words)) < 0.2, rng.random((batch, num_words)), 0).astype(
+        np.float32
+    )
+    rows, columns = np.nonzero(words)
+    padding = np.zeros(4, np.int32)
+    sparse = SparseInputs(
+        jnp.asarray(np.concatenate([rows, padding + batch]), jnp.int32),
+        jnp.asarray(np.concatenate([columns, padding]), jnp.int32),
+        jnp.asarray(np.concatenate([words[rows, columns], padding + 7.0]), jnp.float32),
+        num_words,
+    )
+    both = np.concatenate([x, words], axis=1)
+    kernel = rng.normal(size=(labels, fan_in)).astype(np.float32)
+    indices = np.stack([rng.permutation(units + num_words)[:fan_in] for _ in range(labels)]).astype(np.uint16)
+    positives = np.array([[0, 3], [3, -1], [5, 1], [-1, -1], [2, 8], [7, 0]], np.int32)
+    config = RewireConfig(fraction=0.5, growth="active")
+
+    def rewired(x, words):
+        arrays = jnp.asarray(kernel), jnp.asarray(indices), jnp.asarray(x), jnp.asarray(positives)
+        return rewire_active(*arrays, config, (), words)
+
+    for actual, expected in zip(rewired(x, sparse)[:3], rewired(both, None)[:3], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert (np.asarray(rewired(x, sparse)[1]) >= units).any()
+
+
+@pytest.mark.parametrize("bag_of_words", [True, False])
+def test_training_lowers_the_loss_and_moves_connections(bag_of_words):
+    with jax.numpy_dtype_promotion("standard"):
+        model = make_model(bag_of_words=bag_of_words, fan_in=5, direct=3, penultimate=16)
+        before = np.asarray(model.head.output.indices[...])
+        config = TrainingConfig(
+            learning_rate=0.01, rewire=RewireConfig(growth="active"), rewire_interval=2, batch_size=8
+        )
+        trainer = Trainer(model, config)
+        batches = list(make_batches(3, bag_of_words=bag_of_words)) * 20
+        losses = [float(trainer.train_step(batch, 0.01)) for batch in batches]
+    assert losses[-1] < 0.5 * losses[0]
+    assert (np.asarray(trainer.model.head.output.indices[...]) != before).any()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="direct must be at most fan_in, 4, got 5"):
+        FixedFanInConfig(fan_in=4, direct=5).make(8, 9, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="without a penultimate layer labels read the features anyway"):
+        FixedFanInConfig(penultimate=0, fan_in=4, direct=2).make(8, 9, rngs=nnx.Rngs(0))
+    model = make_model(bag_of_words=True, fan_in=4, direct=2)
+    with pytest.raises(ValueError, match="growth to 'active' or its fraction to 0, got growth='random'"):
+        Trainer(model, TrainingConfig())
+    with pytest.raises(ValueError, match=f"must come with words, {FEATURES} of them, got none"):
+        model.head(jnp.zeros((2, 6)))
+    nothing = jnp.zeros(0, jnp.int32)
+    with pytest.raises(ValueError, match=f"must come with words, {FEATURES} of them, got 3"):
+        model.head(Features(jnp.zeros((2, 6)), SparseInputs(nothing, nothing, jnp.zeros(0), 3)))
