@@ -14,22 +14,23 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig
 
-_FEWEST_STEPS, _MOST_EPOCHS, _EPOCHS = 1000, 100, 10
+_FEWEST_STEPS, _MOST_EPOCHS = 1000, 100
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
-    """The sizes "embedding", "penultimate", "fan_in" and "direct"; `given` are those that are decided already.
+    """The sizes "embedding", "penultimate", "fan_in" and "direct"; `given` are those decided already.
 
-    The penultimate layer has 8,192 units, fewer where there are fewer labels; the fan-in is 32, or all inputs
-    where there are fewer. Three quarters of a label's inputs are words where there are words.
+    The penultimate layer has 8,192 units, 4,096 where labels read words too, and fewer where there are fewer
+    labels; the fan-in is 32, or all inputs where there are fewer. Of a label's inputs 7 in 8 are words where
+    there are words.
     """
-    penultimate = 8192
+    penultimate = 4096 if dataset.is_sparse else 8192
     while penultimate > max(256, dataset.num_labels):
         penultimate //= 2
     sizes = {"embedding": 256, "penultimate": penultimate} | given
     features = sizes["embedding"] if dataset.is_sparse else dataset.num_features
     sizes = {"fan_in": min(32, sizes["penultimate"] or features)} | sizes
-    return sizes | {"direct": 3 * sizes["fan_in"] // 4 if dataset.is_sparse else 0}
+    return sizes | {"direct": 7 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
 
 
 def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
@@ -59,15 +60,15 @@ def _mean_square(features: np.ndarray | scipy.sparse.csr_array) -> float:
 def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
     """How to train on a data set; `given` are fields of `TrainingConfig` that are decided already.
 
-    Batches have 256 points, fewer where that would be less than 100 steps an epoch; epochs are 10, or as many
-    as it takes for 1,000 steps, but no more than 100.
+    Batches have 256 points, fewer where that would be less than 100 steps an epoch; epochs are 10, with words
+    6, or as many as it takes for 1,000 steps, but no more than 100.
     """
     batch_size = given.get("batch_size") or 256
     if "batch_size" not in given:
         while batch_size > 16 and len(dataset) < 100 * batch_size:
             batch_size //= 2
     steps_per_epoch = max(1, len(dataset) // batch_size)
-    epochs = min(_MOST_EPOCHS, max(_EPOCHS, -(-_FEWEST_STEPS // steps_per_epoch)))
+    epochs = min(_MOST_EPOCHS, max(6 if dataset.is_sparse else 10, -(-_FEWEST_STEPS // steps_per_epoch)))
     settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,

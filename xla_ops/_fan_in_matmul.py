@@ -26,10 +26,10 @@ def fan_in_matmul(
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
 
     Differentiable (reverse mode, once) in x, kernel and bias. An input that is listed twice in a row of
-    `indices` counts twice; an index outside [0, D + C) contributes nothing (given a finite weight) and gets no
-    gradient. float32 accumulation, also for bfloat16. Results repeat bit for bit on the same machine with the
-    same number of threads; on a GPU all but the gradient of x do, whose sums are taken by atomic additions in
-    whatever order they come.
+    `indices` counts twice; an index outside [0, D + C) contributes nothing (given a finite weight) and gets
+    no gradient. float32 accumulation, also for bfloat16. Results repeat bit for bit on the same machine with
+    the same number of threads; on a GPU all but the gradient of x do, whose sums are taken by atomic
+    additions in whatever order they come.
 
     Args:
       x: [..., D], float32 or bfloat16.
@@ -89,7 +89,7 @@ def _matmul_fwd(num_columns, *operands):
 
 
 def _matmul_bwd(num_columns, operands, dy):
-    x, rows, columns, values, kernel, indices, bias = operands
+    x, _, _, _, kernel, _, bias = operands
     results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
     d_x, d_kernel, d_bias = _native.call(
         "xla_ops.fan_in_matmul.gradients", results, *operands[:-1], dy, num_columns=num_columns

@@ -24,8 +24,8 @@ def choose_columns(
       count: C, how many columns to choose.
 
     Returns:
-      columns int32 [L, C], best first, -1 where there are no more; and by how much their means differ, float32
-      [L, C], 0 there.
+      columns int32 [L, C], best first, -1 where there are no more; and by how much their means differ,
+      float32 [L, C], 0 there.
 
     Reference: the class means of Rocchio's classifier, in Manning, Raghavan & Schütze, Introduction to
     Information Retrieval, 2008, chapter 14.

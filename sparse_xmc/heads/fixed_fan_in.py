@@ -122,7 +122,7 @@ class FixedFanInHead(LayeredHead):
         self.direct_scale = direct_scale
 
     def choose(self, count: int, train: Dataset, key: Array) -> None:
-        """Connects each label to `count` direct inputs, or as many as speak for it, and to units otherwise."""
+        """Connects each label to `count` direct inputs, or as many as speak for it, else to units."""
         layer = self.output
         units = layer.in_features - (self.num_words or self.in_features)
         columns, excess = choose_columns(train.features, train.labels, count)
@@ -148,7 +148,7 @@ class FixedFanInHead(LayeredHead):
         if words is None or words.num_columns != self.num_words:
             given = "none" if words is None else f"{words.num_columns}"
             raise ValueError(f"features must come with words, {self.num_words} of them, got {given}")
-        values = (self.direct_scale * words.values).astype(self.output.kernel.dtype)
+        values = (self.direct_scale * jnp.asarray(words.values)).astype(self.output.kernel.dtype)
         return dataclasses.replace(words, values=values)
 
     def _read(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:

@@ -105,9 +105,9 @@ class Step:
     def rewire(self, state: State, batch: Batch, key: jax.Array) -> State:
         """The state after a rewiring."""
         model = self._merge(state)
-        features, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
-        features = features.astype(jnp.float32)
-        features = features if words is None else Features(features, words)
+        x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
+        x = x.astype(jnp.float32)
+        features = x if words is None else Features(x, words)
         moments = model.head.rewire(
             features, jnp.asarray(batch.positives), state["moments"], key, self.config.rewire
         )
