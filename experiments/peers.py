@@ -173,6 +173,7 @@ def _define_flags() -> None:
     wordnet = Path(__file__).parent / "data" / "wordnet"
     flags.DEFINE_string("train", str(wordnet / "train.tsv.xz"), "Training set, label|label<TAB>text.")
     flags.DEFINE_string("test", str(wordnet / "test.tsv.xz"), "Test set, in the same format.")
+    flags.DEFINE_integer("ngrams", 1, "1 for words alone, 2 for pairs of neighbouring words as well.", 1)
     flags.DEFINE_string("json", None, "File to write the peers' results to.")
     flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
 
@@ -185,7 +186,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     ours = [json.loads(Path(path).read_text()) for path in values.ours]
 
-    splits = datasets.load(values.train, values.test)
+    splits = datasets.load(values.train, values.test, ngrams=values.ngrams)
     train, test = splits.train, splits.test
     peers = run_peers(train, test)
     print(markdown_table(peers + ours))
@@ -193,6 +194,7 @@ def main(argv: list[str]) -> None:
         report = {
             "train_points": train.labels.shape[0],
             "test_points": test.labels.shape[0],
+            "ngrams": values.ngrams,
             "features": train.features.shape[1],
             "labels": train.labels.shape[1],
             "python": platform.python_version(),

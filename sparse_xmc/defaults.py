@@ -33,6 +33,11 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
     return sizes | {"direct": 7 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
 
 
+def dropout_for(dataset: Dataset) -> float:
+    """The rate of dropout on the features: 0.5 on the embedding of words, which labels read directly too."""
+    return 0.5 if dataset.is_sparse else 0.1
+
+
 def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
     """What features are multiplied by, so that the rates below suit features of any scale.
 

@@ -14,7 +14,7 @@ from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
-from sparse_xmc.defaults import input_scale_for, sizes_for, training_for
+from sparse_xmc.defaults import dropout_for, input_scale_for, sizes_for, training_for
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
@@ -81,7 +81,7 @@ class XMCClassifier(BaseEstimator):
         fan_in: int | None = None,
         penultimate: int | None = None,
         embedding: int | None = None,
-        dropout: float = 0.5,
+        dropout: float | None = None,
         epochs: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
@@ -129,11 +129,12 @@ class XMCClassifier(BaseEstimator):
         if self.embedding is not None and not train.is_sparse:
             raise ValueError(f"embedding={self.embedding} is for texts and sparse features, but X is dense")
         sizes = sizes_for(train, **self._given("embedding", "penultimate", "fan_in"))
+        dropout = dropout_for(train) if self.dropout is None else self.dropout
         config = ClassifierConfig(
             num_features=train.num_features,
             num_labels=train.num_labels,
             bag_of_words=train.is_sparse,
-            encoder=EncoderConfig(embedding=sizes["embedding"], dropout=self.dropout),
+            encoder=EncoderConfig(embedding=sizes["embedding"], dropout=dropout),
             head=FixedFanInConfig(
                 penultimate=sizes["penultimate"],
                 fan_in=sizes["fan_in"],
