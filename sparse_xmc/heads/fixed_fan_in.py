@@ -62,6 +62,9 @@ class FixedFanInConfig(HeadConfig):
     ) -> Head:
         if self.direct > self.fan_in:
             raise ValueError(f"direct must be at most fan_in, {self.fan_in}, got {self.direct}")
+        units = self.penultimate or in_features
+        if self.direct and self.fan_in > units:  # which a label without training points reads alone
+            raise ValueError(f"fan_in must be at most the number of units, {units}, got {self.fan_in}")
         num_words = num_words if self.direct else 0
         reads_features = self.direct > 0 and not num_words
         if reads_features and not self.penultimate:

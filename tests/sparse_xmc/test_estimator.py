@@ -1,6 +1,8 @@
 """XMCClassifier as scikit-learn's users meet it."""
 
+import collections
 import doctest
+import itertools
 import json
 
 import jax
@@ -50,7 +52,9 @@ def test_texts_and_names(fitted):
     texts, labels = make_points(20, seed=1)
     assert fitted.n_labels_ == 8
     assert fitted.classes_.tolist() == [word.upper() for word in WORDS]
-    assert fitted.n_features_in_ == 8 + 3
+    seen = [text.split() for text in make_points()[0]]
+    pairs = collections.Counter(pair for words in seen for pair in set(itertools.pairwise(words)))
+    assert fitted.n_features_in_ == 8 + 3 + sum(count >= 2 for count in pairs.values())
     assert len(fitted.history_) == 80
     names, scores = fitted.predict(texts, k=3)
     assert names.shape == scores.shape == (20, 3)
@@ -177,7 +181,7 @@ def test_what_cannot_be_fitted(X, y, error, message):
 def test_settings_are_checked():
     for options, message in (
         ({"fan_in": 0}, "fan_in must be at least 1, got 0"),
-        ({"fan_in": 33}, "fan_in must be between 1 and in_features = 32, got 33"),
+        ({"fan_in": 33}, "fan_in must be at most the number of units, 32, got 33"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),

@@ -556,5 +556,8 @@ def test_handler_checks_arguments_itself(changes, loss, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
     _native.register()
     call = jax.ffi.ffi_call("xla_ops.fan_in_loss.value", jax.ShapeDtypeStruct((), jnp.float32))
+    x, *others = (GOOD | changes).values()
+    no_sparse = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    attributes = {"num_columns": np.int64(0), "loss": np.int64(loss)}
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(call(*(GOOD | changes).values(), loss=np.int64(loss)))
+        jax.block_until_ready(call(x, *no_sparse, *others, **attributes))

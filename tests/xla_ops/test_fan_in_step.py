@@ -292,9 +292,10 @@ def test_a_handler_that_is_called_without_aliasing_says_so():
     x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((), x.shape, kernel.shape, bias.shape)]
     call = jax.ffi.ffi_call("xla_ops.fan_in_step.sgd", results)
-    arguments = (x, kernel, indices, bias, positives, jnp.float32(1), jnp.zeros(3, jnp.uint32))
+    no_sparse = (jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
+    arguments = (x, *no_sparse, kernel, indices, bias, positives, jnp.float32(1), jnp.zeros(3, jnp.uint32))
     with pytest.raises(jax.errors.JaxRuntimeError, match="kernel must be updated in place"):
-        jax.block_until_ready(call(*arguments, loss=np.int64(0)))
+        jax.block_until_ready(call(*arguments, num_columns=np.int64(0), loss=np.int64(0)))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

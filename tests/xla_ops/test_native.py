@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import xla_ops
@@ -86,6 +87,7 @@ def test_unknown_instruction_set_is_an_error():
 
 X, W, BIAS, Y = (2, 5), (4, 3), (4,), (2, 4)
 OTHER = (7, 7)
+NO_SPARSE = ((0,), (0,), (0,))  # rows, columns and values of no entries
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
@@ -112,19 +114,22 @@ OTHER = (7, 7)
 def test_handlers_check_shapes_themselves(handler, shapes, results, message):
     # Not every call comes through Python's checks: an exported function carries only the handler's name.
     _native.register()
-    dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
+    shapes = (shapes[0], *NO_SPARSE, *shapes[1:])
+    dtypes = (jnp.float32, jnp.int32, jnp.int32, *[jnp.float32] * 2, jnp.int32, jnp.float32)
     arguments = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    call = jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", results)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(jax.ffi.ffi_call(f"xla_ops.fan_in_matmul.{handler}", results)(*arguments))
+        jax.block_until_ready(call(*arguments, num_columns=np.int64(0)))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
 def test_handlers_check_types_themselves():
     x, kernel, indices = jnp.zeros(X), jnp.zeros(W, jnp.bfloat16), jnp.zeros(W, jnp.int32)
     call = jax.ffi.ffi_call("xla_ops.fan_in_matmul.forward", jax.ShapeDtypeStruct(Y, jnp.float32))
+    operands = (x, *(jnp.zeros(0, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)), kernel, indices)
     with pytest.raises(jax.errors.JaxRuntimeError, match="kernel has an element type that does not fit"):
-        jax.block_until_ready(call(x, kernel, indices, jnp.zeros(BIAS)))
+        jax.block_until_ready(call(*operands, jnp.zeros(BIAS), num_columns=np.int64(0)))
 
 
 def test_an_exported_program_runs_in_a_process_that_registered(tmp_path):
