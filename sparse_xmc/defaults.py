@@ -14,7 +14,7 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig
 
-_FEWEST_STEPS, _MOST_EPOCHS = 1000, 100
+_MOST_EPOCHS = 100
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
@@ -65,15 +65,16 @@ def _mean_square(features: np.ndarray | scipy.sparse.csr_array) -> float:
 def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
     """How to train on a data set; `given` are fields of `TrainingConfig` that are decided already.
 
-    Batches have 256 points, fewer where that would be less than 100 steps an epoch; epochs are 10, with words
-    6, or as many as it takes for 1,000 steps, but no more than 100.
+    Batches have 256 points, fewer where that would be less than 100 steps an epoch; epochs are 10, or as many
+    as it takes for 1,000 steps, but no more than 100. With words, which labels know at the start, 6 and 600.
     """
     batch_size = given.get("batch_size") or 256
     if "batch_size" not in given:
         while batch_size > 16 and len(dataset) < 100 * batch_size:
             batch_size //= 2
     steps_per_epoch = max(1, len(dataset) // batch_size)
-    epochs = min(_MOST_EPOCHS, max(6 if dataset.is_sparse else 10, -(-_FEWEST_STEPS // steps_per_epoch)))
+    fewest = 6 if dataset.is_sparse else 10
+    epochs = min(_MOST_EPOCHS, max(fewest, -(-100 * fewest // steps_per_epoch)))
     settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
