@@ -1,6 +1,7 @@
 """The inputs of a fixed fan-in layer: dense ones, and sparse ones behind them in the same index space."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def with_sparse(x: ArrayLike, sparse: SparseInputs | None) -> Array:
     x = jnp.asarray(x)
     if sparse is None:
         return x
-    examples = x.reshape(-1, x.shape[-1])
+    examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     both = jnp.concatenate([examples, sparse.densify(examples.shape[0])], axis=1)
     return both.reshape(*x.shape[:-1], both.shape[1])
 

@@ -146,8 +146,9 @@ def _call(handler, results, aliases, attributes, *operands):
     return jax.custom_batching.sequential_vmap(on_any_platform)(*operands)
 
 
-# A batch whose size is a symbol gets as many workspaces for one of this size as it takes.
-_SYMBOLIC_BATCH = 256
+# A batch whose size is a symbol gets as many workspaces for one of this size as it takes, and where the
+# number of entries is a symbol, as many more of these as it takes of so many entries.
+_SYMBOLIC_BATCH, _SYMBOLIC_ENTRIES = 256, 4096
 
 
 def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeDtypeStruct:
@@ -159,6 +160,9 @@ def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeD
     pieces, (batch, in_features) = 1, x.shape
     if not isinstance(batch, int):
         pieces, batch = (batch + _SYMBOLIC_BATCH - 1) // _SYMBOLIC_BATCH, _SYMBOLIC_BATCH
+    if not isinstance(entries, int):
+        pieces += (entries + _SYMBOLIC_ENTRIES - 1) // _SYMBOLIC_ENTRIES
+        entries = _SYMBOLIC_ENTRIES
     columns = results[0].shape[-1] if results[0].shape else 0
     is_bfloat16 = x.dtype == jnp.bfloat16
     size = cuda().workspace_bytes(

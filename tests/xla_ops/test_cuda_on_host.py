@@ -19,8 +19,9 @@ import test_fan_in_loss as loss_test
 import test_fan_in_matmul as matmul
 import test_fan_in_step as step_test
 import test_fan_in_top_k as top_k_test
+import test_sparse_inputs as sparse_test
 
-from xla_ops import _native
+from xla_ops import SparseInputs, _native
 from xla_ops._fan_in_loss import LOSSES
 
 HERE = Path(__file__).parent / "cuda_on_host"
@@ -55,20 +56,26 @@ def build(directory, *defines):
 
 
 def call(program, directory, op, arrays, results, device, *more):
-    """Runs an op on arrays by name; returns `results`, given as (name, shape, dtype)."""
+    """Runs an op on arrays by name, and SparseInputs, named "sparse".
+
+    Returns `results`, which are given as (name, shape, dtype).
+    """
     call_for_workspace(program, directory, op, arrays, device, *more)
     return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
 
 
 def call_for_workspace(program, directory, op, arrays, device, *more):
     """The same, but returns how many bytes of workspace the launcher took, all that it was given."""
-    arrays = dict.fromkeys(("rows", "columns", "values")) | arrays
+    sparse = arrays.get("sparse")
+    arrays = {name: a for name, a in arrays.items() if name != "sparse"}
+    arrays |= dict.fromkeys(("rows", "columns", "values")) if sparse is None else vars(sparse)
+    columns = arrays.pop("num_columns", 0)
     for name, array in arrays.items():
         (np.zeros(0) if array is None else array).tofile(directory / name)
     layer, *typed = ("kernel", "mu", "mu") if op == "dense_step.adam" else ("indices", "x", "indices")
     (batch, in_features), (labels, fan_in) = arrays["x"].shape, arrays[layer].shape
     dtypes = [arrays[name].dtype.name for name in typed]
-    numbers = map(str, [batch, in_features, labels, fan_in, 0, *device, *more])
+    numbers = map(str, [batch, in_features, labels, fan_in, columns, *device, *more])
     finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return int(finished.stdout)
@@ -114,12 +121,9 @@ DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "share
 # ---- workspaces ----
 
 
-@pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
-@SHAPES
-@DTYPE
-def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_features, labels, fan_in, dtype):
-    problem = loss_test.make_problem(batch, in_features, labels, fan_in, dtype=dtype)
-    arrays = {**problem._asdict(), "dy": np.zeros((batch, labels), dtype)}
+def check_workspaces(program, tmp_path, problem, sparse=None):
+    dtype, batch, labels = problem.x.dtype, problem.x.shape[0], problem.kernel.shape[0]
+    arrays = {**problem._asdict(), "dy": np.zeros((batch, labels), dtype), "sparse": sparse}
     arrays |= {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32)}
     for name in ("kernel", "bias"):
         arrays |= {f"mu_{name}": np.ones_like(arrays[name]), f"nu_{name}": np.ones_like(arrays[name])}
@@ -134,8 +138,29 @@ def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_featu
         ("fan_in_top_k", k, labels),
     ):
         results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
-        asked = _native.cuda_workspace(f"xla_ops.{op}", results, None, problem.x, problem.kernel)
+        entries = () if sparse is None else (sparse.rows, sparse.columns, sparse.values)
+        columns = None if sparse is None else sparse.num_columns
+        asked = _native.cuda_workspace(f"xla_ops.{op}", results, columns, problem.x, *entries, problem.kernel)
         assert call_for_workspace(program, tmp_path, op, arrays, SMALL, *more) == asked.size
+
+
+NEEDS_CUDA = pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
+
+
+@NEEDS_CUDA
+@SHAPES
+@DTYPE
+def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_features, labels, fan_in, dtype):
+    problem = loss_test.make_problem(batch, in_features, labels, fan_in, dtype=dtype)
+    check_workspaces(program, tmp_path, problem)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("shape", [(1, 7, 1, 1), (33, 64, 129, 33), (70, 300, 10, 3)], ids=str)
+@DTYPE
+def test_launchers_take_what_xla_is_asked_for_with_sparse_inputs(program, tmp_path, shape, dtype):
+    _, problem, sparse = sparse_test.sparsify(loss_test.make_problem(*shape, dtype=dtype), 3)
+    check_workspaces(program, tmp_path, problem, sparse)
 
 
 def test_no_more_blocks_of_threads_than_there_is_workspace_for(run):
@@ -231,9 +256,9 @@ def test_gradients_with_vector_atomics(run_with_vector_atomics, dtype):
 LOSS = pytest.mark.parametrize("loss", LOSSES)
 
 
-def check_loss(run, problem, loss, device):
+def check_loss(run, problem, loss, device, sparse=None):
     dtype, more = problem.x.dtype, (LOSSES.index(loss), problem.positives.shape[1])
-    arrays = problem._asdict()
+    arrays = problem._asdict() | {"sparse": sparse}
     shapes = {f"d_{name}": getattr(problem, name) for name in ("x", "kernel", "bias")}
     results = [(name, () if a is None else a.shape, dtype) for name, a in shapes.items() if a is not None]
     value, *gradients = run(
@@ -488,12 +513,12 @@ def test_dense_adam_step_passes_nan_on(run, dtype):
 # ---- fan_in_top_k ----
 
 
-def check_top_k(run, problem, k, labels_at_once, device=SMALL):
+def check_top_k(run, problem, k, labels_at_once, device=SMALL, sparse=None):
     x, kernel, indices, bias = problem
     shape = (x.shape[0], k)
     return run(
         "fan_in_top_k",
-        {"x": x, "kernel": kernel, "indices": indices, "bias": bias},
+        {"x": x, "kernel": kernel, "indices": indices, "bias": bias, "sparse": sparse},
         [("scores", shape, np.float32), ("labels", shape, np.int32)],
         device,
         k,
@@ -562,3 +587,245 @@ def test_nan_and_minus_infinity_are_never_chosen(run):
         scores, labels = check_top_k(run, problem, 5, labels_at_once)
         np.testing.assert_array_equal(labels, [[150, 60, 7, -1, -1]] * 2)
         np.testing.assert_array_equal(scores, np.float32([[np.inf, 2, -3e38, -np.inf, -np.inf]] * 2))
+
+
+# ---- sparse inputs ----
+
+# Batch, D, C, labels, fan-in: tiles and words that are full and not, no dense inputs, and connections that
+# are staged in more than one go.
+SPARSE_SHAPES = pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 1),
+        (31, 1, 31, 67, 3),
+        (32, 0, 32, 64, 32),
+        (33, 30, 65, 129, 64),
+        (97, 4, 200, 70, 33),
+        (70, 40, 1000, 130, 100),
+    ],
+    ids=str,
+)
+DENSITY = pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+
+
+def check_sparse_matmul(run, full, problem, sparse, device=SMALL):
+    dtype, dense = problem.x.dtype, problem.x.shape[1]
+    shapes = {"y": problem.dy.shape, "d_x": problem.x.shape, "d_kernel": problem.kernel.shape}
+    shapes |= {"d_bias": problem.bias.shape} if problem.bias is not None else {}
+    y, *gradients = [(name, shape, dtype) for name, shape in shapes.items()]
+    arrays = problem._asdict() | {"sparse": sparse}
+    results = run("fan_in_matmul.forward", arrays, [y], device)
+    results += run("fan_in_matmul.gradients", arrays, gradients, device)
+    sparse_test.assert_matmul(results + [None] * (problem.bias is None), full, dense)
+    return results
+
+
+@SPARSE_SHAPES
+@DENSITY
+@DTYPE
+def test_sparse_matmul(run, shape, density, dtype):
+    batch, dense, columns, labels, fan_in = shape
+    problem = matmul.make_problem(
+        batch,
+        dense + columns,
+        labels,
+        fan_in,
+        dtype=dtype,
+        index_dtype=np.uint16 if density == 0.5 else np.int32,
+        with_bias=labels != 70,
+    )
+    check_sparse_matmul(run, *sparse_test.sparsify(problem, dense, density=density))
+
+
+@DTYPE
+def test_sparse_gradients_with_vector_atomics(run_with_vector_atomics, dtype):
+    problem = matmul.make_problem(70, 140, 130, 35, dtype=dtype)
+    check_sparse_matmul(run_with_vector_atomics, *sparse_test.sparsify(problem, 40))
+
+
+@DTYPE
+def test_more_sparse_inputs_than_are_numbered_at_once(run, dtype):
+    # 32 in a word, 4 words for each of 1,024 threads.
+    dense, columns = 3, 32 * 4 * 1024 + 2000
+    problem = matmul.make_problem(40, dense + columns, 70, 9, dtype=dtype)
+    indices = problem.indices.copy()
+    indices[::2] = dense + columns - 1 - np.arange(35 * 9).reshape(35, 9)
+    problem = problem._replace(indices=indices)
+    check_sparse_matmul(run, *sparse_test.sparsify(problem, dense, density=0.01), SHARED)
+
+
+def test_more_tiles_than_are_counted_at_once(run):
+    batch = 32 * 1024 + 40
+    problem = matmul.make_problem(batch, 4, 1, 3, dtype=jnp.bfloat16)
+    full, problem, sparse = sparse_test.sparsify(problem, 1, density=0.3)
+    arrays = problem._asdict() | {"sparse": sparse}
+    (y,) = run("fan_in_matmul.forward", arrays, [("y", (batch, 1), jnp.bfloat16)], SMALL)
+    exact = matmul.brute_force(*full)[0]
+    np.testing.assert_allclose(y.astype(np.float64), exact, rtol=2**-8, atol=1e-5)
+
+
+@DTYPE
+@pytest.mark.parametrize("count", [0, 1, 300], ids=["none", "one", "many"])
+def test_no_entries_but_padding(run, dtype, count):
+    problem = matmul.make_problem(40, 70, 66, 5, dtype=dtype)
+    outside = np.resize(np.array([-1, 40, 2**31 - 1, -(2**31)], np.int32), count)
+    sparse = SparseInputs(outside, np.zeros(count, np.int32), np.full(count, np.nan, dtype), 67)
+    full = problem._replace(x=np.where(np.arange(70) < 3, problem.x, 0).astype(dtype))
+    check_sparse_matmul(run, full, problem._replace(x=problem.x[:, :3]), sparse)
+
+
+@DEVICE
+@pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 6, 0, 3)], ids=str)
+def test_sparse_matmul_of_nothing(run, shape, device):
+    batch, inputs, labels, fan_in = shape
+    problem = matmul.make_problem(batch, inputs, labels, fan_in)
+    padding = np.array([0, -1, 3], np.int32)
+    sparse = SparseInputs(padding, padding, np.ones(3, np.float32), inputs - 2)
+    full = problem._replace(x=np.zeros_like(problem.x))
+    problem = problem._replace(x=full.x[:, :2])
+    if labels:
+        check_sparse_matmul(run, full, problem, sparse, device)
+    else:
+        (d_x,) = run(
+            "fan_in_matmul.gradients",
+            problem._asdict() | {"sparse": sparse},
+            [("d_x", problem.x.shape, np.float32)],
+            device,
+        )
+        assert not np.any(d_x)
+
+
+@DTYPE
+def test_padding_without_sparse_inputs(run, dtype):
+    problem = matmul.make_problem(40, 70, 66, 5, dtype=dtype)
+    zeros = np.zeros(3, np.int32)
+    check_sparse_matmul(
+        run, problem, problem, SparseInputs(zeros, zeros, np.full(3, np.nan, dtype), 0), SHARED
+    )
+
+
+@DTYPE
+def test_what_no_example_of_a_tile_has_is_not_read(run, dtype):
+    # Its weight is NaN, which would show if it were multiplied by 0. Sums of bfloat16 would, too.
+    full, problem, sparse = sparse_test.sparsify(
+        matmul.make_problem(70, 140, 130, 40, dtype=dtype), 40, density=0.02
+    )
+    absent = np.append(~np.any(full.x, axis=0), True)
+    absent[:40] = False
+    inside = (problem.indices >= 0) & (problem.indices < 140)
+    hidden = absent[np.where(inside, problem.indices, 140)] & inside
+    kernel = np.where(hidden, np.nan, problem.kernel).astype(dtype)
+    full = full._replace(kernel=np.where(hidden, 0, full.kernel).astype(dtype))
+    *_, d_kernel, _ = check_sparse_matmul(run, full, problem._replace(kernel=kernel), sparse)
+    assert hidden.any()
+    assert not np.any(d_kernel[hidden])
+
+
+def test_entries_of_one_input_are_added_before_they_are_rounded(run):
+    # 1 + 100 * 2^-10 would stay 1 if each sum were rounded to bfloat16.
+    rows, columns = np.zeros(101, np.int32), np.full(101, 6, np.int32)
+    values = np.array([1] + [2**-10] * 100).astype(jnp.bfloat16)
+    arrays = {
+        "x": np.zeros((1, 1), jnp.bfloat16),
+        "kernel": np.ones((1, 1), jnp.bfloat16),
+        "indices": np.array([[7]], np.int32),
+        "bias": None,
+        "sparse": SparseInputs(rows, columns, values, 7),
+    }
+    (y,) = run("fan_in_matmul.forward", arrays, [("y", (1, 1), jnp.bfloat16)], SMALL)
+    assert y == np.asarray(1 + 100 * 2**-10).astype(jnp.bfloat16)
+
+
+@DTYPE
+def test_sparse_matmul_with_zero_gradients(run, dtype):
+    problem = matmul.make_problem(70, 100, 132, 35, dtype=dtype)
+    full, problem, sparse = sparse_test.sparsify(problem, 10, density=0.2)
+    b, label = np.mgrid[:70, :132]
+    for is_zero in (b >= 0, label % 3 != 0, b < 64, b >= 32, (b != 69) | (label != 131)):
+        dy = np.where(is_zero, 0, problem.dy).astype(dtype)
+        check_sparse_matmul(run, full._replace(dy=dy), problem._replace(dy=dy), sparse)
+
+
+@SPARSE_SHAPES
+@DTYPE
+@LOSS
+def test_sparse_loss(run, shape, dtype, loss):
+    batch, dense, columns, labels, fan_in = shape
+    problem = loss_test.make_problem(
+        batch,
+        dense + columns,
+        labels,
+        fan_in,
+        dtype=dtype,
+        index_dtype=np.int32 if fan_in % 2 else np.uint16,
+        with_bias=labels != 70,
+    )
+    full, problem, sparse = sparse_test.sparsify(problem, dense)
+    value, d_x, *others = check_loss(run, problem, loss, SMALL, sparse)
+    d_x = sparse_test.with_exact_rest(d_x, loss_test.brute_force(full, loss)[0][1], dense)
+    loss_test.assert_matches_brute_force([value, d_x, *others], full, loss)
+
+
+@pytest.mark.parametrize("op", ["sgd", "adam"])
+@LOSS
+def test_sparse_step(run, op, loss):
+    dense = 9
+    problem = loss_test.make_problem(70, 140, 130, 70)
+    full, problem, sparse = sparse_test.sparsify(problem, dense)
+    arrays = {"sparse": sparse, "rates": np.float32([0.1, 3, 20]), "key": np.zeros(3, np.uint32)}
+    if op == "adam":
+        for name in ("kernel", "bias"):
+            zeros = np.zeros_like(getattr(problem, name))
+            arrays |= {f"mu_{name}": zeros, f"nu_{name}": zeros}
+    (value, d_x), new = run_step(run, f"fan_in_step.{op}", problem, loss, arrays)
+    expected, _ = loss_test.brute_force(full, loss)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    exact = expected[1][:, :dense]
+    np.testing.assert_allclose(d_x, exact, rtol=1e-4, atol=1e-6 * np.abs(exact).max())
+    for name, gradient in zip(("kernel", "bias"), expected[2:], strict=True):
+        change = -0.1 * gradient
+        if op == "adam":
+            mu, nu = 0.2 * gradient, 0.01 * gradient**2
+            change = -0.1 * 3 * mu / (np.sqrt(20 * nu) + 1e-7)
+            np.testing.assert_allclose(new[f"mu_{name}"], mu, rtol=1e-4, atol=1e-5 * np.abs(mu).max())
+            np.testing.assert_allclose(new[f"nu_{name}"], nu, rtol=1e-4, atol=1e-5 * np.abs(nu).max())
+        else:
+            np.testing.assert_allclose(new[name], getattr(problem, name) + change, rtol=1e-6, atol=1e-6)
+        untouched = gradient == 0
+        assert np.any(untouched) == (name == "kernel")
+        np.testing.assert_array_equal(new[name][untouched], getattr(problem, name)[untouched])
+
+
+def test_sparse_sgd_step_in_bfloat16(run):
+    problem = loss_test.make_problem(70, 140, 130, 70, dtype=jnp.bfloat16)
+    full, problem, sparse = sparse_test.sparsify(problem, 9)
+    arrays = {"sparse": sparse, "rates": np.float32(100), "key": np.zeros(3, np.uint32)}
+    _, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
+    for name, gradient in zip(("kernel", "bias"), loss_test.brute_force(full, "bce")[0][2:], strict=True):
+        exact = getattr(problem, name).astype(np.float64) - 100 * gradient
+        error = np.abs(new[name].astype(np.float64) - exact)
+        assert np.all(error <= 2**-7 * np.abs(exact) + 1e-4)
+
+
+def test_sparse_steps_of_an_empty_batch(run):
+    problem = loss_test.make_problem(0, 9, 70, 3)
+    padding = np.zeros(2, np.int32)
+    sparse = SparseInputs(padding, padding, np.ones(2, np.float32), 40)
+    arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32), "sparse": sparse}
+    results, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
+    assert np.isnan(results[0])
+    np.testing.assert_array_equal(new["kernel"], problem.kernel)
+
+
+@SPARSE_SHAPES
+@DTYPE
+@pytest.mark.parametrize("labels_at_once", [50, 1000])
+def test_sparse_top_k(run, shape, dtype, labels_at_once):
+    batch, dense, columns, labels, fan_in = shape
+    problem = sparse_test.make_whole(
+        batch=batch, in_features=dense + columns, labels=labels, fan_in=fan_in, dtype=dtype
+    )
+    full, problem, sparse = sparse_test.sparsify(problem, dense, density=0.3)
+    k = min(5, labels)
+    actual = check_top_k(run, problem[:4], k, labels_at_once, sparse=sparse)
+    top_k_test.assert_same(actual, top_k_test.brute_force(*full[:4], k))

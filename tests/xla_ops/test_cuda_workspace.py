@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import xla_ops
-from xla_ops import _native, adam_init, fan_in_loss, fan_in_matmul, fan_in_top_k
+from xla_ops import SparseInputs, _native, adam_init, fan_in_loss, fan_in_matmul, fan_in_top_k
 
 pytestmark = pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
 
@@ -77,10 +77,13 @@ def calls(text):
     return {name: line for line, name in found}
 
 
-def bytes_of(handler, batch, in_features, labels, fan_in, dtype=jnp.float32, k=5):
+def bytes_of(
+    handler, batch, in_features, labels, fan_in, dtype=jnp.float32, k=5, entries=0, num_columns=None
+):
     results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
     x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in ((batch, in_features), (labels, fan_in)))
-    return np.prod(_native.cuda_workspace(handler, results, None, x, kernel).shape)
+    sparse = [] if num_columns is None else [jax.ShapeDtypeStruct((entries,), jnp.int32)] * 3
+    return np.prod(_native.cuda_workspace(handler, results, num_columns, x, *sparse, kernel).shape)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -149,6 +152,46 @@ def test_a_batch_of_unknown_size_has_enough(handler, dtype, batch, in_features, 
     assert bytes_of(handler, batch, *shape) <= -(-batch // 256) * bytes_of(handler, 256, *shape)
 
 
+@pytest.mark.parametrize("handler", HANDLERS[:-1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@given(
+    batch=st.integers(1, 20_000),
+    in_features=st.integers(0, 1000),
+    entries=st.integers(0, 1_000_000),
+    columns=st.integers(0, 1_000_000),
+    labels=st.integers(1, 3_000_000),
+)
+def test_entries_of_unknown_number_have_enough(handler, dtype, batch, in_features, entries, columns, labels):
+    shape, sparse = (in_features, labels, 32, dtype, 5), {"num_columns": columns}
+    needed = bytes_of(handler, batch, *shape, entries=entries, **sparse)
+    assert needed <= -(-batch // 256) * bytes_of(handler, 256, *shape, entries=entries, **sparse)
+    pieces = -(-entries // 4096)
+    assert needed <= (1 + pieces) * bytes_of(handler, batch, *shape, entries=4096, **sparse)
+    assert needed <= (-(-batch // 256) + pieces) * bytes_of(handler, 256, *shape, entries=4096, **sparse)
+
+
+def test_export_with_sparse_inputs():
+    pytest.importorskip("flatbuffers", reason="jax needs it to serialize")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
+    batch, entries = jax.export.symbolic_shape("batch, entries")
+
+    def run(x, kernel, bias, indices, rows, columns, values):
+        sparse = SparseInputs(rows, columns, values, 30)
+        return (
+            fan_in_matmul(x, kernel, indices, bias, sparse=sparse),
+            fan_in_top_k(x, kernel, indices, bias, 5, sparse=sparse),
+        )
+
+    lists = [jax.ShapeDtypeStruct((entries,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
+    export = jax.export.export(jax.jit(run), platforms=("cpu", "cuda"), disabled_checks=checks)
+    exported = jax.export.deserialize(export(*arguments(batch)[:4], *lists).serialize())
+    rng = np.random.default_rng(0)
+    for b, n in ((1, 1), (300, 5000)):
+        found = [rng.integers(0, size, n, np.int32) for size in (b, 30)] + [np.ones(n, np.float32)]
+        operands = [*values(b)[:4], *found]
+        assert_all_close(exported.call(*operands), run(*operands))
+
+
 def test_workspaces_stay_small():
     # Amazon-670K, batch 256; kernel and x have 82 and 32 MB.
     shape = (256, 32_768, 670_091, 32)
@@ -160,6 +203,18 @@ def test_workspaces_stay_small():
     assert megabytes["xla_ops.fan_in_step.adam"] == megabytes["xla_ops.fan_in_loss.gradients"]
     assert megabytes["xla_ops.fan_in_top_k"] < 90
     assert megabytes["xla_ops.dense_step.adam"] == 0
+
+
+def test_workspaces_of_sparse_inputs_stay_small():
+    # 256 texts of 400 words each, of a million; of all of them together an array would have 1,024 MB.
+    sparse = {"entries": 100_000, "num_columns": 1_000_000}
+    for handler in HANDLERS[:-1]:
+        for dtype, most in ((jnp.float32, 15), (jnp.bfloat16, 22)):
+            shape = (256, 128, 670_091, 32, dtype)
+            assert bytes_of(handler, *shape, **sparse) - bytes_of(handler, *shape) < most * 1e6
+        assert bytes_of(handler, 256, 128, 1000, 32, num_columns=0, entries=1000) == bytes_of(
+            handler, 256, 128, 1000, 32
+        )
 
 
 # ---- what a handler says of itself: structs of XLA's c_api.h ----

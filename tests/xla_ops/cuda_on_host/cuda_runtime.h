@@ -28,6 +28,9 @@ struct dim3 {
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -130,9 +133,17 @@ T __ldcs(const T* p) { return *p; }
 inline void __syncthreads() { cuda_on_host::meet_block(false); }
 inline int __syncthreads_or(int value) { return cuda_on_host::meet_block(value != 0); }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = threadIdx.x % 32;
-  return __uint_as_float(cuda_on_host::exchange(__float_as_uint(value), lane ^ mask));
+  return cuda_on_host::bits<T>(cuda_on_host::exchange(cuda_on_host::bits<uint32_t>(value), lane ^ mask));
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {  // a lane that has none below gets its own
+  const int lane = threadIdx.x % 32, from = lane < delta ? lane : lane - delta;
+  return cuda_on_host::bits<T>(cuda_on_host::exchange(cuda_on_host::bits<uint32_t>(value), from));
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
   const uint32_t* lanes = cuda_on_host::exchange_all(value);

@@ -2,12 +2,14 @@
 //
 // The batch is cut into tiles of 32 examples and the labels into blocks of 64. Features are packed tile by tile as
 // [D + 1, 32], so that a connection reads one contiguous *row* of the batch (128 bytes of float32, 64 of bfloat16);
-// the last row is zero, and every index outside [0, D) is redirected to it.
+// the last row is zero, and every index outside [0, D) is redirected to it. Behind all tiles there is a row for each
+// sparse input that a tile has, and a bitmap of those that it has says where (Packed in layout.h).
 //
 // A block of threads has one group of lanes for each of its labels. A lane holds 16 bytes of a row: a group is 8
 // lanes with 4 examples each in float32, 4 lanes with 8 examples each in bfloat16. Connections are brought into
 // shared memory, 32 of each label at a time, by all threads together: so indices and weights are read in order
-// whatever the fan-in is, and all at once, which hides how far away they are.
+// whatever the fan-in is, and all at once, which hides how far away they are. Where there are sparse inputs, the
+// connections that read nothing of the tile go behind the others of their label, and are left out from there on.
 
 #ifndef XLA_OPS_CSRC_CUDA_DEVICE_CUH_
 #define XLA_OPS_CSRC_CUDA_DEVICE_CUH_
@@ -18,16 +20,14 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "layout.h"
 
 namespace xla_ops::cuda {
 
-constexpr int kTile = 32;
 constexpr int kLabels = 64;
 constexpr int kConnections = 32;
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 struct Group {
@@ -83,7 +83,19 @@ __device__ inline float load_once(const bfloat16* p) {
 
 // ---- the layer, and a thread's place in it ----
 
+// What a tile's connections read: rows of features and, where there are sparse inputs, the tile's number, which says
+// where the map has it: registers are few.
+template <typename T, bool kSparse>
+struct Features {
+  const T* rows;
+};
 template <typename T>
+struct Features<T, true> {
+  const T* rows;
+  int64_t tile;
+};
+
+template <typename T, bool kSparse = false>
 struct Layer {
   Shape shape;
   const T* packed;  // [tiles, D + 1, kTile]
@@ -91,10 +103,29 @@ struct Layer {
   Indices indices;
   const T* bias;
 
+  static constexpr bool kHasSparse = kSparse;
   __host__ __device__ int64_t tiles() const { return ceil_div(shape.batch, kTile); }
   __host__ __device__ int64_t blocks() const { return ceil_div(shape.labels, kLabels); }
-  __device__ const T* tile(int64_t t) const { return packed + t * (shape.in_features + 1) * kTile; }
+  __device__ Features<T, false> tile(int64_t t) const { return {packed + t * (shape.in_features + 1) * kTile}; }
 };
+
+template <typename T>
+struct Layer<T, true> : Layer<T> {
+  SparseMap map;
+
+  static constexpr bool kHasSparse = true;
+  __device__ Features<T, true> tile(int64_t t) const { return {Layer<T>::tile(t).rows, t}; }
+  // The row of a tile's first sparse input, counted from the tile's first row.
+  __device__ int32_t first_sparse_row(int64_t t) const {
+    return static_cast<int32_t>((this->tiles() - t) * (this->shape.in_features + 1)) + __ldg(map.starts + t);
+  }
+};
+
+// Calls fn(the layer), which returns an error, with the type of it that fits.
+template <typename T, typename Fn>
+cudaError_t dispatch(const Layer<T>& layer, const SparseMap& map, Fn&& fn) {
+  return map.columns > 0 ? fn(Layer<T, true>{layer, map}) : fn(layer);
+}
 
 // How many blocks of threads may share the labels where each has temporaries of its own: the size of those must not
 // depend on the device. No device so far runs as many at once.
@@ -138,18 +169,84 @@ struct Connection {
 constexpr int kStagedStride = kConnections + 1;
 constexpr int kStaged = kLabels * kStagedStride;
 
+template <bool kSparse>
+struct Staged {
+  Connection connections[kStaged];
+};
+template <>
+struct Staged<true> {
+  Connection connections[kStaged];
+  uint8_t numbers[kStaged];  // which of the staged connections of its label each was before it was moved
+  int32_t counts[kLabels];   // how many of a label are not to the zero row: its first ones
+};
+
+template <typename T>
+__device__ int32_t load_index(const Layer<T>& layer, int64_t at) {
+  return layer.indices.is_uint16 ? __ldcs(static_cast<const uint16_t*>(layer.indices.data) + at)
+                                 : __ldcs(static_cast<const int32_t*>(layer.indices.data) + at);
+}
+
 template <typename T>
 __device__ Connection load_connection(const Layer<T>& layer, int64_t at) {
-  const int64_t index = layer.indices.is_uint16 ? __ldcs(static_cast<const uint16_t*>(layer.indices.data) + at)
-                                                : __ldcs(static_cast<const int32_t*>(layer.indices.data) + at);
+  const int64_t index = load_index(layer, at);
   const bool inside = index >= 0 && index < layer.shape.in_features;
   return {static_cast<int32_t>(inside ? index : layer.shape.in_features), load_once(layer.kernel + at)};
+}
+
+// The row of an input, dense or sparse: the zero row if the tile has no such.
+template <typename T>
+__device__ int32_t row_of(const Layer<T, true>& layer, const Word* words, int32_t first, int32_t index) {
+  // Inputs are fewer than 2^31: what is negative, or dense, is above the columns.
+  const uint32_t dense = static_cast<uint32_t>(layer.shape.in_features), input = static_cast<uint32_t>(index);
+  const uint32_t column = input - dense;
+  const Word word = column < static_cast<uint32_t>(layer.map.columns) ? load_word(words, column) : Word{0, 0};
+  return word.has(column) ? first + word.row(column) : static_cast<int32_t>(input < dense ? input : dense);
+}
+
+// As below, where there are sparse inputs: a warp has the connections of a label, of which it moves those to the zero
+// row behind the others.
+template <typename T>
+__device__ void stage(const Layer<T, true>& layer, const Features<T, true>& features, const LabelBlock& labels,
+                      int64_t f, Staged<true>& staged) {
+  static_assert(kConnections == kWarp, "a lane has one connection");
+  constexpr int kWarps = Group<T>::kThreads / kWarp, kStagedAtOnce = 2;
+  const int lane = threadIdx.x % kWarp;
+  const Word* const words = layer.map.tile(features.tile);
+  const int32_t first_sparse = layer.first_sparse_row(features.tile);
+  __syncthreads();  // what is in there may still be in use
+#pragma unroll 1  // more at once do not fit in the registers
+  for (int first = threadIdx.x / kWarp; first < kLabels; first += kStagedAtOnce * kWarps) {
+    int32_t rows[kStagedAtOnce];
+    float weights[kStagedAtOnce];
+#pragma unroll
+    for (int i = 0; i < kStagedAtOnce; ++i) {  // all are asked for before the first is used
+      const int label = first + i * kWarps;
+      const bool inside = label < labels.size && f + lane < layer.shape.fan_in;
+      const int64_t at = (labels.first + label) * layer.shape.fan_in + f + lane;
+      rows[i] = inside ? load_index(layer, at) : -1;
+      weights[i] = inside ? load_once(layer.kernel + at) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kStagedAtOnce; ++i) rows[i] = row_of(layer, words, first_sparse, rows[i]);
+#pragma unroll
+    for (int i = 0; i < kStagedAtOnce; ++i) {
+      const int label = first + i * kWarps;
+      const bool reads = rows[i] != static_cast<int32_t>(layer.shape.in_features);
+      const unsigned reading = __ballot_sync(kAllLanes, reads), below = (1u << lane) - 1;
+      const int position = reads ? __popc(reading & below) : __popc(reading) + __popc(~reading & below);
+      staged.connections[label * kStagedStride + position] = {rows[i], reads ? weights[i] : 0};
+      staged.numbers[label * kStagedStride + position] = static_cast<uint8_t>(lane);
+      if (lane == 0) staged.counts[label] = __popc(reading);
+    }
+  }
+  __syncthreads();
 }
 
 // Brings the block's connections from number `f` on into shared memory. What is past the last connection, or the
 // last label, is filled with connections to the zero row. To be called by all threads of a block.
 template <typename T>
-__device__ void stage(const Layer<T>& layer, const LabelBlock& labels, int64_t f, Connection* staged) {
+__device__ void stage(const Layer<T>& layer, const Features<T, false>&, const LabelBlock& labels, int64_t f,
+                      Staged<false>& staged) {
   __syncthreads();  // what is in there may still be in use
   const int column = threadIdx.x % kConnections;
 #pragma unroll
@@ -158,24 +255,34 @@ __device__ void stage(const Layer<T>& layer, const LabelBlock& labels, int64_t f
     if (row < labels.size && f + column < layer.shape.fan_in) {
       c = load_connection(layer, (labels.first + row) * layer.shape.fan_in + f + column);
     }
-    staged[row * kStagedStride + column] = c;
+    staged.connections[row * kStagedStride + column] = c;
   }
   __syncthreads();
 }
 
-// The number of staged connections that there are from number `f` on.
+// The number of staged connections that a label has from number `f` on.
 template <typename T>
-__device__ int staged_connections(const Layer<T>& layer, int64_t f) {
+__device__ int staged_connections(const Layer<T>& layer, int64_t f, const Staged<false>&, int) {
   return static_cast<int>(min(int64_t{kConnections}, layer.shape.fan_in - f));
+}
+template <typename T>
+__device__ int staged_connections(const Layer<T>&, int64_t, const Staged<true>& staged, int label) {
+  return staged.counts[label];
+}
+
+// Which of its label's connections one is, counted from number `f`.
+__device__ inline int number_of(const Staged<false>&, int, int c) { return c; }
+__device__ inline int number_of(const Staged<true>& staged, int label, int c) {
+  return staged.numbers[label * kStagedStride + c];
 }
 
 // ---- the two products ----
 
-// A lane's part of the rows that kAtOnce connections read.
-template <bool kInShared, typename T>
-__device__ void load_rows(const T* tile, const Connection* connections, int lane, uint4 (&rows)[kAtOnce]) {
+// A lane's part of the rows that some connections read.
+template <bool kInShared, typename T, int kCount>
+__device__ void load_rows(const T* tile, const Connection* connections, int lane, uint4 (&rows)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const T* p = tile + static_cast<int64_t>(connections[i].row) * kTile + lane * Group<T>::kValues;
     if constexpr (kInShared) {
       rows[i] = *reinterpret_cast<const uint4*>(p);
@@ -187,20 +294,20 @@ __device__ void load_rows(const T* tile, const Connection* connections, int lane
 
 // The logits of this thread's label, for its examples of the tile: of `features`, which is the tile's, in global
 // or shared memory. To be called by all threads of a block.
-template <bool kInShared, typename T>
-__device__ void logits(const Layer<T>& layer, const T* features, const LabelBlock& labels, Connection* staged,
-                       float (&sum)[Group<T>::kValues]) {
+template <bool kInShared, typename T, bool kSparse>
+__device__ void logits(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features, const LabelBlock& labels,
+                       Staged<kSparse>& staged, float (&sum)[Group<T>::kValues]) {
   const int label = my_label<T>(), lane = my_lane<T>();
   const float bias = layer.bias && label < labels.size ? to_float(layer.bias[labels.first + label]) : 0;
   for (float& s : sum) s = bias;
   for (int64_t f = 0; f < layer.shape.fan_in; f += kConnections) {
-    stage(layer, labels, f, staged);
-    const Connection* mine = staged + label * kStagedStride;
-    const int count = staged_connections(layer, f);
+    stage(layer, features, labels, f, staged);
+    const Connection* mine = staged.connections + label * kStagedStride;
+    const int count = staged_connections(layer, f, staged, label);
 #pragma unroll 1  // more rows at once do not fit in the registers
     for (int c = 0; c < count; c += kAtOnce) {
       uint4 rows[kAtOnce];
-      load_rows<kInShared>(features, mine + c, lane, rows);
+      load_rows<kInShared>(features.rows, mine + c, lane, rows);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         float x[Group<T>::kValues];
@@ -213,12 +320,12 @@ __device__ void logits(const Layer<T>& layer, const T* features, const LabelBloc
   }
 }
 
-// The sum of values[i] over the lanes of a group, for i = lane % kAtOnce. Each step halves what a lane holds, so that
+// The sum of values[i] over the lanes of a group, for i = lane % kCount. Each step halves what a lane holds, so that
 // this takes hardly more shuffles than there are sums. To be called by all threads of a warp.
-template <int kLanes>
-__device__ float sum_to_own_lane(float (&values)[kAtOnce], int lane) {
+template <int kLanes, int kCount>
+__device__ float sum_to_own_lane(float (&values)[kCount], int lane) {
 #pragma unroll
-  for (int half = kAtOnce / 2; half > 0; half /= 2) {
+  for (int half = kCount / 2; half > 0; half /= 2) {
     const bool upper = lane & half;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
@@ -227,7 +334,7 @@ __device__ float sum_to_own_lane(float (&values)[kAtOnce], int lane) {
     }
   }
 #pragma unroll
-  for (int other = kAtOnce; other < kLanes; other *= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], other);
+  for (int other = kCount; other < kLanes; other *= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], other);
   return values[0];
 }
 
@@ -270,11 +377,12 @@ __device__ void add_to_sums(float* row, int lane, float weight, const float (&dy
 //   sums_of_d_x[index, b] += kernel[label, f] * dy[b], atomically.
 // Returns false, and does nothing, if all gradients of the block are 0. A label whose gradients are all 0 costs no
 // row of features or of d_x. To be called by all threads of a block.
-template <typename T>
-__device__ bool add_gradients(const Layer<T>& layer, const T* features, const LabelBlock& labels,
-                              const float (&dy)[Group<T>::kValues], bool add, Connection* staged, float* sums,
-                              float* sums_of_d_x) {
+template <typename T, bool kSparse>
+__device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features,
+                              const LabelBlock& labels, const float (&dy)[Group<T>::kValues], bool add,
+                              Staged<kSparse>& staged, float* sums, float* sums_of_d_x) {
   constexpr int kLanes = Group<T>::kLanes, kValues = Group<T>::kValues;
+  constexpr int kRows = kSparse ? kAtOnce / 2 : kAtOnce;  // more would spill where there are sparse inputs
   const int label = my_label<T>(), lane = my_lane<T>();
   bool nonzero = false;
   for (float d : dy) nonzero |= d != 0;
@@ -282,19 +390,31 @@ __device__ bool add_gradients(const Layer<T>& layer, const T* features, const La
   if (!__syncthreads_or(nonzero_lanes != 0)) return false;
   const bool label_nonzero = (nonzero_lanes >> (threadIdx.x % kWarp - lane)) & ((1u << kLanes) - 1);
 
-  for (int64_t f = 0; f < layer.shape.fan_in; f += kConnections) {
-    stage(layer, labels, f, staged);
-    if (add && nonzero_lanes == 0) continue;
-    const Connection* mine = staged + label * kStagedStride;
-    const int count = staged_connections(layer, f);
+  if constexpr (kSparse) {  // connections that are left out write no sums
+    if (!add) {
 #pragma unroll 1
-    for (int c = 0; c < count; c += kAtOnce) {
-      float products[kAtOnce] = {};
-      if (label_nonzero) {
-        uint4 rows[kAtOnce];
-        load_rows<false>(features, mine + c, lane, rows);
+      for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += Group<T>::kThreads) sums[i] = 0;
+      add = true;  // `stage` waits for all threads
+    }
+  }
+  for (int64_t f = 0; f < layer.shape.fan_in; f += kConnections) {
+    stage(layer, features, labels, f, staged);
+    if (add && nonzero_lanes == 0) continue;
+    const Connection* mine = staged.connections + label * kStagedStride;
+    const int count = staged_connections(layer, f, staged, label);
+    int most = count;  // of the labels of the warp, whose lanes add up together
+    if constexpr (kSparse) {
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
+      for (int other = kLanes; other < kWarp; other *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, other));
+    }
+#pragma unroll 1
+    for (int c = 0; c < most; c += kRows) {
+      float products[kRows] = {};
+      if (label_nonzero && (!kSparse || c < count)) {
+        uint4 rows[kRows];
+        load_rows<false>(features.rows, mine + c, lane, rows);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
           float x[kValues];
           unpack(rows[i], x);
           const Connection connection = mine[c + i];
@@ -306,8 +426,8 @@ __device__ bool add_gradients(const Layer<T>& layer, const T* features, const La
         }
       }
       const float sum = sum_to_own_lane<kLanes>(products, lane);
-      if (label < labels.size && lane < kAtOnce && c + lane < count) {
-        float& total = sums[label * layer.shape.fan_in + f + c + lane];
+      if (label < labels.size && lane < kRows && c + lane < count) {
+        float& total = sums[label * layer.shape.fan_in + f + number_of(staged, label, c + lane)];
         total = add ? total + sum : sum;
       }
     }

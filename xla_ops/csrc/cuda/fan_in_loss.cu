@@ -34,26 +34,28 @@ cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count,
 }
 
 template <typename T>
-cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                              const T* kernel, Indices indices, const T* bias, const int32_t* positives, int64_t width,
-                              float* value) {
-  return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, NoGradients{}, value,
-                     nullptr);
+cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                              const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                              const int32_t* positives, int64_t width, float* value) {
+  return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, NoGradients{},
+                     value, nullptr);
 }
 
 template <typename T>
-cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                                  const T* kernel, Indices indices, const T* bias, const int32_t* positives,
-                                  int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias) {
+cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                                  const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                                  const int32_t* positives, int64_t width, float* value, T* d_x, T* d_kernel,
+                                  T* d_bias) {
   return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width},
                      WriteGradients<T>{d_kernel, d_bias}, value, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                     \
-  template cudaError_t fan_in_loss_value<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, const T*,      \
-                                            Indices, const T*, const int32_t*, int64_t, float*);                   \
-  template cudaError_t fan_in_loss_gradients<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, const T*,  \
-                                                Indices, const T*, const int32_t*, int64_t, float*, T*, T*, T*);
+#define XLA_OPS_INSTANTIATE(T)                                                                                        \
+  template cudaError_t fan_in_loss_value<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, const T*, \
+                                            Indices, const T*, const int32_t*, int64_t, float*);                      \
+  template cudaError_t fan_in_loss_gradients<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&,       \
+                                                const T*, Indices, const T*, const int32_t*, int64_t, float*, T*, T*, \
+                                                T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

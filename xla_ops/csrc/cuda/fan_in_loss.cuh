@@ -74,13 +74,13 @@ struct Backward {
 struct NoGradients {};
 
 // totals[block of threads] = the sum of its losses.
-template <typename T, typename Sink>
-__global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T> layer, Loss loss, Positives positives,
+template <typename T, bool kSparse, typename Sink>
+__global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T, kSparse> layer, Loss loss, Positives positives,
                                                     double* __restrict__ totals, const Backward<Sink> out) {
   constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
   constexpr int kValues = Group<T>::kValues, kThreads = Group<T>::kThreads;
   union Shared {
-    Connection staged[kStaged];
+    Staged<kSparse> staged;
     double sums[kThreads];
   };
   __shared__ Shared shared;
@@ -131,28 +131,30 @@ cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count,
 
 // The whole pass: the loss and, unless the sink is NoGradients, d_x.
 template <typename T, typename Sink>
-cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs, const T* kernel,
-                     Indices indices, const T* bias, const Positives& positives, const Sink& sink, float* value,
-                     T* d_x) {
+cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
+                     const T* kernel, Indices indices, const T* bias, const Positives& positives, const Sink& sink,
+                     float* value, T* d_x) {
   constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
-  T* const packed = workspace.take<T>(packed_count(s));
-  const Layer<T> layer{s, packed, kernel, indices, bias};
-  double* const totals = workspace.take<double>(most_sharers(layer));
+  const Packed<T> packed = take_packed(workspace, s, inputs);
+  const Layer<T> plain{s, packed.rows, kernel, indices, bias};
+  double* const totals = workspace.take<double>(most_sharers(plain));
   const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.labels));
   Backward<Sink> out{scale, nullptr, nullptr, sink};
   if constexpr (kGradients) {
-    out.sums_of_blocks = workspace.take<float>(most_sharers(layer) * kLabels * s.fan_in);
+    out.sums_of_blocks = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
     out.d_packed = workspace.take<float>(sums_count(s));
   }
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
 
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs.x, packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(layer)));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(plain)));
   if constexpr (kGradients) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, out.d_packed, sums_count(s)));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(launch(loss_kernel<T, Sink>, most_sharers(layer), Group<T>::kThreads, 0, stream, layer,
-                                      loss, positives, totals, out));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(dispatch(plain, packed.map, [&](const auto& layer) {
+    return launch(loss_kernel<T, std::decay_t<decltype(layer)>::kHasSparse, Sink>, most_sharers(plain),
+                  Group<T>::kThreads, 0, stream, layer, loss, positives, totals, out);
+  }));
   const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.labels);
-  XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, most_sharers(layer), divisor, value));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, most_sharers(plain), divisor, value));
   if constexpr (kGradients) return unpack_sums(stream, s, out.d_packed, d_x);
   return cudaSuccess;
 }

@@ -44,24 +44,25 @@ struct AdamUpdate {
 }  // namespace
 
 template <typename T>
-cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                            T* kernel, Indices indices, T* bias, const int32_t* positives, int64_t width,
-                            const float* learning_rate, const uint32_t* key, float* value, T* d_x) {
+cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                            const Inputs<T>& inputs, T* kernel, Indices indices, T* bias, const int32_t* positives,
+                            int64_t width, const float* learning_rate, const uint32_t* key, float* value, T* d_x) {
   const SgdUpdate<T> update{kernel, bias, s.labels * s.fan_in, learning_rate, key};
   return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, update, value, d_x);
 }
 
-cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<float>& inputs,
-                             const AdamWeights& kernel, Indices indices, const AdamWeights& bias,
-                             const int32_t* positives, int64_t width, const AdamRates& rates, float* value,
-                             float* d_x) {
+cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                             const Inputs<float>& inputs, const AdamWeights& kernel, Indices indices,
+                             const AdamWeights& bias, const int32_t* positives, int64_t width, const AdamRates& rates,
+                             float* value, float* d_x) {
   return run_loss<float>(stream, workspace, s, loss, inputs, kernel.w, indices, bias.w, {positives, width},
                          AdamUpdate{kernel, bias, rates}, value, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                       \
-  template cudaError_t fan_in_sgd_step<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, T*, Indices, T*, \
-                                          const int32_t*, int64_t, const float*, const uint32_t*, float*, T*);
+#define XLA_OPS_INSTANTIATE(T)                                                                                     \
+  template cudaError_t fan_in_sgd_step<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, T*,      \
+                                          Indices, T*, const int32_t*, int64_t, const float*, const uint32_t*,     \
+                                          float*, T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

@@ -147,27 +147,28 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
-                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels) {
+                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores,
+                         int32_t* labels) {
   if (k == 0) return cudaSuccess;
   int64_t size = 1;
   while (size < k) size *= 2;
   const int64_t stride = std::min(s.labels, labels_at_once);
   const int64_t capacity = std::max(k + stride, size);
-  T* const packed = workspace.take<T>(packed_count(s));
+  const Packed<T> packed = take_packed(workspace, s, inputs);
   float* const logits = workspace.take<float>(s.batch * stride);
   const Lists lists{capacity, workspace.take<uint64_t>(s.batch * capacity), workspace.take<uint32_t>(s.batch),
                     workspace.take<uint64_t>(s.batch)};
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
-  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs.x, packed));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.counts, s.batch));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.bounds, s.batch));
   for (int64_t first = 0; first < s.labels; first += stride) {
     const int64_t count = std::min(stride, s.labels - first);
     const Indices of_these{static_cast<const char*>(indices.data) + first * s.fan_in * (indices.is_uint16 ? 2 : 4),
                            indices.is_uint16};
-    const Layer<T> layer{Shape{s.batch, s.in_features, count, s.fan_in}, packed, kernel + first * s.fan_in, of_these,
-                         bias ? bias + first : nullptr};
-    XLA_OPS_RETURN_IF_CUDA_ERROR(write_logits(stream, layer, logits, stride));
+    const Shape part{s.batch, s.in_features, count, s.fan_in};
+    const Layer<T> layer{part, packed.rows, kernel + first * s.fan_in, of_these, bias ? bias + first : nullptr};
+    XLA_OPS_RETURN_IF_CUDA_ERROR(write_logits(stream, layer, packed.map, logits, stride));
     XLA_OPS_RETURN_IF_CUDA_ERROR(launch(merge_kernel, s.batch, kThreads, 0, stream, s.batch, first, count, stride,
                                         logits, static_cast<uint32_t>(k), lists));
   }

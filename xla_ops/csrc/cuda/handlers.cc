@@ -35,7 +35,6 @@ ffi::Error error_of(cudaError_t status) {
 // returns into one of XLA's.
 template <typename Fn>
 ffi::Error launch(const InputBuffers& in, const ffi::AnyBuffer& indices, ffi::AnyBuffer& buffer, Fn&& fn) {
-  if (in.num_columns > 0) return ffi::Error(ffi::ErrorCode::kUnimplemented, "no sparse inputs on CUDA");
   cudaError_t status = cudaSuccess;
   cuda::Workspace workspace(buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
   XLA_OPS_RETURN_IF_ERROR(dispatch(in.x, indices, [&](auto* t, auto*) { status = fn(t, workspace); }));
@@ -221,7 +220,8 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
   } else if (handler == "xla_ops.fan_in_step.sgd") {
     cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, inputs, out, indices, out, labels, 0, scores, nullptr, scores, out);
   } else if (handler == "xla_ops.fan_in_step.adam") {
-    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, {nullptr, nullptr, nullptr, nullptr, entries, num_columns}, {}, indices, {}, labels, 0, {}, scores, scores);
+    const cuda::Inputs<float> of_floats{nullptr, nullptr, nullptr, nullptr, entries, num_columns};
+    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, of_floats, {}, indices, {}, labels, 0, {}, scores, scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
     cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), inputs, in, indices, in, scores, labels);
   } else if (handler != "xla_ops.dense_step.adam") {  // which has no temporaries

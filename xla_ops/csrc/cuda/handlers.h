@@ -10,8 +10,8 @@
 
 namespace xla_ops {
 
-// How large a handler's last result, the workspace, must be; k is that of fan_in_top_k, the sparse inputs are num_columns,
-// of which a batch has so many entries. It asks for no device.
+// How large a handler's last result, the workspace, must be; k is that of fan_in_top_k, and a batch has so many entries
+// of num_columns sparse inputs. It asks for no device.
 int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k, int64_t entries,
                         int64_t num_columns);
 

@@ -83,24 +83,25 @@ cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, c
 
 // value = the mean loss against positives [B, width]; the gradients of all but the positives.
 template <typename T>
-cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                              const T* kernel, Indices indices, const T* bias, const int32_t* positives, int64_t width,
-                              float* value);
+cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                              const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                              const int32_t* positives, int64_t width, float* value);
 template <typename T>
-cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                                  const T* kernel, Indices indices, const T* bias, const int32_t* positives,
-                                  int64_t width, float* value, T* d_x, T* d_kernel, T* d_bias);
+cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                                  const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                                  const int32_t* positives, int64_t width, float* value, T* d_x, T* d_kernel,
+                                  T* d_bias);
 
 // The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without momentum,
 // with a float and, for the rounding of bfloat16, the three words of csrc/cpu/kernels.h's RoundingKey, or by Adam.
 template <typename T>
-cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                            T* kernel, Indices indices, T* bias, const int32_t* positives, int64_t width,
-                            const float* learning_rate, const uint32_t* key, float* value, T* d_x);
-cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<float>& inputs,
-                             const AdamWeights& kernel, Indices indices, const AdamWeights& bias,
-                             const int32_t* positives, int64_t width, const AdamRates& rates, float* value,
-                             float* d_x);
+cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                            const Inputs<T>& inputs, T* kernel, Indices indices, T* bias, const int32_t* positives,
+                            int64_t width, const float* learning_rate, const uint32_t* key, float* value, T* d_x);
+cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                             const Inputs<float>& inputs, const AdamWeights& kernel, Indices indices,
+                             const AdamWeights& bias, const int32_t* positives, int64_t width, const AdamRates& rates,
+                             float* value, float* d_x);
 
 // One step of Adam for kernel [D, O] and its moments where they are, of the gradient x.T dy, x [B, D] and dy [B, O]. M,
 // the moments' type, is float or bfloat16; of the latter `key` is that of the second one's rounding.
@@ -111,7 +112,8 @@ cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const floa
 // scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
 template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
-                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores, int32_t* labels);
+                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores,
+                         int32_t* labels);
 
 }  // namespace xla_ops::cuda
 

@@ -3,6 +3,9 @@
 
 #include "layout.h"
 
+#include <cstdint>
+#include <type_traits>
+
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -62,12 +65,35 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t packed_count(const Shape& s) { return ceil_div(s.batch, kTile) * (s.in_features + 1) * kTile; }
+template <typename T>
+Packed<T> take_packed(Workspace& workspace, const Shape& s, const Inputs<T>& inputs) {
+  const int64_t tiles = ceil_div(s.batch, kTile), dense = tiles * (s.in_features + 1) * kTile;
+  if (inputs.columns == 0) return {workspace.take<T>(dense), nullptr, {0, nullptr, nullptr}};
+  const int64_t sparse = most_sparse_rows(s.batch, inputs.entries, inputs.columns) * kTile;
+  Packed<T> packed{workspace.take<T>(dense + sparse), nullptr, {inputs.columns, nullptr, nullptr}};
+  packed.map.words = workspace.take<Word>(tiles * packed.map.words_of_tile());
+  packed.map.starts = workspace.take<int32_t>(tiles);
+  if constexpr (!std::is_same_v<T, float>) packed.sums = workspace.take<float>(sparse);
+  return packed;
+}
 
 template <typename T>
-cudaError_t pack(cudaStream_t stream, const Shape& s, const T* x, T* packed) {
-  const int64_t items = ceil_div(s.batch, kTile) * ceil_div(s.in_features + 1, kTile);
-  return launch(pack_kernel<T>, items, kThreads, 0, stream, s, x, packed);
+cudaError_t pack(cudaStream_t stream, const Shape& s, const Inputs<T>& inputs, const Packed<T>& packed) {
+  const int64_t tiles = ceil_div(s.batch, kTile), dense = tiles * (s.in_features + 1);
+  const int64_t sparse = most_sparse_rows(s.batch, inputs.entries, inputs.columns);
+  if (inputs.columns > 0 && std::max(dense + sparse, s.in_features + inputs.columns) > INT32_MAX) {
+    return cudaErrorInvalidValue;  // a Connection could not tell them apart
+  }
+  const int64_t items = tiles * ceil_div(s.in_features + 1, kTile);
+  XLA_OPS_RETURN_IF_CUDA_ERROR(launch(pack_kernel<T>, items, kThreads, 0, stream, s, inputs.x, packed.rows));
+  if (inputs.columns == 0) return cudaSuccess;
+  T* const rows = packed.rows + dense * kTile;
+  if constexpr (std::is_same_v<T, float>) {
+    return pack_sparse(stream, s.batch, inputs, packed.map, rows);
+  } else {
+    XLA_OPS_RETURN_IF_CUDA_ERROR(pack_sparse(stream, s.batch, inputs, packed.map, packed.sums));
+    return round_sums(stream, packed.sums, sparse * kTile, rows);
+  }
 }
 
 int64_t sums_count(const Shape& s) { return ceil_div(s.batch, kTile) * s.in_features * kTile; }
@@ -78,8 +104,9 @@ cudaError_t unpack_sums(cudaStream_t stream, const Shape& s, const float* sums, 
   return launch(unpack_kernel<T>, items, kThreads, 0, stream, s, sums, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                   \
-  template cudaError_t pack<T>(cudaStream_t, const Shape&, const T*, T*);        \
+#define XLA_OPS_INSTANTIATE(T)                                                                  \
+  template Packed<T> take_packed<T>(Workspace&, const Shape&, const Inputs<T>&);                \
+  template cudaError_t pack<T>(cudaStream_t, const Shape&, const Inputs<T>&, const Packed<T>&); \
   template cudaError_t unpack_sums<T>(cudaStream_t, const Shape&, const float*, T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
