@@ -674,6 +674,17 @@ def test_no_entries_but_padding(run, dtype, count):
     check_sparse_matmul(run, full, problem._replace(x=problem.x[:, :3]), sparse)
 
 
+@DTYPE
+def test_a_row_for_each_entry(run, dtype):
+    # There is no memory for one more.
+    problem = matmul.make_problem(40, 43, 66, 5, dtype=dtype)
+    x = problem.x.copy()
+    x[:, 3:] *= np.eye(40, dtype=dtype)[::-1]
+    rows = np.random.default_rng(0).permutation(40).astype(np.int32)
+    sparse = SparseInputs(rows, 39 - rows, x[rows, 42 - rows], 40)
+    check_sparse_matmul(run, problem._replace(x=x), problem._replace(x=x[:, :3]), sparse)
+
+
 @DEVICE
 @pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 6, 0, 3)], ids=str)
 def test_sparse_matmul_of_nothing(run, shape, device):
