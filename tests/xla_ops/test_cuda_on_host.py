@@ -656,8 +656,10 @@ def test_more_sparse_inputs_than_are_numbered_at_once(run, dtype):
 
 def test_more_tiles_than_are_counted_at_once(run):
     batch = 32 * 1024 + 40
-    problem = matmul.make_problem(batch, 4, 1, 3, dtype=jnp.bfloat16)
+    problem = matmul.make_problem(batch, 10, 1, 9, dtype=jnp.bfloat16)
+    problem = problem._replace(indices=np.arange(1, 10, dtype=np.int32)[np.newaxis])
     full, problem, sparse = sparse_test.sparsify(problem, 1, density=0.3)
+    assert np.any(full.x[32 * 1024 :, 1:])
     arrays = problem._asdict() | {"sparse": sparse}
     (y,) = run("fan_in_matmul.forward", arrays, [("y", (batch, 1), jnp.bfloat16)], SMALL)
     exact = matmul.brute_force(*full)[0]
