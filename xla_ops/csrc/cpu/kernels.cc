@@ -223,6 +223,8 @@ struct All {
     int64_t in_features, count;
     XLA_OPS_INLINE int64_t row(int64_t k) const { return row_of(indices[k], in_features); }
     XLA_OPS_INLINE int64_t at(int64_t k) const { return k; }
+    // d[at(k + i)] += sums[i]
+    XLA_OPS_INLINE void add(Vec sums, int64_t k, float* d) const { store(d + k, load(d + k) + sums); }
   };
   XLA_OPS_INLINE OfLabel every(int64_t n) const { return {indices + n * fan_in, in_features, fan_in}; }
   XLA_OPS_INLINE OfLabel dense(int64_t n) const { return every(n); }
@@ -237,6 +239,10 @@ struct Chosen {
     int64_t count;
     XLA_OPS_INLINE int64_t row(int64_t k) const { return rows[k]; }
     XLA_OPS_INLINE int64_t at(int64_t k) const { return ats[k]; }
+    XLA_OPS_INLINE void add(Vec sums, int64_t k, float* d) const {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) d[ats[k + i]] += sums[i];
+    }
   };
   XLA_OPS_INLINE OfLabel every(int64_t n) const {
     return {lists.row + n * lists.stride, lists.at + n * lists.stride, lists.count[n]};
@@ -312,7 +318,7 @@ void kernel_grad_of_width(const T* packed, const Connections& connections, const
 #pragma GCC unroll 16
       for (int j = 0; j < W; ++j) sum[j] = products_of_rows<NV>(row, packed + these.row(k + j) * NV * W);
       SumLanes<1>::run(sum);
-      for (int j = 0; j < W; ++j) d[these.at(k + j)] += sum[0][j];
+      these.add(sum[0], k, d);
     }
     for (; k < these.count; ++k) {
       d[these.at(k)] += sum_lanes(products_of_rows<NV>(row, packed + these.row(k) * NV * W));
@@ -446,9 +452,7 @@ void list(const SparseMap& map, const I* indices, int64_t labels, int64_t fan_in
     int32_t *row = out.row + n * out.stride, *at = out.at + n * out.stride;
     const Counts counts = split(map, indices + n * fan_in, fan_in, row, at, column, at_sparse);
     for (int64_t k = 0; k < counts.sparse; ++k) {
-      const uint32_t c = static_cast<uint32_t>(column[k]);
-      const uint32_t before = map.present[c / 32] & ((uint32_t{1} << c % 32) - 1);
-      row[counts.dense + k] = map.first[c / 32] + __builtin_popcount(before);
+      row[counts.dense + k] = map.row_of(column[k]);
       at[counts.dense + k] = at_sparse[k];
     }
     out.dense[n] = static_cast<int32_t>(counts.dense);

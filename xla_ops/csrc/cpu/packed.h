@@ -203,8 +203,7 @@ class Packed {
   void add_sparse(const Tiles& tiles, const Inputs<T>& inputs) {
     for_each(tiles, inputs, [&](int64_t row, int64_t column, int64_t n) {
       const Tile tile = tiles[row / kTile];
-      const uint32_t before = present_[column / 32] & ((uint32_t{1} << column % 32) - 1);
-      const int64_t at = first_[column / 32] + __builtin_popcount(before);
+      const int64_t at = map().row_of(column);
       add(inputs.values[n], values_.get() + tile.first * rows_ + at * tile.width + row - tile.first);
     });
   }
