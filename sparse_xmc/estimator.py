@@ -139,7 +139,6 @@ class XMCClassifier(BaseEstimator):
                 penultimate=sizes["penultimate"],
                 fan_in=sizes["fan_in"],
                 direct=sizes["direct"],
-                direct_scale=5.0,
                 output_bias=-1.0,  # on the negative side of the margin, so that easy negatives cost nothing
                 output_bound=0.05,
             ),

@@ -113,14 +113,12 @@ def _forward(num_columns):
 
     @forward.def_vmap
     def _(axis_size, in_batched, x, rows, columns, values, *layer):
-        if in_batched[0] and not any(in_batched[4:]) and len(set(in_batched[1:4])) == 1:
+        own_entries = all(in_batched[:4])
+        if (own_entries or (in_batched[0] and not rows.size)) and not any(in_batched[4:]):
             batch = x.shape[1]
-            if in_batched[1]:
+            if own_entries:
                 first = batch * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
-                inside = (rows >= 0) & (rows < batch)
-                rows = jnp.where(inside, rows + first, -1)
-            elif rows.size:
-                return jax.vmap(call, (0, *[None] * 6))(x, rows, columns, values, *layer), True
+                rows = jnp.where((rows >= 0) & (rows < batch), rows + first, -1)
             flat = (rows.reshape(-1), columns.reshape(-1), values.reshape(-1))
             y = forward(x.reshape(axis_size * batch, x.shape[2]), *flat, *layer)
             return y.reshape(axis_size, batch, y.shape[1]), True

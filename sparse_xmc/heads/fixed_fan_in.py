@@ -45,7 +45,7 @@ class FixedFanInConfig(HeadConfig):
     penultimate: int = setting(8192, at_least=0)
     fan_in: int = setting(32, at_least=1)
     direct: int = setting(0, at_least=0)
-    direct_scale: float = setting(3.0, above=0)
+    direct_scale: float = setting(5.0, above=0)
     output_bias: float = 0.0
     output_bound: float | None = setting(None, above=0, or_else=(None,))
     distinct: bool = True

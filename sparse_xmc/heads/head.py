@@ -62,16 +62,16 @@ class Features(NamedTuple):
 
     Attributes:
       x: float32 [B, E], the features.
-      words: the words of the batch, [B, V].
+      words: the words of the batch, [B, V], if it passes any on.
     """
 
     x: Array
-    words: SparseInputs
+    words: SparseInputs | None
 
 
-def split_features(features: Array | Features) -> tuple[Array, SparseInputs | None]:
+def split_features(features: Array | Features) -> Features:
     """The features [B, E], and the words beside them if there are any."""
-    return (features.x, features.words) if isinstance(features, Features) else (features, None)
+    return features if isinstance(features, Features) else Features(features, None)
 
 
 class StepInputs(NamedTuple):

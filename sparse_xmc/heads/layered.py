@@ -144,8 +144,7 @@ class LayeredHead(Head):
 
         def loss_of(params, x):
             head = nnx.merge(graphdef, params, rest, copy=True)
-            features = x if inputs.words is None else Features(x, inputs.words)
-            return head.loss(features, inputs.positives, training.loss)
+            return head.loss(Features(x, inputs.words), inputs.positives, training.loss)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
         return loss, d_x, next_state(moments, self._update(grads, inputs, moments, training))

@@ -106,10 +106,12 @@ class Step:
         """The state after a rewiring."""
         model = self._merge(state)
         x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
-        x = x.astype(jnp.float32)
-        features = x if words is None else Features(x, words)
         moments = model.head.rewire(
-            features, jnp.asarray(batch.positives), state["moments"], key, self.config.rewire
+            Features(x.astype(jnp.float32), words),
+            jnp.asarray(batch.positives),
+            state["moments"],
+            key,
+            self.config.rewire,
         )
         return _state(model, moments, state["optimizer"], state["squares"])
 
