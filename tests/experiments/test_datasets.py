@@ -53,6 +53,15 @@ def test_text_is_encoded_by_what_the_training_points_have(tsv):
     np.testing.assert_array_equal(splits.test.features.toarray(), [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
 
 
+def test_text_with_pairs_of_words(tmp_path):
+    (tmp_path / "train.tsv").write_text("pet\tsmall furry cat\npet\tsmall furry dog\nbird\tfurry, small\n")
+    (tmp_path / "test.tsv").write_text("pet\tfurry small furry\n")
+    splits = datasets.load(str(tmp_path / "train.tsv"), str(tmp_path / "test.tsv"), ngrams=2)
+    # In at least two training texts: furry, small, "small furry".
+    np.testing.assert_array_equal(splits.train.features.toarray() > 0, [[1, 1, 1], [1, 1, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(splits.test.features.toarray() > 0, [[1, 1, 1]])
+
+
 def test_repository_format(xmc, tmp_path):
     (train, test), paths = xmc
     for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):

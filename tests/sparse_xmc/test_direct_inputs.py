@@ -8,8 +8,8 @@ import scipy.sparse
 from flax import nnx
 from small_models import FEATURES, LABELS, make_batches, make_model, points_with_counts
 
-from sparse_xmc import RewireConfig, Trainer, TrainingConfig
-from sparse_xmc.heads import Features, FixedFanInConfig, choosing
+from sparse_xmc import BagOfWordsEncoder, RewireConfig, Trainer, TrainingConfig
+from sparse_xmc.heads import Features, FixedFanInConfig, StepInputs, choosing
 from sparse_xmc.heads.choosing import choose_columns
 from sparse_xmc.heads.rewiring import rewire_active
 from xla_ops import SparseInputs
@@ -106,6 +106,35 @@ def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
     np.testing.assert_allclose(
         np.take_along_axis(expected, np.asarray(labels), 1), scores, rtol=1e-4, atol=1e-5
     )
+
+
+def test_words_are_scaled_as_their_embedding_is():
+    (batch,) = make_batches(1, bag_of_words=True)
+    encoder = BagOfWordsEncoder(FEATURES, 6, scale=1.5, direct=True, rngs=nnx.Rngs(0))
+    x, words = encoder(batch.inputs)
+    dense = np.zeros((len(x), FEATURES), np.float32)
+    inside = np.asarray(batch.inputs.rows) < len(x)
+    at = (np.asarray(batch.inputs.rows)[inside], np.asarray(batch.inputs.words)[inside])
+    np.add.at(dense, at, np.asarray(batch.inputs.weights)[inside])
+    np.testing.assert_allclose(words.densify(len(x)), 1.5 * dense, rtol=1e-6)
+    np.testing.assert_allclose(x, np.maximum(1.5 * dense @ encoder.embedding.embedding[...], 0), atol=1e-5)
+
+
+def test_features_have_the_gradients_of_both_ways_that_labels_read_them():
+    head = make_model(fan_in=5, direct=3, direct_scale=2.0, output_bound=0.5).head
+    (batch,) = make_batches(1)
+    x, positives, training = jnp.asarray(batch.inputs), jnp.asarray(batch.positives), TrainingConfig()
+    expected = jax.grad(head.loss)(x, positives)
+    inputs = StepInputs(x, positives, jnp.float32(0.1), 0, jnp.int32(0))
+    graphdef, state = nnx.split(head)
+
+    @jax.jit
+    def d_x_of_step(state):
+        head = nnx.merge(graphdef, state, copy=True)
+        return head.step_fused(inputs, head.init_moments(training), training)[1]
+
+    d_x = d_x_of_step(state)
+    np.testing.assert_allclose(d_x, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(3))

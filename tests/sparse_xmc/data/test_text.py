@@ -44,6 +44,17 @@ class TestTextEncoder:
         encoder = text.TextEncoder.fit(["c b b", "a b a"], min_df=1, max_features=1)
         assert encoder(["a", "b", "c"]).toarray().tolist() == [[0], [1], [0]]
 
+    def test_pairs_of_neighbouring_words_by_hand(self, tmp_path):
+        encoder = text.TextEncoder.fit(["a b", "a b c"], ngrams=2, min_df=1)
+        assert encoder.vocabulary_size == 5  # a, "a b", b, "b c", c
+        rare = math.log(3 / 2) + 1
+        encoder.save(tmp_path / "words.json")
+        for saved_or_not in (encoder, text.TextEncoder.load(tmp_path / "words.json")):
+            features = saved_or_not(["b c", "b, A"]).toarray()  # of the second, only the words are known
+            expected = np.array([[0, 0, 1, rare, rare], [1, 0, 1, 0, 0]])
+            expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+            np.testing.assert_allclose(features, expected, rtol=1e-6)
+
     def test_no_word_left(self):
         with pytest.raises(ValueError, match="no terms remain"):
             text.TextEncoder.fit(["a", "b"])
