@@ -9,28 +9,46 @@ See `experiments.measure.ops`; the ops are in `experiments.measure.problems`.
 
 measures time and memory of training steps: of the networks in `experiments.measure.workloads`, or of one: the
 first of them, but for the sizes that are given. See `experiments.measure.steps`.
+
+    python -m experiments.benchmark --op=direct_inputs --json=result.json
+
+times steps and top k of labels that read words beside units. See `experiments.measure.direct_inputs`.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
-from experiments.measure import ops, problems, steps, workloads
+from experiments.measure import direct_inputs, ops, problems, steps, workloads
 
 # The flags that say what is measured; --fan_in and --penultimate are those of `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
 _OF_STEPS = ("labels", "features", "fan_in", "penultimate", "mode", "steps")
+_OF_DIRECT = ("labels", "inputs", "fan_in", "batch", "density", "vocabulary")
 _FAN_IN = 32
+# The sizes of an op where flags give none: of direct_inputs, those of `experiments/flags/text.cfg`.
+_SIZES = {"inputs": 32_768, "batch": 32, "density": 1.0}
+_DIRECT_SIZES = {"inputs": 8192, "batch": 256, "density": 0.01}
+
+
+def _help(what: str, name: str) -> str:
+    return f"{what}; by default {_SIZES[name]}, for direct_inputs {_DIRECT_SIZES[name]}."
 
 
 def _define_flags() -> None:
-    flags.DEFINE_enum("op", "fan_in_matmul", [*problems.OPS, "training_step"], "What to measure.")
+    flags.DEFINE_enum(
+        "op", "fan_in_matmul", [*problems.OPS, "training_step", "direct_inputs"], "What to measure."
+    )
     flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
-    flags.DEFINE_integer("inputs", 32_768, "Number of inputs of an op.", lower_bound=1)
-    flags.DEFINE_integer("batch", 32, "Examples in the batch of an op.", lower_bound=1)
+    flags.DEFINE_integer("inputs", None, _help("Number of inputs of an op", "inputs"), lower_bound=1)
+    flags.DEFINE_integer("batch", None, _help("Examples in the batch of an op", "batch"), lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the values of an op.")
-    flags.DEFINE_float("density", 1.0, "The part of the logits with a gradient, for fan_in_loss.", 0.0, 1.0)
+    flags.DEFINE_float(
+        "density", None, _help("The part of the logits with a gradient, for losses", "density"), 0.0, 1.0
+    )
+    flags.DEFINE_integer("vocabulary", 100_000, "Number of words, for direct_inputs.", lower_bound=1000)
     flags.DEFINE_integer(
         "features", workloads.NUM_FEATURES, "Input features, for training_step.", lower_bound=1
     )
@@ -47,8 +65,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    used = _OF_STEPS if values.op == "training_step" else _OF_OPS
-    given = [name for name in {*_OF_OPS, *_OF_STEPS} - {*used} if values[name].present]
+    used = {"training_step": _OF_STEPS, "direct_inputs": _OF_DIRECT}.get(values.op, _OF_OPS)
+    given = [name for name in {*_OF_OPS, *_OF_STEPS, *_OF_DIRECT} - {*used} if values[name].present]
     if unused := sorted({*given, *workloads.flags_without_use(*used)}):
         raise app.UsageError(f"--op={values.op} has no use for {', '.join(f'--{name}' for name in unused)}")
     if values.op == "training_step":
@@ -58,9 +76,16 @@ def main(argv: list[str]) -> None:
         report = steps.measure(networks, modes, values.repeats, values.steps)
     else:
         fan_in = _FAN_IN if values.fan_in is None else values.fan_in
-        shape = problems.Shape(values.labels, values.inputs, fan_in, values.batch, values.density)
-        report = ops.measure(values.op, shape, values.dtype, values.repeats)
-        print(ops.table(report))
+        defaults = _DIRECT_SIZES if values.op == "direct_inputs" else _SIZES
+        given_sizes = {name: getattr(values, name) for name in defaults if values[name].present}
+        sizes: dict[str, Any] = defaults | given_sizes
+        shape = problems.Shape(labels=values.labels, fan_in=fan_in, **sizes)
+        if values.op == "direct_inputs":
+            report = direct_inputs.measure(shape, values.vocabulary, values.repeats)
+            print(direct_inputs.table(report))
+        else:
+            report = ops.measure(values.op, shape, values.dtype, values.repeats)
+            print(ops.table(report))
     if values.json is not None:
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -10,6 +10,7 @@ one that fails is recorded and the rest go on:
   build     the native modules, CUDA's among them
   tests     the whole test suite, on the GPU
   benchmark the ops at the size of Amazon-670K (see `experiments.measure.gpu_ops`)
+  words     the same with words among the inputs (see `experiments.measure.direct_inputs`)
   training  two epochs of experiments/flags/quickstart.cfg
   claim     training steps of the paper's model in 4 GiB (see `experiments.measure.gpu_claim`)
 
@@ -127,6 +128,11 @@ def benchmark() -> dict:
     return run_module("measure.gpu_ops")
 
 
+def words() -> dict:
+    """Times steps and top k of labels that read words beside units."""
+    return run_module("benchmark", "--op=direct_inputs")
+
+
 def training() -> dict:
     """Trains on the shipped data set, for two epochs of 192 steps."""
     with tempfile.TemporaryDirectory() as directory:
@@ -146,7 +152,7 @@ def claim() -> dict:
     return run_module("measure.gpu_claim", XLA_PYTHON_CLIENT_MEM_FRACTION=f"{fraction:.6f}")
 
 
-PARTS = {f.__name__: f for f in (device, build, tests, benchmark, training, claim)}
+PARTS = {f.__name__: f for f in (device, build, tests, benchmark, words, training, claim)}
 
 
 def check(parts: dict[str, Callable[[], dict]], report: dict, save: Callable[[dict], object]) -> dict:

@@ -71,6 +71,6 @@ def test_unknown_parts_are_named(tmp_path):
     ]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert "--parts are device, build, tests, benchmark, training, claim; got luck" in (
+    assert "--parts are device, build, tests, benchmark, words, training, claim; got luck" in (
         finished.stdout + finished.stderr
     )
