@@ -12,10 +12,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import datasets
 from experiments.measure import environment
 from sparse_xmc import XMCClassifier
-from sparse_xmc.data import read_tsv
+from sparse_xmc.data import Dataset, read_tsv
 from sparse_xmc.evaluation import evaluate
 from sparse_xmc.metrics import inverse_propensities
 
@@ -26,17 +25,21 @@ def measure(train: str, test: str) -> dict:
     start = time.perf_counter()
     classifier = XMCClassifier(verbose=True).fit(texts, labels)
     seconds = time.perf_counter() - start
-    # With the same words and labels as the classifier's.
-    splits = datasets.load(train, test, ngrams=classifier.ngrams)
-    weights = inverse_propensities(splits.train.labels)
+    saved = classifier.saved_
+    text_encoder, label_encoder = saved.text_encoder, saved.label_encoder
+    assert text_encoder is not None  # as it was given texts
+    assert label_encoder is not None  # and names
+    test_labels, test_texts = read_tsv(test)
+    points = Dataset(text_encoder(test_texts), label_encoder(test_labels))
+    weights = inverse_propensities(label_encoder(labels))
     return {
         "train": train,
-        "test": evaluate(classifier.saved_.model, splits.test, inv_propensities=weights),
-        "points": len(splits.train),
+        "test": evaluate(saved.model, points, inv_propensities=weights),
+        "points": len(texts),
         "labels": classifier.n_labels_,
         "fit_seconds": seconds,
         "epochs": len(classifier.history_),
-        "model": classifier.saved_.config.to_json(),
+        "model": saved.config.to_json(),
         "environment": environment.describe(),
     }
 

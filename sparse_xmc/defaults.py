@@ -5,6 +5,7 @@ others give); sizes and the number of steps follow from the numbers of points an
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,14 @@ from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig
 
 _MOST_EPOCHS = 100
+
+# Texts of more words than this on average, and bags of more different words, are long.
+_LONG_TEXT, _LONG_BAG = 250, 150
+
+
+def ngrams_for(texts: Sequence[str]) -> int:
+    """2, for pairs of neighbouring words as well; 1 for long texts, whose pairs say little more."""
+    return 1 if sum(len(text.split()) for text in texts) > _LONG_TEXT * len(texts) else 2
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
@@ -33,9 +42,16 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
     return sizes | {"direct": 7 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
 
 
-def dropout_for(dataset: Dataset) -> float:
-    """The rate of dropout on the features: 0.5 on the embedding of words, which labels read directly too."""
-    return 0.5 if dataset.is_sparse else 0.1
+def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
+    """The rate of dropout on features: of words, which labels read directly too, 0.5, 0.2 of long texts.
+
+    Args:
+      dataset: the training points.
+      ngrams: how long the features of texts are; a text has about so many of them for each of its words.
+    """
+    if isinstance(dataset.features, np.ndarray):
+        return 0.1
+    return 0.2 if dataset.features.nnz > _LONG_BAG * ngrams * len(dataset) else 0.5
 
 
 def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:

@@ -14,7 +14,7 @@ from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
-from sparse_xmc.defaults import dropout_for, input_scale_for, sizes_for, training_for
+from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
@@ -85,7 +85,7 @@ class XMCClassifier(BaseEstimator):
         epochs: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
-        ngrams: int = 2,
+        ngrams: int | None = None,
         min_df: int = 2,
         seed: int = 0,
         verbose: bool = False,
@@ -117,10 +117,13 @@ class XMCClassifier(BaseEstimator):
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
         """
         texts = _texts(X)
-        text_encoder = (
-            None if texts is None else TextEncoder.fit(texts, ngrams=self.ngrams, min_df=self.min_df)
-        )
-        features = _features(X) if texts is None or text_encoder is None else text_encoder(texts)
+        text_encoder, ngrams = None, 1
+        if texts is None:
+            features = _features(X)
+        else:
+            ngrams = ngrams_for(texts) if self.ngrams is None else self.ngrams
+            text_encoder = TextEncoder.fit(texts, ngrams=ngrams, min_df=self.min_df)
+            features = text_encoder(texts)
         labels, label_encoder = _encode_labels(y)
         train = Dataset(features, labels)
         if not len(train) or not labels.nnz:
@@ -129,7 +132,7 @@ class XMCClassifier(BaseEstimator):
         if self.embedding is not None and not train.is_sparse:
             raise ValueError(f"embedding={self.embedding} is for texts and sparse features, but X is dense")
         sizes = sizes_for(train, **self._given("embedding", "penultimate", "fan_in"))
-        dropout = dropout_for(train) if self.dropout is None else self.dropout
+        dropout = dropout_for(train, ngrams) if self.dropout is None else self.dropout
         config = ClassifierConfig(
             num_features=train.num_features,
             num_labels=train.num_labels,

@@ -1,0 +1,53 @@
+r"""Writes a synthetic data set with dense features, for the paper's setting without its data.
+
+    python -m experiments.prepare_synthetic --labels=10000 --points=50000 --out=data/synthetic
+
+`experiments.measure.synthetic` says what the points are. Test points come after the training points; equal
+sizes give the same bytes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+from absl import app, flags
+
+from experiments.measure.synthetic import Synthetic
+from experiments.prepare_packages import check_arguments
+from sparse_xmc.data import files, write_xmc_labels
+
+_LABELS_PER_POINT = 5.0
+_BATCH = 1000
+
+
+def write(out: Path, labels: int, train_points: int, test_points: int) -> None:
+    """Writes `{train,test}.npy`, float32 features, and `{train,test}.txt`, labels, to a directory."""
+    source = Synthetic(labels, _LABELS_PER_POINT)
+    for name, first, points in (("train", 0, train_points), ("test", train_points, test_points)):
+        batches = [
+            source.batch(index, _BATCH) for index in range(first // _BATCH, (first + points) // _BATCH)
+        ]
+        positives = np.concatenate([batch.positives for batch in batches])
+        counts = np.sum(positives >= 0, axis=1)
+        matrix = scipy.sparse.csr_array(
+            (np.ones(counts.sum(), bool), positives[positives >= 0], np.append(0, np.cumsum(counts))),
+            shape=(len(positives), labels),
+        )
+        np.save(out / f"{name}.npy", np.concatenate([batch.inputs for batch in batches]))
+        write_xmc_labels(out / f"{name}.txt", matrix)
+
+
+def main(argv):
+    """Checks the flags, and writes the data set."""
+    values = flags.FLAGS
+    check_arguments(argv, values.out)
+    with files.new_directory(values.out) as directory:
+        write(directory, values.labels, values.points, values.test_points)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("labels", 10_000, "Number of labels.", lower_bound=1000)
+    for flag, default, what in (("points", 50_000, "training"), ("test_points", 10_000, "test")):
+        flags.DEFINE_integer(flag, default, f"Number of {what} points, in thousands.", lower_bound=_BATCH)
+    flags.DEFINE_string("out", None, "Directory to write; it must not exist.", required=True)
+    app.run(main)
