@@ -1,7 +1,7 @@
 """What words among the inputs cost: steps in place and top k, for `experiments.benchmark --op=direct_inputs`.
 
-Three layers take turns on the same batch: labels that read F units; the same with F words besides, as
-`direct.cfg` has them; and labels that read 2F units, which is what as many weights cost without words.
+Three layers take turns on the same batch: labels that read F units; the same with F words besides, as labels
+that choose their inputs have them; and labels that read 2F units: as many weights, without words.
 
 Texts draw their words by Zipf's law: that of rank r, from 1, with a probability proportional to 1 / r. They
 have about 10 different ones, so that 256 texts have some 1,500 of 100,000. What distinguishes a label is less

@@ -72,6 +72,13 @@ def test_matches_brute_force(instruction_set, sizes, kind, part):
     assert_same(top_k(*problem, k), brute_force(*problem, k))
 
 
+@pytest.mark.parametrize("batch", [70, 200])
+def test_several_runs_of_labels(batch):
+    # So many connections that a thread takes its labels through the batch in more than one go.
+    problem = make_problem(batch, 30, 1500, 512)
+    assert_same(top_k(*problem, 20), brute_force(*problem, 20))
+
+
 def test_reference_matches_brute_force():
     problem = make_problem(20, 30, 150, 5)
     assert_same(fan_in_top_k_reference(*problem, 60), brute_force(*problem, 60))

@@ -172,6 +172,19 @@ def test_top_k(instruction_set, sizes, kind, dense, columns, density, part):
 
 
 @DTYPE
+def test_several_runs_of_labels(instruction_set, dtype):
+    # So many connections that a thread lists those of its labels in more than one go.
+    sizes = {"batch": 70, "in_features": 60, "labels": 1000, "fan_in": 700}
+    full, problem, sparse = sparsify(loss_test.make_problem(**sizes, dtype=dtype), 20)
+    value, d_x, *others = run_loss(problem, sparse, "squared_hinge")
+    d_x = with_exact_rest(d_x, loss_test.brute_force(full, "squared_hinge")[0][1], 20)
+    loss_test.assert_matches_brute_force([value, d_x, *others], full, "squared_hinge")
+
+    full, problem, sparse = sparsify(make_whole(**sizes, dtype=dtype), 20)
+    top_k_test.assert_same(top_k(*problem[:4], 9, sparse=sparse), top_k_test.brute_force(*full[:4], 9))
+
+
+@DTYPE
 @pytest.mark.parametrize("dense", [0, 9])
 def test_references(dtype, dense):
     full, problem, sparse = sparsify(matmul.make_problem(33, 60, 70, 9, dtype=dtype), dense)

@@ -19,9 +19,6 @@
 
 namespace xla_ops {
 
-// Labels taken through all tiles together have so many connections: their weights stay in the second-level cache.
-constexpr int64_t kConnectionsPerRun = 1 << 17;
-
 // The sink that writes gradients out: d_kernel [labels, fan_in] and d_bias [labels], or null.
 template <typename T>
 class Gradients {
@@ -54,7 +51,7 @@ template <typename T, typename I, typename Rows, typename Sink>
 void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed, int64_t begin, int64_t end,
                    Rows& rows_of, Sink& sink, float* d_packed) {
   const Shape& s = layer.shape;
-  const int64_t run_length = std::max(kBlock, kConnectionsPerRun / s.fan_in / kBlock * kBlock);
+  const int64_t run_length = labels_per_run(s);
   Run<T, I> run(layer, packed, std::min(run_length, end - begin));
   const Buffer<float> d_bias = allocate<float>(run_length);
   alignas(64) float rows[kBlock * kTile];
@@ -62,7 +59,7 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>
     const int64_t labels = std::min(run_length, end - first);
     run.start(first, labels);
     float* d_kernel = sink.kernel_sums(first, labels);
-    std::fill_n(d_kernel, labels * s.fan_in, 0.0f);
+    run.start_gradients(d_kernel);
     std::fill_n(d_bias.get(), labels, 0.0f);
     for (int64_t t = 0; t < tiles.count; ++t) {
       const Tile tile = tiles[t];
@@ -70,23 +67,13 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>
         const int64_t label = first + done, n = std::min(kBlock, labels - done);
         const uint64_t mask = rows_of(run, tile, label, n, rows);
         row_kernels().sums(rows, mask, tile.width, d_bias.get() + done);
-        run.gradients(tile, label, rows, mask, d_kernel + done * s.fan_in, d_packed + tile.offset);
+        run.gradients(tile, label, rows, mask, d_packed + tile.offset);
       }
     }
+    run.finish_gradients();
     sink.take(first, labels, d_kernel, d_bias.get());
   }
 }
-
-// The labels cut into `count` parts of whole blocks.
-struct Parts {
-  Parts(const Shape& s, int64_t count)
-      : count(count), labels(s.labels), each(ceil_div(ceil_div(s.labels, kBlock), count) * kBlock) {}
-
-  int64_t begin(int64_t part) const { return std::min(labels, part * each); }
-  int64_t end(int64_t part) const { return begin(part + 1); }
-
-  const int64_t count, labels, each;
-};
 
 // d_x [batch, in_features], and everything else into the sinks. make_rows() and make_sink() are called once per
 // part; the rows come back, for what they have counted.

@@ -44,35 +44,41 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Packed<T> packed(pool, tiles, inputs);
-  const int64_t blocks = ceil_div(s.labels, kBlock);
-  const int64_t threads_per_tile = ceil_div(pool.num_threads(), std::max<int64_t>(1, tiles.count));
-  const int64_t parts = std::max<int64_t>(1, std::min(threads_per_tile, blocks));
-  const int64_t labels_per_part = ceil_div(blocks, parts) * kBlock;
+  // A thread has a part of the labels. Where there are too few of these for all threads, several share a part and
+  // have some tiles of it each.
+  const int64_t threads = pool.num_threads();
+  const Parts parts(s, std::max<int64_t>(1, std::min(threads, ceil_div(s.labels, kBlock))));
+  const int64_t shares = std::max<int64_t>(1, std::min(threads / parts.count, tiles.count));
   std::vector<Ranking> rankings;
-  rankings.reserve(parts);
-  for (int64_t p = 0; p < parts; ++p) rankings.emplace_back(s.batch, k);
+  rankings.reserve(parts.count);
+  for (int64_t p = 0; p < parts.count; ++p) rankings.emplace_back(s.batch, k);
 
-  parallel_for(pool, tiles.count * parts, [&](int64_t item) {
-    const Tile tile = tiles[item % tiles.count];
-    const int64_t part = item / tiles.count;
+  parallel_for(pool, parts.count * shares, [&](int64_t item) {
+    const int64_t part = item / shares, end = parts.end(part), run_length = labels_per_run(s);
     Ranking& ranking = rankings[part];
     alignas(64) float rows[kBlock * kTile];
-    alignas(64) float worst[kTile];
-    Run<T, I> run(layer, packed, kBlock);
-    std::fill_n(worst, kTile, std::numeric_limits<float>::infinity());  // padding is never a candidate
-    std::fill_n(worst, tile.size, -std::numeric_limits<float>::infinity());
-    const int64_t end = std::min(s.labels, (part + 1) * labels_per_part);
-    for (int64_t label = part * labels_per_part; label < end; label += kBlock) {
-      const int64_t n = std::min(kBlock, end - label);
-      run.start(label, n);
-      run.logits(tile, label, n, rows);
-      for (uint64_t mask = row_kernels().above(rows, n, tile.width, worst); mask; mask &= mask - 1) {
-        const int64_t i = __builtin_ctzll(mask);
-        const float* row = rows + i * tile.width;
-        for (int64_t b = 0; b < tile.size; ++b) {
-          if (!(row[b] > worst[b])) continue;
-          ranking.offer(tile.first + b, row[b], static_cast<int32_t>(label + i));
-          worst[b] = ranking.worst(tile.first + b);
+    const Buffer<float> worst_of_all = allocate<float>(tiles.count * kTile);
+    std::fill_n(worst_of_all.get(), tiles.count * kTile, std::numeric_limits<float>::infinity());  // the padding's
+    std::fill_n(worst_of_all.get(), s.batch, -std::numeric_limits<float>::infinity());
+    Run<T, I> run(layer, packed, std::min(run_length, end - parts.begin(part)));
+    for (int64_t first = parts.begin(part); first < end; first += run_length) {
+      const int64_t last = std::min(end, first + run_length);
+      run.start(first, last - first);
+      for (int64_t t = item % shares; t < tiles.count; t += shares) {
+        const Tile tile = tiles[t];
+        float* const worst = worst_of_all.get() + tile.first;
+        for (int64_t label = first; label < last; label += kBlock) {
+          const int64_t n = std::min(kBlock, last - label);
+          run.logits(tile, label, n, rows);
+          for (uint64_t mask = row_kernels().above(rows, n, tile.width, worst); mask; mask &= mask - 1) {
+            const int64_t i = __builtin_ctzll(mask);
+            const float* row = rows + i * tile.width;
+            for (int64_t b = 0; b < tile.size; ++b) {
+              if (!(row[b] > worst[b])) continue;
+              ranking.offer(tile.first + b, row[b], static_cast<int32_t>(label + i));
+              worst[b] = ranking.worst(tile.first + b);
+            }
+          }
         }
       }
     }
@@ -80,7 +86,7 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
 
   // Parts are offered in the order of their labels, so that ties go to the lower one.
   Ranking& best = rankings[0];
-  for (int64_t p = 1; p < parts; ++p) {
+  for (int64_t p = 1; p < parts.count; ++p) {
     for (int64_t i = 0; i < s.batch * k; ++i) {
       if (rankings[p].labels[i] >= 0) best.offer(i / k, rankings[p].scores[i], rankings[p].labels[i]);
     }

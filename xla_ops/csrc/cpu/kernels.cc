@@ -212,44 +212,30 @@ XLA_OPS_INLINE bool is_zero(const float* row, int64_t width) {
 
 static_assert(kBlock <= 64, "a mask has a bit for each row of a block");
 
-// Which connections a label has, in order: all of them, each reading a row.
-template <typename I>
+// The connections of labels, label after label: all of them, each reading a row.
+template <typename T, typename I>
 struct All {
+  const T* kernel;
   const I* indices;
   int64_t in_features, fan_in;
 
-  struct OfLabel {
-    const I* indices;
-    int64_t in_features, count;
-    XLA_OPS_INLINE int64_t row(int64_t k) const { return row_of(indices[k], in_features); }
-    XLA_OPS_INLINE int64_t at(int64_t k) const { return k; }
-    // d[at(k + i)] += sums[i]
-    XLA_OPS_INLINE void add(Vec sums, int64_t k, float* d) const { store(d + k, load(d + k) + sums); }
-  };
-  XLA_OPS_INLINE OfLabel every(int64_t n) const { return {indices + n * fan_in, in_features, fan_in}; }
-  XLA_OPS_INLINE OfLabel dense(int64_t n) const { return every(n); }
+  XLA_OPS_INLINE int64_t begin(int64_t n) const { return n * fan_in; }
+  XLA_OPS_INLINE int64_t end(int64_t n) const { return (n + 1) * fan_in; }
+  XLA_OPS_INLINE int64_t end_of_dense(int64_t n) const { return end(n); }
+  XLA_OPS_INLINE int64_t row(int64_t k) const { return row_of(indices[k], in_features); }
+  XLA_OPS_INLINE float weight(int64_t k) const { return to_float(kernel[k]); }
 };
 
 // The same of connections that were listed.
+template <typename T>
 struct Chosen {
-  Lists lists;
+  Lists<T> lists;
 
-  struct OfLabel {
-    const int32_t *rows, *ats;
-    int64_t count;
-    XLA_OPS_INLINE int64_t row(int64_t k) const { return rows[k]; }
-    XLA_OPS_INLINE int64_t at(int64_t k) const { return ats[k]; }
-    XLA_OPS_INLINE void add(Vec sums, int64_t k, float* d) const {
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) d[ats[k + i]] += sums[i];
-    }
-  };
-  XLA_OPS_INLINE OfLabel every(int64_t n) const {
-    return {lists.row + n * lists.stride, lists.at + n * lists.stride, lists.count[n]};
-  }
-  XLA_OPS_INLINE OfLabel dense(int64_t n) const {
-    return {lists.row + n * lists.stride, lists.at + n * lists.stride, lists.dense[n]};
-  }
+  XLA_OPS_INLINE int64_t begin(int64_t n) const { return lists.first[n]; }
+  XLA_OPS_INLINE int64_t end(int64_t n) const { return lists.first[n + 1]; }
+  XLA_OPS_INLINE int64_t end_of_dense(int64_t n) const { return lists.dense[n]; }
+  XLA_OPS_INLINE int64_t row(int64_t k) const { return lists.row[k]; }
+  XLA_OPS_INLINE float weight(int64_t k) const { return to_float(lists.weight[k]); }
 };
 
 // Calls fn<NV>(...) with NV = the number of vectors in a row of `width`, so that a row stays in registers.
@@ -262,7 +248,8 @@ struct Chosen {
   }
 static_assert(kTile == 4 * kLanes, "XLA_OPS_FOR_WIDTH covers every width");
 
-// The gather's latency is hidden by asking for the next label's rows while this one's are summed.
+// The gather's latency is hidden by asking for the rows of later connections while those before are summed.
+constexpr int64_t kAhead = 48;
 template <int NV, int Write, typename T>
 XLA_OPS_INLINE void prefetch(const T* packed, int64_t row) {
   const char* start = reinterpret_cast<const char*>(packed + row * NV * W);
@@ -273,23 +260,21 @@ XLA_OPS_INLINE void prefetch(const T* packed, int64_t row) {
 }
 
 template <int NV, typename T, typename Connections>
-void logits_of_width(const T* packed, const Connections& connections, const T* kernel, const T* bias, int64_t labels,
-                     int64_t fan_in, float* rows) {
+void logits_of_width(const T* packed, const Connections& connections, const T* bias, int64_t labels, float* rows) {
+  const int64_t last = connections.end(labels - 1) - 1;
+  int64_t k = connections.begin(0);
   for (int64_t n = 0; n < labels; ++n) {
-    const auto these = connections.every(n), next = connections.every(n + 1 < labels ? n + 1 : n);
     Vec sum[NV];
     const Vec start = Vec{} + (bias ? to_float(bias[n]) : 0.0f);
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) sum[i] = start;
-    int64_t k = 0;
-    for (; k < these.count; ++k) {
-      if (k < next.count) prefetch<NV, 0>(packed, next.row(k));
-      const T* x = packed + these.row(k) * NV * W;
-      const float weight = to_float(kernel[n * fan_in + these.at(k)]);
+    for (const int64_t end = connections.end(n); k < end; ++k) {
+      prefetch<NV, 0>(packed, connections.row(k + kAhead < last ? k + kAhead : last));
+      const T* x = packed + connections.row(k) * NV * W;
+      const float weight = connections.weight(k);
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) sum[i] += weight * load(x + i * W);
     }
-    for (; k < next.count; ++k) prefetch<NV, 0>(packed, next.row(k));
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) store(rows + (n * NV + i) * W, sum[i]);
   }
@@ -304,42 +289,38 @@ XLA_OPS_INLINE Vec products_of_rows(const float* row, const T* x) {
   return s;
 }
 
+// d[k] += the gradient of connection k's weight.
 template <int NV, typename T, typename Connections>
 void kernel_grad_of_width(const T* packed, const Connections& connections, const float* rows, uint64_t mask,
-                          int64_t fan_in, float* d_kernel) {
+                          float* d) {
   for (; mask; mask &= mask - 1) {
-    const int64_t n = __builtin_ctzll(mask);
-    const auto these = connections.every(n);
+    const int64_t n = __builtin_ctzll(mask), end = connections.end(n);
     const float* row = rows + n * NV * W;
-    float* d = d_kernel + n * fan_in;
-    int64_t k = 0;
-    for (; k + W <= these.count; k += W) {  // W connections at a time, summed over the lanes together
+    int64_t k = connections.begin(n);
+    for (; k + W <= end; k += W) {  // W connections at a time, summed over the lanes together
       Vec sum[W];
 #pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) sum[j] = products_of_rows<NV>(row, packed + these.row(k + j) * NV * W);
+      for (int j = 0; j < W; ++j) sum[j] = products_of_rows<NV>(row, packed + connections.row(k + j) * NV * W);
       SumLanes<1>::run(sum);
-      these.add(sum[0], k, d);
+      store(d + k, load(d + k) + sum[0]);
     }
-    for (; k < these.count; ++k) {
-      d[these.at(k)] += sum_lanes(products_of_rows<NV>(row, packed + these.row(k) * NV * W));
-    }
+    for (; k < end; ++k) d[k] += sum_lanes(products_of_rows<NV>(row, packed + connections.row(k) * NV * W));
   }
 }
 
-template <int NV, typename T, typename Connections>
-void input_grad_of_width(const float* rows, uint64_t mask, const Connections& connections, const T* kernel,
-                         int64_t fan_in, float* d_packed) {
+template <int NV, typename Connections>
+void input_grad_of_width(const float* rows, uint64_t mask, const Connections& connections, float* d_packed) {
   for (; mask; mask &= mask - 1) {
-    const int64_t n = __builtin_ctzll(mask);
+    const int64_t n = __builtin_ctzll(mask), end = connections.end_of_dense(n);
     const uint64_t others = mask & (mask - 1);
-    const auto these = connections.dense(n), next = connections.dense(others ? __builtin_ctzll(others) : n);
+    const int64_t next = others ? __builtin_ctzll(others) : n, end_of_next = connections.end_of_dense(next);
     Vec row[NV];
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) row[i] = load(rows + (n * NV + i) * W);
-    for (int64_t k = 0; k < these.count; ++k) {
-      if (k < next.count) prefetch<NV, 1>(d_packed, next.row(k));
-      float* d = d_packed + these.row(k) * NV * W;
-      const float weight = to_float(kernel[n * fan_in + these.at(k)]);
+    for (int64_t k = connections.begin(n), ahead = connections.begin(next); k < end; ++k, ++ahead) {
+      if (ahead < end_of_next) prefetch<NV, 1>(d_packed, connections.row(ahead));
+      float* d = d_packed + connections.row(k) * NV * W;
+      const float weight = connections.weight(k);
 #pragma GCC unroll 16
       for (int i = 0; i < NV; ++i) store(d + i * W, load(d + i * W) + weight * row[i]);
     }
@@ -349,39 +330,37 @@ void input_grad_of_width(const float* rows, uint64_t mask, const Connections& co
 template <typename T, typename I>
 void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices, const T* bias,
             int64_t labels, int64_t fan_in, float* rows) {
-  const All<I> all{indices, in_features, fan_in};
-  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, all, kernel, bias, labels, fan_in, rows);
+  const All<T, I> all{kernel, indices, in_features, fan_in};
+  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, all, bias, labels, rows);
 }
 template <typename T, typename I>
 void kernel_grad(const T* packed, int64_t in_features, int64_t width, const float* rows, uint64_t mask,
                  const I* indices, int64_t fan_in, float* d_kernel) {
-  const All<I> all{indices, in_features, fan_in};
-  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, all, rows, mask, fan_in, d_kernel);
+  const All<T, I> all{nullptr, indices, in_features, fan_in};
+  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, all, rows, mask, d_kernel);
 }
 template <typename T, typename I>
 void input_grad(const float* rows, uint64_t mask, int64_t in_features, int64_t width, const T* kernel,
                 const I* indices, int64_t fan_in, float* d_packed) {
-  const All<I> all{indices, in_features, fan_in};
-  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, all, kernel, fan_in, d_packed);
+  const All<T, I> all{kernel, indices, in_features, fan_in};
+  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, all, d_packed);
 }
 
 template <typename T>
-void listed_logits(const T* packed, const Lists& lists, int64_t width, const T* kernel, const T* bias, int64_t labels,
-                   int64_t fan_in, float* rows) {
-  const Chosen chosen{lists};
-  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, chosen, kernel, bias, labels, fan_in, rows);
+void listed_logits(const T* packed, const Lists<T>& lists, int64_t width, const T* bias, int64_t labels, float* rows) {
+  const Chosen<T> chosen{lists};
+  XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, chosen, bias, labels, rows);
 }
 template <typename T>
-void listed_kernel_grad(const T* packed, const Lists& lists, int64_t width, const float* rows, uint64_t mask,
-                        int64_t fan_in, float* d_kernel) {
-  const Chosen chosen{lists};
-  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, chosen, rows, mask, fan_in, d_kernel);
+void listed_kernel_grad(const T* packed, const Lists<T>& lists, int64_t width, const float* rows, uint64_t mask,
+                        float* d_weight) {
+  const Chosen<T> chosen{lists};
+  XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, chosen, rows, mask, d_weight);
 }
 template <typename T>
-void listed_input_grad(const float* rows, uint64_t mask, const Lists& lists, int64_t width, const T* kernel,
-                       int64_t fan_in, float* d_packed) {
-  const Chosen chosen{lists};
-  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, chosen, kernel, fan_in, d_packed);
+void listed_input_grad(const float* rows, uint64_t mask, const Lists<T>& lists, int64_t width, float* d_packed) {
+  const Chosen<T> chosen{lists};
+  XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, chosen, d_packed);
 }
 
 // ---- listing connections ----
@@ -411,6 +390,12 @@ XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_
     const __m512i index = load_indices(indices + f, lanes), columns = _mm512_sub_epi32(index, all_dense);
     const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(f)));
     const __mmask16 dense = _mm512_mask_cmplt_epu32_mask(lanes, index, all_dense);
+    if (dense == 0xffff) {  // as of labels whose connections are in order
+      _mm512_storeu_si512(row + n.dense, index);
+      _mm512_storeu_si512(at + n.dense, position);
+      n.dense += 16;
+      continue;
+    }
     const __mmask16 sparse = _mm512_mask_cmplt_epu32_mask(lanes & ~dense, columns, all_sparse);
     const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), sparse, _mm512_srli_epi32(columns, 5),
                                                       map.present, 4);
@@ -445,19 +430,31 @@ XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_
 }
 #endif
 
-template <typename I>
-void list(const SparseMap& map, const I* indices, int64_t labels, int64_t fan_in, int32_t* spare, const Lists& out) {
-  int32_t *const column = spare, *const at_sparse = spare + out.stride;
+// Indices come from memory, and are asked for so many labels ahead.
+constexpr int64_t kLabelsAhead = 8;
+
+template <typename T, typename I>
+void list(const SparseMap& map, const T* kernel, const I* indices, int64_t labels, int64_t fan_in, int32_t* spare,
+          const Lists<T>& out) {
+  int32_t *const column = spare, *const at_sparse = spare + fan_in + kLanes;
+  int64_t end = 0;
   for (int64_t n = 0; n < labels; ++n) {
-    int32_t *row = out.row + n * out.stride, *at = out.at + n * out.stride;
+    int32_t *row = out.row + end, *at = out.at + end;
+    T* weight = out.weight + end;
+    const int64_t ahead = n + kLabelsAhead < labels ? n + kLabelsAhead : labels - 1;
+    const char* later = reinterpret_cast<const char*>(indices + ahead * fan_in);
+    for (int64_t byte = 0; byte < fan_in * static_cast<int64_t>(sizeof(I)); byte += 64) __builtin_prefetch(later + byte);
     const Counts counts = split(map, indices + n * fan_in, fan_in, row, at, column, at_sparse);
     for (int64_t k = 0; k < counts.sparse; ++k) {
       row[counts.dense + k] = map.row_of(column[k]);
       at[counts.dense + k] = at_sparse[k];
     }
-    out.dense[n] = static_cast<int32_t>(counts.dense);
-    out.count[n] = static_cast<int32_t>(counts.dense + counts.sparse);
+    for (int64_t k = 0; k < counts.dense + counts.sparse; ++k) weight[k] = kernel[n * fan_in + at[k]];
+    out.first[n] = end;
+    out.dense[n] = end + counts.dense;
+    end += counts.dense + counts.sparse;
   }
+  out.first[labels] = end;
 }
 
 // ---- losses ----
@@ -768,7 +765,10 @@ const Isa XLA_OPS_TABLE(XLA_OPS_ISA) = {
     fan_in_table<bfloat16, int32_t>(),
     listed_table<float>(),
     listed_table<bfloat16>(),
-    {list<uint16_t>, list<int32_t>},
+    {list<float, uint16_t>},
+    {list<float, int32_t>},
+    {list<bfloat16, uint16_t>},
+    {list<bfloat16, int32_t>},
     layout_table<float>(),
     layout_table<bfloat16>(),
     {negatives<SquaredHinge>, negatives<BinaryCrossEntropy>, row_sums, nonzero, above},

@@ -54,30 +54,31 @@ struct SparseMap {
   }
 };
 
-// The connections of some labels that read anything. Label n has count[n] of them, of which the first dense[n] read a
-// dense input: connection at[n * stride + k] reads row row[n * stride + k].
+// The connections of some labels that read anything, label after label. Those of label n are [first[n], first[n + 1]),
+// of which those before dense[n] read a dense input: number k reads row[k] by weight[k], which is kernel[n, at[k]].
+template <typename T>
 struct Lists {
-  int32_t *count, *dense, *row, *at;
-  int64_t stride;  // at least the fan-in, and kLanes more
+  int64_t *first, *dense;
+  int32_t *row, *at;
+  T* weight;
 };
 
+template <typename T, typename I>
 struct ListKernels {
-  // Lists the connections of `labels` labels, in order, but dense inputs first. `spare` has room for two strides.
-  void (*u16)(const SparseMap& map, const uint16_t* indices, int64_t labels, int64_t fan_in, int32_t* spare,
-              const Lists& out);
-  void (*s32)(const SparseMap& map, const int32_t* indices, int64_t labels, int64_t fan_in, int32_t* spare,
-              const Lists& out);
+  // Lists the connections of `labels` labels, in order, but dense inputs first. `row` and `at` have room for kLanes
+  // more than all connections, `spare` for those of a label, and kLanes more, twice.
+  void (*list)(const SparseMap& map, const T* kernel, const I* indices, int64_t labels, int64_t fan_in, int32_t* spare,
+               const Lists<T>& out);
 };
 
-// As FanInKernels, of the connections in lists.
+// As FanInKernels, of `labels` labels of lists that start there, or of a mask. The kernel's gradient is listed too:
+// d_weight[k] is that of weight[k].
 template <typename T>
 struct ListedKernels {
-  void (*logits)(const T* packed, const Lists& lists, int64_t width, const T* kernel, const T* bias, int64_t labels,
-                 int64_t fan_in, float* rows);
-  void (*kernel_grad)(const T* packed, const Lists& lists, int64_t width, const float* rows, uint64_t mask,
-                      int64_t fan_in, float* d_kernel);
-  void (*input_grad)(const float* rows, uint64_t mask, const Lists& lists, int64_t width, const T* kernel,
-                     int64_t fan_in, float* d_packed);
+  void (*logits)(const T* packed, const Lists<T>& lists, int64_t width, const T* bias, int64_t labels, float* rows);
+  void (*kernel_grad)(const T* packed, const Lists<T>& lists, int64_t width, const float* rows, uint64_t mask,
+                      float* d_weight);
+  void (*input_grad)(const float* rows, uint64_t mask, const Lists<T>& lists, int64_t width, float* d_packed);
 };
 
 template <typename T>
@@ -151,7 +152,10 @@ struct Isa {
   FanInKernels<bfloat16, int32_t> bf16_s32;
   ListedKernels<float> listed_f32;
   ListedKernels<bfloat16> listed_bf16;
-  ListKernels list;
+  ListKernels<float, uint16_t> list_f32_u16;
+  ListKernels<float, int32_t> list_f32_s32;
+  ListKernels<bfloat16, uint16_t> list_bf16_u16;
+  ListKernels<bfloat16, int32_t> list_bf16_s32;
   LayoutKernels<float> f32;
   LayoutKernels<bfloat16> bf16;
   RowKernels rows;
@@ -166,6 +170,8 @@ bool select_isa(const char* name);
 
 template <typename T, typename I>
 const FanInKernels<T, I>& fan_in_kernels();
+template <typename T, typename I>
+const ListKernels<T, I>& list_kernels();
 template <typename T>
 const ListedKernels<T>& listed_kernels();
 template <typename T>
@@ -180,6 +186,14 @@ inline const FanInKernels<bfloat16, uint16_t>& fan_in_kernels() { return isa().b
 template <>
 inline const FanInKernels<bfloat16, int32_t>& fan_in_kernels() { return isa().bf16_s32; }
 template <>
+inline const ListKernels<float, uint16_t>& list_kernels() { return isa().list_f32_u16; }
+template <>
+inline const ListKernels<float, int32_t>& list_kernels() { return isa().list_f32_s32; }
+template <>
+inline const ListKernels<bfloat16, uint16_t>& list_kernels() { return isa().list_bf16_u16; }
+template <>
+inline const ListKernels<bfloat16, int32_t>& list_kernels() { return isa().list_bf16_s32; }
+template <>
 inline const ListedKernels<float>& listed_kernels() { return isa().listed_f32; }
 template <>
 inline const ListedKernels<bfloat16>& listed_kernels() { return isa().listed_bf16; }
@@ -188,14 +202,6 @@ inline const LayoutKernels<float>& layout_kernels() { return isa().f32; }
 template <>
 inline const LayoutKernels<bfloat16>& layout_kernels() { return isa().bf16; }
 
-inline void list_connections(const SparseMap& map, const uint16_t* indices, int64_t labels, int64_t fan_in,
-                             int32_t* spare, const Lists& out) {
-  isa().list.u16(map, indices, labels, fan_in, spare, out);
-}
-inline void list_connections(const SparseMap& map, const int32_t* indices, int64_t labels, int64_t fan_in,
-                             int32_t* spare, const Lists& out) {
-  isa().list.s32(map, indices, labels, fan_in, spare, out);
-}
 inline const RowKernels& row_kernels() { return isa().rows; }
 inline const UpdateKernels& update_kernels() { return isa().updates; }
 inline const DenseKernels& dense_kernels() { return isa().dense; }

@@ -215,6 +215,24 @@ class Packed {
   Buffer<T> values_;
 };
 
+// The labels cut into `count` parts of whole blocks.
+struct Parts {
+  Parts(const Shape& s, int64_t count)
+      : count(count), labels(s.labels), each(ceil_div(ceil_div(s.labels, kBlock), count) * kBlock) {}
+
+  int64_t begin(int64_t part) const { return std::min(labels, part * each); }
+  int64_t end(int64_t part) const { return begin(part + 1); }
+
+  const int64_t count, labels, each;
+};
+
+// Labels taken through all tiles together have so many connections: their weights stay in the second-level cache.
+constexpr int64_t kConnectionsPerRun = 1 << 17;
+
+inline int64_t labels_per_run(const Shape& s) {
+  return std::max(kBlock, kConnectionsPerRun / std::max<int64_t>(1, s.fan_in) / kBlock * kBlock);
+}
+
 // A fixed fan-in layer: kernel and indices [labels, fan_in], bias [labels] or null.
 template <typename T, typename I>
 struct Layer {
@@ -231,18 +249,22 @@ class Run {
   // No run will have more than `most` labels. The layer and the packed inputs are kept by reference.
   Run(const Layer<T, I>& layer, const Packed<T>& packed, int64_t most) : layer_(layer), packed_(packed) {
     if (!packed.has_sparse()) return;
-    const int64_t stride = ceil_div(layer.shape.fan_in, kLanes) * kLanes + kLanes;
-    numbers_ = allocate<int32_t>(2 * (most + (most + 1) * stride));
+    const int64_t of_label = layer.shape.fan_in + kLanes, all = most * layer.shape.fan_in + kLanes;
+    bounds_ = allocate<int64_t>(2 * most + 1);
+    numbers_ = allocate<int32_t>(2 * (all + of_label));
+    weights_ = allocate<T>(all);
     int32_t* const n = numbers_.get();
-    lists_ = {n, n + most, n + 2 * most, n + 2 * most + most * stride, stride};
+    lists_ = {bounds_.get(), bounds_.get() + most + 1, n, n + all, weights_.get()};
+    spare_ = n + 2 * all;
+    most_ = all;
   }
 
   // What follows is of labels from [first, first + count).
   void start(int64_t first, int64_t count) {
-    first_ = first;
+    first_ = first, count_ = count;
     if (!packed_.has_sparse()) return;
-    int32_t* const spare = lists_.at + (lists_.at - lists_.row);
-    list_connections(packed_.map(), layer_.indices + first * fan_in(), count, fan_in(), spare, lists_);
+    list_kernels<T, I>().list(packed_.map(), layer_.kernel + first * fan_in(), indices(first), count, fan_in(), spare_,
+                              lists_);
   }
 
   // rows[n, tile.width] = the logits of labels [label, label + n).
@@ -250,23 +272,41 @@ class Run {
     const T *kernel = layer_.kernel + label * fan_in(), *bias = layer_.bias ? layer_.bias + label : nullptr;
     const T* packed = packed_.of(tile);
     if (packed_.has_sparse()) {
-      listed_kernels<T>().logits(packed, lists(label), tile.width, kernel, bias, n, fan_in(), rows);
+      listed_kernels<T>().logits(packed, lists(label), tile.width, bias, n, rows);
     } else {
       plain().logits(packed, packed_.in_features(), tile.width, kernel, indices(label), bias, n, fan_in(), rows);
     }
   }
 
-  // Adds to d_kernel [labels from `label`, fan_in] and d_packed, from the rows of a mask.
-  void gradients(const Tile& tile, int64_t label, const float* rows, uint64_t mask, float* d_kernel,
-                 float* d_packed) const {
+  // Sets the kernel's gradient of all labels, d_kernel [labels, fan_in], to 0 before gradients are added.
+  void start_gradients(float* d_kernel) {
+    d_kernel_ = d_kernel;
+    std::fill_n(d_kernel, count_ * fan_in(), 0.0f);
+    if (!packed_.has_sparse()) return;
+    if (!d_weights_) d_weights_ = allocate<float>(most_);
+    std::fill_n(d_weights_.get(), lists_.first[count_], 0.0f);
+  }
+
+  // Adds to d_kernel and d_packed, from the rows of a mask of labels from `label`.
+  void gradients(const Tile& tile, int64_t label, const float* rows, uint64_t mask, float* d_packed) const {
     const T *kernel = layer_.kernel + label * fan_in(), *packed = packed_.of(tile);
     if (packed_.has_sparse()) {
-      listed_kernels<T>().kernel_grad(packed, lists(label), tile.width, rows, mask, fan_in(), d_kernel);
-      listed_kernels<T>().input_grad(rows, mask, lists(label), tile.width, kernel, fan_in(), d_packed);
+      listed_kernels<T>().kernel_grad(packed, lists(label), tile.width, rows, mask, d_weights_.get());
+      listed_kernels<T>().input_grad(rows, mask, lists(label), tile.width, d_packed);
     } else {
       const int64_t in_features = packed_.in_features();
-      plain().kernel_grad(packed, in_features, tile.width, rows, mask, indices(label), fan_in(), d_kernel);
+      plain().kernel_grad(packed, in_features, tile.width, rows, mask, indices(label), fan_in(),
+                          d_kernel_ + (label - first_) * fan_in());
       plain().input_grad(rows, mask, in_features, tile.width, kernel, indices(label), fan_in(), d_packed);
+    }
+  }
+
+  // After this, d_kernel has all that was added.
+  void finish_gradients() const {
+    if (!packed_.has_sparse()) return;
+    for (int64_t n = 0; n < count_; ++n) {
+      float* const d = d_kernel_ + n * fan_in();
+      for (int64_t k = lists_.first[n]; k < lists_.first[n + 1]; ++k) d[lists_.at[k]] = d_weights_[k];
     }
   }
 
@@ -274,16 +314,22 @@ class Run {
   static const FanInKernels<T, I>& plain() { return fan_in_kernels<T, I>(); }
   int64_t fan_in() const { return layer_.shape.fan_in; }
   const I* indices(int64_t label) const { return layer_.indices + label * fan_in(); }
-  Lists lists(int64_t label) const {
-    const int64_t n = label - first_, at = n * lists_.stride;
-    return {lists_.count + n, lists_.dense + n, lists_.row + at, lists_.at + at, lists_.stride};
+  Lists<T> lists(int64_t label) const {
+    const int64_t n = label - first_;
+    return {lists_.first + n, lists_.dense + n, lists_.row, lists_.at, lists_.weight};
   }
 
   const Layer<T, I>& layer_;
   const Packed<T>& packed_;
-  int64_t first_ = 0;
-  Buffer<int32_t> numbers_;  // what the lists hold
-  Lists lists_{};
+  int64_t first_ = 0, count_ = 0, most_ = 0;
+  float* d_kernel_ = nullptr;
+  // What the lists hold, and the gradients of their weights.
+  Buffer<int64_t> bounds_;
+  Buffer<int32_t> numbers_;
+  Buffer<T> weights_;
+  Buffer<float> d_weights_;
+  Lists<T> lists_{};
+  int32_t* spare_ = nullptr;
 };
 
 // out [batch, in_features] = the sum of `parts` packed matrices; the first of them is overwritten.
