@@ -11,41 +11,40 @@ _ENTRIES_AT_ONCE = 1 << 20
 
 def choose_columns(
     features: np.ndarray | scipy.sparse.csr_array, labels: scipy.sparse.csr_array, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each label the columns whose mean over its points exceeds that over all points by most.
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Yields for blocks of labels the columns whose mean over a label's points exceeds that over all by most.
 
     Of dense features, which may be negative, those whose mean is farthest from that over all points.
 
-    Labels are taken in blocks, so that nothing of size L x D exists.
+    Nothing of size L x D exists, nor of size N x D besides the features.
 
     Args:
       features: float32 [N, D], dense, or sparse such as TF-IDF.
       labels: bool [N, L].
       count: C, how many columns to choose.
 
-    Returns:
-      columns int32 [L, C], best first, -1 where there are no more; and by how much their means differ,
-      float32 [L, C], 0 there.
+    Yields:
+      A range of n labels; columns int32 [n, C], best first, -1 where there are no more; and by how much their
+      means differ, float32 [n, C], 0 there.
 
     Reference: the class means of Rocchio's classifier, in Manning, Raghavan & Schütze, Introduction to
     Information Retrieval, 2008, chapter 14.
     """
     dense = isinstance(features, np.ndarray)
     overall = np.asarray(features.sum(axis=0)).ravel() / max(1, features.shape[0])
-    columns = np.full((labels.shape[1], count), -1, np.int32)
-    excess = np.zeros((labels.shape[1], count), np.float32)
     points_of = scipy.sparse.csr_array(labels.T, dtype=np.float32)
     for block in _blocks(points_of, features):
         of_block = points_of[block]
         sums = scipy.sparse.csr_array(of_block @ features)
-        counts = np.diff(of_block.indptr).astype(np.float32)
+        points = np.diff(of_block.indptr).astype(np.float32)
         row = np.repeat(np.arange(sums.shape[0]), np.diff(sums.indptr))
-        difference = sums.data / counts[row] - overall[sums.indices]
-        gain = np.abs(difference) if dense else np.maximum(difference, 0)
-        best, rank = _largest(row, gain, count)
-        columns[block][row[best], rank] = sums.indices[best]
-        excess[block][row[best], rank] = difference[best]
-    return columns, excess
+        difference = sums.data / points[row] - overall[sums.indices]
+        best, rank = _largest(row, np.abs(difference) if dense else np.maximum(difference, 0), count)
+        columns = np.full((len(points), count), -1, np.int32)
+        excess = np.zeros((len(points), count), np.float32)
+        columns[row[best], rank] = sums.indices[best]
+        excess[row[best], rank] = difference[best]
+        yield block, columns, excess
 
 
 def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -128,14 +128,14 @@ class FixedFanInHead(LayeredHead):
         """Connects each label to `count` direct inputs, or as many as speak for it, else to units."""
         layer = self.output
         units = layer.in_features - (self.num_words or self.in_features)
-        columns, excess = choose_columns(train.features, train.labels, count)
-        length = np.sqrt(np.square(excess).sum(axis=1, keepdims=True))
-        weights = _START * excess / np.maximum(length, np.finfo(np.float32).tiny)
-        chosen = columns >= 0
-        indices = np.array(draw_connections(key, self.num_labels, layer.fan_in, units)).astype(np.int32)
+        indices = np.array(draw_connections(key, self.num_labels, layer.fan_in, units), np.int32)
         kernel = np.array(layer.kernel[...].astype(jnp.float32))
-        indices[:, :count][chosen] = units + columns[chosen]
-        kernel[:, :count][chosen] = weights[chosen]
+        for block, columns, excess in choose_columns(train.features, train.labels, count):
+            length = np.sqrt(np.square(excess).sum(axis=1, keepdims=True))
+            weights = _START * excess / np.maximum(length, np.finfo(np.float32).tiny)
+            chosen = columns >= 0
+            indices[block, :count][chosen] = units + columns[chosen]
+            kernel[block, :count][chosen] = weights[chosen]
         layer.indices.set_value(jnp.asarray(indices, layer.indices.dtype))
         layer.kernel.set_value(jnp.asarray(kernel, layer.kernel.dtype))
 

@@ -15,6 +15,15 @@ from sparse_xmc.heads.rewiring import rewire_active
 from xla_ops import SparseInputs
 
 
+def chosen(features, labels, count):
+    """What `choose_columns` yields, of all labels."""
+    blocks, columns, excess = zip(*choose_columns(features, labels, count), strict=True)
+    assert [label for block in blocks for label in range(block.start, block.stop)] == [
+        *range(labels.shape[1])
+    ]
+    return np.concatenate(columns), np.concatenate(excess)
+
+
 def problem(seed=0, points=40, features=25, labels=12):
     rng = np.random.default_rng(seed)
     x = np.where(rng.random((points, features)) < 0.3, rng.random((points, features)), 0).astype(np.float32)
@@ -48,7 +57,7 @@ def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense
     x, y = problem()
     x = x - 0.3 * dense  # no zeros, and negative ones
     features = x if dense else scipy.sparse.csr_array(x)
-    columns, excess = choose_columns(features, scipy.sparse.csr_array(y), count)
+    columns, excess = chosen(features, scipy.sparse.csr_array(y), count)
     expected_columns, expected = by_brute_force(x, y, count, dense)
     np.testing.assert_array_equal(columns, expected_columns)
     np.testing.assert_allclose(excess, expected, atol=1e-6)
@@ -58,7 +67,7 @@ def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense
 def test_a_word_of_one_label_is_chosen_for_it():
     features = scipy.sparse.csr_array(np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 1, 0.5]], np.float32))
     labels = scipy.sparse.csr_array(np.array([[True, False], [False, True], [False, True]]))
-    columns, excess = choose_columns(features, labels, 2)
+    columns, excess = chosen(features, labels, 2)
     np.testing.assert_array_equal(columns, [[0, -1], [1, -1]])  # what all points have says nothing
     np.testing.assert_allclose(excess, [[2 / 3, 0], [1 / 3, 0]], rtol=1e-6)
 
@@ -68,7 +77,7 @@ def test_a_head_starts_with_its_words_and_units_for_the_rest():
     train = points_with_counts(counts, FEATURES, sparse=True)
     config = FixedFanInConfig(penultimate=8, fan_in=5, direct=3)
     head = config.make(6, LABELS, num_words=FEATURES, train=train, rngs=nnx.Rngs(0))
-    columns, excess = choose_columns(train.features, train.labels, 3)
+    columns, excess = chosen(train.features, train.labels, 3)
     indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
     for label in range(LABELS):
         words = columns[label][columns[label] >= 0]
