@@ -13,6 +13,10 @@ first of them, but for the sizes that are given. See `experiments.measure.steps`
     python -m experiments.benchmark --op=direct_inputs --json=result.json
 
 times steps and top k of labels that read words beside units. See `experiments.measure.direct_inputs`.
+
+    python -m experiments.benchmark --op=choose_columns --json=result.json
+
+measures time and memory of choosing these words. See `experiments.measure.choice`.
 """
 
 import json
@@ -21,7 +25,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.measure import direct_inputs, ops, problems, steps, workloads
+from experiments.measure import choice, direct_inputs, ops, problems, steps, workloads
 
 # The flags that say what is measured; --fan_in and --penultimate are those of `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
@@ -39,7 +43,10 @@ def _help(what: str, name: str) -> str:
 
 def _define_flags() -> None:
     flags.DEFINE_enum(
-        "op", "fan_in_matmul", [*problems.OPS, "training_step", "direct_inputs"], "What to measure."
+        "op",
+        "fan_in_matmul",
+        [*problems.OPS, "training_step", "direct_inputs", "choose_columns"],
+        "What to measure.",
     )
     flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
     flags.DEFINE_integer("inputs", None, _help("Number of inputs of an op", "inputs"), lower_bound=1)
@@ -65,7 +72,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    used = {"training_step": _OF_STEPS, "direct_inputs": _OF_DIRECT}.get(values.op, _OF_OPS)
+    used = {"training_step": _OF_STEPS, "direct_inputs": _OF_DIRECT, "choose_columns": ()}.get(
+        values.op, _OF_OPS
+    )
     given = [name for name in {*_OF_OPS, *_OF_STEPS, *_OF_DIRECT} - {*used} if values[name].present]
     if unused := sorted({*given, *workloads.flags_without_use(*used)}):
         raise app.UsageError(f"--op={values.op} has no use for {', '.join(f'--{name}' for name in unused)}")
@@ -74,6 +83,9 @@ def main(argv: list[str]) -> None:
         networks = workloads.NETWORKS if network in workloads.NETWORKS else (network,)
         modes = list(workloads.MODES) if values.mode is None else [values.mode]
         report = steps.measure(networks, modes, values.repeats, values.steps)
+    elif values.op == "choose_columns":
+        report = choice.measure(choice.Sizes())
+        print(choice.table(report))
     else:
         fan_in = _FAN_IN if values.fan_in is None else values.fan_in
         defaults = _DIRECT_SIZES if values.op == "direct_inputs" else _SIZES

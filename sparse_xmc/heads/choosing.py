@@ -6,7 +6,8 @@ import numpy as np
 import scipy.sparse
 
 # Products of a block of labels with the points' inputs have at most so many entries at once.
-_ENTRIES_AT_ONCE = 1 << 20
+_ENTRIES_AT_ONCE = 1 << 19
+_ROWS_AT_ONCE = 1 << 13
 
 
 def choose_columns(
@@ -31,8 +32,13 @@ def choose_columns(
     Information Retrieval, 2008, chapter 14.
     """
     dense = isinstance(features, np.ndarray)
-    overall = np.asarray(features.sum(axis=0)).ravel() / max(1, features.shape[0])
+    overall = _means(features)
     points_of = scipy.sparse.csr_array(labels.T, dtype=np.float32)
+    if isinstance(
+        features, scipy.sparse.csr_array
+    ):  # of one type, or SciPy converts all features for each product
+        kind = features.indices.dtype
+        points_of.indices, points_of.indptr = points_of.indices.astype(kind), points_of.indptr.astype(kind)
     for block in _blocks(points_of, features):
         of_block = points_of[block]
         sums = scipy.sparse.csr_array(of_block @ features)
@@ -45,6 +51,14 @@ def choose_columns(
         columns[row[best], rank] = sums.indices[best]
         excess[row[best], rank] = difference[best]
         yield block, columns, excess
+
+
+def _means(features: np.ndarray | scipy.sparse.csr_array) -> np.ndarray:
+    """The mean of each column, float32 [D], a few rows after the other: SciPy copies what it sums."""
+    sums = np.zeros(features.shape[1])
+    for start in range(0, features.shape[0], _ROWS_AT_ONCE):
+        sums += np.asarray(features[start : start + _ROWS_AT_ONCE].sum(axis=0)).ravel()
+    return (sums / max(1, features.shape[0])).astype(np.float32)
 
 
 def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

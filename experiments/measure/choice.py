@@ -1,0 +1,104 @@
+"""What choosing inputs takes at the shape of Amazon-670K, for `experiments.benchmark --op=choose_columns`.
+
+There are as many points, labels and words as in the data set's bags of words, on synthetic points: texts draw
+their words as in `experiments.measure.direct_inputs`, labels are those of `experiments.measure.synthetic`.
+"""
+
+import itertools
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import scipy.sparse
+from flax import nnx
+
+from experiments.measure import clock, environment
+from experiments.measure.direct_inputs import draw_words
+from experiments.measure.memory import PeakMemory
+from experiments.measure.synthetic import Synthetic
+from experiments.measure.workloads import AMAZON_670K
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import Batches
+from sparse_xmc.heads import FixedFanInConfig, RewireConfig
+from sparse_xmc.heads.choosing import choose_columns
+from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.train import Trainer, TrainingConfig
+
+_WORDS_PER_TEXT = 75
+_BATCH_SIZE = 256
+_STEPS = 8
+_RATE = 1e-4
+
+
+class Sizes(NamedTuple):
+    """Those of a data set and of a head."""
+
+    points: int = AMAZON_670K.points
+    labels: int = AMAZON_670K.labels
+    words: int = 135_909
+    labels_per_point: float = AMAZON_670K.labels_per_point
+    penultimate: int = 32_768
+    fan_in: int = 32
+    direct: int = 28
+
+
+def make_dataset(sizes: Sizes) -> Dataset:
+    """Texts of `_WORDS_PER_TEXT` different words, each of length 1, and their labels."""
+    rng = np.random.default_rng(0)
+    words = np.sort(draw_words(rng, sizes.points, _WORDS_PER_TEXT, sizes.words), axis=1)
+    ends = np.arange(sizes.points + 1, dtype=np.int32) * _WORDS_PER_TEXT
+    values = np.full(words.size, _WORDS_PER_TEXT**-0.5, np.float32)
+    features = scipy.sparse.csr_array((values, words.ravel(), ends), shape=(sizes.points, sizes.words))
+
+    source = Synthetic(sizes.labels, sizes.labels_per_point, num_features=1)
+    batches = -(-sizes.points // 1000)
+    positives = np.concatenate([source.batch(i, 1000).positives for i in range(batches)])[: sizes.points]
+    ends = np.append(0, np.cumsum(np.sum(positives >= 0, axis=1))).astype(np.int32)
+    of_points = positives[positives >= 0]
+    labels = (np.ones(len(of_points), bool), of_points, ends)
+    return Dataset(features, scipy.sparse.csr_array(labels, shape=(sizes.points, sizes.labels)))
+
+
+def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
+    """The seconds and bytes of the choice, by the clock `now`, beside the seconds of a training step."""
+    train = make_dataset(sizes)
+    memory, start = PeakMemory(), now()
+    blocks = choose_columns(train.features, train.labels, sizes.direct)
+    chosen = sum(int(np.sum(columns >= 0)) for _, columns, _ in blocks)
+    seconds, peak = now() - start, memory.bytes()
+
+    head = FixedFanInConfig(penultimate=sizes.penultimate, fan_in=sizes.fan_in, direct=sizes.direct)
+    classifier = ClassifierConfig(sizes.words, sizes.labels, True, EncoderConfig(), head)
+    model = classifier.make(train=train, rngs=nnx.Rngs(0))
+    config = TrainingConfig(output_optimizer="sgd", batch_size=_BATCH_SIZE, rewire=RewireConfig(fraction=0))
+    trainer, batches = Trainer(model, config), Batches(train, _BATCH_SIZE)
+    del model
+    times = []
+    for batch in itertools.islice(batches.shuffled(0, 0), 1 + _STEPS):
+        start = now()
+        jax.block_until_ready(trainer.train_step(batch, _RATE))
+        times.append(now() - start)
+    step = float(np.median(times[1:]))  # the first one compiles
+    return {
+        "op": "choose_columns",
+        "sizes": sizes._asdict(),
+        "words_per_text": _WORDS_PER_TEXT,
+        "chosen_per_label": chosen / sizes.labels,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "peak_measured_as": memory.method,
+        "step_seconds": step,
+        "part_of_an_epoch": seconds / (step * batches.steps_per_epoch),
+        "environment": environment.describe(),
+    }
+
+
+def table(report: dict) -> str:
+    """Renders a report for the terminal."""
+    return (
+        f"choose_columns: {', '.join(f'{k} {v:,}' for k, v in report['sizes'].items())}\n"
+        f"{report['seconds']:.1f} s, which is {100 * report['part_of_an_epoch']:.1f}% of an epoch "
+        f"of steps of {report['step_seconds']:.2f} s, and {report['peak_bytes'] / 2**20:.0f} MiB; "
+        f"{report['chosen_per_label']:.1f} inputs a label"
+    )
