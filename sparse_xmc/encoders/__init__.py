@@ -2,6 +2,13 @@
 
 from sparse_xmc.encoders.bag_of_words import BagOfWordsEncoder, EmbeddingBag
 from sparse_xmc.encoders.dense_features import DenseFeatures
+from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.table import EmbeddingTable
 
-__all__ = ["BagOfWordsEncoder", "DenseFeatures", "EmbeddingBag", "EmbeddingTable"]
+__all__ = [
+    "BagOfWordsEncoder",
+    "DenseFeatures",
+    "EmbeddingBag",
+    "EmbeddingTable",
+    "PretrainedEncoder",
+]

@@ -1,0 +1,341 @@
+"""The files of a pretrained encoder of the BERT family, as Hugging Face's libraries write and read them.
+
+Nothing here runs code of a directory: configurations are JSON, tensors are safetensors.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+POOLINGS = ("mean", "cls", "pooler")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+# ---- config.json ----
+
+# The prefix that names of tensors may have.
+_PREFIXES = {"bert": "bert.", "distilbert": "distilbert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
+_DISTILBERT_KEYS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig:
+    """The network, by the keys of BERT's `config.json`, which RoBERTa shares; DistilBERT has others.
+
+    Raises:
+      ValueError: the architecture or the activation is not one of those known here, or sizes do not fit.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2  # 0 for DistilBERT, which has none
+    pad_token_id: int = 0
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        require_one_of("model_type", self.model_type, _PREFIXES)
+        require_one_of("activation", self.hidden_act, ACTIVATIONS)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads do not divide the hidden size {self.hidden_size}"
+            )
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position embeddings of the first token: RoBERTa's are behind that of padding."""
+        return self.pad_token_id + 1 if "roberta" in self.model_type else 0
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that a text may have."""
+        return self.max_position_embeddings - self.first_position
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "PretrainedConfig":
+        """Reads a `config.json`.
+
+        Raises:
+          ValueError: it is missing, or describes a network that is not known here; the message names it.
+        """
+        values = _read_json(Path(path))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a configuration")
+        try:
+            model_type = str(values.get("model_type"))
+            require_one_of("model_type", model_type, _PREFIXES)
+            for key, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+                if values.get(key, wanted) != wanted:
+                    raise ValueError(f"{key} must be {wanted}, got {values[key]!r}")
+            settings: dict[str, Any] = {"pad_token_id": 1} if "roberta" in model_type else {}
+            keys = _DISTILBERT_KEYS if model_type == "distilbert" else {}
+            for field in dataclasses.fields(cls):
+                key = keys.get(field.name, field.name)
+                if values.get(key) is not None:
+                    settings[field.name] = values[key]
+                elif field.default is dataclasses.MISSING:
+                    raise ValueError(f"{key} is missing")
+            if model_type == "distilbert":
+                settings |= {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
+            return cls(**settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `config.json` that `from_file` and the transformers library read."""
+        values = dataclasses.asdict(self)
+        if self.model_type == "distilbert":
+            del values["type_vocab_size"], values["layer_norm_eps"]
+            values = {_DISTILBERT_KEYS.get(key, key): value for key, value in values.items()}
+        _write_json(Path(path), values)
+
+
+# ---- model.safetensors ----
+
+_MODULES = {
+    "words": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+}
+_BERT_LAYER = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention_out": ("attention.output.dense",),
+    "attention_norm": ("attention.output.LayerNorm",),
+    "up": ("intermediate.dense",),
+    "down": ("output.dense",),
+    "norm": ("output.LayerNorm",),
+}
+_DISTILBERT_LAYER = {
+    "qkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    "attention_out": ("attention.out_lin",),
+    "attention_norm": ("sa_layer_norm",),
+    "up": ("ffn.lin1",),
+    "down": ("ffn.lin2",),
+    "norm": ("output_layer_norm",),
+}
+# Buffers, a pooler that nobody asked for, and the heads of other tasks.
+_HARMLESS = re.compile(
+    r"embeddings\.(position_ids|token_type_ids)|pooler\..*|cls\..*|lm_head\..*|vocab_(transform|layer_norm|projector)\..*"
+    r"|(pre_)?classifier\..*|qa_outputs\..*"
+)
+
+
+def tensor_names(path: str, config: PretrainedConfig) -> list[str]:
+    """The tensors that make up a parameter, side by side along its last axis; those of kernels transposed."""
+    module, field = path.rsplit(".", 1)
+    field = "bias" if field == "bias" else "weight"
+    if module in _MODULES:
+        return [f"{_MODULES[module]}.{field}"]
+    _, layer, module = module.split(".")
+    if config.model_type == "distilbert":
+        return [f"transformer.layer.{layer}.{name}.{field}" for name in _DISTILBERT_LAYER[module]]
+    return [f"encoder.layer.{layer}.{name}.{field}" for name in _BERT_LAYER[module]]
+
+
+def read_parameters(
+    directory: Path, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """The parameters of a network, in float32, by their paths, given their shapes.
+
+    Raises:
+      ValueError: tensors are missing, are not the network's, or have another shape, or a file is damaged; the
+        message names them.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(directory, _PREFIXES[config.model_type], stack)
+        names = {path: tensor_names(path, config) for path in shapes}
+        wanted = {name for of_parameter in names.values() for name in of_parameter}
+        problems = [f"{name} is missing" for name in sorted(wanted - {*tensors})]
+        problems += [
+            f"{name} is not of a {config.model_type}"
+            for name in sorted({*tensors} - wanted)
+            if not _HARMLESS.fullmatch(name)
+        ]
+        for path, shape in shapes.items():
+            expected = (*shape[:-1], shape[-1] // len(names[path]))
+            expected = expected[::-1] if path.endswith(".kernel") else expected
+            for name in names[path]:
+                if name in tensors and (found := tensors[name].shape) != expected:
+                    problems.append(f"{name} has shape {list(found)}, not {list(expected)}")
+        if problems:
+            raise ValueError(f"{directory}: {_some(problems)}")
+        return {path: _assemble(path, [tensors[name] for name in names[path]]) for path in shapes}
+
+
+def _assemble(path: str, tensors: list["_Tensor"]) -> np.ndarray:
+    parts = [tensor.read() for tensor in tensors]
+    parts = [part.T for part in parts] if path.endswith(".kernel") else parts
+    return np.concatenate(parts, axis=-1).astype(np.float32, copy=False)
+
+
+@dataclasses.dataclass
+class _Tensor:
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def read(self) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+
+def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """The tensors of all files by name, without the prefix."""
+    safetensors = _safetensors()
+    tensors = {}
+    for file in weight_files(directory):
+        try:
+            opened = stack.enter_context(safetensors.safe_open(file, framework="np"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        for name in opened.keys():  # noqa: SIM118
+            # The first checkpoints of BERT are from TensorFlow.
+            ours = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+                "LayerNorm.beta", "LayerNorm.bias"
+            )
+            tensors[ours.removeprefix(prefix)] = _Tensor(opened, name)
+    return tensors
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that its index lists.
+
+    Raises:
+      ValueError: there is none, or the index is not one of files in the directory.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise ValueError(f"{whole}: no such file, nor an index of shards; pickled weights are not read")
+    try:
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"expected names of files, got {names}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{index}: not an index of shards: {error}") from error
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise ValueError(f"{index}: {_some(missing)} missing")
+    return [directory / name for name in names]
+
+
+def write_parameters(directory: Path, config: PretrainedConfig, parameters: Mapping[str, np.ndarray]) -> None:
+    """Writes `model.safetensors`, which `read_parameters` and the transformers library read."""
+    tensors = {}
+    for path, value in parameters.items():
+        names = tensor_names(path, config)
+        for name, part in zip(names, np.split(value, len(names), axis=-1), strict=True):
+            tensors[name] = np.ascontiguousarray(part.T if path.endswith(".kernel") else part)
+    _safetensors().numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "safetensors is not installed, which pretrained encoders need: pip install 'sparse-xmc[text]'"
+        ) from error
+    return safetensors
+
+
+# ---- modules.json and 1_Pooling/config.json, of the sentence-transformers library ----
+
+_POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+
+
+def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None) -> tuple[str, bool]:
+    """What is None is as the files say, or without them the mean, not normalised.
+
+    Raises:
+      ValueError: what is asked for is not there, or `pooling` is None and the files say something else.
+    """
+    modules = _read_json(directory / "modules.json", default=[{"type": "Pooling", "path": "1_Pooling"}])
+    try:
+        kinds = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / 'modules.json'}: not a list of modules: {error!r}") from error
+    if normalize is None:
+        normalize = "Normalize" in kinds
+    if pooling is not None:
+        return pooling, normalize
+    if unknown := sorted({*kinds} - {"Transformer", "Pooling", "Normalize"}):
+        file = directory / "modules.json"
+        raise ValueError(f"{file}: {', '.join(unknown)} not known here; a pooling that is given does without")
+    file = directory / kinds.get("Pooling", "1_Pooling") / "config.json"
+    values = _read_json(file, default={_POOLING_KEYS["mean"]: True})
+    modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
+    modes = [{key: name for name, key in _POOLING_KEYS.items()}.get(key, key) for key in modes]
+    if "pooling_mode" in values:
+        modes = [values["pooling_mode"]]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ValueError(f"{file}: pooling must be one of {', '.join(POOLINGS)}, got {modes}")
+    return modes[0], normalize
+
+
+def write_pooling(directory: Path, pooling: str, normalize: bool, features: int) -> None:
+    """Writes files that `resolve_pooling` reads, and sentence-transformers, which has no "pooler" though."""
+    kinds = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if normalize else {})
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds.items())
+    ]
+    _write_json(directory / "modules.json", modules)
+    values: dict[str, Any] = {"word_embedding_dimension": features}
+    values |= {key: pooling == name for name, key in _POOLING_KEYS.items()}
+    values |= {} if pooling in _POOLING_KEYS else {"pooling_mode": pooling}
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    _write_json(directory / "1_Pooling" / "config.json", values)
+
+
+# ---- all of them ----
+
+
+def require_one_of(what: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is among `choices`."""
+    if value not in (choices := list(choices)):
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _some(problems: list[str]) -> str:
+    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+
+
+def _read_json(path: Path, default: Any = None) -> Any:
+    """What a file says; `default`, if there is one, where the file is missing."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable JSON file: {error}") from error
+    if default is not None and type(values) is not type(default):
+        raise ValueError(f"{path}: expected a {type(default).__name__}, got a {type(values).__name__}")
+    return values
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
