@@ -52,11 +52,13 @@ class TokenLists:
         return np.diff(self.indptr)
 
     def width(self, length: int) -> int:
-        """The T of a batch whose longest text has so many tokens: 16, 32, 64, ... or `max_length`.
+        """The T of a batch whose longest text has so many tokens: 16, 24, 32, 48, 64, ... or `max_length`.
 
         There are few such widths, so that jit compiles a handful of times.
         """
-        return min(self.max_length, max(_NARROWEST, 1 << max(0, int(length) - 1).bit_length()))
+        power = 1 << max(0, int(length) - 1).bit_length()
+        between = 3 * power // 4
+        return min(self.max_length, max(_NARROWEST, between if length <= between else power))
 
     def __getitem__(self, rows: np.ndarray | slice) -> "TokenLists":
         """The texts with these numbers, a bool for each, or a slice."""

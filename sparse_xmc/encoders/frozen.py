@@ -18,6 +18,7 @@ from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import resolve_pooling, weight_files
 from sparse_xmc.modules import in_evaluation
 
+_SHORT = 32  # tokens
 _VERSION = 1  # of what is computed: a higher one leaves older files behind
 
 
@@ -29,7 +30,7 @@ def embed(
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
       token_lists: the texts.
-      batch_size: B.
+      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, so that batches do not outgrow caches.
       out: float32 [N, E], where the result goes; None for a new array.
 
     Returns:
@@ -39,28 +40,33 @@ def embed(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     graphdef, state = nnx.split(in_evaluation(encoder))
     encode = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
-    order = np.argsort(token_lists.lengths, kind="stable")[::-1]  # what takes most memory comes first
-    # The last batch is filled up: another size would be compiled again.
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    lengths = token_lists.lengths
+    order = np.argsort(lengths, kind="stable")[::-1]  # what takes most memory comes first
     if out is None:
-        tokens = jax.eval_shape(lambda: _batch(token_lists, order[:1], batch_size))
+        tokens = jax.eval_shape(lambda: _batch(token_lists, order[:1], 1))
         out = np.empty((len(order), jax.eval_shape(encode, state, tokens).shape[1]), np.float32)
     hidden = not sys.stderr.isatty()
     waiting: list[tuple[np.ndarray, jax.Array]] = []
     with tqdm(total=len(order), desc="embedding", unit=" texts", leave=False, disable=hidden) as bar:
-        for rows in [*batches, None]:
-            if rows is not None:
-                waiting.append((rows, encode(state, _batch(token_lists, rows, batch_size))))
-            if waiting and (rows is None or len(waiting) == 2):  # the device is at work on the next
+        start = 0
+        while start < len(order) or waiting:
+            if start < len(order):
+                width = token_lists.width(lengths[order[start]])
+                size = max(1, batch_size * _SHORT // max(_SHORT, width))
+                rows = order[start : start + size]
+                waiting.append((rows, encode(state, _batch(token_lists, rows, size))))
+                start += size
+            if start >= len(order) or len(waiting) == 2:  # while the device is at work on the next
                 done, features = waiting.pop(0)
                 out[done] = np.asarray(features)[: len(done)]
                 bar.update(len(done))
     return out
 
 
-def _batch(token_lists: TokenLists, rows: np.ndarray, batch_size: int) -> Tokens:
+def _batch(token_lists: TokenLists, rows: np.ndarray, size: int) -> Tokens:
+    """The texts as a batch of that size: the last is filled up, as another size would be compiled again."""
     tokens = token_lists.take(rows)
-    padding = batch_size - len(rows)
+    padding = size - len(rows)
     return Tokens(np.pad(tokens.ids, ((0, padding), (0, 0))), np.pad(tokens.lengths, (0, padding)))
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_encoders
+from flax import nnx
 from test_pretrained import load
 
 from sparse_xmc.data.tokens import Tokenizer, TokenLists
@@ -41,6 +42,28 @@ def test_embeds_in_the_order_of_the_texts(tmp_path, batch_size):
     ]
     np.testing.assert_allclose(embedded, expected, rtol=1e-4, atol=1e-5)
     assert encoder.dropout.deterministic is False  # it stays as it is
+
+
+SHAPES = []
+
+
+class _Recorder(nnx.Module):
+    """The first token of each text as its only feature, and the shapes that are compiled."""
+
+    def __call__(self, tokens):
+        SHAPES.append(tokens.ids.shape)
+        return tokens.ids[:, :1].astype(jnp.float32)
+
+
+def test_long_texts_come_in_smaller_batches():
+    lengths = np.random.default_rng(0).permutation(np.repeat([200, 100, 20, 3], 20))
+    lists = TokenLists(
+        np.arange(lengths.sum(), dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)]), 256
+    )
+    SHAPES.clear()
+    embedded = embed(_Recorder(), lists, batch_size=8)
+    np.testing.assert_array_equal(embedded[:, 0], lists.indptr[:-1])
+    assert sorted(set(SHAPES)) == [(1, 256), (2, 128), (8, 16), (8, 24)]
 
 
 def test_embeds_no_texts(tmp_path):

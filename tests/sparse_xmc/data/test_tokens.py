@@ -92,9 +92,9 @@ class TestTokenLists:
     def test_widths_are_few(self):
         lists = make_lists([1], 512)
         widths = [lists.width(length) for length in range(513)]
-        assert sorted(set(widths)) == [16, 32, 64, 128, 256, 512]
+        assert sorted(set(widths)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
         assert all(width >= length for length, width in enumerate(widths))
-        assert make_lists([1], 24).width(17) == make_lists([1], 24).width(24) == 24
+        assert make_lists([1], 20).width(17) == make_lists([1], 20).width(20) == 20
 
     def test_memory_mapped(self, tmp_path):
         lists = make_lists([3, 0, 20], 32)
