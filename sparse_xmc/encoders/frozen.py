@@ -30,7 +30,7 @@ def embed(
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
       token_lists: the texts.
-      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, so that batches do not outgrow caches.
+      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, lest batches outgrow caches.
       out: float32 [N, E], where the result goes; None for a new array.
 
     Returns:

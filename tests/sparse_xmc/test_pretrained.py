@@ -141,6 +141,13 @@ class TestFiles:
         for name, tensor in ours.items():
             np.testing.assert_array_equal(tensor, theirs[name])
 
+    def test_has_the_structure_of_a_random_one(self, tmp_path):
+        loaded = PretrainedEncoder.from_directory(make_directory(tmp_path), pooling="pooler", dropout=0.5)
+        made = PretrainedEncoder(loaded.config, pooling="pooler", dropout=0.5, rngs=nnx.Rngs(1))
+        states = [nnx.to_pure_dict(nnx.state(encoder)) for encoder in (loaded, made)]
+        assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+        assert jax.tree.map(jnp.shape, states[0]) == jax.tree.map(jnp.shape, states[1])
+
     def test_shards_prefixes_old_names_and_heads(self, tmp_path):
         tensors = make_tensors("bert")
         expected = load(make_directory(tmp_path / "a"))(make_tokens())
