@@ -14,6 +14,8 @@ from sparse_xmc.data import (
     read_tsv,
     read_xmc_text,
 )
+from sparse_xmc.data.tokens import Tokenizer
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Splits:
       test: the test points.
       text_encoder: turns text into features, or None.
       label_encoder: names the labels, or None.
+      pretrained: what encodes the text beside its words, or None.
     """
 
     train: Dataset
     test: Dataset
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
+    pretrained: FrozenEncoder | Tokenizer | None = None
 
 
 def load(
@@ -43,6 +47,7 @@ def load(
     test_filter: str | None = None,
     cache_dir: str | None = None,
     ngrams: int = 1,
+    pretrained: FrozenEncoder | Tokenizer | None = None,
 ) -> Splits:
     """Loads a training and a test set.
 
@@ -57,6 +62,7 @@ def load(
       test_filter: likewise.
       cache_dir: where parsed files of the repository's format are kept, to be memory-mapped.
       ngrams: of raw text, 1 for words alone, 2 for pairs of neighbouring words as well.
+      pretrained: of raw text, what gives `Dataset.encoded`.
 
     Returns:
       The two sets, with the same features and labels. Of raw text, labels and words that no training point
@@ -75,8 +81,10 @@ def load(
         raise ValueError(f"train and test must be in the same format, got {train} and {test}")
     if _is_text(train) and train_features is not None:
         raise ValueError(f"dense features need labels in the repository's format beside them, got {train}")
+    if pretrained is not None and not _is_text(train):
+        raise ValueError(f"a pretrained encoder needs raw text, .tsv, got {train}")
     if _is_text(train):
-        splits = _load_text(train, test, ngrams)
+        splits = _load_text(train, test, ngrams, pretrained)
     elif train_features and test_features:
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
@@ -112,13 +120,19 @@ def _is_text(path: str) -> bool:
     return Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".tsv")
 
 
-def _load_text(train: str, test: str, ngrams: int) -> Splits:
+def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | Tokenizer | None) -> Splits:
     train_labels, train_texts = read_tsv(train)
     test_labels, test_texts = read_tsv(test)
     texts, labels = TextEncoder.fit(train_texts, ngrams=ngrams), LabelEncoder.fit(train_labels)
+
+    def dataset(names: list[list[str]], of_points: list[str]) -> Dataset:
+        encoded = None if pretrained is None else pretrained(of_points)
+        return Dataset(texts(of_points), labels(names), encoded=encoded)
+
     return Splits(
-        train=Dataset(texts(train_texts), labels(train_labels)),
-        test=Dataset(texts(test_texts), labels(test_labels)),
+        train=dataset(train_labels, train_texts),
+        test=dataset(test_labels, test_texts),
         text_encoder=texts,
         label_encoder=labels,
+        pretrained=pretrained,
     )

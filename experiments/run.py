@@ -25,6 +25,7 @@ from experiments import datasets, reflection
 from experiments.measure import environment
 from experiments.measure.memory import PeakMemory
 from sparse_xmc.data import Dataset
+from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
@@ -60,10 +61,15 @@ flags.DEFINE_string(
     "train_filter", None, "Labels to leave out when training points are ranked: lines of `row label`."
 )
 flags.DEFINE_string("test_filter", None, "The same for test points.")
-flags.DEFINE_string("cache_dir", None, "Where parsed .txt files are kept and memory-mapped.")
+flags.DEFINE_string("cache_dir", None, "Where parsed .txt files and embeddings are kept and memory-mapped.")
 flags.DEFINE_integer(
     "ngrams", 1, "Of raw text: 1 for words alone, 2 for pairs of neighbouring words as well.", 1
 )
+flags.DEFINE_string(
+    "encoder", None, "Directory of a pretrained encoder of raw text, as Hugging Face saves it, beside words."
+)
+flags.DEFINE_bool("encoder_trainable", False, "Train it too, rather than compute its embeddings once.")
+flags.DEFINE_integer("max_length", 64, "How many tokens of a text --encoder reads.", 3)
 flags.DEFINE_enum(
     "propensities", "default", list(PROPENSITY_CONSTANTS), "The family of data sets, for PSP@k."
 )
@@ -97,6 +103,16 @@ def main(argv):
     if unused := reflection.flags_without_use("head", HEADS, values):
         print(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
 
+    if FLAGS.encoder_trainable and FLAGS.encoder is None:
+        raise ValueError("--encoder_trainable needs --encoder")
+    pretrained, trained = None, None
+    if FLAGS.encoder is not None:
+        pretrained, trained = open_pretrained(
+            FLAGS.encoder,
+            trainable=FLAGS.encoder_trainable,
+            max_length=FLAGS.max_length,
+            cache_dir=FLAGS.cache_dir,
+        )
     splits = datasets.load(
         FLAGS.train,
         FLAGS.test,
@@ -106,6 +122,7 @@ def main(argv):
         test_filter=FLAGS.test_filter,
         cache_dir=FLAGS.cache_dir,
         ngrams=FLAGS.ngrams,
+        pretrained=pretrained,
     )
     train, validation = _hold_out(splits)
     config = ClassifierConfig(
@@ -114,12 +131,13 @@ def main(argv):
         bag_of_words=train.is_sparse,
         encoder=reflection.read_flags(EncoderConfig, values),
         head=head,
+        **ClassifierConfig.beside_words(pretrained, trained),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
 
     memory = PeakMemory()
-    model = config.make(train=train, rngs=nnx.Rngs(FLAGS.seed))
+    model = config.make(train=train, text=trained, rngs=nnx.Rngs(FLAGS.seed))
     trainer = Trainer(model, training, seed=FLAGS.seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         epochs = fit(
@@ -131,7 +149,7 @@ def main(argv):
             callbacks=[GradientDensity(), Progress(), RecordFile(workdir / "metrics.jsonl")],
         )
     model = trainer.model
-    SavedModel(config, model, splits.text_encoder, splits.label_encoder).save(workdir)
+    SavedModel(config, model, splits.text_encoder, splits.label_encoder, pretrained).save(workdir)
 
     print("evaluating on the test and training points ...", flush=True)
     counts = splits.train.label_counts()

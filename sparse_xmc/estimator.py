@@ -1,5 +1,6 @@
 """The classifier after scikit-learn's conventions: texts or features in, labels out."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
+from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
@@ -56,6 +58,11 @@ class XMCClassifier(BaseEstimator):
       learning_rate: that of the first step; it falls to 0.
       ngrams: of texts, 1 for words alone, 2 for pairs of neighbouring words as well.
       min_df: a word must occur in this many of the texts.
+      encoder: the directory of a pretrained encoder of texts, as Hugging Face saves it, whose embeddings are
+        features beside the words; None for words alone.
+      encoder_trainable: whether it is trained too, which takes a GPU; otherwise each text is embedded once.
+      max_length: how many tokens of a text it reads.
+      cache_dir: where the embeddings of the training texts are kept for the next `fit`, if anywhere.
       seed: of everything random; the same seed on the same machine gives the same classifier.
       verbose: whether to show progress.
 
@@ -87,6 +94,10 @@ class XMCClassifier(BaseEstimator):
         learning_rate: float | None = None,
         ngrams: int | None = None,
         min_df: int = 2,
+        encoder: str | os.PathLike | None = None,
+        encoder_trainable: bool = False,
+        max_length: int = 64,
+        cache_dir: str | os.PathLike | None = None,
         seed: int = 0,
         verbose: bool = False,
     ):
@@ -99,6 +110,10 @@ class XMCClassifier(BaseEstimator):
         self.learning_rate = learning_rate
         self.ngrams = ngrams
         self.min_df = min_df
+        self.encoder = encoder
+        self.encoder_trainable = encoder_trainable
+        self.max_length = max_length
+        self.cache_dir = cache_dir
         self.seed = seed
         self.verbose = verbose
 
@@ -117,15 +132,25 @@ class XMCClassifier(BaseEstimator):
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
         """
         texts = _texts(X)
-        text_encoder, ngrams = None, 1
+        text_encoder, pretrained, trained, encoded, ngrams = None, None, None, None, 1
         if texts is None:
+            if self.encoder is not None:
+                raise ValueError("encoder is for texts, but X is a matrix")
             features = _features(X)
         else:
             ngrams = ngrams_for(texts) if self.ngrams is None else self.ngrams
             text_encoder = TextEncoder.fit(texts, ngrams=ngrams, min_df=self.min_df)
             features = text_encoder(texts)
         labels, label_encoder = _encode_labels(y)
-        train = Dataset(features, labels)
+        if texts is not None and self.encoder is not None:
+            pretrained, trained = open_pretrained(
+                self.encoder,
+                trainable=self.encoder_trainable,
+                max_length=self.max_length,
+                cache_dir=self.cache_dir,
+            )
+            encoded = pretrained(texts)
+        train = Dataset(features, labels, encoded=encoded)
         if not len(train) or not labels.nnz:
             raise ValueError(f"expected points with labels, got {len(train)} points and {labels.nnz} labels")
         training = training_for(train, **self._given("epochs", "batch_size", "learning_rate"))
@@ -145,14 +170,15 @@ class XMCClassifier(BaseEstimator):
                 output_bias=-1.0,  # on the negative side of the margin, so that easy negatives cost nothing
                 output_bound=0.05,
             ),
+            **ClassifierConfig.beside_words(pretrained, trained),
         )
         scale = 1.0
         if texts is None:  # of texts it is right as it is
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
-        model = config.make(train=train, input_scale=scale, rngs=nnx.Rngs(self.seed))
+        model = config.make(train=train, text=trained, input_scale=scale, rngs=nnx.Rngs(self.seed))
         trainer = Trainer(model, training, seed=self.seed)
         history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
-        self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder))
+        self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained))
         self.history_ = history
         return self
 
@@ -183,13 +209,13 @@ class XMCClassifier(BaseEstimator):
     def score(self, X: Features, y: Labels) -> float:
         """P@1: the part of the points whose best label is right; labels that `fit` has not seen never are."""
         labels, _ = _encode_labels(y, self._fitted.label_encoder, self.n_labels_)
-        points = self._points(X)
-        return evaluate(self._fitted.model, Dataset(points.features, labels), ks=(1,))["p@1"]
+        points = dataclasses.replace(self._points(X), labels=labels)
+        return evaluate(self._fitted.model, points, ks=(1,))["p@1"]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Saves the trained classifier in a directory, which `load` and `experiments.predict` read."""
         self._fitted.save(directory)
-        parameters = json.dumps(self.get_params(), indent=2)
+        parameters = json.dumps(self.get_params(), indent=2, default=os.fspath)
         (Path(directory) / _PARAMETERS).write_text(parameters + "\n")
 
     @classmethod
@@ -227,7 +253,9 @@ class XMCClassifier(BaseEstimator):
         if (texts is None) != (saved.text_encoder is None):
             expected, got = ("features", "texts") if saved.text_encoder is None else ("texts", "features")
             raise TypeError(f"X must be {expected}, as the classifier was trained on, got {got}")
-        features = _features(X) if texts is None or saved.text_encoder is None else saved.text_encoder(texts)
+        if texts is not None:
+            return saved.points(texts)
+        features = _features(X)
         if features.shape[1] != self.n_features_in_:
             raise ValueError(f"X must have {self.n_features_in_} features, got {features.shape[1]}")
         if scipy.sparse.issparse(features) != saved.config.bag_of_words:

@@ -3,11 +3,15 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures
+from sparse_xmc.data.tokens import Tokenizer
+from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
 from sparse_xmc.settings import check, setting
 
@@ -45,13 +49,51 @@ class EncoderConfig:
     Attributes:
       embedding: E, the size of the embedding of bags of words; dense features stay as they are.
       dropout: the rate of dropout on the features (after the embedding).
+      text_dropout: the rate of dropout on the embeddings of a pretrained encoder.
+      text_scale: what these are multiplied by.
     """
 
     embedding: int = setting(512, at_least=1)
     dropout: float = setting(0.1, at_least=0, below=1)
+    text_dropout: float = setting(0.1, at_least=0, below=1)
+    text_scale: float = setting(4.0, above=0)
 
     def __post_init__(self):
         check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedSettings:
+    """What a `PretrainedEncoder` is made of, but for its weights.
+
+    Attributes:
+      network: its sizes.
+      pooling, normalize: see there.
+      dtype: "float32" or "bfloat16", that of its computation.
+      remat: see there.
+    """
+
+    network: PretrainedConfig
+    pooling: str = "mean"
+    normalize: bool = False
+    dtype: str = setting("float32", choices=("float32", "bfloat16"))
+    remat: bool = False
+
+    def __post_init__(self):
+        check(self)
+
+    @classmethod
+    def of(cls, encoder: PretrainedEncoder) -> "PretrainedSettings":
+        """Those of an encoder."""
+        dtype = jnp.dtype(encoder.dtype).name
+        return cls(encoder.config, encoder.pooling, encoder.normalize, dtype, encoder.remat)
+
+    def make(self, rngs: nnx.Rngs) -> PretrainedEncoder:
+        """An encoder with random weights."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return PretrainedEncoder(
+            fields.pop("network"), **fields | {"dtype": jnp.dtype(self.dtype)}, rngs=rngs
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +106,8 @@ class ClassifierConfig:
       bag_of_words: whether the features are bags of words; they are embedded first.
       encoder: the encoder's sizes.
       head: the head's: one of the configurations in `sparse_xmc.heads.HEADS`.
+      text_features: beside bags of words, the size of the embeddings of a pretrained encoder; 0 for none.
+      pretrained: that encoder, where it is trained too.
     """
 
     num_features: int
@@ -71,23 +115,49 @@ class ClassifierConfig:
     bag_of_words: bool = False
     encoder: EncoderConfig = EncoderConfig()
     head: HeadConfig = FixedFanInConfig()
+    text_features: int = 0
+    pretrained: PretrainedSettings | None = None
 
-    def make(self, *, train: Dataset | None = None, input_scale: float = 1.0, rngs: nnx.Rngs) -> Classifier:
+    @classmethod
+    def beside_words(
+        cls, frozen: FrozenEncoder | Tokenizer | None, trained: PretrainedEncoder | None
+    ) -> dict[str, Any]:
+        """The fields "text_features" and "pretrained" for what `open_pretrained` returned, or for None."""
+        if trained is not None:
+            return {"text_features": trained.features, "pretrained": PretrainedSettings.of(trained)}
+        return {"text_features": frozen.features} if isinstance(frozen, FrozenEncoder) else {}
+
+    def make(
+        self,
+        *,
+        train: Dataset | None = None,
+        text: PretrainedEncoder | None = None,
+        input_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> Classifier:
         """A new classifier.
 
         Args:
           train: the training points, that heads may start from; see `HeadConfig.make`.
+          text: the pretrained encoder that is trained too; without it one like it has random weights.
           input_scale: what the features are multiplied by.
           rngs: random keys; streams `params` and `dropout`.
         """
-        width = self.encoder.embedding if self.bag_of_words else self.num_features
+        width, num_words = self.num_features, 0
         options: dict[str, Any] = {"dropout": self.encoder.dropout, "scale": input_scale, "rngs": rngs}
         encoder: nnx.Module
-        if self.bag_of_words:
-            encoder = BagOfWordsEncoder(self.num_features, width, direct=self.head.reads_words, **options)
-        else:
+        if not self.bag_of_words:
             encoder = DenseFeatures(width, **options)
-        num_words = self.num_features if self.bag_of_words else 0
+        else:
+            width, num_words = self.encoder.embedding, self.num_features
+            encoder = BagOfWordsEncoder(num_words, width, direct=self.head.reads_words, **options)
+            if self.text_features:
+                options = {"dropout": self.encoder.text_dropout, "scale": self.encoder.text_scale}
+                embeddings = DenseFeatures(self.text_features, **options, rngs=rngs)
+                if self.pretrained is not None and text is None:
+                    text = self.pretrained.make(rngs)
+                encoder = JointEncoder(encoder, embeddings, text)
+                width += self.text_features
         head = self.head.make(width, self.num_labels, num_words=num_words, train=train, rngs=rngs)
         return Classifier(encoder, head)
 
@@ -107,6 +177,11 @@ class ClassifierConfig:
         try:
             head = dict(fields["head"])
             config = HEADS[head.pop("kind")](**head)
-            return cls(**fields | {"encoder": EncoderConfig(**fields["encoder"]), "head": config})
+            pretrained = fields.get("pretrained")
+            if pretrained is not None:
+                network = PretrainedConfig(**pretrained["network"])
+                pretrained = PretrainedSettings(**pretrained | {"network": network})
+            parts = {"encoder": EncoderConfig(**fields["encoder"]), "head": config, "pretrained": pretrained}
+            return cls(**fields | parts)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the configuration of a classifier: {error!r}") from error

@@ -3,18 +3,24 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import scipy.sparse
 from flax import nnx
 
+from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
+from sparse_xmc.data.tokens import Tokenizer
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import path_name
 
 CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
+FROZEN, TOKENIZER = "frozen_encoder.json", "tokenizer.json"
 
 
 @dataclasses.dataclass
@@ -26,22 +32,46 @@ class SavedModel:
       model: the classifier.
       text_encoder: turns text into its features, or None where it takes features.
       label_encoder: names its labels, or None where they are numbers.
+      pretrained: what encodes text beside its words: a frozen encoder, of which the directory is saved, not
+        the weights; or the tokenizer of one that is part of the classifier; or None.
     """
 
     config: ClassifierConfig
     model: Classifier
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
+    pretrained: FrozenEncoder | Tokenizer | None = None
+
+    def points(self, texts: Sequence[str]) -> Dataset:
+        """Points without labels, for prediction.
+
+        Raises:
+          ValueError: the classifier does not take texts.
+        """
+        if self.text_encoder is None:
+            raise ValueError("the classifier takes features, not texts")
+        labels = scipy.sparse.csr_array((len(texts), self.config.num_labels), dtype=bool)
+        encoded = None if self.pretrained is None else self.pretrained(texts)
+        return Dataset(self.text_encoder(texts), labels, encoded=encoded)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes all of it into a directory, which is made if missing, over a model that is there."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for encoder, name in ((self.text_encoder, TEXT_ENCODER), (self.label_encoder, LABELS)):
-            if encoder is None:
+        frozen = self.pretrained if isinstance(self.pretrained, FrozenEncoder) else None
+        parts: dict[str, Any] = {
+            TEXT_ENCODER: self.text_encoder,
+            LABELS: self.label_encoder,
+            FROZEN: frozen,
+        }
+        for name, part in parts.items():
+            if part is None:
                 (directory / name).unlink(missing_ok=True)
             else:
-                encoder.save(directory / name)
+                part.save(directory / name)
+        (directory / TOKENIZER).unlink(missing_ok=True)
+        if isinstance(self.pretrained, Tokenizer):
+            self.pretrained.save(directory)
         (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
 
@@ -67,6 +97,13 @@ class SavedModel:
             ) from error
         texts = TextEncoder.load(directory / TEXT_ENCODER) if (directory / TEXT_ENCODER).exists() else None
         labels = LabelEncoder.load(directory / LABELS) if (directory / LABELS).exists() else None
+        pretrained: FrozenEncoder | Tokenizer | None = None
+        if (directory / FROZEN).exists():
+            pretrained = FrozenEncoder.load(directory / FROZEN)
+        elif (directory / TOKENIZER).exists():
+            pretrained = Tokenizer.from_directory(directory)
+        if (pretrained is None) != (config.text_features == 0):
+            raise FileNotFoundError(f"{directory}: neither {FROZEN} nor {TOKENIZER} is there")
         sizes = (
             (TEXT_ENCODER, "words", texts and texts.vocabulary_size, config.num_features),
             (LABELS, "labels", labels and len(labels.names), config.num_labels),
@@ -75,7 +112,7 @@ class SavedModel:
             if actual is not None and actual != expected:
                 raise ValueError(f"{directory / name}: has {actual} {what}, but the model {expected}")
         model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
-        return cls(config, load_weights(directory / MODEL, model), texts, labels)
+        return cls(config, load_weights(directory / MODEL, model), texts, labels, pretrained)
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:

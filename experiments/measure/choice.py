@@ -22,7 +22,7 @@ from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.heads import FixedFanInConfig, RewireConfig
 from sparse_xmc.heads.choosing import choose_columns
-from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
 
 _WORDS_PER_TEXT = 75
@@ -69,7 +69,7 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
     seconds, peak = now() - start, memory.bytes()
 
     head = FixedFanInConfig(penultimate=sizes.penultimate, fan_in=sizes.fan_in, direct=sizes.direct)
-    classifier = ClassifierConfig(sizes.words, sizes.labels, True, EncoderConfig(), head)
+    classifier = ClassifierConfig(sizes.words, sizes.labels, bag_of_words=True, head=head)
     model = classifier.make(train=train, rngs=nnx.Rngs(0))
     config = TrainingConfig(output_optimizer="sgd", batch_size=_BATCH_SIZE, rewire=RewireConfig(fraction=0))
     trainer, batches = Trainer(model, config), Batches(train, _BATCH_SIZE)

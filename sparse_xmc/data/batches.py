@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.sparse
 
 from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.tokens import Tokens
 
 Array = np.ndarray | jax.Array
 
@@ -32,11 +34,26 @@ class BagOfWords:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
+class WordsAndText:
+    """A batch of B texts, both as bags of words and as a pretrained encoder takes or made them.
+
+    Attributes:
+      bags: their words.
+      encoded: float32 [B, E], their embeddings; or their `Tokens`.
+    """
+
+    bags: BagOfWords
+    encoded: Array | Tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class Batch:
     """B points.
 
     Attributes:
-      inputs: what the encoder takes: float32 [B, D], a `BagOfWords` of size B, or any other pytree of arrays.
+      inputs: what the encoder takes: float32 [B, D], a `BagOfWords` of size B, `WordsAndText`, or any other
+        pytree of arrays.
       positives: int32 [B, P], the labels of each point, distinct, padded with -1.
     """
 
@@ -89,15 +106,23 @@ class Batches:
         positives[np.arange(self._positives) < counts[:, None]] = labels.indices
         return Batch(inputs=self._inputs(points), positives=positives)
 
-    def _inputs(self, points: np.ndarray) -> np.ndarray | BagOfWords:
-        features = self._dataset.features[points]
+    def _inputs(self, points: np.ndarray) -> np.ndarray | BagOfWords | WordsAndText:
+        features, encoded = self._dataset.features[points], self._dataset.encoded
         if isinstance(features, np.ndarray):
             return features
+        bags = self._bags(features)
+        if encoded is None:
+            return bags
+        text = encoded[points] if isinstance(encoded, np.ndarray) else encoded.take(points)
+        return WordsAndText(bags, text)
+
+    def _bags(self, features: scipy.sparse.csr_array) -> BagOfWords:
         padding = -features.nnz % self._entries if features.nnz else self._entries
-        rows = np.repeat(np.arange(len(points), dtype=np.int32), np.diff(features.indptr))
+        size = features.shape[0]
+        rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(features.indptr))
         return BagOfWords(
-            rows=np.pad(rows, (0, padding), constant_values=len(points)),
+            rows=np.pad(rows, (0, padding), constant_values=size),
             words=np.pad(features.indices.astype(np.int32), (0, padding)),
             weights=np.pad(features.data, (0, padding)),
-            num_examples=len(points),
+            num_examples=size,
         )

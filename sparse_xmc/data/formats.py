@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse
 
 from sparse_xmc.data import files, storage
+from sparse_xmc.data.tokens import TokenLists
 
 _NUMBER = rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _FEATURE = re.compile(rb"\d+:" + _NUMBER)
@@ -33,14 +34,17 @@ class Dataset:
         sorted, distinct and not zero.
       excluded: None, or a bool CSR matrix `[N, L]` of labels that are left out of a point's ranking when a
         model is evaluated; see `read_filter`.
+      encoded: None, or what a pretrained encoder makes of the texts that bags of words are of: embeddings
+        float32 `[N, E]` (possibly memory-mapped), or their tokens, for an encoder that is trained too.
 
     Raises:
-      ValueError: the two disagree about N, or have another dtype, rank or format than the above.
+      ValueError: they disagree about N, or have another dtype, rank or format than the above.
     """
 
     features: np.ndarray | scipy.sparse.csr_array
     labels: scipy.sparse.csr_array
     excluded: scipy.sparse.csr_array | None = None
+    encoded: np.ndarray | TokenLists | None = None
 
     def __post_init__(self):
         if not isinstance(self.features, np.ndarray | scipy.sparse.csr_array):
@@ -67,6 +71,12 @@ class Dataset:
             raise ValueError(
                 f"excluded must have the shape of the labels, {self.labels.shape}, got {self.excluded.shape}"
             )
+        if self.encoded is None:
+            return
+        if not self.is_sparse:
+            raise ValueError("encoded texts go with bags of words; embeddings alone are dense features")
+        if len(self.encoded) != len(self):
+            raise ValueError(f"encoded has {len(self.encoded)} texts but features {len(self)} rows")
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -112,7 +122,8 @@ class Dataset:
             memory-mapped where they are); an array copies just the chosen rows into memory.
         """
         excluded = None if self.excluded is None else self.excluded[rows]
-        return Dataset(self.features[rows], self.labels[rows], excluded)
+        encoded = None if self.encoded is None else self.encoded[rows]
+        return Dataset(self.features[rows], self.labels[rows], excluded, encoded)
 
 
 def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Dataset:

@@ -3,6 +3,7 @@
 from sparse_xmc.encoders.bag_of_words import BagOfWordsEncoder, EmbeddingBag
 from sparse_xmc.encoders.dense_features import DenseFeatures
 from sparse_xmc.encoders.frozen import cached_embeddings, embed
+from sparse_xmc.encoders.joint import JointEncoder
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.table import EmbeddingTable
 
@@ -11,6 +12,7 @@ __all__ = [
     "DenseFeatures",
     "EmbeddingBag",
     "EmbeddingTable",
+    "JointEncoder",
     "PretrainedEncoder",
     "cached_embeddings",
     "embed",

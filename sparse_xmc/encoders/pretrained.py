@@ -61,8 +61,7 @@ class _Layer(nnx.Module):
         """Maps [B, T, E] to [B, T, E]; only the first `lengths` [B] tokens of a text are attended to."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 by itself, to float32 for softmax
-            attended = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
+        attended = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
         x = self.attention_norm(x + self.dropout(self.attention_out(attended.reshape(x.shape))))
         return self.norm(x + self.dropout(self.down(self.activation(self.up(x)))))
 

@@ -1,0 +1,109 @@
+"""A pretrained encoder as users name it, by its directory: frozen, a function of texts, or trained too."""
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sparse_xmc.data.tokens import Tokenizer
+from sparse_xmc.encoders.frozen import cached_embeddings, embed, fingerprint
+from sparse_xmc.encoders.pretrained import PretrainedEncoder
+from sparse_xmc.encoders.pretrained_files import PretrainedConfig
+
+
+class FrozenEncoder:
+    """Embeds texts by the encoder of a directory, pooled as its own files say.
+
+    Args:
+      directory: see `PretrainedEncoder.from_directory`.
+      max_length: how many tokens of a text are read; None for as many as the tokenizer is set to.
+      cache_dir: where embeddings are kept for later runs; None to compute them each time.
+
+    Attributes:
+      features: E.
+
+    Raises:
+      ValueError: the directory has no encoder of a kind that is known.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        max_length: int | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ):
+        self._directory = Path(directory)
+        self._max_length = max_length
+        self._cache_dir = cache_dir
+        self.features = PretrainedConfig.from_file(self._directory / "config.json").hidden_size
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """The embeddings float32 [N, E] of N texts; memory-mapped where they are kept."""
+        if self._cache_dir is not None:
+            return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
+        encoder, tokenizer = self._loaded
+        return embed(encoder, tokenizer(texts))
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[PretrainedEncoder, Tokenizer]:
+        encoder = PretrainedEncoder.from_directory(self._directory)
+        return encoder, Tokenizer.from_directory(self._directory, max_length=self._max_length)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes where the encoder is and what it is known by, as JSON; the weights stay where they are."""
+        state = {
+            "directory": str(self._directory.absolute()),
+            "max_length": self._max_length,
+            "fingerprint": fingerprint(self._directory, []),
+        }
+        Path(path).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "FrozenEncoder":
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: the file is not of an encoder, or the encoder is not where it was, or is another one.
+        """
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+            directory, max_length, known = state["directory"], state["max_length"], state["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a saved FrozenEncoder: {error!r}") from error
+        try:
+            encoder = cls(directory, max_length=max_length)
+            found = fingerprint(directory, [])
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: the encoder that the model was trained on is not there: {error}"
+            ) from error
+        if found != known:
+            raise ValueError(f"{path}: the encoder in {directory} is not the one the model was trained on")
+        return encoder
+
+
+def open_pretrained(
+    directory: str | os.PathLike,
+    *,
+    trainable: bool = False,
+    max_length: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> tuple[FrozenEncoder | Tokenizer, PretrainedEncoder | None]:
+    """What is done to texts before training, and the encoder that is trained, if it is.
+
+    Args are those of `FrozenEncoder`, but for
+
+    Args:
+      trainable: whether the encoder is to be trained too: then it is read, and texts become tokens.
+    """
+    if not trainable:
+        return FrozenEncoder(directory, max_length=max_length, cache_dir=cache_dir), None
+    tokenizer = Tokenizer.from_directory(directory, max_length=max_length)
+    encoder = PretrainedEncoder.from_directory(directory)
+    if tokenizer.max_length > (longest := encoder.config.max_length):
+        raise ValueError(f"max_length must be at most {longest} for {directory}, got {tokenizer.max_length}")
+    return tokenizer, encoder
