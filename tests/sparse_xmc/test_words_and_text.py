@@ -1,0 +1,182 @@
+"""Texts by their words and by a pretrained encoder: from a directory to predictions, frozen and trained."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+import small_encoders
+from flax import nnx
+from safetensors.numpy import save_file
+
+from sparse_xmc import XMCClassifier
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import Batches, WordsAndText
+from sparse_xmc.data.tokens import Tokenizer, TokenLists
+from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
+from sparse_xmc.modules import parameters_of
+from sparse_xmc.saving import SavedModel
+
+SIZES = {"fan_in": 4, "penultimate": 8, "embedding": 4, "epochs": 2, "batch_size": 4, "max_length": 12}
+TEXTS = ["a small cat", "a big cat", "a small dog", "a big dog"] * 4
+LABELS = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 4
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+        yield
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return make_encoder(tmp_path / "encoder")
+
+
+def make_encoder(directory, seed=0):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "small", "big", "cat", "dog"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    small_encoders.make_directory(directory, seed=seed)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def bags(rows=3):
+    features = scipy.sparse.csr_array(np.eye(rows, 5, dtype=np.float32))
+    return features, scipy.sparse.csr_array(np.ones((rows, 2), bool))
+
+
+class TestDataset:
+    def test_points_are_taken_with_their_texts(self):
+        features, labels = bags()
+        lists = TokenLists(np.arange(6, dtype=np.int32), np.array([0, 1, 3, 6]), 16)
+        embeddings = np.arange(12, dtype=np.float32).reshape(3, 4)
+        for rows in (np.array([2, 0]), np.array([True, False, True]), slice(1, 3)):
+            numbers = np.arange(3)[rows]
+            taken = Dataset(features, labels, encoded=embeddings).take(rows)
+            np.testing.assert_array_equal(taken.encoded, embeddings[numbers])
+            taken = Dataset(features, labels, encoded=lists).take(rows).encoded
+            for i, number in enumerate(numbers):
+                ours, theirs = taken.take([i]), lists.take([number])
+                assert ours.lengths == theirs.lengths
+                np.testing.assert_array_equal(ours.ids, theirs.ids)
+
+    def test_batches_have_both(self):
+        features, labels = bags()
+        embeddings = np.arange(12, dtype=np.float32).reshape(3, 4)
+        ((_, batch),) = Batches(Dataset(features, labels, encoded=embeddings), 4).in_order()
+        assert batch.inputs.bags.num_examples == 3
+        np.testing.assert_array_equal(batch.inputs.encoded, embeddings)
+
+    def test_errors(self):
+        features, labels = bags()
+        with pytest.raises(ValueError, match="encoded has 2 texts but features 3 rows"):
+            Dataset(features, labels, encoded=np.zeros((2, 4), np.float32))
+        with pytest.raises(ValueError, match="encoded texts go with bags of words"):
+            Dataset(np.zeros((3, 5), np.float32), labels, encoded=np.zeros((3, 4), np.float32))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_features_are_side_by_side(directory, direct):
+    rngs = nnx.Rngs(0)
+    words = BagOfWordsEncoder(5, 3, direct=direct, rngs=rngs)
+    text = PretrainedEncoder.from_directory(directory, dropout=0.0)
+    features, labels = bags()
+    tokens = Tokenizer.from_directory(directory, max_length=12)(TEXTS[:3])
+    ((_, batch),) = Batches(Dataset(features, labels, encoded=tokens), 4).in_order()
+    joint = JointEncoder(words, DenseFeatures(text.features, scale=2.0, rngs=rngs), text)
+    joint.eval()
+    result, of_words = joint(batch.inputs), words(batch.inputs.bags)
+    x, bag = (result.x, of_words.x) if direct else (result, of_words)
+    embeddings = small_encoders.reference(
+        "bert", small_encoders.make_tensors("bert"), batch.inputs.encoded, "mean"
+    )
+    np.testing.assert_allclose(x[:, :-3], 2 * embeddings, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(x[:, -3:], bag)
+    frozen = JointEncoder(words, joint.embeddings)
+    inputs = WordsAndText(batch.inputs.bags, embeddings.astype(np.float32))
+    frozen.eval()
+    again = frozen(inputs)
+    np.testing.assert_allclose(again.x if direct else again, x, rtol=1e-4, atol=1e-5)
+
+
+class TestFrozen:
+    def test_embeds_as_the_encoder_does(self, directory, tmp_path):
+        cached = FrozenEncoder(directory, max_length=12, cache_dir=tmp_path / "cache")
+        expected = FrozenEncoder(directory, max_length=12)(TEXTS)
+        np.testing.assert_array_equal(cached(TEXTS), expected)
+        assert expected.shape == (16, cached.features)
+        assert any((tmp_path / "cache").iterdir())
+
+    def test_a_classifier_is_saved_without_the_weights_and_finds_them_again(self, directory, tmp_path):
+        classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
+        assert classifier.saved_.config.text_features == small_encoders.WIDTH
+        assert not any("text" in name for name in parameters_of(classifier.saved_.model))
+        classifier.save(tmp_path / "model")
+        loaded = XMCClassifier.load(tmp_path / "model")
+        for ours, theirs in zip(classifier.predict(TEXTS, k=3), loaded.predict(TEXTS, k=3), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert loaded.score(TEXTS, LABELS) == classifier.score(TEXTS, LABELS)
+
+    def test_another_encoder_in_its_place_is_refused(self, directory, tmp_path):
+        XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(tmp_path / "model")
+        save_file(small_encoders.make_tensors("bert", seed=1), directory / "model.safetensors")
+        with pytest.raises(ValueError, match="is not the one the model was trained on"):
+            XMCClassifier.load(tmp_path / "model")
+        directory.rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=r"frozen_encoder\.json: the encoder that .* is not there"):
+            XMCClassifier.load(tmp_path / "model")
+        (tmp_path / "model" / "frozen_encoder.json").write_text("{}")
+        with pytest.raises(ValueError, match="not a saved FrozenEncoder"):
+            SavedModel.load(tmp_path / "model")
+        (tmp_path / "model" / "frozen_encoder.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"neither frozen_encoder\.json nor tokenizer\.json"):
+            SavedModel.load(tmp_path / "model")
+
+
+class TestTrained:
+    def test_all_of_it_learns_and_is_saved(self, directory, tmp_path):
+        before = parameters_of(PretrainedEncoder.from_directory(directory))
+        classifier = XMCClassifier(encoder=str(directory), encoder_trainable=True, **SIZES)
+        classifier.fit(TEXTS, LABELS)
+        after = parameters_of(classifier.saved_.model.encoder.text)
+        for name, parameter in before.items():
+            assert np.isfinite(after[name][...]).all(), name
+            assert (after[name][...] != parameter[...]).any(), name
+        classifier.save(tmp_path / "model")
+        for file in directory.iterdir():
+            file.unlink()  # nothing of it is needed any more
+        loaded = XMCClassifier.load(tmp_path / "model")
+        assert loaded.saved_.pretrained.max_length == 12
+        for ours, theirs in zip(classifier.predict(TEXTS, k=3), loaded.predict(TEXTS, k=3), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+    def test_a_model_that_is_saved_over_another_leaves_nothing_of_it(self, directory, tmp_path):
+        XMCClassifier(encoder=directory, encoder_trainable=True, **SIZES).fit(TEXTS, LABELS).save(
+            tmp_path / "m"
+        )
+        XMCClassifier(**SIZES).fit(TEXTS, LABELS).save(tmp_path / "m")
+        assert XMCClassifier.load(tmp_path / "m").saved_.pretrained is None
+
+    def test_texts_longer_than_it_takes_are_refused(self, directory):
+        with pytest.raises(ValueError, match=r"max_length must be at most 24 for .*, got 25"):
+            open_pretrained(directory, trainable=True, max_length=25)
+
+
+def test_errors_of_the_estimator(directory):
+    with pytest.raises(ValueError, match="encoder is for texts, but X is a matrix"):
+        XMCClassifier(encoder=directory).fit(np.zeros((4, 2), np.float32), LABELS[:4])
+    with pytest.raises(ValueError, match=r"config\.json"):
+        XMCClassifier(encoder=directory / "nowhere").fit(TEXTS, LABELS)
+
+
+def test_parameters_are_saved_as_json(directory, tmp_path):
+    XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "estimator.json").read_text())["encoder"] == str(directory)
