@@ -42,7 +42,7 @@ class HeadTraining:
       output_rate: the output layer learns at this times the learning rate.
       penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
       moments: what Adam keeps of the penultimate layer: both moments in "float32", or in "bfloat16", the
-        second rounded stochastically.
+        second rounded stochastically. Of an encoder the first moments are kept so.
       epsilon: Adam's, for gradients of the mean over batch and labels.
     """
 

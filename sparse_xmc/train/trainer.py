@@ -28,8 +28,8 @@ class Trainer:
       model: the classifier; its arrays are donated to the first step, so use `Trainer.model` afterwards.
       config: how to train.
       seed: of the order of the points, of rewiring, and of stochastic rounding.
-      encoder_optimizer: a whole optimizer for the encoder, such as `optax.adamw(1e-4)`; by default Adam at
-        the learning rate times `config.encoder_rate`.
+      encoder_optimizer: a whole optimizer for the encoder, such as `optax.lion(1e-5)`; by default AdamW as
+        the configuration's `encoder_rate`, `encoder_warmup`, `encoder_weight_decay` and `moments` say.
       fused: whether the head steps in place; by default wherever the native ops run. The state is the same,
         so that a checkpoint of the one goes on under the other.
 
@@ -38,8 +38,8 @@ class Trainer:
       step: the number of steps taken.
 
     Raises:
-      ValueError: the head cannot be trained so, something would be left untrained, or `config.encoder_rate`
-        is given beside an optimizer that does not ask for it.
+      ValueError: the head cannot be trained so, something would be left untrained, or settings of the
+        encoder's optimizer are given beside an optimizer that does not ask for them.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Trainer:
         if config.rewire.fraction:
             model.head.check_rewiring(config.rewire)
         if encoder_optimizer is None:
-            encoder_optimizer = optax.adam(config.learning_rate * config.encoder_rate)
-        elif config.encoder_rate != 1:
-            raise ValueError("encoder_rate is for the default optimizer, not beside encoder_optimizer")
+            encoder_optimizer = _adamw(config)
+        elif given := [name for name, default in _OF_ADAMW.items() if getattr(config, name) != default]:
+            raise ValueError(f"{given[0]} is for the default optimizer, not beside encoder_optimizer")
         self.config = config
         self.seed = seed
         self.step = 0
@@ -116,6 +116,24 @@ class Trainer:
             if self.config.rewire_interval == -1 and epoch > 0 and i == 0:
                 self.rewire(batch)
             yield self.train_step(batch, learning_rate(i))
+
+
+_OF_ADAMW = {"encoder_rate": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
+
+
+def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
+    """The encoder's optimizer. Biases and scales do not decay.
+
+    Reference: Loshchilov & Hutter, Decoupled weight decay regularization, ICLR 2019.
+    """
+    rate = config.learning_rate * config.encoder_rate
+    warmup = config.encoder_warmup
+    return optax.adamw(
+        optax.linear_schedule(rate / (1 + warmup), rate, warmup) if warmup else rate,
+        mu_dtype=config.moments,
+        weight_decay=config.encoder_weight_decay,
+        mask=lambda params: jax.tree.map(lambda parameter: parameter.ndim > 1, params),
+    )
 
 
 def _check_positives(positives: np.ndarray, num_labels: int) -> None:
