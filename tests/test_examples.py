@@ -1,0 +1,77 @@
+"""The notebook in examples, cell by cell, on few points: words alone, and with a tiny encoder beside them."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_xmc.encoders import PretrainedEncoder
+from sparse_xmc.encoders.pretrained_files import PretrainedConfig
+
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "text_to_labels.ipynb"
+SIZES = {"fan_in": 8, "penultimate": 64, "embedding": 16, "epochs": 1, "batch_size": 32, "max_length": 12}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def code_cells():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def run(**settings):
+    """Executes the cells in one namespace, the first of them with other settings; returns the namespace."""
+    first, *rest = ("".join(cell["source"]) for cell in code_cells())
+    names = {}
+    exec(first, names)
+    unknown = settings.keys() - names.keys()
+    assert not unknown, f"the first cell does not set {unknown}"
+    names |= settings
+    for source in rest:
+        exec(source, names)
+    return names
+
+
+def make_encoder(directory):
+    """A random BERT of one layer with a tokenizer that knows a few words."""
+    if not all(map(importlib.util.find_spec, ("tokenizers", "safetensors"))):
+        pytest.skip("tokenizers and safetensors are not installed")
+    import tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "of", "or", "the", "large", "small", "person", "water"]
+    numbers = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    config = PretrainedConfig("bert", len(words), 8, 1, 2, 16, max_position_embeddings=16)
+    PretrainedEncoder(config, rngs=nnx.Rngs(0)).save(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_notebook_runs(encoder, tmp_path, capsys):
+    settings = {"ENCODER": str(make_encoder(tmp_path / "encoder"))} if encoder else {}
+    model = tmp_path / "model"
+    names = run(POINTS=400, TEST_POINTS=100, SETTINGS=SIZES, MODEL=str(model), **settings)
+    assert names["loaded"].saved_.config.text_features == (8 if encoder else 0)
+    assert (model / "frozen_encoder.json").exists() == encoder
+    assert 0 < names["metrics"]["p@1"] <= 1
+    np.testing.assert_array_equal(names["names"].shape, (3, 5))
+    printed = capsys.readouterr().out
+    assert printed.count("a person who plays the violin") == 2  # before it was saved and after it was loaded
+
+
+def test_outputs_are_cleared():
+    for cell in code_cells():
+        assert not cell["outputs"]
+        assert cell["execution_count"] is None
