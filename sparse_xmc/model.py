@@ -56,7 +56,7 @@ class EncoderConfig:
     embedding: int = setting(512, at_least=1)
     dropout: float = setting(0.1, at_least=0, below=1)
     text_dropout: float = setting(0.1, at_least=0, below=1)
-    text_scale: float = setting(4.0, above=0)
+    text_scale: float = setting(8.0, above=0)
 
     def __post_init__(self):
         check(self)
