@@ -31,15 +31,18 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
 
     The penultimate layer has 8,192 units, 4,096 where labels read words too, and fewer where there are fewer
     labels; the fan-in is 32, or all inputs where there are fewer. Of a label's inputs 7 in 8 are words where
-    there are words.
+    there are words. Where a pretrained encoder is behind the units as well, these say more: they are 8,192,
+    and 5 in 8 are words.
     """
-    penultimate = 4096 if dataset.is_sparse else 8192
+    words_alone = dataset.is_sparse and dataset.encoded is None
+    penultimate = 4096 if words_alone else 8192
     while penultimate > max(256, dataset.num_labels):
         penultimate //= 2
     sizes = {"embedding": 256, "penultimate": penultimate} | given
     features = sizes["embedding"] if dataset.is_sparse else dataset.num_features
     sizes = {"fan_in": min(32, sizes["penultimate"] or features)} | sizes
-    return sizes | {"direct": 7 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
+    words_in_8 = 7 if words_alone else 5
+    return sizes | {"direct": words_in_8 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
 
 
 def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
