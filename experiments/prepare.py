@@ -10,7 +10,9 @@ http://manikvarma.org/downloads/XC/XMLRepository.html, in either of its formats:
 * for the sets named LF-, trn.json.gz and tst.json.gz, one JSON object a line, with filter_labels_train.txt
   and filter_labels_test.txt.
 
-Dense features are not from there: row i of such a file belongs to line i of the labels.
+Dense features are not from there: row i of such a file belongs to line i of the labels. Nor is the raw text
+of the other sets: --raw_text takes it as LightXML, CascadeXML and ELMO share it, train_raw_texts.txt and
+test_raw_texts.txt with a point a line, and train_labels.txt and test_labels.txt, its labels between spaces.
 
 It writes trn_X_Y.txt and tst_X_Y.txt, the labels alone, and for raw text train.tsv.gz and test.tsv.gz. What
 is there already is checked and kept. All that is wrong is reported together, and the exit status is 1.
@@ -54,6 +56,7 @@ class Statistics(NamedTuple):
       labels: L.
       labels_per_point: the mean over the training points.
       features: the dense features that the paper uses, a key of `FEATURES` each.
+      titles: whether raw text is the title alone, though files have more.
     """
 
     train: int
@@ -61,13 +64,16 @@ class Statistics(NamedTuple):
     labels: int
     labels_per_point: float
     features: tuple[str, ...] = ()
+    titles: bool = False
 
 
 DATASETS = {
     "Eurlex-4K": Statistics(15_449, 3_865, 3_956, 5.30),
     "Wiki10-31K": Statistics(14_146, 6_616, 30_938, 18.64, ("cascade",)),
     "AmazonCat-13K": Statistics(1_186_239, 306_782, 13_330, 5.04),
-    "LF-AmazonTitles-131K": Statistics(294_805, 134_835, 131_073, 2.29),
+    "LF-AmazonTitles-131K": Statistics(294_805, 134_835, 131_073, 2.29, titles=True),
+    "LF-AmazonTitles-1.3M": Statistics(2_248_619, 970_237, 1_305_265, 22.20, titles=True),
+    "LF-Wikipedia-500K": Statistics(1_813_391, 783_743, 501_070, 4.77),
     "Wiki-500K": Statistics(1_779_881, 769_421, 501_070, 4.75, ("slice", "cascade")),
     "Amazon-670K": Statistics(490_449, 153_025, 670_091, 5.45, ("slice", "cascade")),
     "Amazon-3M": Statistics(1_717_899, 742_507, 2_812_281, 36.17, ("cascade",)),
@@ -76,14 +82,17 @@ DATASETS = {
 _SPLITS = {"train": "trn", "test": "tst"}
 
 
-def required_files(name: str, features: tuple[str, ...]) -> list[tuple[str, str]]:
-    """The files of a data set, as (name, what it is)."""
+def required_files(name: str, features: tuple[str, ...], raw_text: bool = False) -> list[tuple[str, str]]:
+    """The files of a data set, as (name, what it is); `raw_text` as for `prepare`."""
     statistics, required = DATASETS[name], []
     for split, short in _SPLITS.items():
         points = f"{getattr(statistics, split):,} {split} points"
         if _is_raw_text(name):
             required.append((f"{short}.json.gz", f"{points}: title, content, target_ind"))
             required.append((f"filter_labels_{split}.txt", f"labels that are no answer to {split} points"))
+        elif raw_text:
+            required.append((f"{split}_raw_texts.txt", f"the text of {points}"))
+            required.append((f"{split}_labels.txt", "their labels, between spaces"))
         else:
             required.append((f"{split}.txt", f"{points}, or their labels alone as {short}_X_Y.txt"))
         for feature in features:
@@ -91,13 +100,14 @@ def required_files(name: str, features: tuple[str, ...]) -> list[tuple[str, str]
     return required
 
 
-def prepare(name: str, directory: Path, features: tuple[str, ...]) -> list[str]:
+def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: bool = False) -> list[str]:
     """Checks and converts a data set.
 
     Args:
       name: a key of `DATASETS`.
       directory: where its files are.
       features: the dense features to check.
+      raw_text: of a set whose name has no LF-, prepare the raw text in place of the labels' file.
 
     Returns:
       What is wrong, a message each, which names the file, what was expected and what came.
@@ -112,6 +122,8 @@ def prepare(name: str, directory: Path, features: tuple[str, ...]) -> list[str]:
 
     for split in _SPLITS:
         convert = _prepare_raw_text if _is_raw_text(name) else _prepare_labels
+        if raw_text and not _is_raw_text(name):
+            convert = _prepare_text_lines
         attempt(convert, directory, split, statistics)
         if _is_raw_text(name):
             attempt(_check_filter, directory, split, statistics)
@@ -148,7 +160,7 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
         names, _ = read_tsv(text_file)
         labels = _matrix(text_file, [list(map(int, row)) for row in names], statistics.labels)
     else:
-        rows, texts = read_json(_existing(source))
+        rows, texts = read_json(_existing(source), statistics.titles)
         labels = _matrix(source, rows, statistics.labels)
         check_labels(source, labels, split, statistics)
         with _whole_file(text_file) as path:
@@ -164,14 +176,47 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
     print(f"{text_file}: {_describe(labels)}")
 
 
+def _prepare_text_lines(directory: Path, split: str, statistics: Statistics) -> None:
+    """Writes and checks the text and the labels of a set that has each in a file, a line a point."""
+    source, target = directory / f"{split}_labels.txt", directory / f"{split}.tsv.gz"
+    if target.exists():
+        names, _ = read_tsv(target)
+    else:
+        texts_file = _existing(directory / f"{split}_raw_texts.txt")
+        names = [list(dict.fromkeys(line.split())) for _, line in files.read_text_lines(_existing(source))]
+        _check_names(source, names, split, statistics)
+        texts = [_in_one_line(line) for _, line in files.read_text_lines(texts_file)]
+        if len(texts) != len(names):
+            raise ValueError(
+                f"{texts_file}: expected {len(names):,} lines, as {source} has, got {len(texts):,}"
+            )
+        with _whole_file(target) as path:
+            write_tsv(path, names, texts)
+    _check_names(target, names, split, statistics)
+    print(f"{target}: {len(names):,} points, {sum(map(len, names)) / len(names):.2f} labels per point")
+
+
+def _check_names(path: Path, names: list[list[str]], split: str, statistics: Statistics) -> None:
+    """As `check_labels`, of labels by name: which of all there are is not known from one of the two files."""
+    numbers: dict[str, int] = {}
+    rows = [[numbers.setdefault(name, len(numbers)) for name in row] for row in names]
+    if len(numbers) > statistics.labels:
+        raise ValueError(f"{path}: expected {statistics.labels:,} labels at most, got {len(numbers):,}")
+    check_labels(path, _matrix(path, rows, statistics.labels), split, statistics)
+
+
 def _check_filter(directory: Path, split: str, statistics: Statistics) -> None:
     path = _existing(directory / f"filter_labels_{split}.txt")
     excluded = read_filter(path, getattr(statistics, split), statistics.labels)
     print(f"{path}: {excluded.nnz:,} pairs")
 
 
-def read_json(path: Path) -> tuple[list[list[int]], list[str]]:
+def read_json(path: Path, titles: bool = False) -> tuple[list[list[int]], list[str]]:
     """Reads the points of an LF- set: a JSON object a line, with `title`, `content` and `target_ind`.
+
+    Args:
+      path: the file.
+      titles: whether to leave the content out.
 
     Returns:
       The label ids of each point, and its text: title and content in one line.
@@ -183,15 +228,19 @@ def read_json(path: Path) -> tuple[list[list[int]], list[str]]:
     for number, line in files.read_text_lines(path):
         try:
             point = json.loads(line)
-            text = f"{point['title']} {point.get('content', '')}"
+            text = f"{point['title']} {'' if titles else point.get('content', '')}"
             ids = [int(label) for label in point["target_ind"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}:{number}: expected JSON with title, content and target_ind, got {line[:60]!r}"
             ) from error
-        texts.append(re.sub(r"\s+", " ", text).strip())
+        texts.append(_in_one_line(text))
         labels.append(ids)
     return labels, texts
+
+
+def _in_one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def check_labels(path: Path, labels: scipy.sparse.csr_array, split: str, statistics: Statistics) -> None:
@@ -283,6 +332,7 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "dir", "data", "Where data sets are; this one's files are in DIR/DATASET, in lower case."
     )
+    flags.DEFINE_bool("raw_text", False, "Prepare the raw text of a set whose name has no LF-, for encoders.")
     flags.DEFINE_list("features", None, "The dense features to check; by default those that the paper uses.")
 
 
@@ -292,14 +342,15 @@ def main(argv):
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
     name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
-    features = DATASETS[name].features if values.features is None else tuple(values.features)
+    default = () if values.raw_text else DATASETS[name].features
+    features = default if values.features is None else tuple(values.features)
     if unknown := set(features) - FEATURES.keys():
         raise app.UsageError(f"--features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}")
     print(f"{name} needs, in {directory}:")
-    for file, content in required_files(name, features):
+    for file, content in required_files(name, features, values.raw_text):
         print(f"  {file:26}{content}")
     print(flush=True)
-    if faults := prepare(name, directory, features):
+    if faults := prepare(name, directory, features, values.raw_text):
         sys.exit("".join(f"{fault}\n" for fault in faults) + f"{directory} is not complete")
     print(f"{directory} is complete")
 

@@ -5,8 +5,8 @@ r"""Renders the tables and pictures of a sweep, from its result files alone.
 
 writes, in OUT, one Markdown, CSV and LaTeX file named like the table file, and the pictures that the first
 shows. The paper's numbers (experiments/paper) stand beside ours where it has any for the data set and the
-cell. Numbers are means over seeds, with the standard deviation between seeds after a ±. What has no result is
-shown as missing.
+cell, and below ours what others report of encoders trained on the same raw text. Numbers are means over
+seeds, with the standard deviation between seeds after a ±. What has no result is shown as missing.
 
     python -m experiments.tables --label_scale=experiments/results/label_scale \
         --out=experiments/results/tables
@@ -29,6 +29,7 @@ from experiments import prepare, sweep
 from sparse_xmc.metrics import LABEL_GROUPS
 
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
+END_TO_END = PAPER.with_name("end_to_end.csv")
 MISSING = "missing"
 _FOUR_GB = 4.0  # GiB: what the paper calls a commodity GPU
 
@@ -106,6 +107,16 @@ def read_reported() -> dict[tuple[str, str], dict[str, str]]:
 
 def _data_name(row: dict[str, str]) -> str:
     return f"{row['dataset']}_{row['features']}".lower()
+
+
+def read_end_to_end() -> dict[str, list[dict[str, str]]]:
+    """What others report of encoders that are trained with the output layer, by our names of the raw text."""
+    found: dict[str, list[dict[str, str]]] = {}
+    with open(END_TO_END, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            name = row["dataset"].lower()
+            found.setdefault(name if name.startswith("lf-") else f"raw_{name}", []).append(row)
+    return found
 
 
 def _cell_name(row: dict[str, str]) -> str:
@@ -221,6 +232,13 @@ def provenance(results: Iterable[dict]) -> list[str]:
         f"- {line} Runs by commit: {', '.join(f'{count} at {commit}' for commit, count in counts.items())}."
         for line, counts in commits.items()
     ]
+
+
+def end_to_end_lines(rows: list[dict[str, str]]) -> list[list[str]]:
+    """Rows of `read_end_to_end` as a table of text, its heading first."""
+    columns = {"system": "system", "encoder": "encoder", "P@1": "test_p1", "memory, GiB": "peak_memory_gib"}
+    columns |= {"s/epoch": "seconds_per_epoch", "source": "source"}
+    return [list(columns), *([row[column] for column in columns.values()] for row in rows)]
 
 
 # ---- pictures ----
@@ -359,11 +377,17 @@ def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# {table.title}"]
     tex = []
+    others = read_end_to_end()
     for data in table.data:
         of_data = [row for row in rows if row.data == data]
         lines = cells_of(of_data)
         tex += [f"% {data}", latex(lines)]
         text += [f"## {data}", markdown(lines)]
+        if data in others:
+            text += [
+                "Encoders trained end to end, as others report them:",
+                markdown(end_to_end_lines(others[data])),
+            ]
         for path in draw(of_data, f"{name}_{data}" if len(table.data) > 1 else name, out):
             text.append(f"![{path.stem}]({path.name})\n\n{_CAPTIONS[path.stem.rpartition('_')[2]]}")
     notes = provenance(result for row in rows for result in row.results)
