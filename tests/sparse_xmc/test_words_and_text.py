@@ -1,6 +1,9 @@
 """Texts by their words and by a pretrained encoder: from a directory to predictions, frozen and trained."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,15 +13,18 @@ import small_encoders
 from flax import nnx
 from safetensors.numpy import save_file
 
+import sparse_xmc
 from sparse_xmc import XMCClassifier
-from sparse_xmc.data import Dataset
+from sparse_xmc.data import Dataset, write_tsv
 from sparse_xmc.data.batches import Batches, WordsAndText
 from sparse_xmc.data.tokens import Tokenizer, TokenLists
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
+from sparse_xmc.evaluation import predict
 from sparse_xmc.modules import parameters_of
 from sparse_xmc.saving import SavedModel
 
+ROOT = Path(sparse_xmc.__file__).parents[1]
 SIZES = {"fan_in": 4, "penultimate": 8, "embedding": 4, "epochs": 2, "batch_size": 4, "max_length": 12}
 TEXTS = ["a small cat", "a big cat", "a small dog", "a big dog"] * 4
 LABELS = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 4
@@ -180,3 +186,27 @@ def test_errors_of_the_estimator(directory):
 def test_parameters_are_saved_as_json(directory, tmp_path):
     XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "estimator.json").read_text())["encoder"] == str(directory)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_runs_with_an_encoder(directory, tmp_path, trainable):
+    for name, repeats in (("train", 10), ("test", 2)):
+        write_tsv(tmp_path / f"{name}.tsv", LABELS[:4] * repeats, TEXTS[:4] * repeats)
+    flags = {"train": tmp_path / "train.tsv", "test": tmp_path / "test.tsv", "workdir": tmp_path / "run"}
+    flags |= {"encoder": directory, "encoder_trainable": trainable, "max_length": 12, "epochs": 2}
+    flags |= {"embedding": 4, "penultimate": 8, "fan_in": 4, "direct": 2, "rewire_fraction": 0}
+    flags |= {"batch_size": 4, "cache_dir": tmp_path / "cache"}
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.run",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    saved = SavedModel.load(tmp_path / "run")
+    assert isinstance(saved.pretrained, Tokenizer if trainable else FrozenEncoder)
+    assert (saved.config.pretrained is not None) == trainable
+    report = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert report["model"]["text_features"] == small_encoders.WIDTH
+    scores = next(predict(saved.model, saved.points(TEXTS), 3))[1]
+    assert np.isfinite(scores).all()
