@@ -521,9 +521,42 @@ def test_tables_that_cannot_be_trained_by_rows_are_errors():
             Trainer(with_encoder(encoder(nnx.Rngs(0)), features=12), TrainingConfig())
 
 
-def test_a_rate_beside_an_optimizer_that_does_not_ask_for_it_is_an_error():
-    with pytest.raises(ValueError, match="encoder_rate is for the default optimizer"):
-        Trainer(make_model(), TrainingConfig(encoder_rate=2.0), encoder_optimizer=optax.sgd(0.1))
+@pytest.mark.parametrize(
+    "setting", [{"encoder_rate": 2.0}, {"encoder_warmup": 3}, {"encoder_weight_decay": 0.1}]
+)
+def test_a_rate_beside_an_optimizer_that_does_not_ask_for_it_is_an_error(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is for the default optimizer"):
+        Trainer(make_model(), TrainingConfig(**setting), encoder_optimizer=optax.sgd(0.1))
+
+
+def test_the_encoder_warms_up_and_its_matrices_decay():
+    class Linear(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(12, 12, bias_init=nnx.initializers.constant(0.1), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    config = TrainingConfig(
+        learning_rate=0.2, encoder_rate=0.5, encoder_warmup=3, encoder_weight_decay=0.1, moments="bfloat16"
+    )
+    trainer = Trainer(with_encoder(Linear(), features=12), config, fused=False)
+    names = ("layer.kernel", "layer.bias")
+    params = {name: np.array(parameters_of(trainer.model.encoder)[name][...]) for name in names}
+    batch = one_batch()
+    for step, rate in enumerate((0.025, 0.05, 0.075, 0.1, 0.1)):
+        before = params
+        trainer.train_step(batch, 0.2)
+        params = {name: np.array(parameters_of(trainer.model.encoder)[name][...]) for name in names}
+        moved = {name: params[name] - before[name] for name in names}
+        moved["layer.kernel"] += rate * 0.1 * before["layer.kernel"]
+        if not step:  # Adam's first step is the rate, for whatever has a gradient
+            for name in names:
+                np.testing.assert_allclose(np.unique(np.abs(moved[name])), rate, rtol=1e-3)
+        assert all(np.abs(moved[name]).max() < 2.5 * rate for name in names)
+    (adam, *_) = trainer.state["optimizer"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(adam.mu)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(adam.nu)} == {"float32"}
 
 
 def test_a_layer_that_computes_in_another_dtype_is_not_trained():
