@@ -17,6 +17,12 @@ times steps and top k of labels that read words beside units. See `experiments.m
     python -m experiments.benchmark --op=choose_columns --json=result.json
 
 measures time and memory of choosing these words. See `experiments.measure.choice`.
+
+    python -m experiments.benchmark --op=encoder_memory --json=result.json
+    python -m experiments.benchmark --op=encoder_memory --labels=131073 --batch=512 --tokens=32
+
+plans the memory of training steps with a BERT-base encoder, in float32 and bfloat16, with and without remat:
+of the shapes in `experiments.measure.encoder_memory`, or of one, the first but for the sizes that are given.
 """
 
 import json
@@ -25,12 +31,13 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.measure import choice, direct_inputs, ops, problems, steps, workloads
+from experiments.measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
 
 # The flags that say what is measured; --fan_in and --penultimate are those of `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
 _OF_STEPS = ("labels", "features", "fan_in", "penultimate", "mode", "steps")
 _OF_DIRECT = ("labels", "inputs", "fan_in", "batch", "density", "vocabulary")
+_OF_ENCODER = ("labels", "fan_in", "penultimate", "vocabulary", "batch", "tokens")
 _FAN_IN = 32
 # The sizes of an op where flags give none: of direct_inputs, those of `experiments/flags/text.cfg`.
 _SIZES = {"inputs": 32_768, "batch": 32, "density": 1.0}
@@ -45,7 +52,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "op",
         "fan_in_matmul",
-        [*problems.OPS, "training_step", "direct_inputs", "choose_columns"],
+        [*problems.OPS, "training_step", "direct_inputs", "choose_columns", "encoder_memory"],
         "What to measure.",
     )
     flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
@@ -55,7 +62,12 @@ def _define_flags() -> None:
     flags.DEFINE_float(
         "density", None, _help("The part of the logits with a gradient, for losses", "density"), 0.0, 1.0
     )
-    flags.DEFINE_integer("vocabulary", 100_000, "Number of words, for direct_inputs.", lower_bound=1000)
+    flags.DEFINE_integer(
+        "vocabulary", 100_000, "Number of words, for direct_inputs and encoder_memory.", lower_bound=1000
+    )
+    flags.DEFINE_integer(
+        "tokens", encoder_memory.SHAPES[0].tokens, "Tokens of a text, for encoder_memory.", 1
+    )
     flags.DEFINE_integer(
         "features", workloads.NUM_FEATURES, "Input features, for training_step.", lower_bound=1
     )
@@ -72,10 +84,15 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    used = {"training_step": _OF_STEPS, "direct_inputs": _OF_DIRECT, "choose_columns": ()}.get(
-        values.op, _OF_OPS
-    )
-    given = [name for name in {*_OF_OPS, *_OF_STEPS, *_OF_DIRECT} - {*used} if values[name].present]
+    of_others = {
+        "training_step": _OF_STEPS,
+        "direct_inputs": _OF_DIRECT,
+        "choose_columns": (),
+        "encoder_memory": _OF_ENCODER,
+    }
+    used = of_others.get(values.op, _OF_OPS)
+    known = set(_OF_OPS).union(*of_others.values())
+    given = [name for name in known - {*used} if values[name].present]
     if unused := sorted({*given, *workloads.flags_without_use(*used)}):
         raise app.UsageError(f"--op={values.op} has no use for {', '.join(f'--{name}' for name in unused)}")
     if values.op == "training_step":
@@ -86,6 +103,12 @@ def main(argv: list[str]) -> None:
     elif values.op == "choose_columns":
         report = choice.measure(choice.Sizes())
         print(choice.table(report))
+    elif values.op == "encoder_memory":
+        given_sizes = {name: getattr(values, name) for name in _OF_ENCODER if values[name].present}
+        first = encoder_memory.SHAPES[0]
+        shapes = (first._replace(**given_sizes),) if given_sizes else encoder_memory.SHAPES
+        report = encoder_memory.measure(shapes)
+        print(encoder_memory.table(report))
     else:
         fan_in = _FAN_IN if values.fan_in is None else values.fan_in
         defaults = _DIRECT_SIZES if values.op == "direct_inputs" else _SIZES

@@ -1,0 +1,217 @@
+"""The memory of training steps with a BERT encoder, for `experiments.benchmark --op=encoder_memory`.
+
+The step is that of `Trainer`: texts by their words and by an encoder that is trained too, before labels that
+read words and units. It is traced on shapes and compiled, so that nothing of the model is ever allocated or
+run. XLA says what it plans: arguments, which are the training state and a batch, and temporaries, which are
+activations above all, and gradients.
+
+The plan is for the device that compiles it. A CPU's temporaries are not a GPU's: it fuses otherwise, and
+computes much of bfloat16 through float32 copies. So beside it is what autodiff keeps of the encoder from the
+forward to the backward pass, weights among it, which is of the program alone. Not in the plan are the scratch
+memory of the ops on a CPU (a GPU's workspaces are), the data set, and what the libraries take.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.measure import environment
+from experiments.measure.workloads import AMAZON_670K
+from sparse_xmc.data.batches import BagOfWords, Batch, WordsAndText
+from sparse_xmc.data.tokens import Tokens
+from sparse_xmc.encoders.pretrained_files import PretrainedConfig
+from sparse_xmc.heads import FixedFanInConfig, RewireConfig
+from sparse_xmc.heads.head import bytes_of
+from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
+from sparse_xmc.modules import in_training, path_name, split
+from sparse_xmc.train import Trainer, TrainingConfig
+
+BERT_BASE = PretrainedConfig("bert", 30_522, 768, 12, 12, 3072, max_position_embeddings=512)
+
+# What others report for Amazon-670K with BERT-base, GiB of peak GPU memory (from experiments/paper).
+PUBLISHED = {"ELMO, FP8": 3.55, "ELMO, BF16": 5.68, "Renee, rerun by ELMO": 11.91}
+
+VARIANTS = tuple((dtype, remat) for dtype in ("float32", "bfloat16") for remat in (False, True))
+_GIB = 2**30
+
+# XLA's CPU compiler drops the barriers of `jax.checkpoint` before it merges what is computed twice, which
+# undoes remat, unless this pass is left out.
+_OPTIONS: dict[str, dict[str, str | bool]] = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+
+
+class Shape(NamedTuple):
+    """The sizes of a classifier and its batches.
+
+    Attributes:
+      labels: L.
+      fan_in: F, 7 in 8 of which may be words.
+      penultimate: I.
+      vocabulary: V of the bags of words.
+      batch: B.
+      tokens: T of a text, for the encoder, and the number of words in its bag.
+      embedding: E, the size of the embedding of words.
+      labels_per_point: the mean.
+    """
+
+    labels: int = AMAZON_670K.labels
+    fan_in: int = 32
+    penultimate: int = 4096
+    vocabulary: int = 100_000
+    batch: int = 128
+    tokens: int = 32
+    embedding: int = 256
+    labels_per_point: float = AMAZON_670K.labels_per_point
+
+
+# Titles, and what ELMO's configuration has for Amazon-670K, of which the published numbers are.
+SHAPES = (Shape(), Shape(batch=64, tokens=128))
+
+
+def abstract_trainer(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> Trainer:
+    """A trainer whose state is shapes. It cannot step; it can be lowered."""
+    config = ClassifierConfig(
+        shape.vocabulary,
+        shape.labels,
+        bag_of_words=True,
+        encoder=EncoderConfig(embedding=shape.embedding),
+        head=FixedFanInConfig(
+            penultimate=shape.penultimate,
+            fan_in=shape.fan_in,
+            direct=7 * shape.fan_in // 8,
+            output_dtype="bfloat16",
+        ),
+        text_features=network.hidden_size,
+        pretrained=PretrainedSettings(network, dtype=dtype, remat=remat),
+    )
+    training = TrainingConfig(
+        batch_size=shape.batch,
+        output_optimizer="sgd",
+        moments="bfloat16",
+        rewire=RewireConfig(fraction=0),
+    )
+    made = []
+
+    def make():
+        made.append(Trainer(config.make(rngs=nnx.Rngs(0)), training))
+        return made[0].state
+
+    state = jax.eval_shape(make)
+    (trainer,) = made
+    trainer.state = state  # in place of the tracers that were there meanwhile
+    return trainer
+
+
+def make_batch(shape: Shape, network: PretrainedConfig) -> Batch:
+    """A batch of these sizes; what is in it does not matter."""
+    rng = np.random.default_rng(0)
+    entries = shape.batch * shape.tokens
+    bags = BagOfWords(
+        rows=np.repeat(np.arange(shape.batch, dtype=np.int32), shape.tokens),
+        words=rng.integers(shape.vocabulary, size=entries).astype(np.int32),
+        weights=np.full(entries, shape.tokens**-0.5, np.float32),
+        num_examples=shape.batch,
+    )
+    ids = rng.integers(network.vocab_size, size=(shape.batch, shape.tokens)).astype(np.int32)
+    tokens = Tokens(ids, np.full(shape.batch, shape.tokens, np.int32))
+    most = math.ceil(shape.labels_per_point + 5 * shape.labels_per_point**0.5)
+    positives = np.tile(np.arange(most, dtype=np.int32), (shape.batch, 1))
+    return Batch(WordsAndText(bags, tokens), positives)
+
+
+def state_parts(trainer: Trainer) -> dict[str, int]:
+    """The bytes of a training state, by what they are for; the trainer may be an abstract one."""
+    parts = dict.fromkeys(("encoder", "encoder's moments", "words", "head", "head's moments"), 0)
+    for state in (trainer.state["params"], trainer.state["other"]):
+        for path, variable in nnx.to_flat_state(state):
+            name = path_name(path)
+            of_encoder = "words" if name.startswith("encoder.words.") else "encoder"
+            parts["head" if name.startswith("head.") else of_encoder] += bytes_of(variable)
+    parts["encoder's moments"] = bytes_of(trainer.state["optimizer"])
+    parts["words"] += bytes_of(trainer.state["squares"])
+    parts["head's moments"] = bytes_of(trainer.state["moments"])
+    return parts
+
+
+def bytes_kept(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> int:
+    """What autodiff keeps of the encoder from the forward to the backward pass of a batch."""
+    settings = PretrainedSettings(network, dtype=dtype, remat=remat)
+    encoder = in_training(nnx.eval_shape(lambda: settings.make(nnx.Rngs(0))))
+    graphdef, (params, rest) = split(encoder, nnx.Param)
+
+    def pullback(params, rest, tokens):
+        return jax.vjp(lambda params: nnx.merge(graphdef, params, rest, copy=True)(tokens), params)[1]
+
+    return bytes_of(jax.eval_shape(pullback, params, rest, make_batch(shape, network).inputs.encoded))
+
+
+def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> dict[str, Any]:
+    """The planned bytes of a step."""
+    trainer = abstract_trainer(shape, network, dtype, remat)
+    lowered = trainer.lower_step(make_batch(shape, network))
+    compiled = lowered.compile(compiler_options=_OPTIONS.get(jax.default_backend()))
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    # Results go where arguments were, but for the loss.
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+        **shape._asdict(),
+        "dtype": dtype,
+        "remat": remat,
+        "argument_bytes": arguments,
+        "argument_parts_bytes": state_parts(trainer),
+        "temporary_bytes": temporaries,
+        "kept_for_backward_bytes": bytes_kept(shape, network, dtype, remat),
+        "new_result_bytes": new,
+        "bytes": arguments + temporaries + new,
+    }
+
+
+def measure(
+    shapes: Sequence[Shape] = SHAPES,
+    network: PretrainedConfig = BERT_BASE,
+    variants: Sequence[tuple[str, bool]] = VARIANTS,
+) -> dict[str, Any]:
+    """Plans of all shapes and variants, as (dtype, remat); prints each as it comes."""
+    rows = []
+    for shape in shapes:
+        for dtype, remat in variants:
+            rows.append(plan(shape, network, dtype, remat))
+            print(line(rows[-1]), flush=True)
+    return {
+        "op": "encoder_memory",
+        "network": dataclasses.asdict(network),
+        "published_gib": PUBLISHED,
+        "steps": rows,
+        "environment": environment.describe(),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row, for the terminal."""
+    return (
+        "{labels:,} labels, {batch} x {tokens} tokens, {dtype:8} {how:13}".format(
+            **row, how="with remat" if row["remat"] else "without remat"
+        )
+        + f"{row['bytes'] / _GIB:6.2f} GiB: arguments {row['argument_bytes'] / _GIB:.2f}, "
+        f"temporaries {row['temporary_bytes'] / _GIB:.2f}; autodiff keeps "
+        f"{row['kept_for_backward_bytes'] / _GIB:.2f}"
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """Renders what `measure` has not printed yet: the parts of the state, and what others report."""
+    parts = report["steps"][0]["argument_parts_bytes"]
+    state = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
+    published = ", ".join(f"{name} {size}" for name, size in report["published_gib"].items())
+    return (
+        f"the state: {state}\n"
+        f"published for Amazon-670K with BERT-base, GiB of peak GPU memory: {published}\n"
+        f"planned for {report['environment']['device']}; peak memory of a process is more"
+    )
