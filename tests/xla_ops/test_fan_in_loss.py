@@ -308,6 +308,19 @@ def test_no_gradient_where_the_margin_is_met(instruction_set, dtype, excess):
     np.testing.assert_array_equal(np.flatnonzero(np.asarray(d_bias, np.float32)), [3])
 
 
+@pytest.mark.parametrize("size", [50, 200, 3e19])
+def test_a_loss_of_nothing_is_exactly_nothing(instruction_set, size):
+    """Nor is there a trace of what positives would have cost as negatives."""
+    rng = np.random.default_rng(0)
+    wanted = rng.random((40, 70)) < 0.2
+    positives = np.where(wanted, np.arange(70), -1).astype(np.int32)
+    x = np.where(wanted, size, -size).astype(np.float32)
+    arguments = (x, np.ones((70, 1), np.float32), np.arange(70, dtype=np.int32)[:, None], None, positives)
+    value, gradients = jax.value_and_grad(fan_in_loss, argnums=(0, 1))(*arguments)
+    assert value == 0
+    assert not any(np.any(gradient) for gradient in gradients)
+
+
 @LOSS
 def test_nan_is_not_hidden(instruction_set, loss):
     problem = make_problem(20, 9, 30, 4)

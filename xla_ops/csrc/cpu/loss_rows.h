@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -25,8 +26,6 @@ inline Term positive_term(Loss loss, float s) {
   }
   return {std::max(-s, 0.0f) + std::log1p(std::exp(-std::abs(s))), -1 / (1 + std::exp(s))};
 }
-
-inline float negative_value(Loss loss, float s) { return positive_term(loss, -s).value; }
 
 struct Positive {
   int64_t label;
@@ -67,8 +66,9 @@ class LossRows {
       if (p->example < tile.first || p->example >= tile.first + tile.size) continue;
       const int64_t at = (p->label - label) * tile.width + p->example - tile.first;
       const Term term = positive_term(loss_, rows[at]);
-      total_ += term.value - negative_value(loss_, rows[at]);
+      total_ += term.value;
       corrections_.push_back({at, term.gradient * scale_});
+      rows[at] = -std::numeric_limits<float>::infinity();  // a negative without a loss
     }
     const auto negatives =
         loss_ == Loss::kSquaredHinge ? row_kernels().squared_hinge : row_kernels().binary_cross_entropy;
