@@ -69,6 +69,12 @@ flags.DEFINE_string(
     "encoder", None, "Directory of a pretrained encoder of raw text, as Hugging Face saves it, beside words."
 )
 flags.DEFINE_bool("encoder_trainable", False, "Train it too, rather than compute its embeddings once.")
+flags.DEFINE_enum(
+    "encoder_dtype", "float32", ["float32", "bfloat16"], "What an encoder that is trained computes in."
+)
+flags.DEFINE_bool(
+    "encoder_remat", False, "Compute the insides of its layers again in the backward pass: less memory."
+)
 flags.DEFINE_integer("max_length", 64, "How many tokens of a text --encoder reads.", 3)
 flags.DEFINE_enum(
     "propensities", "default", list(PROPENSITY_CONSTANTS), "The family of data sets, for PSP@k."
@@ -112,6 +118,8 @@ def main(argv):
             trainable=FLAGS.encoder_trainable,
             max_length=FLAGS.max_length,
             cache_dir=FLAGS.cache_dir,
+            dtype=FLAGS.encoder_dtype,
+            remat=FLAGS.encoder_remat,
         )
     splits = datasets.load(
         FLAGS.train,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from sparse_xmc.data.tokens import Tokenizer
@@ -92,6 +93,8 @@ def open_pretrained(
     trainable: bool = False,
     max_length: int | None = None,
     cache_dir: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    remat: bool = False,
 ) -> tuple[FrozenEncoder | Tokenizer, PretrainedEncoder | None]:
     """What is done to texts before training, and the encoder that is trained, if it is.
 
@@ -99,11 +102,12 @@ def open_pretrained(
 
     Args:
       trainable: whether the encoder is to be trained too: then it is read, and texts become tokens.
+      dtype, remat: those of an encoder that is trained; see `PretrainedEncoder`.
     """
     if not trainable:
         return FrozenEncoder(directory, max_length=max_length, cache_dir=cache_dir), None
     tokenizer = Tokenizer.from_directory(directory, max_length=max_length)
-    encoder = PretrainedEncoder.from_directory(directory)
+    encoder = PretrainedEncoder.from_directory(directory, dtype=jnp.dtype(dtype), remat=remat)
     if tokenizer.max_length > (longest := encoder.config.max_length):
         raise ValueError(f"max_length must be at most {longest} for {directory}, got {tokenizer.max_length}")
     return tokenizer, encoder
