@@ -68,7 +68,11 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "encoder", None, "Directory of a pretrained encoder of raw text, as Hugging Face saves it, beside words."
 )
-flags.DEFINE_bool("encoder_trainable", False, "Train it too, rather than compute its embeddings once.")
+flags.DEFINE_bool(
+    "encoder_trainable",
+    False,
+    "Train it too, rather than compute its embeddings once; see text_encoder.cfg for rates.",
+)
 flags.DEFINE_enum(
     "encoder_dtype", "float32", ["float32", "bfloat16"], "What an encoder that is trained computes in."
 )
@@ -111,6 +115,7 @@ def main(argv):
 
     if FLAGS.encoder_trainable and FLAGS.encoder is None:
         raise ValueError("--encoder_trainable needs --encoder")
+    _tell_unused_of_encoder()
     pretrained, trained = None, None
     if FLAGS.encoder is not None:
         pretrained, trained = open_pretrained(
@@ -189,6 +194,17 @@ def main(argv):
     _print_table(result)
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwrote {workdir / 'result.json'}")
+
+
+def _tell_unused_of_encoder() -> None:
+    """Prints which flags that were given have no use for want of an encoder, or of one that is trained."""
+    of_trained = ("encoder_dtype", "encoder_remat")
+    unused = [name for name in of_trained if FLAGS[name].present and not FLAGS.encoder_trainable]
+    of_any = ("text_scale", "text_dropout")
+    unused += [name for name in of_any if FLAGS[name].present and FLAGS.encoder is None]
+    if unused:
+        what = "a frozen encoder" if FLAGS.encoder else "a run without --encoder"
+        print(f"{what} has no use for {', '.join(f'--{name}' for name in unused)}")
 
 
 def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:

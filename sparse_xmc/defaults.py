@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse
 
 from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.tokens import TokenLists
 from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig
 
@@ -109,4 +110,9 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         "schedule": "linear",
         "rewire": RewireConfig(fraction=0.0),
     }
+    if isinstance(
+        dataset.encoded, TokenLists
+    ):  # a pretrained encoder learns too: 1e-5, of the order of BERT's
+        steps = epochs * steps_per_epoch
+        settings |= {"encoder_rate": 2.5e-3, "encoder_warmup": steps // 10, "encoder_weight_decay": 0.01}
     return TrainingConfig(**settings | given)

@@ -62,7 +62,8 @@ class XMCClassifier(BaseEstimator):
         features beside the words; None for words alone.
       encoder_trainable: whether it is trained too, which takes a GPU; otherwise each text is embedded once.
       max_length: how many tokens of a text it reads.
-      cache_dir: where the embeddings of the training texts are kept for the next `fit`, if anywhere.
+      cache_dir: where a frozen encoder's embeddings are kept for the next `fit` on the same texts, if
+        anywhere.
       seed: of everything random; the same seed on the same machine gives the same classifier.
       verbose: whether to show progress.
 
@@ -132,6 +133,8 @@ class XMCClassifier(BaseEstimator):
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
         """
         texts = _texts(X)
+        if self.encoder_trainable and self.encoder is None:
+            raise ValueError("encoder_trainable=True needs an encoder")
         text_encoder, pretrained, trained, encoded, ngrams = None, None, None, None, 1
         if texts is None:
             if self.encoder is not None:
@@ -148,6 +151,7 @@ class XMCClassifier(BaseEstimator):
                 trainable=self.encoder_trainable,
                 max_length=self.max_length,
                 cache_dir=self.cache_dir,
+                remat=True,
             )
             encoded = pretrained(texts)
         train = Dataset(features, labels, encoded=encoded)

@@ -51,7 +51,8 @@ class SavedModel:
         if self.text_encoder is None:
             raise ValueError("the classifier takes features, not texts")
         labels = scipy.sparse.csr_array((len(texts), self.config.num_labels), dtype=bool)
-        encoded = None if self.pretrained is None else self.pretrained(texts)
+        encode = self.pretrained.embed if isinstance(self.pretrained, FrozenEncoder) else self.pretrained
+        encoded = None if encode is None else encode(texts)
         return Dataset(self.text_encoder(texts), labels, encoded=encoded)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -102,8 +103,13 @@ class SavedModel:
             pretrained = FrozenEncoder.load(directory / FROZEN)
         elif (directory / TOKENIZER).exists():
             pretrained = Tokenizer.from_directory(directory)
-        if (pretrained is None) != (config.text_features == 0):
-            raise FileNotFoundError(f"{directory}: neither {FROZEN} nor {TOKENIZER} is there")
+        wanted = FROZEN if config.pretrained is None else TOKENIZER
+        if config.text_features and not (directory / wanted).exists():
+            raise FileNotFoundError(
+                f"{directory / wanted}: not there, but the model reads text by an encoder"
+            )
+        if not config.text_features and pretrained is not None:
+            raise ValueError(f"{directory}: has what encodes text, but the model reads words alone")
         sizes = (
             (TEXT_ENCODER, "words", texts and texts.vocabulary_size, config.num_features),
             (LABELS, "labels", labels and len(labels.names), config.num_labels),

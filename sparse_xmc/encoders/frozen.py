@@ -1,5 +1,6 @@
 """A pretrained encoder that stays as it is: all texts are embedded once, and later runs read the result."""
 
+import functools
 import hashlib
 import os
 import sys
@@ -39,12 +40,12 @@ def embed(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     graphdef, state = nnx.split(in_evaluation(encoder))
-    encode = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
     lengths = token_lists.lengths
     order = np.argsort(lengths, kind="stable")[::-1]  # what takes most memory comes first
     if out is None:
         tokens = jax.eval_shape(lambda: _batch(token_lists, order[:1], 1))
-        out = np.empty((len(order), jax.eval_shape(encode, state, tokens).shape[1]), np.float32)
+        features = jax.eval_shape(functools.partial(_encode, graphdef), state, tokens).shape[1]
+        out = np.empty((len(order), features), np.float32)
     hidden = not sys.stderr.isatty()
     waiting: list[tuple[np.ndarray, jax.Array]] = []
     with tqdm(total=len(order), desc="embedding", unit=" texts", leave=False, disable=hidden) as bar:
@@ -54,13 +55,18 @@ def embed(
                 width = token_lists.width(lengths[order[start]])
                 size = max(1, batch_size * _SHORT // max(_SHORT, width))
                 rows = order[start : start + size]
-                waiting.append((rows, encode(state, _batch(token_lists, rows, size))))
+                waiting.append((rows, _encode(graphdef, state, _batch(token_lists, rows, size))))
                 start += size
             if start >= len(order) or len(waiting) == 2:  # while the device is at work on the next
                 done, features = waiting.pop(0)
                 out[done] = np.asarray(features)[: len(done)]
                 bar.update(len(done))
     return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef, state, tokens):
+    return nnx.merge(graphdef, state)(tokens)
 
 
 def _batch(token_lists: TokenLists, rows: np.ndarray, size: int) -> Tokens:

@@ -40,12 +40,20 @@ class FrozenEncoder:
         self._directory = Path(directory)
         self._max_length = max_length
         self._cache_dir = cache_dir
-        self.features = PretrainedConfig.from_file(self._directory / "config.json").hidden_size
+        config = PretrainedConfig.from_file(self._directory / "config.json")
+        if max_length is not None:
+            _check_length(max_length, config, directory)
+        self.features = config.hidden_size
+        self._fingerprint = fingerprint(self._directory, [])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """The embeddings float32 [N, E] of N texts; memory-mapped where they are kept."""
         if self._cache_dir is not None:
             return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
+        return self.embed(texts)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """The same, computed now and kept nowhere."""
         encoder, tokenizer = self._loaded
         return embed(encoder, tokenizer(texts))
 
@@ -59,7 +67,7 @@ class FrozenEncoder:
         state = {
             "directory": str(self._directory.absolute()),
             "max_length": self._max_length,
-            "fingerprint": fingerprint(self._directory, []),
+            "fingerprint": self._fingerprint,
         }
         Path(path).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -77,12 +85,11 @@ class FrozenEncoder:
             raise ValueError(f"{path}: not a saved FrozenEncoder: {error!r}") from error
         try:
             encoder = cls(directory, max_length=max_length)
-            found = fingerprint(directory, [])
         except ValueError as error:
             raise ValueError(
                 f"{path}: the encoder that the model was trained on is not there: {error}"
             ) from error
-        if found != known:
+        if encoder._fingerprint != known:
             raise ValueError(f"{path}: the encoder in {directory} is not the one the model was trained on")
         return encoder
 
@@ -108,6 +115,10 @@ def open_pretrained(
         return FrozenEncoder(directory, max_length=max_length, cache_dir=cache_dir), None
     tokenizer = Tokenizer.from_directory(directory, max_length=max_length)
     encoder = PretrainedEncoder.from_directory(directory, dtype=jnp.dtype(dtype), remat=remat)
-    if tokenizer.max_length > (longest := encoder.config.max_length):
-        raise ValueError(f"max_length must be at most {longest} for {directory}, got {tokenizer.max_length}")
+    _check_length(tokenizer.max_length, encoder.config, directory)
     return tokenizer, encoder
+
+
+def _check_length(max_length: int, config: PretrainedConfig, directory: str | os.PathLike) -> None:
+    if max_length > config.max_length:
+        raise ValueError(f"max_length must be at most {config.max_length} for {directory}, got {max_length}")

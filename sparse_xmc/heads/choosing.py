@@ -26,7 +26,7 @@ def choose_columns(
 
     Yields:
       A range of n labels; columns int32 [n, C], best first, -1 where there are no more; and by how much their
-      means differ, float32 [n, C], 0 there.
+      means differ, float32 [n, C], 0 there. Which of equal ones comes first is not defined.
 
     Reference: the class means of Rocchio's classifier, in Manning, Raghavan & Schütze, Introduction to
     Information Retrieval, 2008, chapter 14.

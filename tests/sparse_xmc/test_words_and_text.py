@@ -18,6 +18,7 @@ from sparse_xmc import XMCClassifier
 from sparse_xmc.data import Dataset, write_tsv
 from sparse_xmc.data.batches import Batches, WordsAndText
 from sparse_xmc.data.tokens import Tokenizer, TokenLists
+from sparse_xmc.defaults import training_for
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
 from sparse_xmc.evaluation import predict
@@ -143,7 +144,9 @@ class TestFrozen:
         with pytest.raises(ValueError, match="not a saved FrozenEncoder"):
             SavedModel.load(tmp_path / "model")
         (tmp_path / "model" / "frozen_encoder.json").unlink()
-        with pytest.raises(FileNotFoundError, match=r"neither frozen_encoder\.json nor tokenizer\.json"):
+        with pytest.raises(
+            FileNotFoundError, match=r"frozen_encoder\.json: not there, but the model reads text"
+        ):
             SavedModel.load(tmp_path / "model")
 
 
@@ -171,14 +174,25 @@ class TestTrained:
         XMCClassifier(**SIZES).fit(TEXTS, LABELS).save(tmp_path / "m")
         assert XMCClassifier.load(tmp_path / "m").saved_.pretrained is None
 
-    def test_texts_longer_than_it_takes_are_refused(self, directory):
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_texts_longer_than_it_takes_are_refused(self, directory, trainable):
         with pytest.raises(ValueError, match=r"max_length must be at most 24 for .*, got 25"):
-            open_pretrained(directory, trainable=True, max_length=25)
+            open_pretrained(directory, trainable=trainable, max_length=25)
+
+    def test_it_learns_at_a_rate_of_its_own(self):
+        features, labels = bags()
+        tokens = TokenLists(np.arange(6, dtype=np.int32), np.array([0, 1, 3, 6]), 16)
+        of_tokens, of_words = (training_for(Dataset(features, labels, encoded=e)) for e in (tokens, None))
+        assert of_tokens.learning_rate * of_tokens.encoder_rate == pytest.approx(1e-5)
+        assert 0 < of_tokens.encoder_warmup < of_tokens.epochs
+        assert (of_words.encoder_rate, of_words.encoder_warmup) == (1, 0)
 
 
 def test_errors_of_the_estimator(directory):
     with pytest.raises(ValueError, match="encoder is for texts, but X is a matrix"):
         XMCClassifier(encoder=directory).fit(np.zeros((4, 2), np.float32), LABELS[:4])
+    with pytest.raises(ValueError, match="encoder_trainable=True needs an encoder"):
+        XMCClassifier(encoder_trainable=True).fit(TEXTS, LABELS)
     with pytest.raises(ValueError, match=r"config\.json"):
         XMCClassifier(encoder=directory / "nowhere").fit(TEXTS, LABELS)
 
