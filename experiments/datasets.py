@@ -27,14 +27,12 @@ class Splits:
       test: the test points.
       text_encoder: turns text into features, or None.
       label_encoder: names the labels, or None.
-      pretrained: what encodes the text beside its words, or None.
     """
 
     train: Dataset
     test: Dataset
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
-    pretrained: FrozenEncoder | Tokenizer | None = None
 
 
 def load(
@@ -134,5 +132,4 @@ def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | T
         test=dataset(test_labels, test_texts),
         text_encoder=texts,
         label_encoder=labels,
-        pretrained=pretrained,
     )

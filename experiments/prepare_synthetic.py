@@ -9,10 +9,9 @@ sizes give the same bytes.
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
 from absl import app, flags
 
-from experiments.measure.synthetic import Synthetic
+from experiments.measure.synthetic import Synthetic, label_matrix
 from experiments.prepare_packages import check_arguments
 from sparse_xmc.data import files, write_xmc_labels
 
@@ -28,13 +27,8 @@ def write(out: Path, labels: int, train_points: int, test_points: int) -> None:
             source.batch(index, _BATCH) for index in range(first // _BATCH, (first + points) // _BATCH)
         ]
         positives = np.concatenate([batch.positives for batch in batches])
-        counts = np.sum(positives >= 0, axis=1)
-        matrix = scipy.sparse.csr_array(
-            (np.ones(counts.sum(), bool), positives[positives >= 0], np.append(0, np.cumsum(counts))),
-            shape=(len(positives), labels),
-        )
         np.save(out / f"{name}.npy", np.concatenate([batch.inputs for batch in batches]))
-        write_xmc_labels(out / f"{name}.txt", matrix)
+        write_xmc_labels(out / f"{name}.txt", label_matrix(positives, labels))
 
 
 def main(argv):

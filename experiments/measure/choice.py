@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.measure import clock, environment
 from experiments.measure.direct_inputs import draw_words
 from experiments.measure.memory import PeakMemory
-from experiments.measure.synthetic import Synthetic
+from experiments.measure.synthetic import Synthetic, label_matrix
 from experiments.measure.workloads import AMAZON_670K
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
@@ -54,10 +54,7 @@ def make_dataset(sizes: Sizes) -> Dataset:
     source = Synthetic(sizes.labels, sizes.labels_per_point, num_features=1)
     batches = -(-sizes.points // 1000)
     positives = np.concatenate([source.batch(i, 1000).positives for i in range(batches)])[: sizes.points]
-    ends = np.append(0, np.cumsum(np.sum(positives >= 0, axis=1))).astype(np.int32)
-    of_points = positives[positives >= 0]
-    labels = (np.ones(len(of_points), bool), of_points, ends)
-    return Dataset(features, scipy.sparse.csr_array(labels, shape=(sizes.points, sizes.labels)))
+    return Dataset(features, label_matrix(positives, sizes.labels))
 
 
 def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:

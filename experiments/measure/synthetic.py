@@ -12,6 +12,7 @@ Memory is that of one batch and L / 1000 cluster directions, whatever L is.
 """
 
 import numpy as np
+import scipy.sparse
 
 from sparse_xmc.data.batches import Batch
 
@@ -99,6 +100,16 @@ class Synthetic:
         points = np.broadcast_to(np.arange(len(labels))[:, None, None], columns.shape)
         np.add.at(codes, (points, columns.astype(np.int64)), signs.astype(np.float32))
         return codes / np.sqrt(_CODE_LENGTH * (labels >= 0).sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def label_matrix(positives: np.ndarray, num_labels: int) -> scipy.sparse.csr_array:
+    """Labels for `Dataset.labels`: bool [N, L], of positives [N, P], ascending, with -1 at the end."""
+    listed = positives >= 0
+    ends = np.append(0, np.cumsum(np.sum(listed, axis=1))).astype(np.int32)
+    labels = positives[listed]
+    return scipy.sparse.csr_array(
+        (np.ones(len(labels), bool), labels, ends), shape=(len(positives), num_labels)
+    )
 
 
 def _hash(values: np.ndarray) -> np.ndarray:

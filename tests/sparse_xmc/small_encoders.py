@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from sparse_xmc.data.tokens import Tokens
@@ -96,6 +97,17 @@ def write(directory, config, tensors):
 
 def make_directory(directory, family="bert", seed=0):
     return write(directory, make_config(family), make_tensors(family, seed))
+
+
+def add_tokenizer(directory, words):
+    """Writes a tokenizer.json of BERT's special tokens, then these words, for texts of words and blanks."""
+    tokenizers = pytest.importorskip("tokenizers")
+    numbers = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def make_tokens(width=9, lengths=(9, 1, 4), seed=0):

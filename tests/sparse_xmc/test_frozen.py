@@ -11,21 +11,13 @@ from sparse_xmc.data.tokens import Tokenizer, TokenLists
 from sparse_xmc.encoders import PretrainedEncoder, cached_embeddings, embed
 from sparse_xmc.encoders.frozen import fingerprint
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog", "cat", "runs", "sleeps", "the", "a"]
+WORDS = ["dog", "cat", "runs", "sleeps", "the", "a"]
 TEXTS = ["the dog runs", "a cat", "the cat sleeps the dog sleeps a dog runs", "dog", "cat cat cat"]
 
 
 @pytest.fixture
 def directory(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel(dict(zip(WORDS, range(10), strict=True)), "[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    small_encoders.make_directory(tmp_path / "encoder")
-    tokenizer.save(str(tmp_path / "encoder" / "tokenizer.json"))
-    return tmp_path / "encoder"
+    return small_encoders.add_tokenizer(small_encoders.make_directory(tmp_path / "encoder"), WORDS)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

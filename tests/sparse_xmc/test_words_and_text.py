@@ -39,20 +39,8 @@ def _standard_promotion():
 
 @pytest.fixture
 def directory(tmp_path):
-    return make_encoder(tmp_path / "encoder")
-
-
-def make_encoder(directory, seed=0):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "small", "big", "cat", "dog"]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    small_encoders.make_directory(directory, seed=seed)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
+    encoder = small_encoders.make_directory(tmp_path / "encoder")
+    return small_encoders.add_tokenizer(encoder, ["a", "small", "big", "cat", "dog"])
 
 
 def bags(rows=3):
