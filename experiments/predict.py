@@ -14,6 +14,7 @@ from sparse_xmc import XMCClassifier
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "File of texts, one a line; standard input by default.")
+_ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
 _K = flags.DEFINE_integer("k", 5, "How many labels.", lower_bound=1)
 
 
@@ -22,7 +23,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    classifier = XMCClassifier.load(_WORKDIR.value)
+    classifier = XMCClassifier.load(_WORKDIR.value, encoder=_ENCODER.value)
     text = Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()
     texts = text.removesuffix("\n").split("\n") if text else []
     names, scores = classifier.predict(texts, k=min(_K.value, classifier.n_labels_))

@@ -53,6 +53,10 @@ flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 flags.DEFINE_string("name", "", "The name of the run in tables; by default that of the working directory.")
 
+flags.DEFINE_string(
+    "init_from", None, "The directory of a saved model, such as another run's, whose weights to start from."
+)
+
 flags.DEFINE_string("train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.")
 flags.DEFINE_string("test", None, "Test points, in the same format.")
 flags.DEFINE_string("train_features", None, "Dense features of the training points, .npy float32 [N, D].")
@@ -150,7 +154,12 @@ def main(argv):
     (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
 
     memory = PeakMemory()
-    model = config.make(train=train, text=trained, rngs=nnx.Rngs(FLAGS.seed))
+    start = None if FLAGS.init_from is None else SavedModel.load(FLAGS.init_from)
+    model = config.make(train=train if start is None else None, text=trained, rngs=nnx.Rngs(FLAGS.seed))
+    saved = SavedModel(config, model, splits.text_encoder, splits.label_encoder, pretrained)
+    if start is not None:
+        saved.start_from(start)
+        del start
     trainer = Trainer(model, training, seed=FLAGS.seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         epochs = fit(
@@ -161,8 +170,8 @@ def main(argv):
             checkpoint_minutes=FLAGS.checkpoint_minutes,
             callbacks=[GradientDensity(), Progress(), RecordFile(workdir / "metrics.jsonl")],
         )
-    model = trainer.model
-    SavedModel(config, model, splits.text_encoder, splits.label_encoder, pretrained).save(workdir)
+    model = saved.model = trainer.model
+    saved.save(workdir)
 
     print("evaluating on the test and training points ...", flush=True)
     counts = splits.train.label_counts()

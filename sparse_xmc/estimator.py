@@ -223,18 +223,26 @@ class XMCClassifier(BaseEstimator):
         (Path(directory) / _PARAMETERS).write_text(parameters + "\n")
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> "XMCClassifier":
+    def load(
+        cls, directory: str | os.PathLike, *, encoder: str | os.PathLike | None = None
+    ) -> "XMCClassifier":
         """Loads a classifier that was saved, by `save` or by `experiments.run` in its working directory.
+
+        Args:
+          directory: where it was saved.
+          encoder: the directory of its frozen encoder, if that moved.
 
         Raises:
           FileNotFoundError: the directory lacks a part of it.
           ValueError: the parts do not fit each other.
         """
-        saved, path = SavedModel.load(directory), Path(directory) / _PARAMETERS
+        saved, path = SavedModel.load(directory, encoder), Path(directory) / _PARAMETERS
         try:
             classifier = cls(**json.loads(path.read_text())) if path.exists() else cls()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the parameters of a classifier: {error}") from error
+        if encoder is not None:
+            classifier.encoder = encoder
         classifier._set_fitted(saved)
         return classifier
 

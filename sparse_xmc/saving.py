@@ -56,8 +56,14 @@ class SavedModel:
         return Dataset(self.text_encoder(texts), labels, encoded=encoded)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes all of it into a directory, which is made if missing, over a model that is there."""
+        """Writes all of it into a directory, which is made if missing, over a model that is there.
+
+        Raises:
+          ValueError: the directory is that of a pretrained encoder, whose tokenizer would be lost.
+        """
         directory = Path(directory)
+        if (directory / "config.json").exists():
+            raise ValueError(f"{directory} is the directory of a pretrained encoder; choose another")
         directory.mkdir(parents=True, exist_ok=True)
         frozen = self.pretrained if isinstance(self.pretrained, FrozenEncoder) else None
         parts: dict[str, Any] = {
@@ -76,9 +82,37 @@ class SavedModel:
         (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
 
+    def start_from(self, trained: "SavedModel") -> None:
+        """Gives the classifier the weights and connections of a trained one, to be trained further.
+
+        A pretrained encoder that this one trains, and of the other was frozen, keeps its own weights.
+
+        Raises:
+          ValueError: the two have other sizes, words or labels.
+        """
+        for what, names in (("words", _words), ("labels", _labels)):
+            if names(self) != names(trained):
+                raise ValueError(
+                    f"the model to start from has other {what}; was it trained on the same data?"
+                )
+        own, given = _weights(self.model), _weights(trained.model)
+        for name in sorted(own.keys() | given.keys()):
+            if name.startswith("encoder.text.") and name not in given:
+                continue
+            mine, theirs = (
+                _size(weights[name][...]) if name in weights else "none" for weights in (own, given)
+            )
+            if mine != theirs:
+                raise ValueError(f"the model to start from is another: {name} is {theirs}, expected {mine}")
+            own[name].set_value(given[name][...])
+
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> "SavedModel":
+    def load(cls, directory: str | os.PathLike, encoder: str | os.PathLike | None = None) -> "SavedModel":
         """Reads what `save` wrote.
+
+        Args:
+          directory: where it was saved.
+          encoder: the directory of its frozen encoder, if that moved.
 
         Raises:
           FileNotFoundError: a part is missing.
@@ -100,7 +134,9 @@ class SavedModel:
         labels = LabelEncoder.load(directory / LABELS) if (directory / LABELS).exists() else None
         pretrained: FrozenEncoder | Tokenizer | None = None
         if (directory / FROZEN).exists():
-            pretrained = FrozenEncoder.load(directory / FROZEN)
+            pretrained = FrozenEncoder.load(directory / FROZEN, encoder)
+        elif encoder is not None:
+            raise ValueError(f"{directory}: the model has no frozen encoder, got encoder={encoder}")
         elif (directory / TOKENIZER).exists():
             pretrained = Tokenizer.from_directory(directory)
         wanted = FROZEN if config.pretrained is None else TOKENIZER
@@ -150,6 +186,23 @@ def load_weights(path: str | os.PathLike, model: nnx.Module) -> Any:
         return nnx.merge(graphdef, checkpointer.restore(path, local_shapes(state)))
 
 
+def _words(saved: SavedModel) -> list[str] | None:
+    return None if saved.text_encoder is None else saved.text_encoder.words
+
+
+def _labels(saved: SavedModel) -> list[str] | None:
+    return None if saved.label_encoder is None else saved.label_encoder.names
+
+
+def _weights(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Parameters, connections and scales by their paths: all but random states."""
+    return {
+        path_name(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState)
+    }
+
+
 def _sizes(tree: Any) -> dict[str, str]:
     """The dtype and shape of each array by its path."""
     sizes = {}
@@ -157,8 +210,12 @@ def _sizes(tree: Any) -> dict[str, str]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)  # as it is saved
         names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-        sizes[path_name(name for name in names if name != "value")] = f"{leaf.dtype} {list(leaf.shape)}"
+        sizes[path_name(name for name in names if name != "value")] = _size(leaf)
     return sizes
+
+
+def _size(array: Any) -> str:
+    return f"{array.dtype} {list(array.shape)}"
 
 
 def local_shapes(state: Any) -> Any:

@@ -4,12 +4,17 @@ r"""Tokens per second of a pretrained encoder, beside PyTorch's where it is inst
 
 Both encode the same random texts on the same cores, in turn, after their features have been compared. Texts
 fill their batch: no token is padding.
+
+    python -m experiments.measure.encoder_speed --directory=path/to/minilm --train=FILE.tsv --json=result.json
+
+measures what the parts of a training step take, on these texts, with the encoder trained beside words.
 """
 
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,15 @@ from absl import app, flags
 from flax import nnx
 
 from experiments.measure import clock, environment
-from sparse_xmc.data.tokens import Tokens
+from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_tsv
+from sparse_xmc.data.batches import Batch, Batches
+from sparse_xmc.data.tokens import Tokenizer, Tokens
 from sparse_xmc.encoders import PretrainedEncoder
+from sparse_xmc.encoders.frozen_encoder import open_pretrained
+from sparse_xmc.heads import FixedFanInConfig, RewireConfig
+from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
 from sparse_xmc.modules import in_evaluation
+from sparse_xmc.train import Trainer, TrainingConfig
 
 LENGTHS = (16, 32, 128)
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of features, whose mean square is 1
@@ -72,6 +83,69 @@ def _by_pytorch(directory: str | os.PathLike) -> Callable[[np.ndarray], np.ndarr
     return encode
 
 
+def measure_step(
+    directory: str | os.PathLike, path: str, batch_size: int, length: int, dtype: str, repeats: int
+) -> dict[str, Any]:
+    """The seconds of a training step and of its parts, on the texts of a `.tsv` file.
+
+    The network is that of `fixed_fan_in_32_4k_direct.cfg`, with the encoder beside words. "all but the
+    encoder" is its step on embeddings that are there. Texts are tokenised once, before training: that is no
+    part of a step, and here so many as a batch has.
+    """
+    names, texts = read_tsv(path)
+    tokenizer, encoder = open_pretrained(directory, trainable=True, max_length=length, dtype=dtype)
+    assert isinstance(tokenizer, Tokenizer)
+    assert encoder is not None
+    words, labels = TextEncoder.fit(texts), LabelEncoder.fit(names)
+    embeddings = np.zeros((len(texts), encoder.features), np.float32)
+    training = TrainingConfig(batch_size=batch_size, output_optimizer="sgd", rewire=RewireConfig(fraction=0))
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, encoded, text in (
+        ("step", tokenizer(texts), encoder),
+        ("all but the encoder", embeddings, None),
+    ):
+        train = Dataset(words(texts), labels(names), encoded=encoded)
+        config = ClassifierConfig(
+            train.num_features,
+            train.num_labels,
+            bag_of_words=True,
+            encoder=EncoderConfig(embedding=256),
+            head=FixedFanInConfig(penultimate=4096, direct=20, output_bias=-1),
+            text_features=encoder.features,
+            pretrained=None if text is None else PretrainedSettings.of(text),
+        )
+        trainer = Trainer(config.make(train=train, text=text, rngs=nnx.Rngs(0)), training)
+        batches = Batches(train, batch_size).shuffled(0, 0)
+        held = list(itertools.islice(batches, 16))
+        calls[name] = functools.partial(_step, trainer, itertools.cycle(held))
+        if text is not None:
+            calls["cutting a batch"] = functools.partial(next, batches)
+    starts = itertools.cycle(range(0, len(texts) - batch_size, batch_size))
+    calls["tokenising, before training"] = lambda: tokenizer(_from(texts, next(starts), batch_size)).ids
+    times = clock.interleaved_times(calls, repeats)
+    seconds = {name: float(np.median(each)) for name, each in times.items()}
+    settings = {"batch_size": batch_size, "max_length": length, "dtype": dtype}
+    return environment.describe() | settings | {"seconds": seconds}
+
+
+def _step(trainer: Trainer, batches: Iterator[Batch]) -> jax.Array:
+    return trainer.train_step(next(batches), 1e-3)
+
+
+def _from(texts: Sequence[str], start: int, count: int) -> Sequence[str]:
+    return texts[start : start + count]
+
+
+def step_table(report: dict[str, Any]) -> str:
+    """The parts of a step as Markdown."""
+    seconds = report["seconds"]
+    parts = {"encoder": seconds["step"] - seconds["all but the encoder"], **seconds}
+    lines = ["| part | ms | of a step |", "|---|---|---|"]
+    for name, each in parts.items():
+        lines.append(f"| {name} | {1e3 * each:.1f} | {each / seconds['step']:.1%} |")
+    return "\n".join(lines)
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     names = list(report["rows"][0]["tokens_per_second"])
@@ -89,6 +163,8 @@ def _define_flags() -> None:
     flags.DEFINE_multi_integer("length", list(LENGTHS), "Tokens of a text.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", list(_TOLERANCE), "Type of the computation in JAX.")
     flags.DEFINE_integer("repeats", 15, "Runs of each, fewer if they are slow.", lower_bound=1)
+    flags.DEFINE_string("train", None, "Texts, to measure training steps on.")
+    flags.DEFINE_integer("max_length", 32, "How many tokens of a text training reads.", lower_bound=3)
     flags.DEFINE_string("json", None, "File to write the report to.")
 
 
@@ -97,8 +173,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
-    report = measure(values.directory, values.batch_size, values.length, values.dtype, values.repeats)
-    print(table(report))
+    how = (values.dtype, values.repeats)
+    if values.train is not None:
+        report = measure_step(values.directory, values.train, values.batch_size, values.max_length, *how)
+        print(step_table(report))
+    else:
+        report = measure(values.directory, values.batch_size, values.length, *how)
+        print(table(report))
     if values.json is not None:
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 

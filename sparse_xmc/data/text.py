@@ -23,12 +23,15 @@ class TextEncoder:
     Args:
       words: the V words and pairs of words, each once; a word's position is its feature id.
       idf: float32 `[V]`, the weight of each word.
+
+    Attributes:
+      words: list of the V words.
     """
 
     def __init__(self, words: Sequence[str], idf: np.ndarray):
-        self._words = list(words)
-        longest = 1 + max((word.count(" ") for word in self._words), default=0)
-        self._vectorizer = _new_vectorizer(longest, vocabulary=self._words)
+        self.words = list(words)
+        longest = 1 + max((word.count(" ") for word in self.words), default=0)
+        self._vectorizer = _new_vectorizer(longest, vocabulary=self.words)
         self._vectorizer.idf_ = np.asarray(idf, np.float32)
 
     @classmethod
@@ -53,7 +56,7 @@ class TextEncoder:
     @property
     def vocabulary_size(self) -> int:
         """V, the number of words, which is the number of features."""
-        return len(self._words)
+        return len(self.words)
 
     def __call__(self, texts: Iterable[str]) -> scipy.sparse.csr_array:
         """Returns the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
@@ -61,7 +64,7 @@ class TextEncoder:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the encoder as one JSON file."""
-        state = {"words": self._words, "idf": self._vectorizer.idf_.tolist()}
+        state = {"words": self.words, "idf": self._vectorizer.idf_.tolist()}
         Path(path).write_text(json.dumps(state), encoding="utf-8")
 
     @classmethod

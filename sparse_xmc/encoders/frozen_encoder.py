@@ -72,22 +72,28 @@ class FrozenEncoder:
         Path(path).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "FrozenEncoder":
+    def load(cls, path: str | os.PathLike, directory: str | os.PathLike | None = None) -> "FrozenEncoder":
         """Reads what `save` wrote.
+
+        Args:
+          path: the file.
+          directory: where the encoder is now; None for where it was.
 
         Raises:
           ValueError: the file is not of an encoder, or the encoder is not where it was, or is another one.
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
-            directory, max_length, known = state["directory"], state["max_length"], state["fingerprint"]
+            before, max_length, known = state["directory"], state["max_length"], state["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a saved FrozenEncoder: {error!r}") from error
+        directory = before if directory is None else directory
         try:
             encoder = cls(directory, max_length=max_length)
         except ValueError as error:
             raise ValueError(
-                f"{path}: the encoder that the model was trained on is not there: {error}"
+                f"{path}: the encoder that the model was trained on is not in {directory}: {error}; "
+                "if it moved, say where: load(..., encoder=DIRECTORY)"
             ) from error
         if encoder._fingerprint != known:
             raise ValueError(f"{path}: the encoder in {directory} is not the one the model was trained on")

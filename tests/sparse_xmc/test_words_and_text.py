@@ -120,13 +120,33 @@ class TestFrozen:
             np.testing.assert_array_equal(ours, theirs)
         assert loaded.score(TEXTS, LABELS) == classifier.score(TEXTS, LABELS)
 
+    def test_an_encoder_that_moved_is_found_where_the_caller_says(self, directory, tmp_path):
+        classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
+        classifier.save(tmp_path / "model")
+        moved = directory.rename(tmp_path / "elsewhere")
+        loaded = XMCClassifier.load(tmp_path / "model", encoder=moved)
+        assert loaded.encoder == moved
+        for ours, theirs in zip(classifier.predict(TEXTS, k=3), loaded.predict(TEXTS, k=3), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        XMCClassifier(**SIZES).fit(TEXTS, LABELS).save(tmp_path / "of words")
+        with pytest.raises(ValueError, match="has no frozen encoder"):
+            XMCClassifier.load(tmp_path / "of words", encoder=moved)
+
+    def test_a_model_is_not_saved_over_an_encoder(self, directory):
+        before = {file.name: file.read_bytes() for file in directory.iterdir()}
+        with pytest.raises(ValueError, match="directory of a pretrained encoder"):
+            XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(directory)
+        assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
     def test_another_encoder_in_its_place_is_refused(self, directory, tmp_path):
         XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(tmp_path / "model")
         save_file(small_encoders.make_tensors("bert", seed=1), directory / "model.safetensors")
         with pytest.raises(ValueError, match="is not the one the model was trained on"):
             XMCClassifier.load(tmp_path / "model")
         directory.rename(tmp_path / "elsewhere")
-        with pytest.raises(ValueError, match=r"frozen_encoder\.json: the encoder that .* is not there"):
+        with pytest.raises(
+            ValueError, match=r"frozen_encoder\.json: the encoder that .* is not in .*encoder=DIR"
+        ):
             XMCClassifier.load(tmp_path / "model")
         (tmp_path / "model" / "frozen_encoder.json").write_text("{}")
         with pytest.raises(ValueError, match="not a saved FrozenEncoder"):
@@ -176,6 +196,37 @@ class TestTrained:
         assert (of_words.encoder_rate, of_words.encoder_warmup) == (1, 0)
 
 
+class TestStartFrom:
+    def saved(self, directory, **options):
+        return XMCClassifier(encoder=directory, **SIZES | options).fit(TEXTS, LABELS).saved_
+
+    def test_a_trained_encoder_starts_from_its_files_and_all_else_from_the_frozen_ones_model(self, directory):
+        frozen, trained = self.saved(directory), self.saved(directory, encoder_trainable=True, seed=1)
+        of_text = parameters_of(trained.model.encoder.text)
+        before = {name: np.asarray(parameter[...]) for name, parameter in of_text.items()}
+        trained.start_from(frozen)
+        for name, parameter in parameters_of(frozen.model).items():
+            np.testing.assert_array_equal(parameters_of(trained.model)[name][...], parameter[...])
+        np.testing.assert_array_equal(
+            trained.model.head.output.indices[...], frozen.model.head.output.indices[...]
+        )
+        for name, values in before.items():
+            np.testing.assert_array_equal(of_text[name][...], values)
+        with pytest.raises(ValueError, match=r"encoder\.text\..* is float32 .*, expected none"):
+            frozen.start_from(trained)
+
+    def test_models_that_do_not_fit_are_refused(self, directory):
+        ours = self.saved(directory)
+        with pytest.raises(ValueError, match=r"head\.output\.indices is .*, expected .*"):
+            ours.start_from(self.saved(directory, fan_in=SIZES["fan_in"] - 1))
+        with pytest.raises(ValueError, match="has other words; was it trained on the same data"):
+            ours.start_from(XMCClassifier(encoder=directory, **SIZES).fit(TEXTS[1:4], LABELS[1:4]).saved_)
+        others = XMCClassifier(encoder=directory, **SIZES)
+        others.fit(TEXTS, [[f"{name}'" for name in names] for names in LABELS])
+        with pytest.raises(ValueError, match="has other labels; was it trained on the same data"):
+            ours.start_from(others.saved_)
+
+
 def test_errors_of_the_estimator(directory):
     with pytest.raises(ValueError, match="encoder is for texts, but X is a matrix"):
         XMCClassifier(encoder=directory).fit(np.zeros((4, 2), np.float32), LABELS[:4])
@@ -205,6 +256,11 @@ def test_runs_with_an_encoder(directory, tmp_path, trainable):
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    again = [*command[:-1], f"--cache_dir={tmp_path / 'cache'}", f"--workdir={tmp_path / 'again'}"]
+    again += [f"--init_from={tmp_path / 'run'}", "--encoder_trainable"]
+    subprocess.run(again, cwd=ROOT, check=True, capture_output=True)
+    first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("run", "again"))
+    assert json.loads(second[0])["loss"] < json.loads(first[0])["loss"]  # it starts where the first ended
     saved = SavedModel.load(tmp_path / "run")
     assert isinstance(saved.pretrained, Tokenizer if trainable else FrozenEncoder)
     assert (saved.config.pretrained is not None) == trainable

@@ -2,10 +2,12 @@
 
 import importlib.util
 
+import jax
 import pytest
 from flax import nnx
 
 from experiments.measure import encoder_speed
+from sparse_xmc.data import write_tsv
 from sparse_xmc.encoders import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 
@@ -38,3 +40,24 @@ def test_different_features_are_an_error(directory, monkeypatch):
     )
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         encoder_speed.measure(directory, 3, (4,), "float32", repeats=2)
+
+
+def test_parts_of_a_step(directory):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = [f"w{i}" for i in range(8)]
+    numbers = {word: i for i, word in enumerate(["[UNK]", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    texts = [f"{words[i % 8]} {words[i % 5]}" for i in range(60)]
+    write_tsv(directory / "train.tsv", [[f"label {i % 40}"] for i in range(60)], texts)
+    with jax.numpy_dtype_promotion("standard"):  # Optax has not heard of the strict one
+        report = encoder_speed.measure_step(directory, directory / "train.tsv", 2, 9, "float32", repeats=2)
+    assert report["seconds"].keys() == {
+        "step",
+        "all but the encoder",
+        "cutting a batch",
+        "tokenising, before training",
+    }
+    assert min(report["seconds"].values()) > 0
+    assert "| encoder |" in encoder_speed.step_table(report)
