@@ -63,6 +63,6 @@ def adam_rates(learning_rate, count, b1: float, b2: float):
     return jnp.stack([jnp.asarray(learning_rate, jnp.float32), 1 / (1 - b1**t), 1 / (1 - b2**t)])
 
 
-def rounding_key(seed, step):
-    """What the handlers take as the key of stochastic rounding, uint32 [3], from integer scalars."""
-    return jnp.stack([jnp.asarray(a, jnp.uint32) for a in (seed, 0, step)])
+def rounding_key(seed, step, *more):
+    """What the handlers take as the key of stochastic rounding, uint32 [3 + ...], from integer scalars."""
+    return jnp.stack([jnp.asarray(a, jnp.uint32) for a in (seed, 0, step, *more)])

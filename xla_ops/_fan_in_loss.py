@@ -24,6 +24,7 @@ def fan_in_loss(
     positives: ArrayLike,
     *,
     loss: str = "squared_hinge",
+    num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
     """The mean over batch and labels of a loss of `fan_in_matmul(x, kernel, indices, bias)`.
@@ -42,6 +43,9 @@ def fan_in_loss(
         outside [0, L) not at all. All other labels are negatives.
       loss: "squared_hinge", `max(0, 1 - y s)^2` with y = +1 for positives and -1 for negatives, or "bce", the
         binary cross-entropy with logits.
+      num_labels: the number of labels that the sum over labels is divided by; by default L. Where each device
+        has a part of the labels, it is that of all, and what the devices return adds up to the loss, and
+        their gradients of x to its gradient.
       sparse: C more inputs, D to D + C - 1, or None.
 
     Returns:
@@ -52,8 +56,8 @@ def fan_in_loss(
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
     """
-    operands, num_columns = check_loss(x, kernel, indices, bias, positives, loss, sparse)
-    return _loss(loss, num_columns, *operands)
+    operands, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
+    return _loss(tuple(attributes.items()), *operands)
 
 
 def fan_in_loss_reference(
@@ -64,23 +68,27 @@ def fan_in_loss_reference(
     positives,
     *,
     loss: str = "squared_hinge",
+    num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
     """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
     logits = fan_in_matmul_reference(x, kernel, indices, bias, sparse=sparse).astype(jnp.float32)
     is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0])[None, None], axis=1)
     margin = jnp.where(is_positive, logits, -logits)
+    count = x.shape[0] * (kernel.shape[0] if num_labels is None else num_labels)
     if loss == "squared_hinge":
-        return jnp.mean(jnp.square(jnp.maximum(0, 1 - margin)))
-    return jnp.mean(jax.nn.softplus(-margin))
+        return jnp.sum(jnp.square(jnp.maximum(0, 1 - margin))) / count
+    return jnp.sum(jax.nn.softplus(-margin)) / count
 
 
-def check_loss(x, kernel, indices, bias, positives, loss, sparse) -> tuple[tuple[Array, ...], np.int64]:
+def check_loss(
+    x, kernel, indices, bias, positives, loss, num_labels, sparse
+) -> tuple[tuple[Array, ...], dict[str, np.int64]]:
     """Checks the arguments of `fan_in_loss`.
 
     Returns:
       x, rows, columns, values, kernel, indices, bias and positives as the handlers take them, and their
-      attribute `num_columns`.
+      attributes `loss`, `num_labels` and `num_columns`.
     """
     x, kernel, indices, positives = (jnp.asarray(a) for a in (x, kernel, indices, positives))
     bias = None if bias is None else jnp.asarray(bias)
@@ -96,34 +104,32 @@ def check_loss(x, kernel, indices, bias, positives, loss, sparse) -> tuple[tuple
         )
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    num_labels = kernel.shape[0] if num_labels is None else num_labels
+    if num_labels < kernel.shape[0]:
+        raise ValueError(f"num_labels must be at least L, {kernel.shape[0]}, got {num_labels}")
     _native.register()
     bias = jnp.zeros(0, x.dtype) if bias is None else bias
-    return _native.varying(x, *entries, kernel, indices, bias, positives), num_columns
-
-
-def loss_code(loss: str) -> np.int64:
-    """How the handlers are told which loss."""
-    return np.int64(LOSSES.index(loss))
+    attributes = {"loss": LOSSES.index(loss), "num_labels": num_labels, "num_columns": num_columns}
+    operands = _native.varying(x, *entries, kernel, indices, bias, positives)
+    return operands, {name: np.int64(value) for name, value in attributes.items()}
 
 
 _SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(loss, num_columns, *operands):
-    attributes = {"loss": loss_code(loss), "num_columns": num_columns}
-    return _native.call("xla_ops.fan_in_loss.value", [_SCALAR], *operands, **attributes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(attributes, *operands):
+    return _native.call("xla_ops.fan_in_loss.value", [_SCALAR], *operands, **dict(attributes))[0]
 
 
-def _loss_fwd(loss, num_columns, *operands):
+def _loss_fwd(attributes, *operands):
     x, _, _, _, kernel, _, bias, _ = operands
     results = [_SCALAR, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))]
-    attributes = {"loss": loss_code(loss), "num_columns": num_columns}
-    value, *gradients = _native.call("xla_ops.fan_in_loss.gradients", results, *operands, **attributes)
+    value, *gradients = _native.call("xla_ops.fan_in_loss.gradients", results, *operands, **dict(attributes))
     return value, gradients
 
 
-def _loss_bwd(loss, num_columns, gradients, d_value):
+def _loss_bwd(attributes, gradients, d_value):
     d_x, d_kernel, d_bias = ((d_value * g.astype(jnp.float32)).astype(g.dtype) for g in gradients)
     return d_x, None, None, None, d_kernel, None, d_bias, None
 

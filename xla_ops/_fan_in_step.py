@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from xla_ops import _native
 from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
-from xla_ops._fan_in_loss import check_loss, loss_code
+from xla_ops._fan_in_loss import check_loss
 from xla_ops._inputs import SparseInputs
 
 
@@ -52,6 +52,7 @@ def fan_in_adam_step(
     b1: float = 0.9,
     b2: float = 0.999,
     epsilon: float = 1e-7,
+    num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, Array | None, AdamState]:
     """One step of Adam on `fan_in_loss`, in one sweep over the labels: the kernel's gradient is never held.
@@ -63,7 +64,8 @@ def fan_in_adam_step(
 
     Args:
       x: [B, D], float32.
-      kernel, indices, bias, positives, loss, sparse: as for `fan_in_loss`; kernel and bias float32.
+      kernel, indices, bias, positives, loss, num_labels, sparse: as for `fan_in_loss`; kernel and bias
+        float32.
       state: from `adam_init`, or the last step.
       learning_rate: float32 scalar.
       b1, b2: the decay rates of the moments.
@@ -79,7 +81,7 @@ def fan_in_adam_step(
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
     check_dtype("kernel", kernel, [jnp.float32])
-    inputs, num_columns = check_loss(x, kernel, indices, bias, positives, loss, sparse)
+    inputs, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
     shapes = {"kernel": kernel.shape, "bias": bias.shape}
     moments = []
@@ -99,8 +101,7 @@ def fan_in_adam_step(
         results,
         *operands,
         aliases={4: 2, 6: 3, 8: 4, 9: 5, 10: 6, 11: 7},
-        num_columns=num_columns,
-        loss=loss_code(loss),
+        **attributes,
         b1=np.float32(b1),
         b2=np.float32(b2),
         epsilon=np.float32(epsilon),
@@ -122,6 +123,8 @@ def fan_in_sgd_step(
     seed: ArrayLike = 0,
     step: ArrayLike = 0,
     loss: str = "squared_hinge",
+    first_label: ArrayLike = 0,
+    num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """One step of SGD without momentum on `fan_in_loss`, in one sweep over the labels.
@@ -136,11 +139,13 @@ def fan_in_sgd_step(
 
     Args:
       x: [B, D], float32 or bfloat16.
-      kernel, indices, bias, positives, loss, sparse: as for `fan_in_loss`.
+      kernel, indices, bias, positives, loss, num_labels, sparse: as for `fan_in_loss`.
       learning_rate: float32 scalar.
       seed: uint32 scalar, of the rounding. With `step` and a weight's position it fixes the random bits, on
         any machine (Philox4x32-10; how exactly stands in `csrc/cpu/kernels.h`).
       step: uint32 or int32 scalar, the number of the step; each must have its own.
+      first_label: integer scalar, the number of the first label where these are a part of `num_labels`, so
+        that their weights are rounded as in the whole layer.
 
     Returns:
       The loss (of the weights before the step), its gradient with respect to x [B, D], the new kernel and
@@ -153,9 +158,9 @@ def fan_in_sgd_step(
     Spaces", ICML 2025, for momentum-free SGD with stochastic rounding in an extreme classifier.
     """
     has_bias = bias is not None
-    inputs, num_columns = check_loss(x, kernel, indices, bias, positives, loss, sparse)
+    inputs, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
-    rate, key = jnp.asarray(learning_rate, jnp.float32), rounding_key(seed, step)
+    rate, key = jnp.asarray(learning_rate, jnp.float32), rounding_key(seed, step, first_label)
     operands = _native.varying(*inputs, rate, key)
     results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))]
     value, d_x, kernel, bias = _native.call(
@@ -163,8 +168,7 @@ def fan_in_sgd_step(
         results,
         *operands,
         aliases={4: 2, 6: 3},
-        num_columns=num_columns,
-        loss=loss_code(loss),
+        **attributes,
     )
     return value, d_x, kernel, bias if has_bias else None
 

@@ -13,13 +13,20 @@ from xla_ops._arguments import check_dtype, rounding_key
 
 
 def round_stochastically(
-    x: ArrayLike, seed: ArrayLike, step: ArrayLike, *, first: int = 0, row_length: int | None = None
+    x: ArrayLike,
+    seed: ArrayLike,
+    step: ArrayLike,
+    *,
+    first: int = 0,
+    row_length: int | None = None,
+    first_row: ArrayLike = 0,
 ) -> Array:
     """Rounds to bfloat16, up or down with the probability that makes it right on average.
 
     A value is rounded as `fan_in_sgd_step` and `dense_adam_step` round it, bit for bit, given the same seed
-    and step and the position that it has there. Column n of row r has position `first + r * row_length + n`,
-    where all axes but the last make up the rows. What they round has:
+    and step and the position that it has there. Column n of row r has position
+    `first + (first_row + r) * row_length + n`, where all axes but the last make up the rows. What they round
+    has:
 
     - kernel [L, F] of `fan_in_sgd_step`: the positions by default; its bias: `first=L * F`.
     - second moment [D, O] of `dense_adam_step`: a `row_length` of O rounded up to a multiple of 128.
@@ -32,6 +39,7 @@ def round_stochastically(
       step: uint32 or int32 scalar; with one seed, each rounding of a value must have its own.
       first: the position of the first value, at least 0.
       row_length: how many positions lie between the starts of rows, N to 2**32 - 1; by default N.
+      first_row: uint32 scalar, the number of the first row, where these are a part of a matrix.
 
     Returns:
       x in bfloat16.
@@ -52,22 +60,23 @@ def round_stochastically(
         raise ValueError(f"row_length must be in {columns}..{2**32 - 1}, got {row_length}")
     if not 0 <= first < 2**64:
         raise ValueError(f"first must be in 0..{2**64 - 1}, got {first}")
-    return _round(x, rounding_key(seed, step), first, row_length)
+    return _round(x, rounding_key(seed, step), jnp.asarray(first_row, jnp.uint32), first, row_length)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
-def _round(x, key, first, row_length):
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _round(x, key, first_row, first, row_length):
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
-    random = _rounding_bits(key, *_positions(rows.shape, first, row_length))
+    random = _rounding_bits(key, *_positions(rows.shape, first_row, first, row_length))
     is_nan = jnp.isnan(rows)  # adding could carry one over into 0
     rounded = jnp.where(is_nan, bits | np.uint32(0x400000), bits + random) >> np.uint32(16)
     return jax.lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16).reshape(x.shape)
 
 
-def _positions(shape, first: int, row_length: int) -> tuple[Array, Array]:
+def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
     """The high and the low word of each position."""
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    row += first_row
     first_high, first_low = np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF)
     high, start = _product(row, np.uint32(row_length))
     low = start + column

@@ -124,7 +124,7 @@ DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "share
 def check_workspaces(program, tmp_path, problem, sparse=None):
     dtype, batch, labels = problem.x.dtype, problem.x.shape[0], problem.kernel.shape[0]
     arrays = {**problem._asdict(), "dy": np.zeros((batch, labels), dtype), "sparse": sparse}
-    arrays |= {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32)}
+    arrays |= {"rates": np.ones(3, np.float32), "key": np.zeros(4, np.uint32)}
     for name in ("kernel", "bias"):
         arrays |= {f"mu_{name}": np.ones_like(arrays[name]), f"nu_{name}": np.ones_like(arrays[name])}
     k, width = min(3, labels), problem.positives.shape[1]
@@ -350,9 +350,9 @@ def test_cross_entropy_of_extreme_logits(run):
 # ---- fan_in_step ----
 
 
-def run_step(run, op, problem, loss, arrays):
+def run_step(run, op, problem, loss, arrays, *more):
     """Returns the loss, d_x, and the new values of `arrays`, which are updated besides kernel and bias."""
-    dtype, more = problem.x.dtype, (LOSSES.index(loss), problem.positives.shape[1])
+    dtype, more = problem.x.dtype, (LOSSES.index(loss), problem.positives.shape[1], *more)
     operands = problem._asdict() | arrays
     names = [n for n in ("kernel", "bias", "mu_kernel", "nu_kernel", "mu_bias", "nu_bias") if n in operands]
     updated = [(f"{n}.new", operands[n].shape, dtype) for n in names if operands[n] is not None]
@@ -368,7 +368,7 @@ STEP_SHAPES = pytest.mark.parametrize("shape", [(1, 7, 1, 1), (33, 64, 129, 64),
 @LOSS
 def test_sgd_step_in_float32(run, shape, loss):
     problem, rate = loss_test.make_problem(*shape, with_bias=shape[2] != 70), np.float32(3)
-    arrays = {"rates": rate, "key": np.zeros(3, np.uint32)}
+    arrays = {"rates": rate, "key": np.zeros(4, np.uint32)}
     results, new = run_step(run, "fan_in_step.sgd", problem, loss, arrays)
     expected, errors = loss_test.brute_force(problem, loss)
     loss_test.assert_matches_brute_force(
@@ -410,18 +410,36 @@ def test_adam_step(run, shape, loss):
 def test_sgd_step_in_bfloat16_rounds_with_the_bits_of_its_generator(run, shape):
     def sgd(x, kernel, indices, bias, positives, rate, seed, step):
         problem = loss_test.Problem(x, kernel, indices, bias, positives)
-        arrays = {"rates": rate, "key": np.array([seed, 0, step], np.uint32)}
+        arrays = {"rates": rate, "key": np.array([seed, 0, step, 0], np.uint32)}
         _, new = run_step(run, "fan_in_step.sgd", problem, "squared_hinge", arrays)
         return new["kernel"], new["bias"]
 
     step_test.check_rounding(shape, sgd)
 
 
+@pytest.mark.parametrize("cut", [1, 64, 70])
+def test_sgd_steps_of_parts_of_the_labels_are_those_of_the_whole(run, cut):
+    labels = 130
+    problem = loss_test.make_problem(33, 12, labels, 3, num_positives=3, dtype=jnp.bfloat16)
+
+    def step(part):
+        layer = {name: getattr(problem, name)[part] for name in ("kernel", "indices", "bias")}
+        local = problem._replace(**layer, positives=problem.positives - np.int32(part.start))
+        arrays = {"rates": np.float32(100), "key": np.uint32([5, 0, 7, part.start])}
+        return run_step(run, "fan_in_step.sgd", local, "squared_hinge", arrays, labels)
+
+    (results, new), *parts = step(slice(0, labels)), step(slice(0, cut)), step(slice(cut, labels))
+    np.testing.assert_allclose(sum(r[0] for r, _ in parts), results[0], rtol=1e-5)
+    for name in ("kernel", "bias"):
+        together = np.concatenate([of_part[name] for _, of_part in parts])
+        np.testing.assert_array_equal(together.view(np.uint16), new[name].view(np.uint16))
+
+
 def test_steps_of_an_empty_batch(run):
     problem = loss_test.make_problem(0, 9, 70, 3)
     moments = {name: np.zeros_like(getattr(problem, name[3:])) for name in ("mu_kernel", "mu_bias")}
     moments |= {name.replace("mu", "nu"): m for name, m in moments.items()}
-    arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32)}
+    arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(4, np.uint32)}
     for op, more in (("fan_in_step.sgd", {}), ("fan_in_step.adam", moments)):
         results, new = run_step(run, op, problem, "bce", arrays | more)
         assert np.isnan(results[0])
@@ -434,7 +452,7 @@ def test_sgd_step_passes_nan_on(run, dtype):
     problem = loss_test.make_problem(3, 2, 200, 1, dtype=dtype)
     problem = problem._replace(indices=(np.arange(200) % 2)[:, np.newaxis].astype(np.int32))
     problem.x[1, 0] = np.nan
-    arrays = {"rates": np.float32(0.1), "key": np.zeros(3, np.uint32)}
+    arrays = {"rates": np.float32(0.1), "key": np.zeros(4, np.uint32)}
     _, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
     assert np.isnan(new["kernel"][:, 0].astype(np.float32)).tolist() == [True, False] * 100
 
@@ -785,7 +803,7 @@ def test_sparse_step(run, op, loss):
     dense = 9
     problem = loss_test.make_problem(70, 140, 130, 70)
     full, problem, sparse = sparse_test.sparsify(problem, dense)
-    arrays = {"sparse": sparse, "rates": np.float32([0.1, 3, 20]), "key": np.zeros(3, np.uint32)}
+    arrays = {"sparse": sparse, "rates": np.float32([0.1, 3, 20]), "key": np.zeros(4, np.uint32)}
     if op == "adam":
         for name in ("kernel", "bias"):
             zeros = np.zeros_like(getattr(problem, name))
@@ -812,7 +830,7 @@ def test_sparse_step(run, op, loss):
 def test_sparse_sgd_step_in_bfloat16(run):
     problem = loss_test.make_problem(70, 140, 130, 70, dtype=jnp.bfloat16)
     full, problem, sparse = sparse_test.sparsify(problem, 9)
-    arrays = {"sparse": sparse, "rates": np.float32(100), "key": np.zeros(3, np.uint32)}
+    arrays = {"sparse": sparse, "rates": np.float32(100), "key": np.zeros(4, np.uint32)}
     _, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
     for name, gradient in zip(("kernel", "bias"), loss_test.brute_force(full, "bce")[0][2:], strict=True):
         exact = getattr(problem, name).astype(np.float64) - 100 * gradient
@@ -824,7 +842,7 @@ def test_sparse_steps_of_an_empty_batch(run):
     problem = loss_test.make_problem(0, 9, 70, 3)
     padding = np.zeros(2, np.int32)
     sparse = SparseInputs(padding, padding, np.ones(2, np.float32), 40)
-    arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(3, np.uint32), "sparse": sparse}
+    arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(4, np.uint32), "sparse": sparse}
     results, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
     assert np.isnan(results[0])
     np.testing.assert_array_equal(new["kernel"], problem.kernel)

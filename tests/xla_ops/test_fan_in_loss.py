@@ -571,6 +571,29 @@ def test_handler_checks_arguments_itself(changes, loss, message):
     call = jax.ffi.ffi_call("xla_ops.fan_in_loss.value", jax.ShapeDtypeStruct((), jnp.float32))
     x, *others = (GOOD | changes).values()
     no_sparse = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-    attributes = {"num_columns": np.int64(0), "loss": np.int64(loss)}
+    attributes = {"num_columns": np.int64(0), "loss": np.int64(loss), "num_labels": np.int64(10)}
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(call(x, *no_sparse, *others, **attributes))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("cut", [1, 64, 70, 129])
+def test_losses_of_parts_of_the_labels_add_up(loss, cut):
+    problem = make_problem(9, 12, 130, 4)
+    whole = jax.value_and_grad(fan_in_loss, argnums=(0, 1, 3))
+    value, (d_x, d_kernel, d_bias) = whole(*problem, loss=loss)
+    parts = []
+    for part in (slice(0, cut), slice(cut, None)):
+        layer = (problem.kernel[part], problem.indices[part], problem.bias[part])
+        positives = problem.positives - part.start  # those of other parts are out of range
+        parts.append(whole(problem.x, *layer, positives, loss=loss, num_labels=130))
+    np.testing.assert_allclose(sum(p[0] for p in parts), value, rtol=1e-6)
+    np.testing.assert_allclose(sum(p[1][0] for p in parts), d_x, rtol=1e-4, atol=1e-7)
+    for i, gradient in ((1, d_kernel), (2, d_bias)):
+        together = np.concatenate([p[1][i] for p in parts])
+        np.testing.assert_allclose(together, gradient, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        fan_in_loss_reference(*problem, loss=loss, num_labels=260), value / 2, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="num_labels must be at least L, 130, got 129"):
+        fan_in_loss(*problem, num_labels=129)

@@ -293,9 +293,11 @@ def test_a_handler_that_is_called_without_aliasing_says_so():
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((), x.shape, kernel.shape, bias.shape)]
     call = jax.ffi.ffi_call("xla_ops.fan_in_step.sgd", results)
     no_sparse = (jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
-    arguments = (x, *no_sparse, kernel, indices, bias, positives, jnp.float32(1), jnp.zeros(3, jnp.uint32))
+    arguments = (x, *no_sparse, kernel, indices, bias, positives, jnp.float32(1), jnp.zeros(4, jnp.uint32))
     with pytest.raises(jax.errors.JaxRuntimeError, match="kernel must be updated in place"):
-        jax.block_until_ready(call(*arguments, num_columns=np.int64(0), loss=np.int64(0)))
+        jax.block_until_ready(
+            call(*arguments, num_columns=np.int64(0), loss=np.int64(0), num_labels=np.int64(7))
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -321,3 +323,34 @@ def test_over_devices_each_takes_a_step_of_its_own(optimizer):
     parts = [step(x, *layer, positives) for x, positives in batches]
     for result, expected in zip(actual, zip(*parts, strict=True), strict=True):
         np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 37, 64, 101])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd float32", "sgd bfloat16"])
+def test_steps_of_parts_of_the_labels_are_those_of_the_whole(instruction_set, optimizer, cut):
+    labels = 130
+    x, *layer, positives = make_problem(9, 12, labels, 3)
+    if optimizer == "sgd bfloat16":
+        x, layer[0], layer[2] = (a.astype(jnp.bfloat16) for a in (x, layer[0], layer[2]))
+
+    def step(part):
+        kernel, indices, bias = (a[part] for a in layer)
+        arguments = (x, kernel, indices, bias, positives - part.start)
+        if optimizer != "adam":
+            options = {"seed": 5, "step": 7, "first_label": part.start, "num_labels": labels}
+            return fan_in_sgd_step(*arguments, 200.0, **options)
+        loss, d_x, kernel, bias, state = fan_in_adam_step(
+            *arguments, adam_init(kernel, bias), 0.1, epsilon=1e-3, num_labels=labels
+        )
+        return loss, d_x, kernel, bias, *state[1:]
+
+    whole, parts = step(slice(0, labels)), [step(slice(0, cut)), step(slice(cut, labels))]
+    for i, (expected, *of_parts) in enumerate(zip(whole, *parts, strict=True)):
+        of_parts = [np.asarray(part, np.float32) for part in of_parts]
+        if i < 2:  # loss and d_x are sums over labels
+            rough = 2e-2 if x.dtype == jnp.bfloat16 and i == 1 else 1e-5
+            np.testing.assert_allclose(
+                sum(of_parts), np.asarray(expected, np.float32), rtol=rough, atol=1e-2 * rough
+            )
+        else:
+            np.testing.assert_array_equal(np.concatenate(of_parts), np.asarray(expected, np.float32))

@@ -168,3 +168,10 @@ def test_bad_arguments_are_named(x, options, error, message):
     with pytest.raises(error) as raised:
         round_stochastically(x, SEED, STEP, **options)
     assert str(raised.value) == message
+
+
+def test_rows_of_a_matrix_are_rounded_as_in_the_whole():
+    x = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    whole = round_stochastically(x, SEED, STEP, first=2**40)
+    part = jax.jit(lambda first: round_stochastically(x[13:], SEED, STEP, first=2**40, first_row=first))(13)
+    np.testing.assert_array_equal(in_bits(whole)[13:], in_bits(part))

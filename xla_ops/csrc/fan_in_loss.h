@@ -21,6 +21,7 @@ auto bind_fan_in_loss_value(Context&& context) {
       .template Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
       .template Arg<ffi::AnyBuffer>()    // positives [B, P]
       .template Attr<int64_t>("loss")    // 0: squared hinge, 1: binary cross-entropy
+      .template Attr<int64_t>("num_labels")  // that the loss is a mean over
       .template Ret<ffi::AnyBuffer>();   // loss [] float32
 }
 
@@ -34,10 +35,10 @@ auto bind_fan_in_loss_gradients(Context&& context) {
 
 inline ffi::Error check_fan_in_loss_value(const InputBuffers& in, const ffi::AnyBuffer& kernel,
                                           const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
-                                          const ffi::AnyBuffer& positives, int64_t loss, const ffi::AnyBuffer& mean,
-                                          Shape* s) {
+                                          const ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels,
+                                          const ffi::AnyBuffer& mean, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, bias, s));
-  return check_loss(*s, positives, loss, mean);
+  return check_loss(positives, loss, num_labels, mean, s);
 }
 
 inline ffi::Error check_fan_in_loss_gradients(const Shape& s, const ffi::AnyBuffer& bias, const ffi::AnyBuffer& d_x,

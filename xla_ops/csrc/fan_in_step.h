@@ -26,6 +26,7 @@ auto bind_fan_in_step_adam(Context&& context) {
       .template Arg<ffi::AnyBuffer>()  // second moment of the bias, of its shape
       .template Arg<ffi::AnyBuffer>()  // rates: learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
       .template Attr<int64_t>("loss")  // 0: squared hinge, 1: binary cross-entropy
+      .template Attr<int64_t>("num_labels")  // that the loss is a mean over
       .template Attr<float>("b1")
       .template Attr<float>("b2")
       .template Attr<float>("epsilon")
@@ -47,8 +48,9 @@ auto bind_fan_in_step_sgd(Context&& context) {
       .template Arg<ffi::AnyBuffer>()   // bias [L], or [0] for none
       .template Arg<ffi::AnyBuffer>()   // positives [B, P]
       .template Arg<ffi::AnyBuffer>()   // learning rate [] float32
-      .template Arg<ffi::AnyBuffer>()   // key: seed (two words) and step [3] uint32
+      .template Arg<ffi::AnyBuffer>()   // key: seed (two words), step, and the first label [4] uint32
       .template Attr<int64_t>("loss")   // 0: squared hinge, 1: binary cross-entropy
+      .template Attr<int64_t>("num_labels")  // that the loss is a mean over
       .template Ret<ffi::AnyBuffer>()   // loss []
       .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
       .template Ret<ffi::AnyBuffer>()   // kernel, updated in place
@@ -59,13 +61,13 @@ auto bind_fan_in_step_sgd(Context&& context) {
 struct StepBuffers {
   const InputBuffers& in;
   ffi::AnyBuffer &kernel, &indices, &bias, &positives;
-  int64_t loss;
+  int64_t loss, num_labels;
   ffi::AnyBuffer &mean, &d_x, &new_kernel, &new_bias;
 };
 
 inline ffi::Error check_fan_in_step(const StepBuffers& b, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(read_layer(b.in, b.kernel, b.indices, b.bias, s));
-  XLA_OPS_RETURN_IF_ERROR(check_loss(*s, b.positives, b.loss, b.mean));
+  XLA_OPS_RETURN_IF_ERROR(check_loss(b.positives, b.loss, b.num_labels, b.mean, s));
   XLA_OPS_RETURN_IF_ERROR(check("d_x", b.d_x, b.in.x.element_type(), {s->batch, s->in_features}));
   XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", b.kernel, b.new_kernel));
   return check_aliased("bias", b.bias, b.new_bias);
@@ -96,7 +98,7 @@ inline ffi::Error check_fan_in_step_sgd(const StepBuffers& b, const ffi::AnyBuff
                                         const ffi::AnyBuffer& key, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step(b, s));
   XLA_OPS_RETURN_IF_ERROR(check("learning_rate", learning_rate, ffi::F32, {}));
-  return check("key", key, ffi::U32, {3});
+  return check("key", key, ffi::U32, {4});
 }
 
 }  // namespace xla_ops

@@ -119,7 +119,7 @@ inline ffi::Error read_shape(const ffi::AnyBuffer& x, const ffi::AnyBuffer& indi
     return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(a) +
                                        " and " + shape_string(b));
   }
-  *s = {a[0], a[1], b[0], b[1]};
+  *s = {a[0], a[1], b[0], b[1], b[0]};
   return ffi::Error::Success();
 }
 
@@ -144,11 +144,13 @@ auto bind_inputs(Context&& context) {
       .template Arg<ffi::AnyBuffer>();  // values
 }
 
-// Checks what a loss takes besides the layer: positives [batch, any], and `mean`, the scalar result.
-inline ffi::Error check_loss(const Shape& s, const ffi::AnyBuffer& positives, int64_t loss,
-                             const ffi::AnyBuffer& mean) {
+// Checks what a loss takes besides the layer: positives [batch, any], how many labels it is a mean over, which becomes
+// part of the shape, and `mean`, the scalar result.
+inline ffi::Error check_loss(const ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels,
+                             const ffi::AnyBuffer& mean, Shape* s) {
+  s->mean_labels = num_labels;
   const auto dims = positives.dimensions();
-  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s.batch, dims.size() == 2 ? dims[1] : 0}));
+  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s->batch, dims.size() == 2 ? dims[1] : 0}));
   if (loss != 0 && loss != 1) return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
   return check("loss", mean, ffi::F32, {});
 }

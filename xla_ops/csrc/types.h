@@ -13,6 +13,7 @@ struct bfloat16 {
 
 struct Shape {
   int64_t batch, in_features, labels, fan_in;
+  int64_t mean_labels;  // the labels that a loss is a mean over: with those that other devices have
 };
 
 // Of a dense layer, whose kernel is [rows, columns].

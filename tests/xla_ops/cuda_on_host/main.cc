@@ -2,7 +2,7 @@
 //
 //   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F C processors blocks_per_processor shared_bytes [...]
 //
-// where the rest is (loss, P) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k. For dense_step
+// where the rest is (loss, P[, num_labels]) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k. For dense_step
 // DTYPE is that of the moments, and L, F are the kernel's shape.
 // Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
 // sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
@@ -117,7 +117,8 @@ cudaError_t run_dense_adam(const Call& call) {
 
 template <typename T>
 cudaError_t run(const Call& call, Workspace& workspace) {
-  const Shape& s = call.shape;
+  Shape s = call.shape;
+  if (call.more.size() > 2) s.mean_labels = call.more[2];
   const Operand<T> x(call, "x"), kernel(call, "kernel"), bias(call, "bias");
   const Operand<int32_t> rows(call, "rows"), columns(call, "columns");
   const Operand<T> values(call, "values");
@@ -188,7 +189,7 @@ int main(int, char** argv) {
   Call call{argv[1], argv[2], {}, 0, std::string(argv[4]) == "uint16", {}};
   std::vector<int64_t> numbers;
   for (char** a = argv + 5; *a; ++a) numbers.push_back(std::strtoll(*a, nullptr, 10));
-  call.shape = {numbers[0], numbers[1], numbers[2], numbers[3]};
+  call.shape = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[2]};
   call.columns = numbers[4];
   cuda_on_host::device = {static_cast<int>(numbers[5]), static_cast<int>(numbers[6]), static_cast<int>(numbers[7])};
   call.more.assign(numbers.begin() + 8, numbers.end());

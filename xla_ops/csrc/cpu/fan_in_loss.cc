@@ -50,10 +50,10 @@ struct GradientBuffers {
 
 // Without gradients `d` is null.
 ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& kernel, ffi::AnyBuffer& indices,
-                ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss, ffi::AnyBuffer& mean,
+                ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels, ffi::AnyBuffer& mean,
                 GradientBuffers* d) {
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, mean, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, mean, &s));
   if (d) XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, d->x, d->kernel, d->bias));
   return dispatch(in.x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -70,16 +70,17 @@ ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& k
 }
 
 ffi::Error value_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, ffi::Result<ffi::AnyBuffer> mean) {
-  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss, *mean, nullptr);
+                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, int64_t num_labels,
+                      ffi::Result<ffi::AnyBuffer> mean) {
+  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss, num_labels, *mean, nullptr);
 }
 
 ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                          ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
+                          ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, int64_t num_labels,
                           ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                           ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
   GradientBuffers d{*d_x, *d_kernel, *d_bias};
-  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss, *mean, &d);
+  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss, num_labels, *mean, &d);
 }
 
 }  // namespace

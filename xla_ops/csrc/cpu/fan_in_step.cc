@@ -78,13 +78,13 @@ void step(ffi::ThreadPool& pool, const Shape& s, const StepBuffers& a, const Wei
 ffi::Error adam_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel,
                      ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates,
-                     int64_t loss, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
+                     int64_t loss, int64_t num_labels, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
                      ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel,
                      ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
                      ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
                      ffi::Result<ffi::AnyBuffer> new_nu_bias) {
   const InputBuffers in{x, rows, columns, values, num_columns};
-  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
+  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias};
   Shape s;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(buffers,
                                                  {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel,
@@ -105,20 +105,22 @@ ffi::Error adam_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x
 
 ffi::Error sgd_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
-                    int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
+                    int64_t loss, int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias) {
   const InputBuffers in{x, rows, columns, values, num_columns};
-  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias};
+  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias};
   Shape s;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(buffers, learning_rate, key, &s));
   const uint32_t* k = data<uint32_t>(key);
   const RoundingKey rounding{{k[0], k[1]}, k[2]};
+  const int64_t first_label = k[3];
   const float rate = *data<float>(learning_rate);
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    const SgdWeights<T> kernel_weights{data<T>(kernel), rate, rounding, 0};
-    const SgdWeights<T> bias_weights{optional_data<T>(bias), rate, rounding, s.labels * s.fan_in};
+    const SgdWeights<T> kernel_weights{data<T>(kernel), rate, rounding, first_label * s.fan_in};
+    const SgdWeights<T> bias_weights{optional_data<T>(bias), rate, rounding,
+                                     s.mean_labels * s.fan_in + first_label};
     step<T, I>(pool, s, buffers, kernel_weights, bias_weights);
   });
 }

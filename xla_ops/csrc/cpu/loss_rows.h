@@ -53,7 +53,7 @@ class LossRows {
  public:
   LossRows(const Shape& s, Loss loss, const std::vector<Positive>& positives)
       : loss_(loss),
-        scale_(1.0f / (static_cast<float>(s.batch) * static_cast<float>(s.labels))),
+        scale_(1.0f / (static_cast<float>(s.batch) * static_cast<float>(s.mean_labels))),
         positives_(positives) {}
 
   // Returns the mask of the rows that are not zero.
@@ -97,7 +97,7 @@ template <typename Rows>
 float mean_loss(const std::vector<Rows>& parts, const Shape& s) {
   double total = 0;
   for (const Rows& part : parts) total += part.total();
-  return static_cast<float>(total / (static_cast<double>(s.batch) * static_cast<double>(s.labels)));
+  return static_cast<float>(total / (static_cast<double>(s.batch) * static_cast<double>(s.mean_labels)));
 }
 
 }  // namespace xla_ops

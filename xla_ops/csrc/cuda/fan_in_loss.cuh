@@ -138,7 +138,7 @@ cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, 
   const Packed<T> packed = take_packed(workspace, s, inputs);
   const Layer<T> plain{s, packed.rows, kernel, indices, bias};
   double* const totals = workspace.take<double>(most_sharers(plain));
-  const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.labels));
+  const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.mean_labels));
   Backward<Sink> out{scale, nullptr, nullptr, sink};
   if constexpr (kGradients) {
     out.sums_of_blocks = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
@@ -153,7 +153,7 @@ cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, 
     return launch(loss_kernel<T, std::decay_t<decltype(layer)>::kHasSparse, Sink>, most_sharers(plain),
                   Group<T>::kThreads, 0, stream, layer, loss, positives, totals, out);
   }));
-  const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.labels);
+  const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.mean_labels);
   XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, most_sharers(plain), divisor, value));
   if constexpr (kGradients) return unpack_sums(stream, s, out.d_packed, d_x);
   return cudaSuccess;

@@ -12,13 +12,16 @@ template <typename T>
 struct SgdUpdate {
   T* weights;
   T* biases;  // or null
-  int64_t first_bias;  // its position, after those of the kernel
+  int64_t fan_in, num_labels;  // of the whole layer, of which this may be a part
   const float* learning_rate;
   const uint32_t* key;
 
-  __device__ void kernel(int64_t i, float d) const { update(weights + i, i, d); }
-  __device__ void bias(int64_t label, float d) const { update(biases + label, first_bias + label, d); }
+  __device__ void kernel(int64_t i, float d) const { update(weights + i, first_label() * fan_in + i, d); }
+  __device__ void bias(int64_t label, float d) const {
+    update(biases + label, num_labels * fan_in + first_label() + label, d);  // after those of the kernel
+  }
   __device__ bool has_bias() const { return biases != nullptr; }
+  __device__ int64_t first_label() const { return __ldg(key + 3); }
 
   __device__ void update(T* w, int64_t position, float d) const {
     if (d != 0) set(w, to_float(*w) - __ldg(learning_rate) * d, rounding_bits(RoundingKey(key), position));
@@ -47,7 +50,7 @@ template <typename T>
 cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                             const Inputs<T>& inputs, T* kernel, Indices indices, T* bias, const int32_t* positives,
                             int64_t width, const float* learning_rate, const uint32_t* key, float* value, T* d_x) {
-  const SgdUpdate<T> update{kernel, bias, s.labels * s.fan_in, learning_rate, key};
+  const SgdUpdate<T> update{kernel, bias, s.fan_in, s.mean_labels, learning_rate, key};
   return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, update, value, d_x);
 }
 

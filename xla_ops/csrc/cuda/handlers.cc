@@ -86,11 +86,12 @@ ffi::Error gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuff
 
 ffi::Error value_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
                       ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, ffi::Result<ffi::AnyBuffer> value,
+                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, int64_t num_labels,
+                      ffi::Result<ffi::AnyBuffer> value,
                       WorkspaceResult buffer) {
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, *value, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, *value, &s));
   return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_loss_value(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
@@ -102,12 +103,12 @@ ffi::Error value_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x
 ffi::Error loss_gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
                                ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
                                ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
-                               ffi::Result<ffi::AnyBuffer> value, ffi::Result<ffi::AnyBuffer> d_x,
+                               int64_t num_labels, ffi::Result<ffi::AnyBuffer> value, ffi::Result<ffi::AnyBuffer> d_x,
                                ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias,
                                WorkspaceResult buffer) {
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, *value, &s));
+  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, *value, &s));
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, *d_x, *d_kernel, *d_bias));
   return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -121,13 +122,13 @@ ffi::Error loss_gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::An
 ffi::Error sgd_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
                     ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
-                    int64_t loss, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
-                    ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
+                    int64_t loss, int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean,
+                    ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
                     WorkspaceResult buffer) {
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(
-      {in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
+      {in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
   return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in), data<T>(kernel),
@@ -140,8 +141,8 @@ ffi::Error sgd_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, 
 ffi::Error adam_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel, ffi::AnyBuffer nu_kernel,
-                     ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates, int64_t loss, float b1,
-                     float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
+                     ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates, int64_t loss, int64_t num_labels,
+                     float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                      ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
                      ffi::Result<ffi::AnyBuffer> new_mu_kernel, ffi::Result<ffi::AnyBuffer> new_nu_kernel,
                      ffi::Result<ffi::AnyBuffer> new_mu_bias, ffi::Result<ffi::AnyBuffer> new_nu_bias,
@@ -149,7 +150,7 @@ ffi::Error adam_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x,
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(
-      {in, kernel, indices, bias, positives, loss, *mean, *d_x, *new_kernel, *new_bias},
+      {in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias},
       {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel, *new_nu_kernel, *new_mu_bias, *new_nu_bias},
       &s));
   return launch(in, indices, *buffer, [&](auto*, cuda::Workspace& workspace) {  // the values are float32
