@@ -5,14 +5,30 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from xla_ops import index_dtype
 
 _AT_ONCE = 1 << 17
 
 
-def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinct: bool = True) -> Array:
+def row_keys(key: Array, first: ArrayLike, rows: int) -> Array:
+    """A random key for each of so many rows from the row `first`: its own wherever it is drawn for."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
+
+
+def redraw(
+    key: Array,
+    indices: Array,
+    mask: Array,
+    in_features: int,
+    *,
+    distinct: bool = True,
+    first: ArrayLike = 0,
+) -> Array:
     """Draws new inputs, uniformly, for the connections that `mask` marks.
+
+    What a label draws depends on the key and its number alone.
 
     Args:
       key: a random key.
@@ -21,6 +37,7 @@ def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinc
       in_features: D; the new inputs are in 0..D-1.
       distinct: draw until no row lists an input twice (other than among the connections kept), which
         needs F <= D. If false, repeats happen, as in the paper's code.
+      first: the number of the first label.
 
     Returns:
       [L, F], of the dtype of `indices`.
@@ -31,8 +48,11 @@ def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinc
     if distinct and indices.shape[1] > in_features:
         raise ValueError(f"{indices.shape[1]} distinct inputs do not exist among {in_features}")
 
-    def draw(key):
-        return jax.random.randint(key, indices.shape, 0, in_features).astype(indices.dtype)
+    rows, fan_in = indices.shape
+
+    def draw(keys):
+        drawn = jax.vmap(lambda key: jax.random.randint(key, (fan_in,), 0, in_features))(keys)
+        return drawn.astype(indices.dtype)
 
     def conflicts(indices):
         # An entry kept on the right of a new one counts as well, so both triangles are looked at.
@@ -40,22 +60,23 @@ def redraw(key: Array, indices: Array, mask: Array, in_features: int, *, distinc
         earlier_or_kept = jnp.tril(jnp.ones(same.shape[1:], bool), k=-1)[None] | ~mask[:, None, :]
         return mask & jnp.any(same & earlier_or_kept, axis=2)
 
-    def draw_again(state):
-        key, indices, pending = state
-        key, subkey = jax.random.split(key)
-        indices = jnp.where(pending, draw(subkey), indices)
-        return key, indices, conflicts(indices)
+    keys = row_keys(key, first, rows)
 
-    key, subkey = jax.random.split(key)
-    indices = jnp.where(mask, draw(subkey), indices)
+    def draw_again(state):
+        attempt, indices, pending = state
+        of_attempt = jax.vmap(jax.random.fold_in, (0, None))(keys, attempt)
+        indices = jnp.where(pending, draw(of_attempt), indices)
+        return attempt + 1, indices, conflicts(indices)
+
+    indices = jnp.where(mask, draw(keys), indices)
     if not distinct:
         return indices
-    return jax.lax.while_loop(lambda s: s[2].any(), draw_again, (key, indices, conflicts(indices)))[1]
+    return jax.lax.while_loop(lambda s: s[2].any(), draw_again, (0, indices, conflicts(indices)))[1]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="distinct")
 def draw_connections(
-    key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True
+    key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True, first: ArrayLike = 0
 ) -> Array:
     """For each of L labels, F inputs out of D, uniformly.
 
@@ -64,22 +85,23 @@ def draw_connections(
       labels: L.
       fan_in: F <= D.
       in_features: D.
-      distinct: as for `redraw`.
+      distinct, first: as for `redraw`.
 
     Returns:
       [L, F], uint16 for D <= 65,536, else int32.
     """
     (indices,) = update_in_blocks(
-        lambda first, fresh, arrays: (
+        lambda row, fresh, arrays: (
             redraw(
-                jax.random.fold_in(key, first),
+                key,
                 arrays[0],
                 jnp.ones(arrays[0].shape, bool),
                 in_features,
                 distinct=distinct,
+                first=first + row,
             ),
         ),
-        (jnp.zeros((labels, fan_in), index_dtype(in_features)),),
+        (blank((labels, fan_in), index_dtype(in_features), first),),
     )
     return indices
 
@@ -100,6 +122,11 @@ def draw_coordinates(key: Array, connections: int, labels: int, in_features: int
     label_key, input_key = jax.random.split(key)
     label = jax.random.randint(label_key, (connections,), 0, labels)
     return jnp.stack([label, jax.random.randint(input_key, (connections,), 0, in_features)], axis=1)
+
+
+def blank(shape: tuple[int, ...], dtype, first: ArrayLike) -> Array:
+    """Zeros, which within `jax.shard_map` vary over the devices as `first` does."""
+    return jnp.full(shape, (0 * jnp.asarray(first)).astype(dtype))
 
 
 def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -11,6 +11,7 @@ from flax import nnx
 from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.losses import find_loss
+from sparse_xmc.mesh import data_size, place_batch
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation
@@ -39,8 +40,11 @@ def predict(
       FloatingPointError: a score is not finite.
     """
     graphdef, state = nnx.split(in_evaluation(model))
-    for points, batch in Batches(dataset, batch_size).in_order():
-        scores, labels = (np.asarray(array) for array in _top_k(graphdef, state, batch.inputs, k))
+    mesh = model.head.mesh
+    for points, batch in Batches(dataset, batch_size, multiple_of=data_size(mesh)).in_order():
+        inputs = batch.inputs if mesh is None else place_batch(batch, mesh).inputs
+        count = points.stop - points.start
+        scores, labels = (np.asarray(array)[:count] for array in _top_k(graphdef, state, inputs, k))
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
             raise FloatingPointError(f"the scores of point {points.start + row} are not finite")

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from sparse_xmc.connectivity import draw_connections, update_in_blocks
+from sparse_xmc.connectivity import blank, draw_connections, row_keys, update_in_blocks
 from xla_ops import SparseInputs, fan_in_matmul
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
@@ -21,14 +21,20 @@ class Connectivity(nnx.Variable):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: float) -> Array:
-    """Uniform in +-bound, a block of rows at a time: the generator takes many times its result's memory."""
+def _uniform(
+    key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: ArrayLike, first: ArrayLike = 0
+) -> Array:
+    """Uniform in +-bound, a block of rows at a time: the generator takes many times its result's memory.
 
-    def draw(first, fresh, blocks):
-        values = jax.random.uniform(jax.random.fold_in(key, first), blocks[0].shape, jnp.float32, -1, 1)
+    What a row is depends on the key and its number alone; `first` is that of the first.
+    """
+
+    def draw(row, fresh, blocks):
+        keys = row_keys(key, first + row, blocks[0].shape[0])
+        values = jax.vmap(lambda key: jax.random.uniform(key, shape[1:], jnp.float32, -1, 1))(keys)
         return ((bound * values).astype(dtype),)
 
-    return update_in_blocks(draw, (jnp.zeros(shape, dtype),))[0]
+    return update_in_blocks(draw, (blank(shape, dtype, first),))[0]
 
 
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -36,7 +42,11 @@ def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = j
 
     The logits of a wide layer then start at almost exactly the bias.
     """
-    return _uniform(key, shape, dtype, (3 / max(1, math.prod(shape))) ** 0.5)
+    return _uniform(key, shape, dtype, _flat_bound(math.prod(shape)))
+
+
+def _flat_bound(weights: int) -> float:
+    return (3 / max(1, weights)) ** 0.5
 
 
 def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
@@ -53,9 +63,19 @@ def symmetric_uniform(bound: float) -> Initializer:
     return init
 
 
-def start_of_kernel(bound: float | None) -> Initializer:
-    """How the kernel of a sparse output layer starts: uniform in +-bound, or None for the paper's bound."""
-    return flat_glorot_uniform if bound is None else symmetric_uniform(bound)
+def start_of_kernel(bound: float | None, num_labels: int | None = None, first: ArrayLike = 0) -> Initializer:
+    """How the kernel of a sparse output layer starts: uniform in +-bound, or None for the paper's bound.
+
+    Of a layer that is a part of `num_labels` labels, from `first` on, as that part of the whole.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        rows = shape[0] if num_labels is None else num_labels
+        return _uniform(
+            key, shape, dtype, _flat_bound(rows * math.prod(shape[1:])) if bound is None else bound, first
+        )
+
+    return init
 
 
 class FixedFanInLinear(nnx.Module):
@@ -74,6 +94,8 @@ class FixedFanInLinear(nnx.Module):
       kernel_init: initializer of the kernel [L, F].
       bias_init: initializer of the bias [L].
       distinct: whether the inputs of an output are distinct; in the paper's code they may repeat.
+      first_output: the number of the first output, where these are a part of more: each then draws the inputs
+        that it has in the whole.
       rngs: random keys; the stream `params` is used.
 
     Attributes:
@@ -99,6 +121,7 @@ class FixedFanInLinear(nnx.Module):
         kernel_init: Initializer = flat_glorot_uniform,
         bias_init: Initializer = nnx.initializers.zeros_init(),
         distinct: bool = True,
+        first_output: ArrayLike = 0,
         rngs: nnx.Rngs,
     ):
         if not 1 <= fan_in <= in_features:
@@ -109,7 +132,9 @@ class FixedFanInLinear(nnx.Module):
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, fan_in), param_dtype))
         self.indices = Connectivity(
-            draw_connections(rngs.params(), out_features, fan_in, in_features, distinct=distinct)
+            draw_connections(
+                rngs.params(), out_features, fan_in, in_features, distinct=distinct, first=first_output
+            )
         )
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 

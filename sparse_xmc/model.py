@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -13,6 +14,7 @@ from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, 
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
+from sparse_xmc.mesh import place
 from sparse_xmc.settings import check, setting
 
 
@@ -133,6 +135,7 @@ class ClassifierConfig:
         train: Dataset | None = None,
         text: PretrainedEncoder | None = None,
         input_scale: float = 1.0,
+        mesh: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
     ) -> Classifier:
         """A new classifier.
@@ -141,6 +144,8 @@ class ClassifierConfig:
           train: the training points, that heads may start from; see `HeadConfig.make`.
           text: the pretrained encoder that is trained too; without it one like it has random weights.
           input_scale: what the features are multiplied by.
+          mesh: the devices to split the labels over, as of `sparse_xmc.mesh.make_mesh`; the weights are those
+            that they would be without one.
           rngs: random keys; streams `params` and `dropout`.
         """
         width, num_words = self.num_features, 0
@@ -158,7 +163,11 @@ class ClassifierConfig:
                     text = self.pretrained.make(rngs)
                 encoder = JointEncoder(encoder, embeddings, text)
                 width += self.text_features
-        head = self.head.make(width, self.num_labels, num_words=num_words, train=train, rngs=rngs)
+        sizes: dict[str, Any] = {"num_words": num_words, "train": train, "rngs": rngs}
+        if mesh is None:
+            return Classifier(encoder, self.head.make(width, self.num_labels, **sizes))
+        head = self.head.make_sharded(width, self.num_labels, mesh, **sizes)
+        nnx.update(encoder, place(nnx.state(encoder), mesh))
         return Classifier(encoder, head)
 
     def to_json(self) -> dict[str, Any]:

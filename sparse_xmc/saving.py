@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,16 @@ class SavedModel:
             LABELS: self.label_encoder,
             FROZEN: frozen,
         }
-        for name, part in parts.items():
-            if part is None:
-                (directory / name).unlink(missing_ok=True)
-            else:
-                part.save(directory / name)
-        (directory / TOKENIZER).unlink(missing_ok=True)
-        if isinstance(self.pretrained, Tokenizer):
-            self.pretrained.save(directory)
-        (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+        if jax.process_index() == 0:
+            for name, part in parts.items():
+                if part is None:
+                    (directory / name).unlink(missing_ok=True)
+                else:
+                    part.save(directory / name)
+            (directory / TOKENIZER).unlink(missing_ok=True)
+            if isinstance(self.pretrained, Tokenizer):
+                self.pretrained.save(directory)
+            (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
 
     def start_from(self, trained: "SavedModel") -> None:
@@ -107,12 +109,18 @@ class SavedModel:
             own[name].set_value(given[name][...])
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, encoder: str | os.PathLike | None = None) -> "SavedModel":
+    def load(
+        cls,
+        directory: str | os.PathLike,
+        encoder: str | os.PathLike | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "SavedModel":
         """Reads what `save` wrote.
 
         Args:
           directory: where it was saved.
           encoder: the directory of its frozen encoder, if that moved.
+          mesh: the devices to split its labels over, whatever they were split over when it was saved.
 
         Raises:
           FileNotFoundError: a part is missing.
@@ -153,7 +161,10 @@ class SavedModel:
         for name, what, actual, expected in sizes:
             if actual is not None and actual != expected:
                 raise ValueError(f"{directory / name}: has {actual} {what}, but the model {expected}")
-        model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
+        if mesh is None:
+            model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
+        else:
+            model = config.make(mesh=mesh, rngs=nnx.Rngs(0))  # for the places of its arrays
         return cls(config, load_weights(directory / MODEL, model), texts, labels, pretrained)
 
 
@@ -174,16 +185,14 @@ def load_weights(path: str | os.PathLike, model: nnx.Module) -> Any:
     path = Path(path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
-    with ocp.StandardCheckpointer() as checkpointer:
-        # Compared before anything is read: Orbax' own complaint comes half way.
-        there, expected = _sizes(checkpointer.metadata(path).item_metadata.tree), _sizes(state)
-        if different := sorted(name for name in there | expected if there.get(name) != expected.get(name)):
-            name = different[0]
-            raise ValueError(
-                f"{path}: not the weights of such a model: {name} is {there.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'none')}"
-            )
-        return nnx.merge(graphdef, checkpointer.restore(path, local_shapes(state)))
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        num_labels = model.head.num_labels if isinstance(model, Classifier) else None
+        check_sizes(checkpointer.metadata(path).item_metadata, state, num_labels, path)
+        args = ocp.args.StandardRestore(shapes_of(state), strict=False)
+        loaded = nnx.merge(graphdef, checkpointer.restore(path, args=args))
+    if isinstance(loaded, Classifier):
+        loaded.head.fill_up()
+    return loaded
 
 
 def _words(saved: SavedModel) -> list[str] | None:
@@ -203,22 +212,62 @@ def _weights(model: nnx.Module) -> dict[str, nnx.Variable]:
     }
 
 
-def _sizes(tree: Any) -> dict[str, str]:
-    """The dtype and shape of each array by its path."""
-    sizes = {}
+# Labels of a mesh's last devices are filled up to a size that all have; no mesh has more devices than this.
+_MOST_DEVICES = 1 << 16
+
+
+def check_sizes(metadata: Any, expected: Any, num_labels: int | None, path: Path) -> None:
+    """Raises ValueError unless what was saved fits a state, but for the rows that fill up a mesh's labels.
+
+    Compared before anything is read: Orbax' own complaint comes half way.
+
+    Args:
+      metadata: Orbax's, of what was saved.
+      expected: the state, of arrays or their shapes.
+      num_labels: L, if the state has a head's.
+      path: where it was saved, for the message.
+    """
+    there, here = _leaves(metadata.tree), _leaves(expected)
+
+    def fits(name: str) -> bool:
+        saved, wanted = there.get(name), here.get(name)
+        if saved is None or wanted is None or _size(saved) == _size(wanted):
+            return saved is not None and wanted is not None
+        if num_labels is None or not re.search(r"(^|\.)output\.(kernel|indices|bias)$", name):
+            return False
+        filled_up = len(saved.shape) > 0 and num_labels <= saved.shape[0] < num_labels + _MOST_DEVICES
+        return filled_up and (saved.shape[1:], saved.dtype) == (wanted.shape[1:], wanted.dtype)
+
+    if different := sorted(name for name in there | here if not fits(name)):
+        name = different[0]
+        was, is_now = (_size(of[name]) if name in of else None for of in (there, here))
+        raise ValueError(
+            f"{path}: not the weights of such a model: {name} is {was or 'missing'}, "
+            f"expected {is_now or 'none'}"
+        )
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Each array, or its shape, by its path; random keys as they are saved."""
+    leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # as it is saved
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
         names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-        sizes[path_name(name for name in names if name != "value")] = _size(leaf)
-    return sizes
+        leaves[path_name(name for name in names if name != "value")] = leaf
+    return leaves
 
 
 def _size(array: Any) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 
-def local_shapes(state: Any) -> Any:
-    """The shapes of a tree's arrays, to be restored on this process' first device."""
-    local = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=local), state)
+def shapes_of(state: Any) -> Any:
+    """The shapes of a tree's arrays, to be restored where these are, or on this process' first device."""
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def shape_of(array):
+        sharding = array.sharding if isinstance(array, jax.Array) else local
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(shape_of, state)

@@ -1,5 +1,7 @@
 """Selection by magnitude, for rewiring."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +12,16 @@ from xla_ops import _native
 from xla_ops._arguments import VALUE_DTYPES, check_dtype
 
 
-def kth_smallest_magnitude(x: ArrayLike, k: int) -> Array:
+def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
     """The k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
 
     On a CPU, two counting passes over x, without temporaries; elsewhere `kth_smallest_magnitude_reference`.
 
     Args:
       x: array of any shape, float32 or bfloat16, without NaN.
-      k: in 1..x.size.
+      k: in 1..x.size, or the size of all parts together.
+      axes: within `jax.shard_map`, the mesh axes over which devices have parts of an array, of one size each;
+        the result is that of the whole. 31 passes over x then, and as many sums of two numbers over devices.
 
     Returns:
       float32 scalar.
@@ -27,8 +31,11 @@ def kth_smallest_magnitude(x: ArrayLike, k: int) -> Array:
     """
     x = jnp.asarray(x)
     check_dtype("x", x, VALUE_DTYPES)
-    if not 1 <= k <= x.size:
-        raise ValueError(f"k must be in 1..{x.size} (the size of x), got {k}")
+    size = x.size * math.prod(jax.lax.axis_size(axis) for axis in axes)
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be in 1..{size} (the size of x), got {k}")
+    if axes:
+        return kth_smallest_magnitude_reference(x, k, axes=axes)
     _native.register()
 
     def native(x):
@@ -38,14 +45,20 @@ def kth_smallest_magnitude(x: ArrayLike, k: int) -> Array:
     return jax.lax.platform_dependent(x, cpu=native, default=lambda x: kth_smallest_magnitude_reference(x, k))
 
 
-def kth_smallest_magnitude_reference(x: ArrayLike, k: int) -> Array:
+def kth_smallest_magnitude_reference(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
     """`kth_smallest_magnitude` in plain `jax.numpy`: bisects on the bits, which are in the order of |x|."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(jnp.asarray(x).astype(jnp.float32)), jnp.uint32)
 
     def halve(_, bounds):  # the answer's bits are in low..high
         low, high = bounds
         middle = low + (high - low) // 2
-        enough = jnp.sum(bits <= middle, dtype=jnp.int32) >= k
+        count = jnp.sum(bits <= middle, dtype=jnp.uint32)
+        # By halves of words: together parts may have more elements than an integer can count.
+        upper, lower = count >> 16, count & 0xFFFF
+        if axes:
+            upper, lower = jax.lax.psum((upper, lower), axes)
+        upper, lower = upper + (lower >> 16), lower & 0xFFFF
+        enough = (upper > k >> 16) | ((upper == k >> 16) & (lower >= k & 0xFFFF))
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     bounds = jnp.uint32(0), jnp.uint32(0x7F800000)

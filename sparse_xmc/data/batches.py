@@ -67,13 +67,15 @@ class Batches:
     Args:
       dataset: the points.
       batch_size: B.
+      multiple_of: of `in_order`, batches are filled up to a multiple of this with their last point again.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int):
+    def __init__(self, dataset: Dataset, batch_size: int, *, multiple_of: int = 1):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._dataset = dataset
         self.batch_size = batch_size
+        self._multiple_of = multiple_of
         self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
         if not isinstance(dataset.features, np.ndarray):
             # Entries come in multiples of 1.25 batches' worth on average: one shape, except by rare chance.
@@ -92,7 +94,8 @@ class Batches:
         """All points in order, as (which points, batch); the last batch may be smaller."""
         for start in range(0, len(self._dataset), self.batch_size):
             points = slice(start, min(start + self.batch_size, len(self._dataset)))
-            yield points, self._batch(np.arange(points.start, points.stop))
+            rows = np.arange(points.start, points.stop)
+            yield points, self._batch(np.pad(rows, (0, -len(rows) % self._multiple_of), mode="edge"))
 
     @property
     def steps_per_epoch(self) -> int:

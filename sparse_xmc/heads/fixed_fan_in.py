@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 import xla_ops
 from sparse_xmc.connectivity import draw_connections
@@ -14,7 +17,9 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.choosing import choose_columns
 from sparse_xmc.heads.head import Features, Head, HeadConfig, label_blocks, split_features
 from sparse_xmc.heads.layered import LayeredHead
+from sparse_xmc.heads.part import LabelPart
 from sparse_xmc.heads.rewiring import rewire, rewire_active
+from sparse_xmc.heads.sharded import ShardedHead
 from sparse_xmc.layers import FixedFanInLinear, start_of_kernel
 from sparse_xmc.settings import setting
 from xla_ops import SparseInputs
@@ -60,6 +65,20 @@ class FixedFanInConfig(HeadConfig):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
+        head = self.make_part(in_features, num_labels, None, num_words=num_words, rngs=rngs)
+        if self.direct and train is not None:
+            head.choose(self.direct, train, rngs.params())
+        return head
+
+    def make_sharded(self, in_features, num_labels, mesh, *, num_words=0, train=None, rngs):
+        return ShardedHead.make(
+            self, in_features, num_labels, mesh, num_words=num_words, train=train, rngs=rngs
+        )
+
+    def make_part(
+        self, in_features: int, num_labels: int, part: LabelPart | None, *, num_words: int, rngs: nnx.Rngs
+    ) -> "FixedFanInHead":
+        """The labels of one device among others, or all; with random inputs."""
         if self.direct > self.fan_in:
             raise ValueError(f"direct must be at most fan_in, {self.fan_in}, got {self.direct}")
         units = self.penultimate or in_features
@@ -70,6 +89,8 @@ class FixedFanInConfig(HeadConfig):
         if reads_features and not self.penultimate:
             raise ValueError("without a penultimate layer labels read the features anyway; use direct=0")
 
+        whole, first = (num_labels, 0) if part is None else (part.num_labels, part.first(num_labels))
+
         def output(width):
             return FixedFanInLinear(
                 width + num_words + (in_features if reads_features else 0),
@@ -77,8 +98,9 @@ class FixedFanInConfig(HeadConfig):
                 self.fan_in,
                 distinct=self.distinct,
                 param_dtype=jnp.dtype(self.output_dtype),
-                kernel_init=start_of_kernel(self.output_bound),
+                kernel_init=start_of_kernel(self.output_bound, whole, first),
                 bias_init=nnx.initializers.constant(self.output_bias),
+                first_output=first,
                 rngs=rngs,
             )
 
@@ -91,8 +113,7 @@ class FixedFanInConfig(HeadConfig):
             direct_scale=self.direct_scale,
             rngs=rngs,
         )
-        if self.direct and train is not None:
-            head.choose(self.direct, train, rngs.params())
+        head.part = part
         return head
 
     @property
@@ -127,17 +148,26 @@ class FixedFanInHead(LayeredHead):
     def choose(self, count: int, train: Dataset, key: Array) -> None:
         """Connects each label to `count` direct inputs, or as many as speak for it, else to units."""
         layer = self.output
+        kernel, indices = self.chosen(count, train, key, slice(0, self.num_labels), layer.kernel[...])
+        layer.indices.set_value(jnp.asarray(indices))
+        layer.kernel.set_value(jnp.asarray(kernel))
+
+    def chosen(
+        self, count: int, train: Dataset, key: Array, labels: slice, kernel: Array
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel and the indices of a range of labels after `choose`, from its kernel before."""
+        layer = self.output
         units = layer.in_features - (self.num_words or self.in_features)
-        indices = np.array(draw_connections(key, self.num_labels, layer.fan_in, units), np.int32)
-        kernel = np.array(layer.kernel[...].astype(jnp.float32))
-        for block, columns, excess in choose_columns(train.features, train.labels, count):
+        rows = labels.stop - labels.start
+        drawn = draw_connections(key, rows, layer.fan_in, units, first=labels.start)
+        indices, weights = np.array(drawn, np.int32), np.array(kernel.astype(jnp.float32))
+        for block, columns, excess in choose_columns(train.features, train.labels[:, labels], count):
             length = np.sqrt(np.square(excess).sum(axis=1, keepdims=True))
-            weights = _START * excess / np.maximum(length, np.finfo(np.float32).tiny)
+            start = _START * excess / np.maximum(length, np.finfo(np.float32).tiny)
             chosen = columns >= 0
             indices[block, :count][chosen] = units + columns[chosen]
-            kernel[block, :count][chosen] = weights[chosen]
-        layer.indices.set_value(jnp.asarray(indices, layer.indices.dtype))
-        layer.kernel.set_value(jnp.asarray(kernel, layer.kernel.dtype))
+            weights[block, :count][chosen] = start[chosen]
+        return weights.astype(kernel.dtype), indices.astype(layer.indices.dtype)
 
     def output_input(self, hidden: Array, x: Array) -> Array:
         if self.reads_features:
@@ -163,19 +193,27 @@ class FixedFanInHead(LayeredHead):
 
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
         x, words = self._read(x)
-        return xla_ops.fan_in_loss(*self.output.cast(x), positives, loss=loss, sparse=words)
+        own = positives - self.first_label()
+        options: dict[str, Any] = {"loss": loss, "num_labels": self.labels_of_all, "sparse": words}
+        value = xla_ops.fan_in_loss(*self.output.cast(x), own, **options)
+        return value if self.part is None else self.part.sum(value)
 
     def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
         x, words = self._read(x)
         return xla_ops.fan_in_top_k(*self.output.cast(x), k, sparse=words)
 
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+        for block in label_blocks(self.num_labels):
+            labels = jnp.arange(block.start, block.stop)
+            yield self.logits_of(x, block.start, block.stop - block.start), labels
+
+    def logits_of(self, x: Array | Features, start: ArrayLike, count: int) -> Array:
+        """The logits [B, count] of so many labels from `start` on."""
         x, words = self._read(x)
         x, kernel, indices, bias = self.output.cast(x)
-        for block in label_blocks(self.num_labels):
-            of_block = None if bias is None else bias[block]
-            logits = xla_ops.fan_in_matmul(x, kernel[block], indices[block], of_block, sparse=words)
-            yield logits, jnp.arange(block.start, block.stop)
+        kernel, indices = (jax.lax.dynamic_slice_in_dim(a, start, count) for a in (kernel, indices))
+        bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, count)
+        return xla_ops.fan_in_matmul(x, kernel, indices, bias, sparse=words)
 
     def init_moments(self, training):
         dtype = self.output.dtype
@@ -190,23 +228,24 @@ class FixedFanInHead(LayeredHead):
         layer, names = self.output, ("output.kernel", "output.bias")
         kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
         words = self._words(inputs.words)
-        arguments = (inputs.x.astype(kernel.dtype), kernel, layer.indices[...], bias, inputs.positives)
+        own = inputs.positives - self.first_label()
+        arguments = (inputs.x.astype(kernel.dtype), kernel, layer.indices[...], bias, own)
+        options: dict[str, Any] = {"loss": training.loss, "num_labels": self.labels_of_all, "sparse": words}
         rate = training.output_rate * inputs.learning_rate
         mu, nu = {}, {}
         if training.output_optimizer == "adam":
             of_kernel, of_bias = ((moments.mu.get(name), moments.nu.get(name)) for name in names)
             adam = xla_ops.AdamState(moments.count, *of_kernel, *of_bias)
             loss, d_x, kernel, bias, adam = xla_ops.fan_in_adam_step(
-                *arguments, adam, rate, loss=training.loss, epsilon=training.epsilon, sparse=words
+                *arguments, adam, rate, epsilon=training.epsilon, **options
             )
             mu, nu = {names[0]: adam.mu_kernel}, {names[0]: adam.nu_kernel}
             if bias is not None:
                 mu[names[1]], nu[names[1]] = adam.mu_bias, adam.nu_bias
         else:
-            rate = rate * (inputs.x.shape[0] * self.num_labels)  # the loss is a mean over both
-            loss, d_x, kernel, bias = xla_ops.fan_in_sgd_step(
-                *arguments, rate, seed=inputs.seed, step=inputs.step, loss=training.loss, sparse=words
-            )
+            rate = rate * (inputs.x.shape[0] * self.labels_of_all)  # the loss is a mean over both
+            key = {"seed": inputs.seed, "step": inputs.step, "first_label": self.first_label()}
+            loss, d_x, kernel, bias = xla_ops.fan_in_sgd_step(*arguments, rate, **key, **options)
         layer.kernel.set_value(kernel)
         if layer.bias is not None:
             layer.bias.set_value(bias)
@@ -226,11 +265,11 @@ class FixedFanInHead(LayeredHead):
         if config.growth == "active":
             hidden, words = self._read(x)
             kernel, indices, _, remembered = rewire_active(
-                kernel, indices, hidden, positives, config, remembered, words
+                kernel, indices, hidden, positives - self.first_label(), config, remembered, words
             )
         else:
             kernel, indices, _, remembered = rewire(
-                key, kernel, indices, layer.in_features, config, remembered
+                key, kernel, indices, layer.in_features, config, remembered, self.part
             )
         layer.kernel.set_value(kernel)
         layer.indices.set_value(indices)

@@ -104,10 +104,12 @@ class Head(nnx.Module):
     Attributes:
       in_features: E.
       num_labels: L.
+      mesh: the devices that its labels are split over, or None.
     """
 
     in_features: int
     num_labels: int
+    mesh: jax.sharding.Mesh | None = None
 
     @abc.abstractmethod
     def __call__(self, x: Array | Features) -> Array:
@@ -157,6 +159,9 @@ class Head(nnx.Module):
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
         """The same step by `jax.grad` of `loss` and Optax: a reference."""
+
+    def fill_up(self) -> None:
+        """Makes right what is beyond the last label, after arrays of another mesh have been read."""
 
     def check_rewiring(self, config: RewireConfig) -> None:
         """Raises ValueError if the head has connections that cannot be rewired so."""
@@ -220,6 +225,23 @@ class HeadConfig(abc.ABC):
             None where only the shapes matter.
           rngs: random keys; the stream `params` is used.
         """
+
+    def make_sharded(
+        self,
+        in_features: int,
+        num_labels: int,
+        mesh: jax.sharding.Mesh,
+        *,
+        num_words: int = 0,
+        train: Dataset | None = None,
+        rngs: nnx.Rngs,
+    ) -> Head:
+        """The same, with its labels split over the devices of a mesh.
+
+        Raises:
+          ValueError: heads of this kind cannot be.
+        """
+        raise ValueError(f"a mesh needs a fixed fan-in head, got {type(self).__name__}")
 
 
 def label_blocks(num_labels: int) -> Iterator[slice]:

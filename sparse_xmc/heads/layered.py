@@ -1,5 +1,6 @@
 """Heads of layers: [a wide penultimate layer, then] an output layer."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 import xla_ops
 from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, bytes_of, split_features
+from sparse_xmc.heads.part import LabelPart
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import Connectivity, glorot_uniform
 from sparse_xmc.losses import find_loss
@@ -37,8 +40,12 @@ class LayeredHead(Head):
       penultimate: I, the width of the penultimate layer; 0 for none.
       make_output: makes the output layer for so many inputs: I, or E.
       rngs: random keys; the stream `params` is used.
+
+    Attributes:
+      part: where these are the labels of one device among others, which; else None.
     """
 
+    part: LabelPart | None = None
     output: Any  # an OutputLayer, of whatever more a subclass knows of it
 
     def __init__(
@@ -52,6 +59,15 @@ class LayeredHead(Head):
         )
         self.output = make_output(penultimate or in_features)
         self.num_labels = self.output.out_features
+
+    @property
+    def labels_of_all(self) -> int:
+        """The number of labels, with those of other devices."""
+        return self.num_labels if self.part is None else self.part.num_labels
+
+    def first_label(self) -> ArrayLike:
+        """The number of this head's first label among those."""
+        return 0 if self.part is None else self.part.first(self.num_labels)
 
     def hidden(self, x: Array | Features) -> Array:
         """The output layer's dense input, for x [B, E]."""
@@ -103,12 +119,12 @@ class LayeredHead(Head):
 
     def step_fused(self, inputs, moments, training):
         if self.penultimate is None:
-            loss, d_x, of_output = self.step_output(inputs, moments, training)
+            loss, d_x, of_output = self._step_own(inputs, moments, training)
             return loss, d_x, next_state(moments, of_output)
         y = self.penultimate(inputs.x)
         hidden, pullback = jax.vjp(lambda y, x: self.output_input(nnx.relu(y), x), y, inputs.x)
         behind = inputs._replace(x=hidden, wants_d_x=True)
-        loss, d_hidden, of_output = self.step_output(behind, moments, training)
+        loss, d_hidden, of_output = self._step_own(behind, moments, training)
         d_y, d_x_past = pullback(d_hidden)
         d_x, of_penultimate = step_dense(
             self.penultimate,
@@ -121,6 +137,13 @@ class LayeredHead(Head):
         )
         d_x = d_x + d_x_past if inputs.wants_d_x else d_x
         return loss, d_x, next_state(moments, of_output, of_penultimate)
+
+    def _step_own(
+        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> tuple[Array, Array, Moments]:
+        """`step_output`, where its loss and gradient are sums over all parts of the labels."""
+        loss, d_x, of_output = self.step_output(inputs, moments, training)
+        return (*((loss, d_x) if self.part is None else self.part.sum((loss, d_x))), of_output)
 
     def step_output(
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
@@ -160,13 +183,21 @@ class LayeredHead(Head):
         directions, moments = adam_directions(of_adam, state, training.epsilon, inputs.seed)
         for name, gradient in gradients.items():
             # The loss is a mean over batch and labels; SGD follows the sum.
-            scale = inputs.x.shape[0] * self.num_labels
+            scale = inputs.x.shape[0] * self.labels_of_all
             direction = directions[name] if name in directions else scale * gradient.astype(jnp.float32)
             value = parameters[name][...]
             new = value.astype(jnp.float32) - rates[name.partition(".")[0]] * inputs.learning_rate * direction
-            if value.dtype == jnp.bfloat16:  # a bias has its random bits after those of the kernel
-                first = parameters["output.kernel"].size if name == "output.bias" else 0
-                new = xla_ops.round_stochastically(new, inputs.seed, inputs.step, first=first)
+            if value.dtype == jnp.bfloat16:
+                shape, is_bias = parameters["output.kernel"].shape, name == "output.bias"
+                # A bias has its random bits after those of the kernel.
+                of_kernel = math.prod(shape if self.part is None else (self.labels_of_all, *shape[1:]))
+                new = xla_ops.round_stochastically(
+                    new[:, None] if is_bias else new,
+                    inputs.seed,
+                    inputs.step,
+                    first=of_kernel if is_bias else 0,
+                    first_row=self.first_label(),
+                ).reshape(new.shape)
             parameters[name].set_value(new.astype(value.dtype))
         return moments
 

@@ -12,7 +12,7 @@ from jax import Array
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.dense import make_dense
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig
-from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.heads.head import Features, Head, HeadConfig, HeadTraining, StepInputs, bytes_of
 from sparse_xmc.settings import setting
 
 
@@ -176,3 +176,6 @@ class HeadAndTailConfig(FixedFanInConfig):
         of_tail = None if train is None else Dataset(train.features, train.labels[:, labels[size:]])
         tail = super().make(in_features, num_labels - size, num_words=num_words, train=of_tail, rngs=rngs)
         return LabelRanges([head, tail], labels, rates=(self.head_rate, 1.0))
+
+    def make_sharded(self, in_features, num_labels, mesh, *, num_words=0, train=None, rngs):
+        return HeadConfig.make_sharded(self, in_features, num_labels, mesh, rngs=rngs)  # which raises

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
+from sparse_xmc.heads.part import LabelPart
 from sparse_xmc.settings import check, setting
 from xla_ops import SparseInputs, kth_smallest_magnitude
 
@@ -42,7 +44,7 @@ class RewireConfig:
 PAPER = RewireConfig(fraction=0.1, distinct=False, zero_weights=False)
 
 
-@functools.partial(jax.jit, static_argnames=("in_features", "config"), donate_argnums=(1, 2, 5))
+@functools.partial(jax.jit, static_argnames=("in_features", "config", "part"), donate_argnums=(1, 2, 5))
 def rewire(
     key: Array,
     kernel: Array,
@@ -50,6 +52,7 @@ def rewire(
     in_features: int,
     config: RewireConfig = RewireConfig(),
     moments: tuple[Array, ...] = (),
+    part: LabelPart | None = None,
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
     """Moves the connections with the smallest weights to new inputs, drawn uniformly.
 
@@ -67,6 +70,7 @@ def rewire(
       config: what moves, and how it starts.
       moments: arrays [L, F] to be zeroed where a connection moves: what an optimizer remembers of it. For the
         state of an Optax chain, see `reset_moments`.
+      part: where these are the labels of one device among others; the result is that of the whole layer.
 
     Returns:
       The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
@@ -74,19 +78,27 @@ def rewire(
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 4; Mocanu et al., Nature Communications 9, 2018.
     """
-    k = round(config.fraction * kernel.size)
+    num_labels, fan_in = (kernel.shape[0] if part is None else part.num_labels), kernel.shape[1]
+    k = round(config.fraction * num_labels * fan_in)
     if k == 0:
         return kernel, indices, jnp.zeros(kernel.shape, bool), moments
-    threshold = kth_smallest_magnitude(kernel, k)
+    first: ArrayLike = 0
+    if part is None:
+        threshold = kth_smallest_magnitude(kernel, k)
+    else:
+        first, padding = part.first(kernel.shape[0]), part.padding(kernel.shape[0])
+        # The weights of labels that fill up the last part are 0, the smallest.
+        threshold = kth_smallest_magnitude(kernel, k + padding * fan_in, axes=part.axes)
     moved = jnp.abs(kernel.astype(jnp.float32)) < threshold
+    if part is not None:
+        moved &= (first + jnp.arange(kernel.shape[0]) < num_labels)[:, None]
 
     def move(moved, kernel, indices, moments):
-        def block(first, fresh, blocks):
-            mask = jax.lax.dynamic_slice_in_dim(moved, first, fresh.size) & fresh[:, None]
+        def block(row, fresh, blocks):
+            mask = jax.lax.dynamic_slice_in_dim(moved, row, fresh.size) & fresh[:, None]
 
             def draw(indices):
-                fresh_key = jax.random.fold_in(key, first)
-                return redraw(fresh_key, indices, mask, in_features, distinct=config.distinct)
+                return redraw(key, indices, mask, in_features, distinct=config.distinct, first=first + row)
 
             return (jax.lax.cond(mask.any(), draw, _same, *blocks),)
 

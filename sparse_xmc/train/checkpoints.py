@@ -5,7 +5,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from sparse_xmc.saving import local_shapes
+from sparse_xmc.saving import check_sizes, shapes_of
 from sparse_xmc.train.trainer import Trainer
 
 
@@ -22,7 +22,8 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike):
         directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._latest = ocp.CheckpointManager(directory / "latest", options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        self._latest = ocp.CheckpointManager(directory / "latest", options=options, item_handlers=handlers)
         self._best = ocp.CheckpointManager(directory / "best", options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -46,11 +47,19 @@ class Checkpoints:
         step = self._latest.latest_step()
         if step is None:
             return None
+        check_sizes(
+            self._latest.item_metadata(step)["state"],
+            trainer.state,
+            trainer.num_labels,
+            self._latest.directory,
+        )
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(local_shapes(trainer.state)), progress=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(shapes_of(trainer.state), strict=False),
+            progress=ocp.args.JsonRestore(),
         )
         restored = self._latest.restore(step, args=args)
-        trainer.state, trainer.step = restored["state"], step
+        trainer.restore(restored["state"])
+        trainer.step = step
         return restored["progress"]
 
     def save_best(self, trainer: Trainer) -> None:
@@ -62,12 +71,13 @@ class Checkpoints:
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
-        if self._best.latest_step() is None:
+        step = self._best.latest_step()
+        if step is None:
             raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
         weights = self._best.restore(
-            self._best.latest_step(), args=ocp.args.StandardRestore(local_shapes(_weights(trainer.state)))
+            step, args=ocp.args.StandardRestore(shapes_of(_weights(trainer.state)), strict=False)
         )
-        trainer.state.update(weights)
+        trainer.restore(trainer.state | weights)
 
 
 def _weights(state: dict) -> dict:

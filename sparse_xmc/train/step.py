@@ -102,9 +102,9 @@ class Step:
             table.embedding.set_value(put_rows(whole, of_table, values))
             squares[path] = put_rows(squares[path], of_table, new)
 
-    def rewire(self, state: State, batch: Batch, key: jax.Array) -> State:
+    def rewire(self, state: State, batch: Batch, step) -> State:
         """The state after a rewiring."""
-        model = self._merge(state)
+        model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
         x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
             Features(x.astype(jnp.float32), words),
@@ -114,6 +114,12 @@ class Step:
             self.config.rewire,
         )
         return _state(model, moments, state["optimizer"], state["squares"])
+
+    def fill_up(self, state: State) -> State:
+        """The state with `Head.fill_up` done."""
+        model = self._merge(state)
+        model.head.fill_up()
+        return _state(model, state["moments"], state["optimizer"], state["squares"])
 
     def _merge(self, state: State) -> Classifier:
         return nnx.merge(self.graphdef, state["params"], state["other"], copy=True)

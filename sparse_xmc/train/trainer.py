@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import xla_ops
 from sparse_xmc.data.batches import Batch
+from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import split
 from sparse_xmc.train.config import TrainingConfig
@@ -36,6 +38,8 @@ class Trainer:
     Attributes:
       state: all that changes: parameters, connectivity, random state, moments. A pytree.
       step: the number of steps taken.
+      num_labels: L.
+      mesh: the devices that the classifier's labels are split over, or None.
 
     Raises:
       ValueError: the head cannot be trained so, something would be left untrained, or settings of the
@@ -62,12 +66,26 @@ class Trainer:
         self.seed = seed
         self.step = 0
         self.fused = jax.default_backend() in xla_ops.platforms() if fused is None else fused
-        self._num_labels = model.head.num_labels
+        self.num_labels = model.head.num_labels
         self._graphdef, _ = split(model, nnx.Param)
         functions = Step(self._graphdef, config, seed, encoder_optimizer, self.fused)
         self.state: State = functions.init(model)
-        self._train = jax.jit(functions.train, donate_argnums=0)
-        self._rewire = jax.jit(functions.rewire, donate_argnums=0)
+        self.mesh = model.head.mesh
+        train: dict[str, Any] = {}
+        rewire: dict[str, Any] = {}
+        if self.mesh is not None:
+            if config.batch_size % data_size(self.mesh):
+                raise ValueError(
+                    f"batch_size must be a multiple of the mesh's data axis, {data_size(self.mesh)}, "
+                    f"got {config.batch_size}"
+                )
+            self.state = place(self.state, self.mesh)
+            shardings = jax.tree.map(lambda array: array.sharding, self.state)
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            train, rewire = {"out_shardings": (shardings, everywhere)}, {"out_shardings": shardings}
+        self._train = jax.jit(functions.train, donate_argnums=0, **train)
+        self._rewire = jax.jit(functions.rewire, donate_argnums=0, **rewire)
+        self._fill_up = jax.jit(functions.fill_up, donate_argnums=0, **rewire)
 
     @property
     def model(self) -> Classifier:
@@ -81,7 +99,8 @@ class Trainer:
         Raises:
           ValueError: positives are not as `Batch` has them; or nothing would train one of the parameters.
         """
-        _check_positives(np.asarray(batch.positives), self._num_labels)
+        _check_positives(np.asarray(batch.positives), self.num_labels)
+        batch = self._placed(batch)
         self.state, loss = self._train(self.state, batch, np.float32(learning_rate), np.int32(self.step))
         self.step += 1
         interval = self.config.rewire_interval
@@ -91,7 +110,7 @@ class Trainer:
 
     def lower_step(self, batch: Batch) -> jax.stages.Lowered:
         """The step for batches like this one, lowered and not run: for its memory analysis."""
-        return self._train.lower(self.state, batch, np.float32(0), np.int32(0))
+        return self._train.lower(self.state, self._placed(batch), np.float32(0), np.int32(0))
 
     def rewire(self, batch: Batch) -> None:
         """Moves connections of the head now, if it has any and the configuration says so.
@@ -100,8 +119,14 @@ class Trainer:
           batch: the points that show where they move, if growth is `active`.
         """
         if self.config.rewire.fraction:
-            key = jax.random.fold_in(jax.random.key(self.seed), self.step)
-            self.state = self._rewire(self.state, batch, key)
+            self.state = self._rewire(self.state, self._placed(batch), np.int32(self.step))
+
+    def restore(self, state: State) -> None:
+        """Goes on from a state that was saved, on whatever mesh."""
+        self.state = state if self.mesh is None else self._fill_up(state)
+
+    def _placed(self, batch: Batch) -> Batch:
+        return batch if self.mesh is None else place_batch(batch, self.mesh)
 
     def epoch(self, batches: Any, epoch: int, learning_rate: Callable[[int], float]) -> Iterator[jax.Array]:
         """Trains for one epoch, yielding each step's loss.

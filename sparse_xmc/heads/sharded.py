@@ -1,0 +1,319 @@
+"""A head whose labels are split over the devices of a mesh: each has some, and never sees the others'.
+
+The batch's features come to all devices, and what goes back is the sum of their gradients: nothing that
+crosses the network is as large as the number of labels.
+
+    mesh axes        "data" and "label", or whatever the mesh has: labels are split over all of them
+    output layer     split by labels, with its moments; the last device's are filled up (`LabelPart`)
+    penultimate      on all devices, which step it alike
+    d_features       summed over devices, [B, I] behind a penultimate layer, else [B, E]
+    top k            of each device, [B, k], gathered and merged
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sparse_xmc.data.formats import Dataset
+from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, label_blocks
+from sparse_xmc.heads.part import PADDING_BIAS, LabelPart
+from sparse_xmc.heads.rewiring import RewireConfig
+
+if TYPE_CHECKING:
+    from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead
+
+_EVERYWHERE = PartitionSpec()
+
+
+class ShardedHead(Head):
+    """A `FixedFanInHead` with its labels over a mesh: training and ranking are those of one device.
+
+    Its parameters have the names that they have there, so that checkpoints and saved models of either go on
+    as the other: the arrays are of the whole, filled up to a multiple of the number of devices.
+
+    Args:
+      graphdef: the structure of what one device has.
+      state: its variables, of the whole.
+      mesh: the mesh.
+      in_features, num_labels: E and L.
+    """
+
+    mesh: Mesh
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, state: nnx.State, mesh: Mesh, in_features: int, num_labels: int
+    ):
+        local = nnx.merge(graphdef, state)
+        self.in_features = in_features
+        self.num_labels = num_labels
+        self.mesh = mesh
+        self.local = graphdef
+        self.penultimate = local.penultimate
+        self.output = local.output
+
+    @classmethod
+    def make(
+        cls,
+        config: "FixedFanInConfig",
+        in_features: int,
+        num_labels: int,
+        mesh: Mesh,
+        *,
+        num_words: int,
+        train: Dataset | None,
+        rngs: nnx.Rngs,
+    ) -> "ShardedHead":
+        """That of a configuration: with the weights and connections that it has on one device.
+
+        No device, and no process, ever holds more than its own part.
+        """
+        part = LabelPart(num_labels, tuple(mesh.axis_names))
+        size = -(-num_labels // mesh.size)
+        of_rngs, keys = nnx.split(rngs)
+        graphdefs = []
+
+        def make(words, part=part):
+            rngs = nnx.merge(of_rngs, jax.tree.map(_as_key, words, keys), copy=True)
+            head = config.make_part(in_features, size, part, num_words=num_words, rngs=rngs)
+            if part is not None:
+                _fill_up(head)
+            graphdef, state = nnx.split(head)
+            graphdefs.append(graphdef)
+            return state, jax.tree.map(_as_words, nnx.state(rngs))
+
+        words = jax.tree.map(lambda key: np.asarray(_as_words(key)), keys)
+        shapes, _ = jax.eval_shape(functools.partial(make, part=None), words)
+        results = (_specs(shapes, mesh), _EVERYWHERE)
+        on_devices = jax.shard_map(make, mesh=mesh, in_specs=_EVERYWHERE, out_specs=results)
+        state, words = jax.jit(on_devices)(words)
+        nnx.update(rngs, jax.tree.map(lambda words, key: _as_key(np.asarray(words), key), words, keys))
+        head = cls(graphdefs[-1], state, mesh, in_features, num_labels)
+        if config.direct and train is not None:
+            head._choose(config.direct, train, rngs.params())
+        return head
+
+    def _choose(self, count: int, train: Dataset, key: Array) -> None:
+        """`FixedFanInHead.choose`, for each device's labels by themselves."""
+        local = self._local(nnx.split(self)[1])
+        kernel, indices = self.output.kernel[...], self.output.indices[...]
+        kernels, connections = [], []
+        for shard in kernel.addressable_shards:
+            rows = shard.index[0]
+            first = rows.start or 0
+            last = min(first + shard.data.shape[0], self.num_labels)
+            of_kernel, of_indices = np.array(shard.data), np.zeros(shard.data.shape, indices.dtype)
+            if last > first:
+                real = slice(0, last - first)
+                of_kernel[real], of_indices[real] = local.chosen(
+                    count, train, key, slice(first, last), shard.data[real]
+                )
+            kernels.append(jax.device_put(of_kernel, shard.device))
+            connections.append(jax.device_put(of_indices, shard.device))
+        together = functools.partial(jax.make_array_from_single_device_arrays, kernel.shape, kernel.sharding)
+        self.output.kernel.set_value(together(kernels))
+        self.output.indices.set_value(together(connections))
+
+    # ---- on the devices ----
+
+    def _local(self, state: nnx.State) -> "FixedFanInHead":
+        return nnx.merge(self.local, state, copy=True)
+
+    def _on_devices(self, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+        """A function of (head, *arguments) as one of the arguments alone; what it does to the head is kept."""
+        specs = _specs(nnx.split(self)[1], self.mesh)
+
+        def on_device(state, *arguments):
+            head = self._local(state)
+            results = function(head, *arguments)
+            return nnx.split(head)[1], results
+
+        sharded = jax.jit(
+            jax.shard_map(
+                on_device, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=(specs, out_specs)
+            )
+        )
+
+        def call(*arguments):
+            state, results = sharded(nnx.split(self)[1], *arguments)
+            nnx.update(self, state)
+            return results
+
+        return call
+
+    def __call__(self, x: Array | Features) -> Array:
+        """The logits [B, L], which are as large as that on every device: for tests and small L."""
+        logits = self._on_devices(
+            lambda head, x: head(x), (_EVERYWHERE,), PartitionSpec(None, self.mesh.axis_names)
+        )(x)
+        return logits[:, : self.num_labels]
+
+    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
+        return self._on_devices(
+            lambda head, x, positives: head.loss(x, positives, loss), (_EVERYWHERE, _EVERYWHERE), _EVERYWHERE
+        )(x, positives)
+
+    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
+        if not 1 <= k <= self.num_labels:
+            raise ValueError(f"k must be in 1..{self.num_labels}, got {k}")
+        axes = self.mesh.axis_names
+
+        def best(head, x):
+            scores, labels = head.top_k(x, min(k, head.num_labels))
+            labels = labels + head.first_label()
+            # Parts in the order of their labels, each sorted: of equal scores the lower label stays first.
+            scores, labels = (_gathered(a, axes) for a in (scores, labels))
+            scores, at = jax.lax.top_k(scores, k)
+            return scores, jnp.take_along_axis(labels, at, axis=1)
+
+        return self._on_devices(best, (_EVERYWHERE,), (_EVERYWHERE, _EVERYWHERE))(x)
+
+    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+        size = self.output.kernel.shape[0] // self.mesh.size
+        firsts = range(0, size * self.mesh.size, size)
+        for block in label_blocks(size):
+            rows = block.stop - block.start
+            of_block = _logits_of_rows(self.local, self.mesh, rows)
+            logits, labels = of_block(nnx.split(self)[1], x, np.int32(block.start))
+            real = sum(min(rows, max(0, self.num_labels - first - block.start)) for first in firsts)
+            yield logits[:, :real], labels[:real]
+
+    # ---- training ----
+
+    def init_moments(self, training: HeadTraining) -> optax.ScaleByAdamState:
+        local = self._local(nnx.split(self)[1])
+        shapes = jax.eval_shape(lambda: local.init_moments(training))
+        specs = _specs_of_moments(shapes, self.mesh)
+
+        def init():
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+        shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
+        return jax.jit(init, out_shardings=shardings)()
+
+    def step_fused(self, inputs, moments, training):
+        return self._step("step_fused", inputs, moments, training)
+
+    def step_by_optax(self, inputs, moments, training):
+        return self._step("step_by_optax", inputs, moments, training)
+
+    def _step(self, kind: str, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining):
+        of_moments = _specs_of_moments(moments, self.mesh)
+
+        def step(head, inputs, moments):
+            x, positives, learning_rate, seed, number, words = inputs
+            own = StepInputs(x, positives, learning_rate, seed, number, wants_d_x, words)
+            return getattr(head, kind)(own, moments, training)
+
+        wants_d_x = inputs.wants_d_x
+        seed = jnp.asarray(inputs.seed, jnp.uint32)
+        arrays = (inputs.x, inputs.positives, inputs.learning_rate, seed, inputs.step, inputs.words)
+        out_specs = (_EVERYWHERE, _EVERYWHERE, of_moments)
+        return self._on_devices(step, (_EVERYWHERE, of_moments), out_specs)(arrays, moments)
+
+    def check_rewiring(self, config: RewireConfig) -> None:
+        self._local(nnx.split(self)[1]).check_rewiring(config)
+
+    def rewire(self, x, positives, moments, key, config):
+        of_moments = _specs_of_moments(moments, self.mesh)
+
+        def rewire(head, x, positives, moments, key):
+            return head.rewire(x, positives, moments, key, config)
+
+        in_specs = (_EVERYWHERE, _EVERYWHERE, of_moments, _EVERYWHERE)
+        return self._on_devices(rewire, in_specs, of_moments)(x, positives, moments, key)
+
+    def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
+        """The bytes that training takes on each device."""
+        state = nnx.split(self)[1]
+
+        def own(path, array):
+            split = _is_split(path)
+            shape = (array.shape[0] // self.mesh.size, *array.shape[1:]) if split else array.shape
+            return jax.ShapeDtypeStruct(shape, array.dtype)
+
+        local = nnx.merge(self.local, jax.tree_util.tree_map_with_path(own, state))
+        return local.memory(batch_size, training)
+
+    def fill_up(self) -> None:
+        """Gives the labels that fill up the last devices the weights that they must have."""
+        self._on_devices(lambda head: _fill_up(head), (), None)()
+
+
+def _fill_up(head: "FixedFanInHead") -> None:
+    """Takes the labels beyond the last out of the loss and of every ranking."""
+    assert head.part is not None
+    real = head.part.first(head.num_labels) + jnp.arange(head.num_labels) < head.part.num_labels
+    kernel, bias = head.output.kernel, head.output.bias
+    kernel.set_value(jnp.where(real[:, None], kernel[...], 0).astype(kernel.dtype))
+    if bias is not None:
+        bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def _logits_of_rows(local: nnx.GraphDef, mesh: Mesh, rows: int) -> Callable:
+    """The logits of so many labels of each device from a given one on, and their numbers; compiled once."""
+    by_label = PartitionSpec(mesh.axis_names)
+
+    @jax.jit
+    def logits(state, x, start):
+        def on_device(state, x, start):
+            head = nnx.merge(local, state, copy=True)
+            return head.logits_of(x, start, rows), head.first_label() + start + jnp.arange(rows)
+
+        specs = (_specs(state, mesh), _EVERYWHERE, _EVERYWHERE)
+        out_specs = (PartitionSpec(None, mesh.axis_names), by_label)
+        return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out_specs)(state, x, start)
+
+    return logits
+
+
+def _as_words(array: Array) -> Array:
+    """A random key as integers, which processes can share; anything else as it is."""
+    is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(array) if is_key else array
+
+
+def _as_key(words: Any, like: Array) -> Array:
+    """The key that `_as_words` was given, or whatever else was like that."""
+    is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(jnp.asarray(words)) if is_key else jnp.asarray(words)
+
+
+def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
+    """The parts [B, n] of all devices side by side; by a sum, which JAX knows to be the same everywhere."""
+    number = jax.lax.axis_index(axes)
+    count = jax.lax.axis_size(axes)
+    mine = jnp.zeros((count, *array.shape), array.dtype).at[number].set(array)
+    return jnp.concatenate(list(jax.lax.psum(mine, axes)), axis=1)
+
+
+def _is_split(path: tuple) -> bool:
+    """Whether a variable is of the output layer, by its path in the state."""
+    names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+    return names[0] == "output"
+
+
+def _specs(state: Any, mesh: Mesh) -> Any:
+    """How the variables of a head are split."""
+    by_label = PartitionSpec(mesh.axis_names)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_label if _is_split(path) else _EVERYWHERE, state
+    )
+
+
+def _specs_of_moments(moments: optax.ScaleByAdamState, mesh: Mesh) -> optax.ScaleByAdamState:
+    """How moments are split, which are kept by the names of their parameters."""
+    by_label = PartitionSpec(mesh.axis_names)
+
+    def specs(arrays):
+        return {name: by_label if name.startswith("output.") else _EVERYWHERE for name in arrays}
+
+    return optax.ScaleByAdamState(_EVERYWHERE, specs(moments.mu), specs(moments.nu))
