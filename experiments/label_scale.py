@@ -5,6 +5,10 @@ r"""Memory and time of training steps from ten thousand to nine million labels, 
 trains, for each number of labels and each system, a few steps at batch 32 on 768 features, each in a process
 of its own; `experiments.tables --label_scale` shows the results. What has a result already is skipped.
 `experiments.measure.scale` says what is measured, and how.
+
+    JAX_NUM_CPU_DEVICES=8 python -m experiments.label_scale --results=DIR --mesh=label:8 --labels=8623847
+
+measures what each device of a mesh holds and sends, of fixed fan-in; see `experiments.measure.meshes`.
 """
 
 import sys
@@ -12,8 +16,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.measure.scale import run_all, run_here
+from experiments.measure.scale import run_all, run_here, run_on_mesh
 from experiments.measure.workloads import SCALES, flags_without_use
+from sparse_xmc.mesh import parse_mesh
+
+_ON_MESH = "fixed_fan_in_32_32k"  # the cell
 
 
 def _define_flags() -> None:
@@ -32,13 +39,16 @@ def main(argv):
     """Measures."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    if unused := flags_without_use():
+    if unused := flags_without_use("mesh"):
         raise app.UsageError(f"--cells say what is trained, so {', '.join(f'--{n}' for n in unused)} may not")
     values, results = flags.FLAGS, Path(flags.FLAGS.results)
     scales = [scale for scale in SCALES if scale.labels in values.labels]
     if unknown := set(values.labels) - {scale.labels for scale in SCALES}:
         raise app.UsageError(f"--labels must be among {[s.labels for s in SCALES]}, got {sorted(unknown)}")
-    if values.here:
+    if values.mesh is not None:
+        for scale in scales:
+            run_on_mesh(scale, _ON_MESH, parse_mesh(values.mesh), results)
+    elif values.here:
         run_here(scales[0], values.cells[0], results, values.seconds)
     elif failures := run_all(scales, values.cells, results, values.seconds):
         sys.exit("\n".join(["", *failures, f"{len(failures)} failed"]))

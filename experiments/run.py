@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from flax import nnx
+from jax.sharding import Mesh
 
 from experiments import datasets, reflection
 from experiments.measure import environment
@@ -28,6 +29,7 @@ from sparse_xmc.data import Dataset
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
+from sparse_xmc.mesh import connect, make_mesh, parse_mesh
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.saving import SavedModel
@@ -44,7 +46,15 @@ from sparse_xmc.train import (
 FLAGS = flags.FLAGS
 
 # Flags that change no result, so that a run may go on with others.
-INCIDENTAL_FLAGS = ("workdir", "name", "checkpoint_minutes")
+INCIDENTAL_FLAGS = (
+    "workdir",
+    "name",
+    "checkpoint_minutes",
+    "mesh",
+    "coordinator",
+    "num_processes",
+    "process_id",
+)
 
 # What a result keeps of each epoch's record.
 _HISTORY = ("epoch", "loss", "seconds", "learning_rate", "p@1", "p@3", "p@5", "gradient_density")
@@ -95,6 +105,15 @@ flags.DEFINE_float(
     "checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed."
 )
 
+flags.DEFINE_string(
+    "mesh", None, 'Devices to split the labels over, and the batch, such as "data:2,label:4"; else one.'
+)
+flags.DEFINE_string(
+    "coordinator", None, 'Of several processes: address:port of the first, or "auto" where JAX finds out.'
+)
+flags.DEFINE_integer("num_processes", None, "How many processes train together.", 1)
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", 0)
+
 reflection.define_flags(EncoderConfig)
 reflection.define_kinds("head", HEADS, "fixed_fan_in", "What is over the encoder's features.")
 reflection.define_flags(TrainingConfig)
@@ -106,16 +125,18 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
+    mesh = _open_mesh()
+    is_first = jax.process_index() == 0  # the one that writes and prints
     workdir = Path(FLAGS.workdir)
     _check_flags(workdir / "flags.cfg")
     if (workdir / "result.json").exists():
-        print(f"{workdir / 'result.json'} is there already. Choose another --workdir to run again.")
+        _say(f"{workdir / 'result.json'} is there already. Choose another --workdir to run again.")
         return
     values = {flag.name: flag.value for flag in own_flags()}
     head = reflection.read_kind("head", HEADS, values)
     training = reflection.read_flags(TrainingConfig, values)
     if unused := reflection.flags_without_use("head", HEADS, values):
-        print(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
+        _say(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
 
     if FLAGS.encoder_trainable and FLAGS.encoder is None:
         raise ValueError("--encoder_trainable needs --encoder")
@@ -151,16 +172,20 @@ def main(argv):
         **ClassifierConfig.beside_words(pretrained, trained),
     )
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
+    if is_first:
+        (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
 
     memory = PeakMemory()
-    start = None if FLAGS.init_from is None else SavedModel.load(FLAGS.init_from)
-    model = config.make(train=train if start is None else None, text=trained, rngs=nnx.Rngs(FLAGS.seed))
+    start = None if FLAGS.init_from is None else SavedModel.load(FLAGS.init_from, mesh=mesh)
+    model = config.make(
+        train=train if start is None else None, text=trained, mesh=mesh, rngs=nnx.Rngs(FLAGS.seed)
+    )
     saved = SavedModel(config, model, splits.text_encoder, splits.label_encoder, pretrained)
     if start is not None:
         saved.start_from(start)
         del start
     trainer = Trainer(model, training, seed=FLAGS.seed)
+    records = workdir / "metrics.jsonl"
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         epochs = fit(
             trainer,
@@ -168,12 +193,12 @@ def main(argv):
             validation,
             checkpoints=checkpoints,
             checkpoint_minutes=FLAGS.checkpoint_minutes,
-            callbacks=[GradientDensity(), Progress(), RecordFile(workdir / "metrics.jsonl")],
+            callbacks=[GradientDensity(), *([Progress(), RecordFile(records)] if is_first else [])],
         )
     model = saved.model = trainer.model
     saved.save(workdir)
 
-    print("evaluating on the test and training points ...", flush=True)
+    _say("evaluating on the test and training points ...")
     counts = splits.train.label_counts()
     constants = PROPENSITY_CONSTANTS[FLAGS.propensities]
     weights = inverse_propensities(splits.train.labels, *constants)
@@ -200,9 +225,31 @@ def main(argv):
         "environment": environment.describe(),
         "history": [{name: r[name] for name in _HISTORY if name in r} for r in epochs],
     }
+    if not is_first:
+        return
     _print_table(result)
     (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwrote {workdir / 'result.json'}")
+
+
+def _open_mesh() -> Mesh | None:
+    """The mesh that the flags describe, after this process has joined the others."""
+    if FLAGS.coordinator is not None:
+        address = None if FLAGS.coordinator == "auto" else FLAGS.coordinator
+        connect(address, FLAGS.num_processes, FLAGS.process_id)
+    elif FLAGS.num_processes is not None or FLAGS.process_id is not None:
+        raise ValueError("--num_processes and --process_id need --coordinator")
+    if FLAGS.mesh is not None:
+        return make_mesh(**parse_mesh(FLAGS.mesh))
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes need --mesh, such as label:{jax.device_count()}")
+    return None
+
+
+def _say(line: str) -> None:
+    """Prints a line, if this is the first process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _tell_unused_of_encoder() -> None:
@@ -213,13 +260,13 @@ def _tell_unused_of_encoder() -> None:
     unused += [name for name in of_any if FLAGS[name].present and FLAGS.encoder is None]
     if unused:
         what = "a frozen encoder" if FLAGS.encoder else "a run without --encoder"
-        print(f"{what} has no use for {', '.join(f'--{name}' for name in unused)}")
+        _say(f"{what} has no use for {', '.join(f'--{name}' for name in unused)}")
 
 
 def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
     """The points to train on and those to validate on."""
     if FLAGS.validate_on_test:
-        print("validation is on the test set, as in the paper: with --schedule=plateau it chooses the epoch")
+        _say("validation is on the test set, as in the paper: with --schedule=plateau it chooses the epoch")
         return splits.train, splits.test
     return splits.train.hold_out(FLAGS.validation_fraction, FLAGS.seed)
 

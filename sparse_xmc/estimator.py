@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 import scipy.sparse
 from flax import nnx
@@ -64,6 +65,8 @@ class XMCClassifier(BaseEstimator):
       max_length: how many tokens of a text it reads.
       cache_dir: where a frozen encoder's embeddings are kept for the next `fit` on the same texts, if
         anywhere.
+      mesh: the devices to split the labels over, as of `sparse_xmc.mesh.make_mesh`; None for one device.
+        It is not saved: `load` takes another.
       seed: of everything random; the same seed on the same machine gives the same classifier.
       verbose: whether to show progress.
 
@@ -99,6 +102,7 @@ class XMCClassifier(BaseEstimator):
         encoder_trainable: bool = False,
         max_length: int = 64,
         cache_dir: str | os.PathLike | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         seed: int = 0,
         verbose: bool = False,
     ):
@@ -115,6 +119,7 @@ class XMCClassifier(BaseEstimator):
         self.encoder_trainable = encoder_trainable
         self.max_length = max_length
         self.cache_dir = cache_dir
+        self.mesh = mesh
         self.seed = seed
         self.verbose = verbose
 
@@ -179,7 +184,9 @@ class XMCClassifier(BaseEstimator):
         scale = 1.0
         if texts is None:  # of texts it is right as it is
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
-        model = config.make(train=train, text=trained, input_scale=scale, rngs=nnx.Rngs(self.seed))
+        model = config.make(
+            train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(self.seed)
+        )
         trainer = Trainer(model, training, seed=self.seed)
         history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
         self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained))
@@ -219,28 +226,35 @@ class XMCClassifier(BaseEstimator):
     def save(self, directory: str | os.PathLike) -> None:
         """Saves the trained classifier in a directory, which `load` and `experiments.predict` read."""
         self._fitted.save(directory)
-        parameters = json.dumps(self.get_params(), indent=2, default=os.fspath)
+        own = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
+        parameters = json.dumps(own, indent=2, default=os.fspath)
         (Path(directory) / _PARAMETERS).write_text(parameters + "\n")
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike, *, encoder: str | os.PathLike | None = None
+        cls,
+        directory: str | os.PathLike,
+        *,
+        encoder: str | os.PathLike | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> "XMCClassifier":
         """Loads a classifier that was saved, by `save` or by `experiments.run` in its working directory.
 
         Args:
           directory: where it was saved.
           encoder: the directory of its frozen encoder, if that moved.
+          mesh: the devices to split its labels over, whatever they were split over before.
 
         Raises:
           FileNotFoundError: the directory lacks a part of it.
           ValueError: the parts do not fit each other.
         """
-        saved, path = SavedModel.load(directory, encoder), Path(directory) / _PARAMETERS
+        saved, path = SavedModel.load(directory, encoder, mesh), Path(directory) / _PARAMETERS
         try:
             classifier = cls(**json.loads(path.read_text())) if path.exists() else cls()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the parameters of a classifier: {error}") from error
+        classifier.mesh = mesh
         if encoder is not None:
             classifier.encoder = encoder
         classifier._set_fitted(saved)

@@ -11,7 +11,7 @@ from flax import nnx
 from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.losses import find_loss
-from sparse_xmc.mesh import data_size, place_batch
+from sparse_xmc.mesh import data_size, own_rows, place_batch
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation
@@ -41,7 +41,8 @@ def predict(
     """
     graphdef, state = nnx.split(in_evaluation(model))
     mesh = model.head.mesh
-    for points, batch in Batches(dataset, batch_size, multiple_of=data_size(mesh)).in_order():
+    batches = Batches(dataset, batch_size, multiple_of=data_size(mesh), own_rows=own_rows(mesh))
+    for points, batch in batches.in_order():
         inputs = batch.inputs if mesh is None else place_batch(batch, mesh).inputs
         count = points.stop - points.start
         scores, labels = (np.asarray(array)[:count] for array in _top_k(graphdef, state, inputs, k))
@@ -141,7 +142,9 @@ def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "s
         return 1.0
     graphdef, state = nnx.split(model.encoder)
     count = total = 0
+    mesh = model.head.mesh
     for batch in batches:
+        batch = batch if mesh is None else place_batch(batch, mesh)
         x = _features(graphdef, state, batch.inputs)
         for logits, labels in model.head.logits_in_blocks(x):
             count += int(_count_within_margin(logits, labels, batch.positives, margin))

@@ -5,6 +5,7 @@ What the encoder does is partitioned by XLA; a head knows its mesh itself (`head
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sparse_xmc.data.batches import BagOfWords, Batch
 
 AXES = ("data", "label")
+_HEARTBEAT_SECONDS = 20
+
+
+def connect(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Makes this process one of several that train together; before anything else of JAX.
+
+    When one of them dies, the others end with an error within a minute.
+
+    Args:
+      coordinator: address:port of process 0; None where JAX finds all of it in the environment (as under
+        Slurm or on Cloud TPUs).
+      num_processes, process_id: how many there are, and which this is, from 0.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+    )
 
 
 def make_mesh(data: int = 1, label: int = 1) -> Mesh:
@@ -24,7 +44,10 @@ def make_mesh(data: int = 1, label: int = 1) -> Mesh:
     """
     size, there = data * label, jax.device_count()
     if min(data, label) < 1 or size > there or (jax.process_count() > 1 and size != there):
-        raise ValueError(f"a mesh of data:{data},label:{label} needs {size} devices, got {there}")
+        raise ValueError(
+            f"a mesh of data:{data},label:{label} needs {size} devices, got {there}; of a CPU, "
+            f"the environment variable JAX_NUM_CPU_DEVICES={size} makes so many"
+        )
     return jax.make_mesh((data, label), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -48,6 +71,25 @@ def data_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape.get("data", 1)
 
 
+def own_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
+    """Which rows of a batch of so many this process' devices take, bool [B]; None where they take all."""
+    if mesh is None or jax.process_count() == 1:
+        return None
+
+    def own(size: int) -> np.ndarray:
+        rows = np.zeros(size, bool)
+        for taken in _by_row(mesh).addressable_devices_indices_map((size,)).values():
+            assert taken is not None  # as of devices that have nothing
+            rows[taken] = True
+        return rows
+
+    return own
+
+
+def _by_row(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data" if data_size(mesh) > 1 else None))
+
+
 def place(tree: Any, mesh: Mesh) -> Any:
     """A tree of arrays on all devices of a mesh, but for those that are on it already.
 
@@ -67,6 +109,8 @@ def _place(array: Any, mesh: Mesh) -> Any:
 
 
 def _split(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)
     values = np.asarray(array)
@@ -83,7 +127,7 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     if size % parts:
         raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {parts}, got {size}")
     everywhere = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec("data" if parts > 1 else None))
+    by_row = _by_row(mesh)
 
     def put(leaf):
         if isinstance(leaf, BagOfWords):

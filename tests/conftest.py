@@ -5,7 +5,7 @@ import os
 # XLA reads this once, before the first import of jax. JAX_PLATFORMS stays the user's, as do other XLA flags.
 # Most of the suite's time is XLA compiling programs that run once: without optimisation it takes two thirds.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     f"{os.environ.get('XLA_FLAGS', '')}"
 )
 # On a GPU: leave memory to the programs that tests start.

@@ -25,7 +25,7 @@ import jax
 import psutil
 from flax import nnx
 
-from experiments.measure import clock, environment
+from experiments.measure import clock, environment, meshes
 from experiments.measure.memory import PeakMemory
 from experiments.measure.workloads import (
     BATCH_SIZE,
@@ -38,6 +38,7 @@ from experiments.measure.workloads import (
 )
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.evaluation import gradient_density
+from sparse_xmc.mesh import make_mesh
 from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
 
@@ -162,16 +163,28 @@ def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float
 def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
     """Measures one system in this process, and writes its result."""
     report = measure(scale, cell, seconds)
-    path = _path(results, scale, cell)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, path)
+    _write(_path(results, scale, cell), report)
     if "failed" in report:
         print(report["failed"])
     else:
         print(
             f"{report['peak_memory_bytes'] / 2**30:.2f} GiB, {1000 * report['seconds']['step']:.0f} ms a step"
         )
+
+
+def run_on_mesh(scale: Scale, cell: str, sizes: dict[str, int], results: Path) -> None:
+    """Measures what each device of a mesh holds and sends, in this process, and writes the result."""
+    results.mkdir(parents=True, exist_ok=True)
+    report = meshes.measure(scale, cell, make_mesh(**sizes))
+    of_mesh = "_".join(f"{axis}{size}" for axis, size in sizes.items())
+    _write(results / f"{cell}_{scale.labels}_{of_mesh}.json", report)
+    print(meshes.line(report))
+
+
+def _write(path: Path, report: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def _path(results: Path, scale: Scale, cell: str) -> Path:

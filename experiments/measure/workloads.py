@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 
 from experiments import prepare, reflection, run
 from experiments.measure.synthetic import Synthetic
@@ -105,10 +106,12 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     )
 
 
-def make_trainer(arguments: Sequence[str], num_features: int, num_labels: int) -> Trainer:
+def make_trainer(
+    arguments: Sequence[str], num_features: int, num_labels: int, *, mesh: Mesh | None = None
+) -> Trainer:
     """A trainer of a new classifier of dense features: the system of these arguments."""
     settings = read_settings(arguments)
-    model = settings.classifier(num_features, num_labels).make(rngs=nnx.Rngs(0))
+    model = settings.classifier(num_features, num_labels).make(mesh=mesh, rngs=nnx.Rngs(0))
     return Trainer(model, settings.training, seed=0)
 
 

@@ -1,7 +1,7 @@
 """Batches for training and evaluation."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,14 +68,24 @@ class Batches:
       dataset: the points.
       batch_size: B.
       multiple_of: of `in_order`, batches are filled up to a multiple of this with their last point again.
+      own_rows: from B to bool [B], which rows of a batch this process needs: of dense features and encoded
+        texts no others are read, and are 0. None for all.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, multiple_of: int = 1):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        multiple_of: int = 1,
+        own_rows: Callable[[int], np.ndarray] | None = None,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._dataset = dataset
         self.batch_size = batch_size
         self._multiple_of = multiple_of
+        self._own_rows = own_rows
         self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
         if not isinstance(dataset.features, np.ndarray):
             # Entries come in multiples of 1.25 batches' worth on average: one shape, except by rare chance.
@@ -110,14 +120,23 @@ class Batches:
         return Batch(inputs=self._inputs(points), positives=positives)
 
     def _inputs(self, points: np.ndarray) -> np.ndarray | BagOfWords | WordsAndText:
-        features, encoded = self._dataset.features[points], self._dataset.encoded
+        features, encoded = self._dataset.features, self._dataset.encoded
         if isinstance(features, np.ndarray):
-            return features
-        bags = self._bags(features)
+            return self._rows(features, points)
+        bags = self._bags(features[points])
         if encoded is None:
             return bags
-        text = encoded[points] if isinstance(encoded, np.ndarray) else encoded.take(points)
+        text = self._rows(encoded, points) if isinstance(encoded, np.ndarray) else encoded.take(points)
         return WordsAndText(bags, text)
+
+    def _rows(self, matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """The rows of these points, as far as this process needs them; the matrix may be memory-mapped."""
+        own = None if self._own_rows is None else self._own_rows(len(points))
+        if own is None or own.all():
+            return matrix[points]
+        rows = np.zeros((len(points), matrix.shape[1]), matrix.dtype)
+        rows[own] = matrix[points[own]]
+        return rows
 
     def _bags(self, features: scipy.sparse.csr_array) -> BagOfWords:
         padding = -features.nnz % self._entries if features.nnz else self._entries

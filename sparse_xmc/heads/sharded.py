@@ -127,7 +127,7 @@ class ShardedHead(Head):
         return nnx.merge(self.local, state, copy=True)
 
     def _on_devices(self, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-        """A function of (head, *arguments) as one of the arguments alone; what it does to the head is kept."""
+        """A function of (head, *arguments) as one of the arguments; what it does to the head is kept."""
         specs = _specs(nnx.split(self)[1], self.mesh)
 
         def on_device(state, *arguments):

@@ -12,6 +12,7 @@ import numpy as np
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.evaluation import evaluate
+from sparse_xmc.mesh import own_rows
 from sparse_xmc.train.callbacks import Callback
 from sparse_xmc.train.checkpoints import Checkpoints
 from sparse_xmc.train.schedules import SCHEDULES
@@ -56,7 +57,7 @@ def fit(
             f"schedule {config.schedule!r} ends with the weights of the best epoch: give validation points "
             "and checkpoints, or another schedule"
         )
-    batches = Batches(train, config.batch_size)
+    batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
     records: list[dict[str, Any]] = []
     run = {"seed": trainer.seed, **dataclasses.asdict(config)}
     if checkpoints and (progress := checkpoints.restore_latest(trainer)):

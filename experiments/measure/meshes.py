@@ -1,0 +1,104 @@
+"""What each device of a mesh holds and sends in a training step, for `experiments.label_scale --mesh`.
+
+The arrays of the training state are counted where they are, on the first device. What XLA plans for a step,
+and what the step's program sends over the network, is read from the compiled program, which is that of one
+device. Beside it is what has to be sent: the gradient of the output layer's input, and where the batch is
+split the features.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.measure import environment
+from experiments.measure.workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
+from sparse_xmc.mesh import data_size
+from sparse_xmc.modules import path_name
+from sparse_xmc.train import Trainer
+
+_COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+_DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2}
+
+
+def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
+    """Takes a training step, and says what each device has of it; ready for JSON.
+
+    Args:
+      scale: the number of labels and the data's statistics.
+      cell: a flagfile in experiments/flags/cells, without its ending.
+      mesh: the devices.
+    """
+    arguments = [f"--flagfile=experiments/flags/cells/{cell}.cfg", f"--batch_size={BATCH_SIZE}"]
+    trainer = make_trainer(arguments, NUM_FEATURES, scale.labels, mesh=mesh)
+    (batch,) = make_batches(scale.labels, scale.labels_per_point, count=1)
+    compiled = trainer.lower_step(batch).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
+    jax.block_until_ready(trainer.train_step(batch, 1e-3))
+    sent = collectives(compiled.as_text() or "") if mesh.size > 1 else []
+    features = NUM_FEATURES if data_size(mesh) > 1 else 0
+    inputs = trainer.state["params"]["head"].get("penultimate")
+    width = NUM_FEATURES if inputs is None else inputs["kernel"].shape[1]
+    return {
+        "scale": scale._asdict(),
+        "cell": cell,
+        "mesh": dict(mesh.shape),
+        "batch_size": BATCH_SIZE,
+        "bytes_per_device": bytes_on_first_device(trainer),
+        "step_argument_bytes": analysis.argument_size_in_bytes,
+        "step_temporary_bytes": analysis.temp_size_in_bytes,
+        "sent": [{"op": op, "bytes": size} for op, size in sent],
+        "sent_bytes": sum(size for _, size in sent),
+        "formula_bytes": 4 * BATCH_SIZE * (width + features) if mesh.size > 1 else 0,
+        "environment": environment.describe(),
+    }
+
+
+def bytes_on_first_device(trainer: Trainer) -> dict[str, int]:
+    """The bytes of the training state on the first device: of what is split by labels, and of all else."""
+    first = jax.local_devices()[0]
+    parts = {"split by labels": 0, "on all devices": 0}
+    for path, array in jax.tree_util.tree_leaves_with_path(trainer.state):
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            continue
+        name = path_name(getattr(entry, "key", getattr(entry, "name", entry)) for entry in path)
+        here = sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == first)
+        parts["split by labels" if "output" in name.split(".") else "on all devices"] += here
+    return parts
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """What a compiled program sends between devices: each operation's name, and the bytes of its results."""
+    found = []
+    for line in program.splitlines():
+        matched = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
+        if matched:
+            found.append((matched[2], _bytes_of(matched[1])))
+    return found
+
+
+def _bytes_of(shapes: str) -> int:
+    """The bytes of HLO's shapes, such as "(f32[8,24]{1,0}, s32[])"."""
+    total = 0
+    for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
+        default = int(re.sub(r"\D", "", dtype) or 8) // 8
+        total += _DTYPE_BYTES.get(dtype, default) * int(np.prod([int(d) for d in dims.split(",") if d]))
+    return total
+
+
+def line(report: dict[str, Any]) -> str:
+    """A report, for the terminal."""
+    on_device = report["bytes_per_device"]
+    mesh = ", ".join(f"{axis}:{size}" for axis, size in report["mesh"].items())
+    return (
+        f"{report['scale']['labels']:,} labels, {mesh}: MiB on a device: "
+        f"{on_device['split by labels'] / 2**20:,.1f} split by labels, "
+        f"{on_device['on all devices'] / 2**20:,.1f} on all, "
+        f"{report['step_temporary_bytes'] / 2**20:,.1f} temporaries of a step; "
+        f"{report['sent_bytes'] / 2**20:.2f} sent in a step, by the formula "
+        f"{report['formula_bytes'] / 2**20:.2f}"
+    )

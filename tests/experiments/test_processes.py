@@ -1,0 +1,152 @@
+"""Several processes that train together, as users start them, against one; and when one of them is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+import experiments
+from sparse_xmc.data import Dataset, write_tsv, write_xmc_text
+from sparse_xmc.saving import SavedModel
+
+ROOT = Path(experiments.__file__).parents[1]
+SECONDS = 240  # of each process, whatever happens
+SMALL = ["--embedding=16", "--penultimate=24", "--fan_in=6", "--direct=3", "--batch_size=8"]
+SMALL += ["--learning_rate=0.01", "--output_bias=-1", "--schedule=linear", "--checkpoint_minutes=0"]
+SMALL += ["--rewire_growth=active", "--rewire_fraction=0.2", "--rewire_interval=7"]
+
+
+@pytest.fixture(scope="module")
+def data(request, tmp_path_factory):
+    """Flags of 120 training and 21 test points of 13 labels, which no number of devices here divides."""
+    directory, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    flags = list(SMALL)
+    for name, size in (("train", 120), ("test", 21)):
+        labels = [sorted(rng.choice(13, rng.integers(1, 4), replace=False)) for _ in range(size)]
+        if request.param == "text":
+            texts = [" ".join(f"word{i}" for i in [*row, *rng.integers(0, 13, 1)]) for row in labels]
+            write_tsv(directory / f"{name}.tsv", [[f"label {i:02}" for i in row] for row in labels], texts)
+            flags.append(f"--{name}={directory / name}.tsv")
+            continue
+        matrix = scipy.sparse.csr_array(np.array([[i in row for i in range(13)] for row in labels]))
+        features = matrix + rng.normal(scale=0.3, size=matrix.shape).astype(np.float32)
+        np.save(directory / f"{name}.npy", features.astype(np.float32))
+        write_xmc_text(
+            directory / f"{name}.txt", Dataset(scipy.sparse.csr_array(matrix, dtype=np.float32), matrix)
+        )
+        flags += [f"--{name}={directory / name}.txt", f"--{name}_features={directory / name}.npy"]
+    return flags
+
+
+def start(count, devices, flags):
+    """Starts so many processes of a run, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
+    processes = []
+    for number in range(count):
+        command = [sys.executable, "-m", "experiments.run", *flags]
+        if count > 1:
+            command += [
+                f"--coordinator=localhost:{port}",
+                f"--num_processes={count}",
+                f"--process_id={number}",
+            ]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def wait(processes):
+    """Waits for processes, for a limited time; returns how each ended, and what it wrote."""
+    ends = []
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=SECONDS)
+            ends.append((process.returncode, errors[-2000:]))
+    finally:
+        for process in processes:
+            process.kill()
+    return ends
+
+
+def run(count, devices, *flags):
+    for code, errors in wait(start(count, devices, flags)):
+        assert code == 0, errors
+
+
+def history(workdir):
+    return json.loads((workdir / "result.json").read_text())["history"]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    run(1, 1, *data, "--epochs=4", f"--workdir={workdir}")
+    return workdir
+
+
+def assert_same_run(workdir, alone):
+    for ours, theirs in zip(history(workdir), history(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    ours, theirs = (SavedModel.load(directory).model.head for directory in (workdir, alone))
+    np.testing.assert_array_equal(ours.output.indices[...], theirs.output.indices[...])
+    np.testing.assert_allclose(ours.output.kernel[...], theirs.output.kernel[...], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("data", ["text", "dense"], indirect=True)
+def test_processes_train_what_one_trains(request, data, alone, tmp_path):
+    text = request.node.callspec.params["data"] == "text"
+    count, devices, mesh = (4, 1, "label:4") if text else (2, 2, "data:2,label:2")
+    run(count, devices, *data, "--epochs=4", f"--mesh={mesh}", f"--workdir={tmp_path / 'run'}")
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("data", ["text"], indirect=True)
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(data, alone, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [*data, "--epochs=4", f"--workdir={workdir}"]
+    processes = start(2, 1, [*flags, "--mesh=label:2"])
+    latest, deadline = workdir / "checkpoints" / "latest", time.monotonic() + SECONDS
+    try:
+        while not (latest.is_dir() and any(path.name.isdigit() for path in latest.iterdir())):
+            assert time.monotonic() < deadline
+            assert processes[0].poll() is None or (workdir / "result.json").exists()
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGKILL)
+        ends = wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    if (workdir / "result.json").exists():
+        pytest.skip("it was finished before it could be killed")
+    assert all(code != 0 for code, _ in ends)
+    run(1, 4, *flags, "--mesh=data:2,label:2")
+    assert_same_run(workdir, alone)
+
+
+@pytest.mark.parametrize("data", ["text"], indirect=True)
+def test_processes_need_a_mesh(data, tmp_path):
+    for code, errors in wait(start(2, 1, [*data, f"--workdir={tmp_path / 'run'}"])):
+        assert code != 0
+        assert "2 processes need --mesh, such as label:2" in errors
+    ((code, errors),) = wait(start(1, 1, [*data, "--num_processes=2", f"--workdir={tmp_path / 'run'}"]))
+    assert code != 0
+    assert "--num_processes and --process_id need --coordinator" in errors

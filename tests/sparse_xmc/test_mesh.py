@@ -1,0 +1,319 @@
+"""Labels over several devices against one device: weights, losses, rankings, rewiring, checkpoints."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+from sklearn.base import clone
+
+from experiments.measure.meshes import bytes_on_first_device, collectives
+from sparse_xmc import XMCClassifier
+from sparse_xmc.data import Dataset
+from sparse_xmc.data.batches import BagOfWords, Batch, Batches
+from sparse_xmc.evaluation import evaluate, gradient_density, predict
+from sparse_xmc.heads import (
+    HEADS,
+    FixedFanInConfig,
+    HeadTraining,
+    RewireConfig,
+    StepInputs,
+)
+from sparse_xmc.mesh import make_mesh, parse_mesh, place_batch
+from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.saving import SavedModel
+from sparse_xmc.train import Checkpoints, Trainer, TrainingConfig, fit
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+MESHES = pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 8)], ids=str)
+FEATURES, LABELS, POINTS = 12, 103, 80  # 103 is a multiple of no number of devices
+
+
+def make_heads(mesh, labels=LABELS, **options):
+    """The same head on one device and on a mesh."""
+    config = FixedFanInConfig(**{"penultimate": 24, "fan_in": 5, "output_bias": -0.5} | options)
+    one = config.make(FEATURES, labels, rngs=nnx.Rngs(0))
+    return one, config.make_sharded(FEATURES, labels, make_mesh(*mesh), rngs=nnx.Rngs(0))
+
+
+def make_inputs(labels=LABELS, seed=0):
+    rng = np.random.default_rng(seed)
+    positives = np.stack([rng.permutation(labels)[:3] for _ in range(8)]).astype(np.int32)
+    positives[2:4, 1:] = -1
+    return jnp.asarray(rng.normal(size=(8, FEATURES)), jnp.float32), jnp.asarray(positives)
+
+
+def assert_same_weights(one, sharded, exactly=False):
+    for (path, a), (_, b) in zip(
+        nnx.to_flat_state(nnx.state(one)), nnx.to_flat_state(nnx.state(sharded)), strict=True
+    ):
+        a, b = (np.asarray(x[...]) for x in (a, b))
+        b = b[: len(a)] if b.ndim else b
+        if exactly or a.dtype.kind in "iu":
+            np.testing.assert_array_equal(a, b, err_msg=str(path))
+        else:
+            a, b = a.astype(np.float32), b.astype(np.float32)
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=str(path))
+
+
+class TestHead:
+    @MESHES
+    @pytest.mark.parametrize("labels", [LABELS, 3])
+    def test_it_starts_and_ranks_as_one_device(self, mesh, labels):
+        one, sharded = make_heads(mesh, labels)
+        assert_same_weights(one, sharded, exactly=True)
+        x, positives = make_inputs(labels)
+        np.testing.assert_allclose(sharded(x), one(x), rtol=1e-5, atol=1e-6)
+        for loss in ("squared_hinge", "bce"):
+            expected = one.loss(x, positives, loss)
+            np.testing.assert_allclose(sharded.loss(x, positives, loss), expected, rtol=1e-5)
+        for k in {1, min(20, labels), labels}:
+            (scores, ids), (expected_scores, expected_ids) = sharded.top_k(x, k), one.top_k(x, k)
+            np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(ids, expected_ids)
+        blocks = list(sharded.logits_in_blocks(x))
+        np.testing.assert_array_equal(np.concatenate([ids for _, ids in blocks]), np.arange(labels))
+        np.testing.assert_allclose(np.hstack([b for b, _ in blocks]), one(x), rtol=1e-5, atol=1e-6)
+
+    def test_of_equal_scores_the_lower_label_wins(self):
+        _, sharded = make_heads((2, 2), output_bound=1e-30)
+        x, _ = make_inputs()
+        np.testing.assert_array_equal(sharded.top_k(x, 9)[1], np.tile(np.arange(9), (8, 1)))
+        with pytest.raises(ValueError, match=r"k must be in 1..103, got 104"):
+            sharded.top_k(x, 104)
+
+    @MESHES
+    @pytest.mark.parametrize("kind", ["step_fused", "step_by_optax"])
+    @pytest.mark.parametrize(
+        ("optimizer", "dtype", "penultimate"),
+        [("adam", "float32", 24), ("sgd", "float32", 24), ("sgd", "bfloat16", 24), ("adam", "float32", 0)],
+    )
+    def test_steps(self, mesh, kind, optimizer, dtype, penultimate):
+        if mesh in ((1, 1), (2, 1)) and (kind, optimizer) != ("step_fused", "adam"):
+            pytest.skip("differs from others in nothing")
+        one, sharded = make_heads(mesh, output_dtype=dtype, penultimate=penultimate)
+        training = HeadTraining(output_optimizer=optimizer, epsilon=1e-9)
+        moments, of_mesh = one.init_moments(training), sharded.init_moments(training)
+        for number in range(3):
+            x, positives = make_inputs(seed=number)
+            inputs = StepInputs(x, positives, jnp.float32(1e-2), 3, jnp.int32(number))
+            with jax.numpy_dtype_promotion("standard"):  # Optax has not heard of the strict one
+                loss, d_x, moments = getattr(one, kind)(inputs, moments, training)
+                value, d_x_of_mesh, of_mesh = getattr(sharded, kind)(inputs, of_mesh, training)
+            # In bfloat16 each device rounds its part of d_x.
+            tolerance = 2e-2 if dtype == "bfloat16" else 1e-3
+            np.testing.assert_allclose(value, loss, rtol=tolerance / 10)
+            scale = float(jnp.abs(d_x).max())
+            np.testing.assert_allclose(d_x_of_mesh, d_x, rtol=tolerance, atol=tolerance * scale)
+        if dtype == "float32":
+            assert_same_weights(one, sharded)
+        for name, mu in moments.mu.items():
+            atol = tolerance * float(jnp.abs(mu).max())
+            np.testing.assert_allclose(of_mesh.mu[name][: len(mu)], mu, rtol=tolerance, atol=atol)
+            assert not np.any(np.asarray(of_mesh.mu[name][len(mu) :]))
+
+    def test_bfloat16_is_rounded_by_its_place_in_the_whole(self):
+        # Without a penultimate layer, whose sums come in another order, and from one point alone.
+        one, sharded = make_heads((1, 8), output_dtype="bfloat16", penultimate=0)
+        training = HeadTraining(output_optimizer="sgd", output_rate=0.3)
+        x, positives = make_inputs()
+        inputs = StepInputs(x[:1], positives[:1], jnp.float32(1e-2), 3, jnp.int32(5))
+        for head in (one, sharded):
+            head.step_fused(inputs, head.init_moments(training), training)
+        assert_same_weights(one, sharded, exactly=True)
+
+    @MESHES
+    @pytest.mark.parametrize("growth", ["random", "active"])
+    def test_rewiring_is_that_of_the_whole_layer(self, mesh, growth):
+        one, sharded = make_heads(mesh)
+        before = np.asarray(one.output.indices[...])
+        training = HeadTraining()
+        x, positives = make_inputs()
+        config = RewireConfig(fraction=0.3, growth=growth)
+        moments = one.rewire(x, positives, one.init_moments(training), jax.random.key(5), config)
+        of_mesh = sharded.rewire(x, positives, sharded.init_moments(training), jax.random.key(5), config)
+        assert_same_weights(one, sharded, exactly=True)
+        moved = np.mean(before != np.asarray(one.output.indices[...]))
+        assert (0.2 < moved < 0.31) if growth == "random" else moved > 0
+        np.testing.assert_array_equal(of_mesh.mu["output.kernel"][:LABELS], moments.mu["output.kernel"])
+
+    def test_what_each_device_has(self):
+        _, sharded = make_heads((2, 4))
+        for array in (sharded.output.kernel, sharded.output.indices, sharded.output.bias):
+            assert array.shape[0] == 104
+            assert {shard.data.shape[0] for shard in array[...].addressable_shards} == {13}
+        assert sharded.memory(8, HeadTraining())["connections"] == 13 * 5 * 2
+        moments = sharded.init_moments(HeadTraining())
+        assert {s.data.shape for s in moments.nu["output.kernel"].addressable_shards} == {(13, 5)}
+
+    @pytest.mark.parametrize("kind", sorted(set(HEADS) - {"fixed_fan_in"}))
+    def test_other_heads_are_refused(self, kind):
+        with pytest.raises(ValueError, match="a mesh needs a fixed fan-in head, got "):
+            HEADS[kind]().make_sharded(4, 30, make_mesh(1, 2), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+    features = scipy.sparse.random_array((POINTS, 40), density=0.2, rng=rng, dtype=np.float32, format="csr")
+    return Dataset(features, scipy.sparse.csr_array(rng.random((POINTS, LABELS)) < 0.03))
+
+
+def make_trainer(dataset, mesh, *, dropout=0.2, **options):
+    config = ClassifierConfig(
+        40,
+        LABELS,
+        bag_of_words=True,
+        encoder=EncoderConfig(embedding=FEATURES, dropout=dropout),
+        head=FixedFanInConfig(penultimate=24, fan_in=5, direct=2, output_bias=-1),
+    )
+    model = config.make(train=dataset, mesh=mesh and make_mesh(*mesh), rngs=nnx.Rngs(0))
+    settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "schedule": "linear", "epsilon": 1e-9}
+    settings |= {"rewire": RewireConfig(fraction=0.2, growth="active"), "rewire_interval": 4}
+    return config, Trainer(model, TrainingConfig(**settings | options), seed=1)
+
+
+class TestTraining:
+    @MESHES
+    def test_fifty_steps_are_those_of_one_device(self, dataset, mesh):
+        records, trainers = [], []
+        for where in (None, mesh):
+            _, trainer = make_trainer(dataset, where, epochs=5)
+            with jax.numpy_dtype_promotion("standard"):
+                records.append(fit(trainer, dataset, dataset))
+            trainers.append(trainer)
+        assert trainers[0].step == 50
+        for ours, theirs in zip(*records, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+            assert ours["p@5"] == pytest.approx(theirs["p@5"], abs=0.01)
+        one, sharded = (trainer.model for trainer in trainers)
+        assert_same_weights(one.head, sharded.head)
+        for (_, _, ranking), (_, _, of_mesh) in zip(
+            predict(one, dataset, 5, batch_size=24), predict(sharded, dataset, 5, batch_size=24), strict=True
+        ):
+            assert np.mean(ranking == of_mesh) > 0.98
+        batches = list(itertools.islice(Batches(dataset, 8).shuffled(0, 0), 2))
+        density = gradient_density(one, batches)
+        assert gradient_density(sharded, batches) == pytest.approx(density, abs=2e-3)
+
+    def test_nothing_as_large_as_the_labels_is_sent(self, dataset):
+        _, trainer = make_trainer(dataset, (2, 4))
+        batch = next(Batches(dataset, 8).shuffled(0, 0))
+        sent = collectives(trainer.lower_step(batch).compile().as_text())
+        assert ("all-reduce", 4 * (8 * 24 + 1)) in sent  # the gradient of the units, and the loss
+        assert sum(size for _, size in sent) <= 4 * (8 * 24 + 1 + 2 * 8 * FEATURES)
+
+    def test_each_device_has_its_part_of_the_state(self, dataset):
+        whole, split = (bytes_on_first_device(make_trainer(dataset, mesh)[1]) for mesh in ((1, 1), (1, 8)))
+        assert split["on all devices"] == whole["on all devices"]
+        assert split["split by labels"] == whole["split by labels"] * 13 / LABELS
+
+    def test_a_batch_that_does_not_divide_is_refused(self, dataset):
+        with pytest.raises(
+            ValueError, match=r"batch_size must be a multiple of the mesh's data axis, 2, got 7"
+        ):
+            make_trainer(dataset, (2, 1), batch_size=7)
+
+    def test_checkpoints_go_on_on_any_mesh(self, dataset, tmp_path):
+        meshes = [None, (1, 2), (2, 4), (1, 1), (1, 8), None]
+        with jax.numpy_dtype_promotion("standard"):
+            for epochs, mesh in enumerate(meshes, 1):
+                _, trainer = make_trainer(dataset, mesh, epochs=len(meshes))
+                with Checkpoints(tmp_path) as checkpoints:
+                    progress = checkpoints.restore_latest(trainer)
+                    assert (progress is None) == (epochs == 1)
+                    list(trainer.epoch(Batches(dataset, 8), epochs - 1, lambda step: 1e-2))
+                    checkpoints.save_latest(trainer, {})
+            _, straight = make_trainer(dataset, None, epochs=len(meshes))
+            for epoch in range(len(meshes)):
+                list(straight.epoch(Batches(dataset, 8), epoch, lambda step: 1e-2))
+        assert_same_weights(straight.model.head, trainer.model.head)
+
+    def test_a_checkpoint_of_more_labels_is_refused(self, dataset, tmp_path):
+        _, trainer = make_trainer(dataset, (1, 2))
+        config = ClassifierConfig(
+            30, LABELS, bag_of_words=True, head=FixedFanInConfig(penultimate=24, fan_in=5)
+        )
+        other = Trainer(config.make(rngs=nnx.Rngs(0)), trainer.config)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save_latest(trainer, {})
+            with pytest.raises(ValueError, match=r"not the weights of such a model: .* expected"):
+                checkpoints.restore_latest(other)
+
+
+def test_saved_models_are_loaded_on_any_mesh(dataset, tmp_path):
+    config, trainer = make_trainer(dataset, (2, 2))
+    SavedModel(config, trainer.model).save(tmp_path)
+    expected = evaluate(trainer.model, dataset)
+    for mesh in (None, make_mesh(1, 8), make_mesh(2, 1)):
+        loaded = SavedModel.load(tmp_path, mesh=mesh)
+        assert (loaded.model.head.mesh is None) == (mesh is None)
+        assert evaluate(loaded.model, dataset) == pytest.approx(expected)
+        if mesh is None:
+            assert_same_weights(loaded.model.head, trainer.model.head, exactly=True)
+
+
+def test_the_estimator_on_a_mesh(tmp_path):
+    texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
+    labels = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 5
+    one = XMCClassifier(epochs=3).fit(texts, labels)
+    split = clone(XMCClassifier(epochs=3, mesh=make_mesh(2, 2))).fit(texts, labels)
+    for a, b in zip(one.predict(texts, k=3), split.predict(texts, k=3), strict=True):
+        if a.dtype == object:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    split.save(tmp_path)
+    loaded = XMCClassifier.load(tmp_path)
+    assert loaded.mesh is None
+    np.testing.assert_array_equal(loaded.predict(texts, k=2).labels, one.predict(texts, k=2).labels)
+    again = XMCClassifier.load(tmp_path, mesh=make_mesh(1, 8))
+    np.testing.assert_array_equal(again.predict(texts, k=2).labels, one.predict(texts, k=2).labels)
+
+
+class TestMesh:
+    def test_sizes(self):
+        assert parse_mesh("data:2,label:4") == {"data": 2, "label": 4}
+        assert parse_mesh("label:8") == {"label": 8}
+        assert dict(make_mesh(label=8).shape) == {"data": 1, "label": 8}
+
+    @pytest.mark.parametrize(
+        "text", ["", "8", "label", "label:0", "labels:2", "label:2,label:2", "data:2;label:2"]
+    )
+    def test_what_is_no_mesh(self, text):
+        with pytest.raises(ValueError, match="mesh must be like data:2,label:4"):
+            parse_mesh(text)
+
+    def test_too_many_devices(self):
+        with pytest.raises(ValueError, match=r"a mesh of data:3,label:4 needs 12 devices, got 8; .*=12"):
+            make_mesh(3, 4)
+
+    def test_rows_are_split_and_words_are_not(self):
+        mesh = make_mesh(2, 2)
+        bags = BagOfWords(*(np.zeros(4, np.int32) for _ in range(2)), np.ones(4, np.float32), 4)
+        batch = Batch({"dense": np.ones((4, 3), np.float32), "bags": bags}, np.zeros((4, 1), np.int32))
+        placed = place_batch(batch, mesh)
+        assert {s.data.shape for s in placed.inputs["dense"].addressable_shards} == {(2, 3)}
+        assert {s.data.shape for s in placed.inputs["bags"].words.addressable_shards} == {(4,)}
+        with pytest.raises(
+            ValueError, match="the batch size must be a multiple of the mesh's data axis, 2, got 3"
+        ):
+            place_batch(Batch(np.ones((3, 3)), np.zeros((3, 1), np.int32)), mesh)
+
+    def test_only_the_rows_that_a_process_needs_are_read(self):
+        class Features(np.ndarray):
+            def __getitem__(self, rows):
+                read.extend(rows)
+                return np.asarray(self)[rows]
+
+        read = []
+        features = np.arange(40, dtype=np.float32).reshape(10, 4).view(Features)
+        points = Dataset(features, scipy.sparse.csr_array(np.eye(10, 3, dtype=bool)))
+        batches = Batches(points, 6, multiple_of=2, own_rows=lambda size: np.arange(size) < size // 2)
+        (_, first), (_, last) = batches.in_order()
+        assert read == [0, 1, 2, 6, 7]
+        np.testing.assert_array_equal(first.inputs, np.asarray(features)[:6] * (np.arange(6) < 3)[:, None])
+        assert last.inputs.shape == (4, 4)
