@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from xla_ops._partition import partitioned
+
 _REBUILD = "python -m pip install --force-reinstall --no-deps -e ."
 
 
@@ -123,27 +125,33 @@ def _call(handler, results, aliases, attributes, *operands):
     if all(0 in result.shape for result in results):  # nothing to do, and a graph must not be empty
         return tuple(varying(jnp.zeros(result.shape, result.dtype), *operands)[0] for result in results)
 
-    # Within `jax.shard_map` results vary as the operands do.
-    mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
-    sharding = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
+    def call(results):
+        """The call for these results: all, or those of one device's part of the operands."""
 
-    def native(*operands, workspace=()):
-        types = [
-            jax.ShapeDtypeStruct(r.shape, r.dtype, sharding=sharding, manual_axis_type=axis_type)
-            for r in (*results, *workspace)
-        ]
-        call = jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases))
-        return call(*operands, **dict(attributes))[: len(results)]
+        def native(*operands, workspace=()):
+            # Within `jax.shard_map` results vary as the operands do.
+            mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
+            whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
+            types = [
+                jax.ShapeDtypeStruct(
+                    r.shape, r.dtype, sharding=r.sharding or whole, manual_axis_type=axis_type
+                )
+                for r in (*results, *workspace)
+            ]
+            call = jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases))
+            return tuple(call(*operands, **dict(attributes))[: len(results)])
 
-    def on_any_platform(*operands):
-        if cuda() is None:
-            return native(*operands)
-        workspace = [cuda_workspace(handler, results, dict(attributes).get("num_columns"), *operands)]
-        on_cuda = functools.partial(native, workspace=workspace)
-        return jax.lax.platform_dependent(*operands, cuda=on_cuda, default=native)
+        def on_any_platform(*operands):
+            if cuda() is None:
+                return native(*operands)
+            workspace = [cuda_workspace(handler, results, dict(attributes).get("num_columns"), *operands)]
+            on_cuda = functools.partial(native, workspace=workspace)
+            return jax.lax.platform_dependent(*operands, cuda=on_cuda, default=native)
 
-    # The loop that ffi_call would make for vmap would keep the workspace of each turn.
-    return jax.custom_batching.sequential_vmap(on_any_platform)(*operands)
+        # The loop that ffi_call would make for vmap would keep the workspace of each turn.
+        return jax.custom_batching.sequential_vmap(on_any_platform)
+
+    return partitioned(handler, results, call, *operands)
 
 
 # A batch whose size is a symbol gets as many workspaces for one of this size as it takes, and where the

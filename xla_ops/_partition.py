@@ -1,0 +1,295 @@
+"""How the calls of handlers are cut where `jax.jit` spreads arrays over devices.
+
+XLA does not know what is in a custom call: left alone it gathers all operands on every device. Here each call
+says what it can be cut along, which is batch, labels, and what `jax.vmap` maps over, and refuses the rest.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.custom_partitioning import custom_partitioning
+
+
+class _Handler(NamedTuple):
+    """What a handler's arrays have as dimensions, by letters: B (batch) and L (labels) can be cut.
+
+    What devices have of a result is added up: over the labels where it has no dimension of labels, and over
+    the batch where it has none of that.
+    """
+
+    operands: dict[str, str]
+    results: tuple[str, ...]
+    is_mean: bool = False  # over the batch, so that sums of means are divided by their number
+
+
+_INPUTS = {"x": "BD", "sparse.rows": "N", "sparse.columns": "N", "sparse.values": "N"}
+_LAYER = _INPUTS | {"kernel": "LF", "indices": "LF"}
+_LOSS = _LAYER | {"bias": "L", "positives": "BP"}
+_TOP_K = "xla_ops.fan_in_top_k"
+_HANDLERS = {
+    "xla_ops.fan_in_matmul.forward": _Handler(_LAYER | {"bias": "L"}, ("BL",)),
+    "xla_ops.fan_in_matmul.gradients": _Handler(_LAYER | {"dy": "BL"}, ("BD", "LF", "L")),
+    "xla_ops.fan_in_loss.value": _Handler(_LOSS, ("",), is_mean=True),
+    "xla_ops.fan_in_loss.gradients": _Handler(_LOSS, ("", "BD", "LF", "L"), is_mean=True),
+    _TOP_K: _Handler(_LAYER | {"bias": "L"}, ("BK", "BK")),
+}
+_OPS = {  # as users know those whose handlers have other names
+    "xla_ops.fan_in_step.adam": "fan_in_adam_step",
+    "xla_ops.fan_in_step.sgd": "fan_in_sgd_step",
+    "xla_ops.dense_step.adam": "dense_adam_step",
+}
+
+# Makes the call for results of these shapes.
+Call = Callable[[Sequence[jax.ShapeDtypeStruct]], Callable[..., tuple[Array, ...]]]
+_Axes = tuple[str, ...]
+
+
+def partitioned(
+    handler: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    call: Call,
+    *operands: Array,
+    mapped: tuple[tuple[bool, ...], ...] = (),
+) -> tuple[Array, ...]:
+    """`call(results)(*operands)`, cut as the operands are.
+
+    Args:
+      handler: its name.
+      results: their shapes.
+      call: makes the call for results of given shapes; `jax.vmap` of it is a loop.
+      operands: in the order of `_HANDLERS`.
+      mapped: for each `jax.vmap` around, the outermost first, which operands have its axis.
+
+    Raises:
+      ValueError: if operands are cut in any other way, or the handler cannot be cut. It is raised when XLA
+        compiles the program, which makes a `JaxRuntimeError` of it; for mesh axes of type Explicit, at once.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.are_all_axes_manual:  # the caller cuts
+        return _vmap(call(results), mapped)(*operands)
+    cut = _Cut(handler, operands, results, mapped)
+    if mesh.explicit_axes:
+        axes = cut.axes([jax.typeof(a) for a in operands], is_explicit=True)
+        results = [
+            jax.ShapeDtypeStruct(r.shape, r.dtype, sharding=jax.NamedSharding(mesh, _spec(axes, dims)))
+            for r, dims in zip(results, cut.dims_of_a_call, strict=True)
+        ]
+
+    def shardings(mesh, axes, arrays):
+        return tuple(jax.NamedSharding(mesh, _spec(axes, dims)) for dims in arrays)
+
+    def partition(mesh, operands, wanted):
+        axes = cut.axes(operands, wanted)
+        on_device = _vmap(functools.partial(_on_device, cut, call, axes), mapped)
+        return mesh, on_device, *(shardings(mesh, axes, d) for d in (cut.result_dims, cut.operand_dims))
+
+    def infer(mesh, operands, _):  # asked for where Shardy is switched off
+        try:
+            axes = cut.axes(operands)
+        except ValueError:
+            axes = {}  # an error here would end the process; `partition` raises it
+        return shardings(mesh, axes, cut.result_dims)
+
+    function = custom_partitioning(_vmap(call(results), mapped))
+    function.def_partition(partition, infer, sharding_rule=cut.rule())
+
+    # custom_partitioning has no rules of its own, and a loop around it would gather what vmap maps over.
+    @jax.custom_jvp
+    def once(*operands):
+        return function(*operands)
+
+    @once.defjvp
+    def _(primals, tangents):
+        raise ValueError(f"the call of {handler} cannot be differentiated")
+
+    many = jax.custom_batching.custom_vmap(once)
+
+    @many.def_vmap
+    def _(axis_size, in_batched, *operands):
+        outer = (tuple(in_batched), *mapped)
+        return partitioned(handler, cut.results, call, *operands, mapped=outer), (True,) * len(results)
+
+    return many(*operands)
+
+
+def _vmap(function, mapped):
+    for in_batched in reversed(mapped):
+        function = jax.vmap(function, in_axes=tuple(0 if batched else None for batched in in_batched))
+    return function
+
+
+def _spec(axes: dict[str, _Axes], dims: str) -> jax.P:
+    return jax.P(*(axes.get(letter) or None for letter in dims))
+
+
+class _Cut:
+    """What the dimensions of a call are.
+
+    Attributes:
+      names: those of the operands, for errors.
+      results: their shapes, of a call that is not mapped.
+      dims_of_a_call: a letter for each dimension of these.
+      operand_dims, result_dims: a letter for each dimension of each array: B, L, a digit for what is mapped
+        over, and others, which are never cut.
+      can_be_cut: the letters of what can be, the layer's first.
+    """
+
+    def __init__(self, handler, operands, results, mapped):
+        self.handler, self.results = handler, results
+        known = _HANDLERS.get(handler)
+        self.is_mean = known is not None and known.is_mean
+        if known is None:
+            ranks = [a.ndim - sum(in_batched[i] for in_batched in mapped) for i, a in enumerate(operands)]
+            named = {f"operand {i}": "-" * rank for i, rank in enumerate(ranks)}
+            self.dims_of_a_call = ["-" * len(r.shape) for r in results]
+        else:
+            named = known.operands
+            self.dims_of_a_call = [_of(r.shape, d) for r, d in zip(results, known.results, strict=True)]
+        self.names = list(named)
+        digits = [str(level) for level in range(len(mapped))]
+        self.operand_dims = [
+            _of(
+                a.shape,
+                "".join(digit for digit, in_batched in zip(digits, mapped, strict=True) if in_batched[i])
+                + dims,
+            )
+            for i, (a, dims) in enumerate(zip(operands, named.values(), strict=True))
+        ]
+        self.result_dims = ["".join(digits) + dims for dims in self.dims_of_a_call]
+        self.of_layer = dict(zip(self.names, self.operand_dims, strict=True)).get("kernel", "")
+        can_be_cut = ["L", "B"] * (known is not None) + digits
+        self.can_be_cut = sorted(can_be_cut, key=lambda letter: letter not in self.of_layer)
+
+    def rule(self) -> str:
+        """For Shardy: what can be cut is cut alike in all arrays, and of the rest nothing is known."""
+        number = itertools.count()
+
+        def factors(dims):
+            # Each of the rest is on its own: one that arrays share would spread to them from where an
+            # operand is cut, which is an error, or a result is wanted so, which is none.
+            return " ".join(f"cut{d}" if d in self.can_be_cut else f"other{next(number)}" for d in dims)
+
+        return " -> ".join(", ".join(map(factors, dims)) for dims in (self.operand_dims, self.result_dims))
+
+    def axes(self, operands, wanted=(), *, is_explicit: bool = False) -> dict[str, _Axes]:
+        """The mesh axes along which each letter is cut, from how operands are, and results are wanted.
+
+        Where the batch is cut along the same mesh axis as the layer, it is gathered, and not the layer; an
+        error where sharding is explicit.
+        """
+        found: dict[str, list[_Axes]] = {letter: [] for letter in self.can_be_cut}
+        for name, array, dims in zip(self.names, operands, self.operand_dims, strict=True):
+            for i, letter in enumerate(dims):
+                axes = self._axes(array, i, name)
+                if letter in found:
+                    found[letter].append(axes)
+                elif axes:
+                    raise self._error(f"{name} {list(array.shape)} is sharded along dimension {i}")
+        chosen: dict[str, _Axes] = {}
+        for letter, choices in found.items():
+            taken = sum(chosen.values(), ())
+            if letter not in self.of_layer and not is_explicit:
+                choices = [_without(axes, taken) for axes in choices]
+            chosen[letter] = self._common(letter, choices, is_explicit)
+            if set(chosen[letter]) & set(taken):
+                raise self._error(f"{_called(letter)} is sharded along a mesh axis of another dimension")
+            if is_explicit and letter.isdigit() and chosen[letter]:
+                raise self._error(f"{_called(letter)} is sharded along an axis of type Explicit")
+        # Of operands that are whole everywhere a device makes what it is to have of the results.
+        for array, dims in zip(wanted, self.result_dims if wanted else (), strict=True):
+            for i, letter in enumerate(dims):
+                if letter in chosen and not chosen[letter]:
+                    chosen[letter] = _without(self._axes(array, i), sum(chosen.values(), ()))
+        return chosen
+
+    def _common(self, letter, choices, is_explicit) -> _Axes:
+        """The axes of all; some may be cut along the first of these only, and are then cut further."""
+        longest = max(choices, key=len, default=())
+        for axes in choices:
+            if longest[: len(axes)] != axes or (is_explicit and axes != longest):
+                raise self._error(
+                    f"{_called(letter)} is sharded over {longest} in one operand, {axes} in another"
+                )
+        return longest
+
+    def _axes(self, array, dim, operand: str | None = None) -> _Axes:
+        """The mesh axes along which a dimension is cut; of a result, none if its parts would be uneven."""
+        sharding = array.sharding
+        axes: _Axes = ()
+        if isinstance(sharding, jax.NamedSharding):
+            entry = (*sharding.spec, *[None] * len(array.shape))[dim] or ()
+            entry = entry if isinstance(entry, tuple) else (entry,)
+            axes = tuple(axis for axis in entry if sharding.mesh.shape[axis] > 1)
+            if array.shape[dim] % math.prod(sharding.mesh.shape[axis] for axis in axes) == 0:
+                return axes
+        elif sharding is None or sharding.is_fully_replicated:
+            return ()
+        if operand is None:
+            return ()
+        how = f"over {axes} in uneven parts" if axes else "over a mesh that is not known here"
+        raise self._error(f"{operand} {list(array.shape)} is sharded {how}")
+
+    def _error(self, problem) -> ValueError:
+        op = _OPS.get(self.handler, self.handler.split(".")[1])
+        along = "Under plain jax.jit it is along batch and labels, alike in all operands. "
+        return ValueError(
+            f"xla_ops.{op} cannot be partitioned: {problem}. {along * (self.handler in _HANDLERS)}"
+            "Use jax.shard_map, or replicate the operand (jax.lax.with_sharding_constraint)."
+        )
+
+
+def _of(shape, dims: str) -> str:
+    """Dimensions, those without elements as such that are not cut: no bias is one of no elements."""
+    return "".join("-" if size == 0 else letter for size, letter in zip(shape, dims, strict=True))
+
+
+def _called(letter: str) -> str:
+    return {"B": "the batch", "L": "the dimension of labels"}.get(letter, "what jax.vmap maps over")
+
+
+def _without(axes: _Axes, others: _Axes) -> _Axes:
+    return tuple(axis for axis in axes if axis not in others)
+
+
+def _on_device(cut: _Cut, call: Call, axes: dict[str, _Axes], *operands: Array) -> tuple[Array, ...]:
+    """What each device computes from its parts of the operands, and all of them from that."""
+    parts = {letter: math.prod(map(jax.lax.axis_size, axes.get(letter, ()))) for letter in "BL"}
+    local = dict(zip(cut.names, operands, strict=True))
+    for name, letter, counted in (("positives", "L", "kernel"), ("sparse.rows", "B", "x")):
+        if name in local and parts[letter] > 1:  # handlers leave out the numbers of what other devices have
+            first = jax.lax.axis_index(axes[letter]) * local[counted].shape[0]
+            local[name] = local[name] - first.astype(jnp.int32)
+    results = [
+        jax.ShapeDtypeStruct(
+            [size // parts.get(letter, 1) for size, letter in zip(r.shape, dims, strict=True)], r.dtype
+        )
+        for r, dims in zip(cut.results, cut.dims_of_a_call, strict=True)
+    ]
+    if cut.handler == _TOP_K and parts["L"] > 1:
+        return _top_k(results, call, axes["L"], local)
+
+    def together(result, dims):
+        missing = [axis for letter in "BL" if letter not in dims for axis in axes.get(letter, ())]
+        result = jax.lax.psum(result, tuple(missing)) if missing and result.size else result
+        return result / parts["B"] if cut.is_mean and parts["B"] > 1 else result
+
+    return tuple(map(together, call(results)(*local.values()), cut.dims_of_a_call))
+
+
+def _top_k(results, call: Call, label_axes: _Axes, local: dict[str, Array]) -> tuple[Array, ...]:
+    """The best of the best of each part of the labels."""
+    labels, (batch, k) = local["kernel"].shape[0], results[0].shape
+    shapes = [jax.ShapeDtypeStruct((batch, min(k, labels)), r.dtype) for r in results]
+    scores, chosen = call(shapes)(*local.values())
+    first = (jax.lax.axis_index(label_axes) * labels).astype(jnp.int32)
+    chosen = jnp.where(chosen < 0, chosen, chosen + first)
+    # In the order of the devices: of equal scores the lower label still comes first.
+    scores, chosen = (jax.lax.all_gather(a, label_axes, axis=1, tiled=True) for a in (scores, chosen))
+    _, order = jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)  # XLA puts -0 below 0
+    return tuple(jnp.take_along_axis(a, order, axis=1) for a in (scores, chosen))
