@@ -11,10 +11,12 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from sparse_xmc import XMCClassifier
+from sparse_xmc.mesh import make_mesh, parse_mesh
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "File of texts, one a line; standard input by default.")
 _ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
+_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for experiments.run.")
 _K = flags.DEFINE_integer("k", 5, "How many labels.", lower_bound=1)
 
 
@@ -23,7 +25,11 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    classifier = XMCClassifier.load(_WORKDIR.value, encoder=_ENCODER.value)
+    classifier = XMCClassifier.load(
+        _WORKDIR.value,
+        encoder=_ENCODER.value,
+        mesh=None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value)),
+    )
     text = Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()
     texts = text.removesuffix("\n").split("\n") if text else []
     names, scores = classifier.predict(texts, k=min(_K.value, classifier.n_labels_))

@@ -6,6 +6,7 @@ from sparse_xmc.estimator import XMCClassifier
 from sparse_xmc.heads.rewiring import RewireConfig, reset_moments, rewire, rewire_active, rewire_unstructured
 from sparse_xmc.heads.unstructured import UnstructuredLinear
 from sparse_xmc.layers import Connectivity, FixedFanInLinear
+from sparse_xmc.mesh import make_mesh
 from sparse_xmc.model import Classifier, ClassifierConfig, EncoderConfig
 from sparse_xmc.train import Trainer, TrainingConfig, fit
 
@@ -27,6 +28,7 @@ __all__ = [
     "UnstructuredLinear",
     "XMCClassifier",
     "fit",
+    "make_mesh",
     "reset_moments",
     "rewire",
     "rewire_active",

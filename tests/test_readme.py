@@ -38,6 +38,14 @@ def test_texts_in_labels_out():
     assert names["scores"].shape == (1, 5)
 
 
+def test_many_devices():
+    texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
+    names = {"texts": texts, "labels": [[text.split()[-1]] for text in texts]}
+    exec(example("Many devices"), names)
+    assert names["classifier"].predict(["the dog"], k=1).labels.tolist() == [["dog"]]
+    assert names["classifier"].saved_.model.head.mesh.size == 8
+
+
 def test_the_head_on_your_own_network():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 768)).astype(np.float32)

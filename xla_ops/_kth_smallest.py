@@ -1,5 +1,6 @@
 """Selection by magnitude, for rewiring."""
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,9 @@ from jax.typing import ArrayLike
 
 from xla_ops import _native
 from xla_ops._arguments import VALUE_DTYPES, check_dtype
+from xla_ops._partition import partitioned
+
+_HANDLER = "xla_ops.kth_smallest"
 
 
 def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
@@ -39,10 +43,16 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
     _native.register()
 
     def native(x):
-        result = jax.ShapeDtypeStruct((), jnp.float32)
-        return jax.ffi.ffi_call("xla_ops.kth_smallest", result, vmap_method="sequential")(x, k=np.int64(k))
+        mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(x).manual_axis_type
+        whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
+        result = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole, manual_axis_type=axis_type)
+        return jax.ffi.ffi_call(_HANDLER, result, vmap_method="sequential")(x, k=np.int64(k))
 
-    return jax.lax.platform_dependent(x, cpu=native, default=lambda x: kth_smallest_magnitude_reference(x, k))
+    def on_any_platform(x):
+        reference = functools.partial(kth_smallest_magnitude_reference, k=k)
+        return (jax.lax.platform_dependent(x, cpu=native, default=reference),)
+
+    return partitioned(_HANDLER, [jax.ShapeDtypeStruct((), jnp.float32)], lambda _: on_any_platform, x)[0]
 
 
 def kth_smallest_magnitude_reference(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
@@ -62,4 +72,7 @@ def kth_smallest_magnitude_reference(x: ArrayLike, k: int, *, axes: tuple[str, .
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     bounds = jnp.uint32(0), jnp.uint32(0x7F800000)
+    if not axes:  # else they are the same everywhere
+        _, low, high = _native.varying(bits, *bounds)
+        bounds = (low, high)
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[0], jnp.float32)

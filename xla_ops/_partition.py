@@ -43,6 +43,7 @@ _OPS = {  # as users know those whose handlers have other names
     "xla_ops.fan_in_step.adam": "fan_in_adam_step",
     "xla_ops.fan_in_step.sgd": "fan_in_sgd_step",
     "xla_ops.dense_step.adam": "dense_adam_step",
+    "xla_ops.kth_smallest": "kth_smallest_magnitude",
 }
 
 # Makes the call for results of these shapes.

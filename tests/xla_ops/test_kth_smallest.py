@@ -1,5 +1,6 @@
 """Selection by magnitude against a sort."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,3 +43,29 @@ def test_bad_arguments_are_named():
     for k in (0, 4):
         with pytest.raises(ValueError, match=rf"k must be in 1..3 \(the size of x\), got {k}"):
             kth_smallest_magnitude(jnp.ones(3), k)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parts_on_several_devices(dtype):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = jax.random.normal(jax.random.key(0), (40, 7)).astype(dtype)
+    for k in (1, 77, 280):
+        of_parts = jax.shard_map(
+            lambda x, k=k: kth_smallest_magnitude(x, k, axes=("a", "b")),
+            mesh=mesh,
+            in_specs=jax.P(("a", "b")),
+            out_specs=jax.P(),
+        )
+        assert jax.jit(of_parts)(x) == kth_smallest_magnitude(x, k)
+    own = jax.shard_map(
+        lambda x: kth_smallest_magnitude(x, 3)[None],
+        mesh=mesh,
+        in_specs=jax.P(("a", "b")),
+        out_specs=jax.P(("a", "b")),
+    )
+    expected = [kth_smallest_magnitude(part, 3) for part in jnp.split(x, 4)]
+    np.testing.assert_array_equal(jax.jit(own)(x), jnp.stack(expected))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kth_smallest_magnitude .*jax\.shard_map"):
+        jax.block_until_ready(jax.jit(lambda x: kth_smallest_magnitude(x, 3))(sharded))
