@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 from flax import nnx
 from sklearn.base import clone
+from small_encoders import add_tokenizer, make_directory
 
 from experiments.measure.meshes import bytes_on_first_device, collectives
 from sparse_xmc import XMCClassifier
@@ -317,3 +318,22 @@ class TestMesh:
         assert read == [0, 1, 2, 6, 7]
         np.testing.assert_array_equal(first.inputs, np.asarray(features)[:6] * (np.arange(6) < 3)[:, None])
         assert last.inputs.shape == (4, 4)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_pretrained_encoder_beside_words(tmp_path, trainable):
+    words = ["a", "small", "big", "cat", "dog"]
+    directory = add_tokenizer(make_directory(tmp_path / "encoder"), words)
+    texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 4
+    labels = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 4
+    sizes = {"fan_in": 4, "penultimate": 8, "embedding": 4, "epochs": 3, "batch_size": 4, "max_length": 12}
+    encoder = {"encoder": directory, "encoder_trainable": trainable}
+    with jax.numpy_dtype_promotion("standard"):
+        one, split = (
+            XMCClassifier(**encoder, **sizes, mesh=mesh).fit(texts, labels)
+            for mesh in (None, make_mesh(2, 2))
+        )
+    for ours, theirs in zip(one.history_, split.history_, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    scores, of_mesh = (classifier.predict(texts, k=3).scores for classifier in (one, split))
+    np.testing.assert_allclose(scores, of_mesh, rtol=1e-2, atol=1e-2)
