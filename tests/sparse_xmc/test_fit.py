@@ -128,16 +128,16 @@ def test_plateau_ends_with_the_best_weights(tmp_path):
 
     class Keep(Callback):
         def on_epoch_end(self, trainer, batches, records):
-            seen[records[-1]["p@3"]] = np.array(trainer.model.head.output.kernel[...])
+            seen[records[-1]["epoch"]] = np.array(trainer.model.head.output.kernel[...])
 
     trainer = new_trainer(schedule="plateau", epochs=30, learning_rate=0.03)
     with Checkpoints(tmp_path) as checkpoints:
         records = fit(trainer, make_dataset(), validation, checkpoints=checkpoints, callbacks=[Keep()])
     best = max(r["p@3"] for r in records)
-    first = next(r for r in records if r["p@3"] == best)
+    first = next(r for r in records if r["p@3"] > best - 5e-5)
     assert len(records) < 30  # it stopped
     assert len(records) - first["epoch"] >= 4
-    np.testing.assert_array_equal(trainer.model.head.output.kernel[...], seen[best])
+    np.testing.assert_array_equal(trainer.model.head.output.kernel[...], seen[first["epoch"]])
 
 
 def test_plateau_needs_validation_and_checkpoints(tmp_path):
