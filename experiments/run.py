@@ -5,12 +5,14 @@ Flagfiles compose, and the last flag wins: `--flagfile=experiments/flags/data/wo
 
 The working directory receives `result.json`, `metrics.jsonl` (a line per epoch), `flags.cfg` (the flags that
 repeat the run) and the saved model with what encodes its text. A run that was stopped goes on from its last
-checkpoint when it is started again with the same flags.
+checkpoint when it is started again with the same flags. Ctrl-C and SIGTERM end it after the step that it is
+at, once its state is saved, with exit status 130 and 143.
 """
 
 import copy
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from experiments import datasets, reflection
 from experiments.measure import environment
 from experiments.measure.memory import PeakMemory
 from sparse_xmc.data import Dataset
+from sparse_xmc.data.files import write_text
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
@@ -38,6 +41,7 @@ from sparse_xmc.train import (
     GradientDensity,
     Progress,
     RecordFile,
+    Stopped,
     Trainer,
     TrainingConfig,
     fit,
@@ -101,9 +105,7 @@ flags.DEFINE_float(
     "validation_fraction", 0.02, "The part of the training points held out for validation.", 0, 1
 )
 flags.DEFINE_bool("validate_on_test", False, "Validate on the test set, as the paper does.")
-flags.DEFINE_float(
-    "checkpoint_minutes", 10, "Save the whole state when an epoch ends and this much time has passed."
-)
+flags.DEFINE_float("checkpoint_minutes", 10, "Save the whole state whenever this much time has passed.", 0)
 
 flags.DEFINE_string(
     "mesh", None, 'Devices to split the labels over, and the batch, such as "data:2,label:4"; else one.'
@@ -173,7 +175,7 @@ def main(argv):
     )
     workdir.mkdir(parents=True, exist_ok=True)
     if is_first:
-        (workdir / "flags.cfg").write_text("".join(f"{line}\n" for line in _flag_lines()))
+        write_text(workdir / "flags.cfg", "".join(f"{line}\n" for line in _flag_lines()))
 
     memory = PeakMemory()
     start = None if FLAGS.init_from is None else SavedModel.load(FLAGS.init_from, mesh=mesh)
@@ -186,8 +188,9 @@ def main(argv):
         del start
     trainer = Trainer(model, training, seed=FLAGS.seed)
     records = workdir / "metrics.jsonl"
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        epochs = fit(
+    with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
+        epochs = _fit_or_exit(
+            signals,
             trainer,
             train,
             validation,
@@ -227,9 +230,40 @@ def main(argv):
     }
     if not is_first:
         return
+    write_text(workdir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     _print_table(result)
-    (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwrote {workdir / 'result.json'}")
+
+
+class _Signals:
+    """While it is entered, the first SIGINT or SIGTERM is kept in `received`; a second ends the process."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self) -> "_Signals":
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame) -> None:
+        self.received = number
+        self.__exit__()
+        print("stopping after this step; once more to end at once", file=sys.stderr, flush=True)
+
+
+def _fit_or_exit(signals: _Signals, *arguments, **options) -> list[dict[str, Any]]:
+    """`fit`, or an exit with 128 plus the number of a signal that came, once the state is saved."""
+    try:
+        return fit(*arguments, **options, should_stop=lambda: signals.received > 0)
+    except Stopped as stopped:
+        _say(f"{stopped}; the same command goes on")
+        sys.exit(128 + signals.received)
 
 
 def _open_mesh() -> Mesh | None:

@@ -14,6 +14,7 @@ from flax import nnx
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
+from sparse_xmc.data.files import write_text
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
@@ -228,7 +229,7 @@ class XMCClassifier(BaseEstimator):
         self._fitted.save(directory)
         own = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
         parameters = json.dumps(own, indent=2, default=os.fspath)
-        (Path(directory) / _PARAMETERS).write_text(parameters + "\n")
+        write_text(Path(directory) / _PARAMETERS, parameters + "\n")
 
     @classmethod
     def load(

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import scipy.sparse
 from flax import nnx
 
+from sparse_xmc.data.files import write_text
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
@@ -81,7 +82,7 @@ class SavedModel:
             (directory / TOKENIZER).unlink(missing_ok=True)
             if isinstance(self.pretrained, Tokenizer):
                 self.pretrained.save(directory)
-            (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+            write_text(directory / CONFIG, json.dumps(self.config.to_json(), indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
 
     def start_from(self, trained: "SavedModel") -> None:

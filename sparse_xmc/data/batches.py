@@ -92,13 +92,25 @@ class Batches:
             mean = dataset.features.nnz / max(1, len(dataset))
             self._entries = max(16, int(1.25 * mean * batch_size))
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """One epoch in random order, the same for the same seed and epoch. What fills no batch is left out,
-        unless there is less than one batch.
+    def shuffled(self, seed: int, epoch: int, *, first: int = 0) -> Iterator[Batch]:
+        """One epoch in random order, the same for the same seed and epoch, from the batch `first` on. What
+        fills no batch is left out, unless there is less than one batch.
         """
+        for rows in self._shuffled_rows(seed, epoch)[first:]:
+            yield self._batch(rows)
+
+    def rows_not_finite(self, seed: int, epoch: int, number: int) -> np.ndarray:
+        """Which points of the data set, among those of a batch of `shuffled`, have NaN or infinite inputs."""
+        rows = self._shuffled_rows(seed, epoch)[number]
+        features, encoded = self._dataset.features, self._dataset.encoded
+        of_points = [features[rows]] + ([encoded[rows]] if isinstance(encoded, np.ndarray) else [])
+        sums = [np.asarray(abs(part).sum(axis=1)).ravel() for part in of_points]
+        return rows[~np.isfinite(sum(sums))]
+
+    def _shuffled_rows(self, seed: int, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng((seed, epoch)).permutation(len(self._dataset))
-        for start in range(0, self.steps_per_epoch * self.batch_size, self.batch_size):
-            yield self._batch(order[start : start + self.batch_size])
+        size = self.batch_size
+        return [order[start : start + size] for start in range(0, self.steps_per_epoch * size, size)]
 
     def in_order(self) -> Iterator[tuple[slice, Batch]]:
         """All points in order, as (which points, batch); the last batch may be smaller."""

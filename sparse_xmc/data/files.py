@@ -1,4 +1,4 @@
-"""Compressed files read line by line, and directories that appear whole or not at all."""
+"""Compressed files read line by line, and files and directories that appear whole or not at all."""
 
 import contextlib
 import gzip
@@ -57,6 +57,17 @@ def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
             yield number, line.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}: not UTF-8: {error}") from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file of UTF-8 text, in place of one that is there: at any time it is one or the other."""
+    path = Path(path)
+    side = path.with_name(f".{path.name}.partial")
+    with open(side, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(side, path)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from sparse_xmc.train.callbacks import Callback, GradientDensity, Progress, RecordFile
 from sparse_xmc.train.checkpoints import Checkpoints
 from sparse_xmc.train.config import TrainingConfig
-from sparse_xmc.train.loop import fit
+from sparse_xmc.train.loop import Stopped, fit
 from sparse_xmc.train.schedules import SCHEDULES, Linear, Plateau, Schedule
 from sparse_xmc.train.trainer import Trainer
 
@@ -17,6 +17,7 @@ __all__ = [
     "Progress",
     "RecordFile",
     "Schedule",
+    "Stopped",
     "Trainer",
     "TrainingConfig",
     "fit",

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from sparse_xmc.data.files import write_text
 from sparse_xmc.evaluation import gradient_density
 from sparse_xmc.train.trainer import Trainer
 
@@ -34,12 +35,15 @@ class Progress(Callback):
         self._bar = None
 
     def on_epoch_start(self, trainer, batches, epoch):
-        if self._bar is None and epoch:
-            print(f"going on after epoch {epoch}", flush=True)
+        first = trainer.step - epoch * batches.steps_per_epoch
+        if self._bar is None and trainer.step:
+            where = f"step {first} of epoch {epoch + 1}" if first else f"epoch {epoch}"
+            print(f"going on after {where}", flush=True)
         total = batches.steps_per_epoch * batches.batch_size
         self._points, self._losses = batches.batch_size, []
         self._bar = tqdm(
             total=total,
+            initial=first * batches.batch_size,
             desc=f"epoch {epoch + 1}",
             unit=" points",
             leave=False,
@@ -89,4 +93,4 @@ class RecordFile(Callback):
 
     def on_epoch_end(self, trainer, batches, records):
         # A run that goes on from a checkpoint may pass epochs again that are in the file.
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))

@@ -1,19 +1,31 @@
 """Checkpoints of a training run, by Orbax: all that it needs to go on as if it had never stopped."""
 
+import hashlib
+import json
+import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from sparse_xmc.data.files import write_text
 from sparse_xmc.saving import check_sizes, shapes_of
 from sparse_xmc.train.trainer import Trainer
 
+_KEPT = 2
+_log = logging.getLogger(__name__)
+
 
 class Checkpoints:
-    """The checkpoints in a directory: the latest of the whole state, and the best weights.
+    """The checkpoints in a directory: the latest two of the whole state, and the best weights.
 
-    Writes are atomic: a run that is killed while saving finds the checkpoint before. A context manager, which
-    on leaving gives back what Orbax holds.
+    Writes are atomic: a run that is killed while saving finds the checkpoint before. Each has a checksum of
+    every file, so that one that was damaged is passed over, with a warning, for the one before. A context
+    manager, which on leaving gives back what Orbax holds.
 
     Args:
       directory: where they are; made if missing.
@@ -21,10 +33,11 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike):
         directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-        self._latest = ocp.CheckpointManager(directory / "latest", options=options, item_handlers=handlers)
-        self._best = ocp.CheckpointManager(directory / "best", options=options)
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler()
+        )
+        self._latest = _Numbered(directory / "latest", handler, _KEPT)
+        self._best = _Numbered(directory / "best", ocp.StandardCheckpointHandler(), 1)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -33,51 +46,152 @@ class Checkpoints:
         self._latest.close()
         self._best.close()
 
+    @property
+    def directory(self) -> Path:
+        """Where the latest ones are."""
+        return self._latest.directory
+
     def save_latest(self, trainer: Trainer, progress: dict) -> None:
-        """Saves all of a trainer, and `progress`, which must be ready for JSON."""
-        if self._latest.latest_step() == trainer.step:
-            return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(trainer.state), progress=ocp.args.JsonSave(progress)
-        )
-        self._latest.save(trainer.step, args=args)
+        """Saves all of a trainer, and `progress`, which must be ready for JSON.
+
+        Raises:
+          OSError: it could not be written; what was saved before is still there.
+        """
+        state, progress_args = ocp.args.StandardSave(trainer.state), ocp.args.JsonSave(progress)
+        self._latest.save(trainer.step, ocp.args.Composite(state=state, progress=progress_args))
 
     def restore_latest(self, trainer: Trainer) -> dict | None:
-        """Puts a trainer into the state last saved and returns its progress; None where nothing was saved."""
-        step = self._latest.latest_step()
-        if step is None:
-            return None
-        check_sizes(
-            self._latest.item_metadata(step)["state"],
-            trainer.state,
-            trainer.num_labels,
-            self._latest.directory,
-        )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes_of(trainer.state), strict=False),
-            progress=ocp.args.JsonRestore(),
-        )
-        restored = self._latest.restore(step, args=args)
-        trainer.restore(restored["state"])
-        trainer.step = step
-        return restored["progress"]
+        """Puts a trainer into the state last saved and returns its progress; None where nothing was saved.
+
+        Raises:
+          ValueError: what was saved is of another model, or all of it is damaged.
+        """
+        for step in self._latest.intact():
+            metadata = self._latest.metadata(step)["state"]
+            check_sizes(metadata, trainer.state, trainer.num_labels, self._latest.directory / str(step))
+            state = ocp.args.StandardRestore(shapes_of(trainer.state), strict=False)
+            args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
+            restored = self._latest.restore(step, args)
+            trainer.restore(restored["state"])
+            trainer.step = step
+            return restored["progress"]
+        return None
 
     def save_best(self, trainer: Trainer) -> None:
         """Saves the weights, in place of those saved before."""
-        # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again, and
-        # Orbax takes no number twice.
-        number = (self._best.latest_step() or 0) + 1
-        self._best.save(number, args=ocp.args.StandardSave(_weights(trainer.state)))
+        # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again.
+        number = max(self._best.numbers(), default=0) + 1
+        self._best.save(number, ocp.args.StandardSave(_weights(trainer.state)))
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
-        step = self._best.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
-        weights = self._best.restore(
-            step, args=ocp.args.StandardRestore(shapes_of(_weights(trainer.state)), strict=False)
-        )
-        trainer.restore(trainer.state | weights)
+        for number in self._best.intact():
+            args = ocp.args.StandardRestore(shapes_of(_weights(trainer.state)), strict=False)
+            trainer.restore(trainer.state | self._best.restore(number, args))
+            return
+        raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
+
+
+class _Numbered:
+    """Checkpoints in a directory, each in one of its own with a number, of which the last few are kept.
+
+    The checksums of one are in a file beside it, which is written last: without it the checkpoint is none.
+    """
+
+    def __init__(self, directory: Path, handler: Any, keep: int):
+        self.directory, self._keep = directory, keep
+        self._orbax = ocp.Checkpointer(handler)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        self._orbax.close()
+
+    def numbers(self) -> list[int]:
+        """Those of all checkpoints, ascending."""
+        return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdigit())
+
+    def metadata(self, number: int) -> Any:
+        return self._orbax.metadata(self.directory / str(number)).item_metadata
+
+    def restore(self, number: int, args: Any) -> Any:
+        return self._orbax.restore(self.directory / str(number), args=args)
+
+    def save(self, number: int, args: Any) -> None:
+        """Writes a checkpoint, then deletes those that are not to be kept."""
+        if number in self.numbers():
+            return
+        path = self.directory / str(number)
+        try:
+            self._orbax.save(path, args=args, force=True)  # over what a killed process left
+            if jax.process_index() == 0:
+                write_text(self._checksums(number), json.dumps(checksums(path)))
+        except Exception as error:  # of many types, by what failed
+            reason = str(error).partition("\n")[0][:300] or type(error).__name__
+            kept = self.numbers()
+            before = f"that of step {kept[-1]} is still there" if kept else "there is none before it"
+            raise OSError(f"{path}: the checkpoint could not be written: {reason}; {before}") from error
+        if jax.process_index() == 0:
+            for old in self.numbers()[: -self._keep]:
+                self._checksums(old).unlink(missing_ok=True)
+                shutil.rmtree(self.directory / str(old), ignore_errors=True)
+
+    def intact(self) -> Iterator[int]:
+        """Yields the numbers of checkpoints whose files are as they were written, the latest first.
+
+        Raises:
+          ValueError: there are some, and none is.
+        """
+        numbers, found, wrong = self.numbers(), False, ""
+        damaged: list[Path] = []
+        for number in reversed(numbers):
+            path = self.directory / str(number)
+            try:
+                expected = json.loads(self._checksums(number).read_text())
+                wrong = differing_file(path, expected)
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                wrong = f"{self._checksums(number)}: {error}"
+            if not wrong:
+                found = True
+                if jax.process_index() == 0:
+                    for other in damaged:  # so that it can be written anew
+                        other.rename(other.with_suffix(".damaged"))
+                damaged = []
+                yield number
+            else:
+                damaged.append(self._checksums(number))
+                _log.warning("%s is damaged (%s): the checkpoint before it is used", path, wrong)
+        if numbers and not found:
+            raise ValueError(
+                f"{self.directory}: all checkpoints are damaged: {wrong}; remove them to start anew"
+            )
+
+    def _checksums(self, number: int) -> Path:
+        return self.directory / f"{number}.json"
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a directory, by its path in there."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
+    return found
+
+
+def differing_file(directory: Path, expected: dict[str, str]) -> str:
+    """What is not as `checksums` found it, in words; "" if nothing."""
+    actual = checksums(directory)
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is new"
+        if actual[name] != expected[name]:
+            return f"{name} has changed"
+    return ""
 
 
 def _weights(state: dict) -> dict:

@@ -1,13 +1,16 @@
 """The training loop: epochs, validation, schedule, stopping, checkpoints, callbacks."""
 
+import collections
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.data.formats import Dataset
@@ -19,6 +22,30 @@ from sparse_xmc.train.schedules import SCHEDULES
 from sparse_xmc.train.trainer import Trainer
 
 _STEPS_UNDER_WAY = 10
+_STEPS_TO_AGREE = 100  # processes ask each other whether to save or stop after so many
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has.
+
+    Attributes:
+      epoch, step: it stopped after this step of this epoch, both from 1.
+      directory: where the state was saved, or None if there were no checkpoints.
+    """
+
+    def __init__(self, epoch: int, step: int, directory: Path | None):
+        where = "nothing was saved" if directory is None else f"saved in {directory}"
+        super().__init__(f"stopped after step {step} of epoch {epoch}; {where}")
+        self.epoch, self.step, self.directory = epoch, step, directory
+
+
+@dataclasses.dataclass
+class _Part:
+    """What of an epoch is done: its steps, the sum of their losses, and the seconds that they took."""
+
+    steps: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
 
 
 def fit(
@@ -28,6 +55,7 @@ def fit(
     *,
     checkpoints: Checkpoints | None = None,
     checkpoint_minutes: float = 10.0,
+    should_stop: Callable[[], bool] = lambda: False,
     callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Trains until the schedule ends, or goes on from the latest checkpoint until then.
@@ -38,7 +66,8 @@ def fit(
       validation: points to validate on after each epoch; without them the schedule must be one that needs
         none, such as "linear".
       checkpoints: where to save to and go on from; a schedule that keeps the best weights needs them.
-      checkpoint_minutes: save the whole state when an epoch ends and this much time has passed.
+      checkpoint_minutes: save the whole state whenever this much time has passed, within epochs too.
+      should_stop: asked after each step (of several processes, now and then, until one says so).
       callbacks: called in this order.
 
     Returns:
@@ -48,7 +77,9 @@ def fit(
     Raises:
       ValueError: the schedule needs validation points or checkpoints, or the latest checkpoint is of a run
         with other settings.
-      FloatingPointError: the loss is not finite; the message says where.
+      FloatingPointError: the loss, or before a checkpoint a weight, is not finite; the message says which,
+        where, and of what points the inputs are not finite. Checkpoints have only what was finite.
+      Stopped: `should_stop` said so; the state after the last step has been saved.
     """
     config = trainer.config
     schedule = SCHEDULES[config.schedule].start(config.learning_rate, config.epochs)
@@ -59,14 +90,38 @@ def fit(
         )
     batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
     records: list[dict[str, Any]] = []
+    part = _Part()
     run = {"seed": trainer.seed, **dataclasses.asdict(config)}
     if checkpoints and (progress := checkpoints.restore_latest(trainer)):
         if different := sorted(name for name in run if run[name] != progress["run"].get(name)):
             was, now = ({name: of[name] for name in different} for of in (progress["run"], run))
             raise ValueError(f"the checkpoint is of a run with {was}, not {now}; choose another directory")
-        records = progress["records"]
+        records, part = progress["records"], _Part(**progress["part"])
         schedule = SCHEDULES[config.schedule](**progress["schedule"])
     saved = time.monotonic()
+
+    def pause(settle: Callable[[], None], agree: bool = True) -> bool:
+        """Saves, or stops, if it is time to, and says whether; what is under way is settled first."""
+        nonlocal saved
+        late = checkpoints is not None and time.monotonic() - saved > 60 * checkpoint_minutes
+        stop, save = _of_any_process(should_stop(), late) if agree else (False, False)
+        if not (stop or save):
+            return False
+        settle()
+        if checkpoints is not None:
+            if name := trainer.array_not_finite():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {trainer.step}; training has stopped"
+                )
+            progress = {"records": records, "schedule": schedule.state(), "run": run}
+            checkpoints.save_latest(trainer, progress | {"part": dataclasses.asdict(part)})
+            saved = time.monotonic()
+        if stop:
+            epoch, step = (
+                (len(records) + 1, part.steps) if part.steps else (len(records), batches.steps_per_epoch)
+            )
+            raise Stopped(epoch, step, None if checkpoints is None else checkpoints.directory)
+        return True
 
     while len(records) < config.epochs and not schedule.should_stop:
         epoch = len(records)
@@ -76,50 +131,71 @@ def fit(
         def learning_rate(step, epoch=epoch, schedule=schedule):
             return schedule.rate(epoch + step / batches.steps_per_epoch)
 
-        start = time.monotonic()
-        loss = _train_epoch(trainer, batches, epoch, learning_rate, callbacks)
+        _train_epoch(trainer, batches, epoch, part, learning_rate, callbacks, pause)
         record = {
             "epoch": epoch + 1,
-            "loss": loss,
-            "seconds": time.monotonic() - start,
+            "loss": part.loss / part.steps,
+            "seconds": part.seconds,
             "learning_rate": learning_rate(0),
         }
         if validation is not None:
             record |= evaluate(trainer.model, validation, batch_size=config.batch_size)
             schedule.update(record["p@3"])
         records.append(record)
+        part = _Part()
         for callback in callbacks:
             callback.on_epoch_end(trainer, batches, records)
         if checkpoints and schedule.is_best:
             checkpoints.save_best(trainer)
-        if checkpoints and time.monotonic() - saved > 60 * checkpoint_minutes:
-            progress = {"records": records, "schedule": schedule.state(), "run": run}
-            checkpoints.save_latest(trainer, progress)
-            saved = time.monotonic()
+        pause(lambda: None)
 
     if checkpoints and schedule.keeps_best:
         checkpoints.restore_best(trainer)
     return records
 
 
-def _train_epoch(trainer: Trainer, batches: Batches, epoch: int, learning_rate, callbacks) -> float:
-    """Trains one epoch; returns the mean loss."""
-    losses: list[jax.Array | float] = []
-    for loss in trainer.epoch(batches, epoch, learning_rate):
-        losses.append(loss)
+def _train_epoch(
+    trainer: Trainer, batches: Batches, epoch: int, part: _Part, learning_rate, callbacks, pause
+) -> None:
+    """Trains an epoch, or what is left of it, and enters that into `part`."""
+    under_way: collections.deque[jax.Array] = collections.deque()
+    start = time.monotonic()
+
+    def settle(left: int = 0) -> None:
+        """Waits for all steps but the last few."""
+        nonlocal start
+        while len(under_way) > left:
+            loss = float(under_way.popleft())
+            if not math.isfinite(loss):
+                raise FloatingPointError(_not_finite(loss, trainer, batches, epoch, part.steps))
+            part.loss += loss
+            part.steps += 1
+        now = time.monotonic()
+        part.seconds, start = part.seconds + now - start, now
+
+    for loss in trainer.epoch(batches, epoch, learning_rate, first=part.steps):
+        under_way.append(loss)
         for callback in callbacks:
             callback.on_step(trainer, loss)
         # Waiting for the loss of some steps ago bounds the queue without emptying it.
-        if len(losses) > _STEPS_UNDER_WAY:
-            losses[-1 - _STEPS_UNDER_WAY] = _finite(losses, -1 - _STEPS_UNDER_WAY, epoch)
-    return float(np.mean([_finite(losses, i, epoch) for i in range(len(losses))]))
+        settle(_STEPS_UNDER_WAY)
+        is_one = jax.process_count() == 1
+        if pause(settle, agree=is_one or (part.steps + len(under_way)) % _STEPS_TO_AGREE == 0):
+            start = time.monotonic()
+    settle()
 
 
-def _finite(losses: list[jax.Array | float], i: int, epoch: int) -> float:
-    loss = float(losses[i])
-    if not math.isfinite(loss):
-        step = (i % len(losses)) + 1
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step} of epoch {epoch + 1}; training has stopped"
-        )
-    return loss
+def _not_finite(loss: float, trainer: Trainer, batches: Batches, epoch: int, step: int) -> str:
+    where = f"the loss is {loss} at step {step + 1} of epoch {epoch + 1}; training has stopped"
+    rows = batches.rows_not_finite(trainer.seed, epoch, step)
+    if not rows.size:
+        return f"{where}. The inputs are finite: is the learning rate too high?"
+    more = "" if rows.size <= 10 else f" and {rows.size - 10} more"
+    return f"{where}. Not finite are the inputs of points {', '.join(map(str, rows[:10]))}{more}"
+
+
+def _of_any_process(*flags: bool) -> tuple[bool, ...]:
+    """Whether any process has each of these set; the same in all of them."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(bool(any_of) for any_of in multihost_utils.process_allgather(np.array(flags)).any(axis=0))

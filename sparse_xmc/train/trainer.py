@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -13,7 +14,7 @@ import xla_ops
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import split
+from sparse_xmc.modules import path_name, split
 from sparse_xmc.train.config import TrainingConfig
 from sparse_xmc.train.step import State, Step, check_parts
 
@@ -121,6 +122,15 @@ class Trainer:
         if self.config.rewire.fraction:
             self.state = self._rewire(self.state, self._placed(batch), np.int32(self.step))
 
+    def array_not_finite(self) -> str | None:
+        """The name of an array of the state that has a value that is not finite, or None."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.state)
+        floats = [(path, a) for path, a in leaves if jax.dtypes.issubdtype(a.dtype, np.floating)]
+        for (path, _), finite in zip(floats, _are_finite([a for _, a in floats]), strict=True):
+            if not finite:
+                return path_name(getattr(entry, "key", getattr(entry, "name", entry)) for entry in path)
+        return None
+
     def restore(self, state: State) -> None:
         """Goes on from a state that was saved, on whatever mesh."""
         self.state = state if self.mesh is None else self._fill_up(state)
@@ -128,15 +138,18 @@ class Trainer:
     def _placed(self, batch: Batch) -> Batch:
         return batch if self.mesh is None else place_batch(batch, self.mesh)
 
-    def epoch(self, batches: Any, epoch: int, learning_rate: Callable[[int], float]) -> Iterator[jax.Array]:
-        """Trains for one epoch, yielding each step's loss.
+    def epoch(
+        self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
+    ) -> Iterator[jax.Array]:
+        """Trains for one epoch, or what is left of it, yielding each step's loss.
 
         Args:
-          batches: the training points: a `Batches`, or anything with its `shuffled(seed, epoch)`.
+          batches: the training points: a `Batches`, or anything with its `shuffled(seed, epoch, first=)`.
           epoch: the epoch's number, from 0; with the seed it fixes the order of the points.
           learning_rate: from a step's number within the epoch.
+          first: how many of its steps have been taken already.
         """
-        for i, batch in enumerate(batches.shuffled(self.seed, epoch)):
+        for i, batch in enumerate(batches.shuffled(self.seed, epoch, first=first), start=first):
             # Not at an epoch's end: what is evaluated has had time to use its connections.
             if self.config.rewire_interval == -1 and epoch > 0 and i == 0:
                 self.rewire(batch)
@@ -144,6 +157,11 @@ class Trainer:
 
 
 _OF_ADAMW = {"encoder_rate": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
+
+
+@jax.jit
+def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(array).all() for array in arrays]
 
 
 def _adamw(config: TrainingConfig) -> optax.GradientTransformation:

@@ -102,7 +102,7 @@ def test_the_latest_replaces_those_before(tmp_path, batches):
     restored = new_trainer()
     assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 3}
     assert_equal(restored.state, trainer.state)
-    assert [path.name for path in (tmp_path / "latest").iterdir()] == ["15"]
+    assert {path.name for path in (tmp_path / "latest").iterdir()} == {"10", "10.json", "15", "15.json"}
 
 
 def test_nothing_to_restore(tmp_path):
@@ -144,3 +144,97 @@ def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
     for a, b in zip(values(trainer.state["moments"]), moments, strict=True):
         np.testing.assert_array_equal(a, b)
     train(trainer, batches, [4])  # the restored arrays can be trained on
+
+
+def save_twice(directory, batches):
+    """Checkpoints after 5 and 10 steps; what they are of."""
+    trainer = new_trainer()
+    with Checkpoints(directory) as checkpoints:
+        for epoch in range(2):
+            train(trainer, batches, [epoch])
+            checkpoints.save_latest(trainer, {"epochs": epoch + 1})
+    return trainer
+
+
+def some_file(directory):
+    return max(
+        (path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "has changed"),
+        (truncate, "has changed"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: (path.parent / "more").write_bytes(b"more"), "more is new"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, batches, caplog, damage, message):
+    save_twice(tmp_path, batches)
+    damage(some_file(tmp_path / "latest" / "10"))
+    restored = new_trainer(seed=7)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(restored) == {"epochs": 1}
+    assert restored.step == 5
+    (warning,) = caplog.messages
+    assert "latest/10 is damaged" in warning
+    assert message in warning
+    # The run goes on, and writes the same checkpoint anew.
+    train(restored, batches, [1])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_latest(restored, {"epochs": 2})
+        assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}
+
+
+def test_one_without_its_checksums_was_being_written(tmp_path, batches, caplog):
+    save_twice(tmp_path, batches)
+    (tmp_path / "latest" / "10.json").unlink()
+    (tmp_path / "latest" / "a folder of someone else").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(new_trainer()) == {"epochs": 1}
+    assert not caplog.messages
+
+
+def test_where_all_are_damaged_it_says_so(tmp_path, batches):
+    save_twice(tmp_path, batches)
+    flip(some_file(tmp_path / "latest" / "5"))
+    (tmp_path / "latest" / "10.json").write_text("{")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="all checkpoints are damaged"):
+        checkpoints.restore_latest(new_trainer())
+
+
+def test_lost_or_damaged_best_weights_are_named(tmp_path, batches):
+    trainer = new_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(FileNotFoundError, match="best: no weights were saved"):
+            checkpoints.restore_best(trainer)
+        checkpoints.save_best(trainer)
+        flip(some_file(tmp_path / "best" / "1"))
+        with pytest.raises(ValueError, match=r"best: all checkpoints are damaged: .* has changed"):
+            checkpoints.restore_best(trainer)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path, batches, monkeypatch):
+    trainer = save_twice(tmp_path, batches)
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    train(trainer, batches, [2])
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._latest._orbax, "save", fail)
+        with pytest.raises(OSError, match=r"latest/15: .* No space left on device; that of step 10 is still"):
+            checkpoints.save_latest(trainer, {"epochs": 3})
+        assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}

@@ -11,7 +11,7 @@ from sparse_xmc import Trainer, TrainingConfig, fit
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.evaluation import evaluate
-from sparse_xmc.train import Callback, Checkpoints, GradientDensity, Progress, RecordFile
+from sparse_xmc.train import Callback, Checkpoints, GradientDensity, Progress, RecordFile, Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, sched
     )
     with Checkpoints(tmp_path / "stopped") as checkpoints:
         records = fit(trainer, train, validation, checkpoints=checkpoints, callbacks=callbacks, **options)
-    assert f"going on after epoch {(stopped_after - 1) // 5}\n" in capsys.readouterr().out
+    # Checkpoints are written after each step, and the last step was stopped in its callback.
+    epochs, steps = divmod(stopped_after - 1, 5)
+    where = f"step {steps} of epoch {epochs + 1}" if steps else f"epoch {epochs}"
+    assert f"going on after {where}\n" in capsys.readouterr().out
     assert [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()] == records
 
     def timeless(records):
@@ -175,3 +178,55 @@ def test_progress_is_a_line_for_each_epoch(capsys):
     fit(new_trainer(epochs=1), make_dataset(), callbacks=[Progress()])
     assert "validation" not in capsys.readouterr().out
     assert math.isfinite(records[0]["seconds"])
+
+
+def test_it_stops_when_asked_and_goes_on(tmp_path):
+    whole = new_trainer(epochs=3)
+    expected = fit(whole, make_dataset())
+    trainer = new_trainer(epochs=3)
+    for at in (3, 10, 11):  # within an epoch, at the end of one, and after the first step of the next
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(Stopped) as stopped:
+            fit(
+                trainer,
+                make_dataset(),
+                checkpoints=checkpoints,
+                should_stop=lambda t=trainer, at=at: t.step == at,
+            )
+        epoch, step = divmod(at - 1, 5)
+        assert (stopped.value.epoch, stopped.value.step) == (epoch + 1, step + 1)
+        assert (
+            str(stopped.value)
+            == f"stopped after step {step + 1} of epoch {epoch + 1}; saved in {tmp_path}/latest"
+        )
+        trainer = new_trainer(epochs=3)
+    with Checkpoints(tmp_path) as checkpoints:
+        records = fit(trainer, make_dataset(), checkpoints=checkpoints)
+    assert [r["loss"] for r in records] == [r["loss"] for r in expected]
+    for a, b in zip(arrays(trainer), arrays(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(Stopped, match="nothing was saved"):
+        fit(new_trainer(), make_dataset(), should_stop=lambda: True)
+
+
+def test_what_is_not_finite_is_named_and_not_saved(tmp_path):
+    train = make_dataset()
+    features = train.features.copy()
+    features[17, 3] = np.inf
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(FloatingPointError, match=r"Not finite are the inputs of points 17$"):
+            fit(
+                new_trainer(),
+                Dataset(features, train.labels),
+                checkpoints=checkpoints,
+                checkpoint_minutes=0.0,
+            )
+        # The state of the last checkpoint is finite.
+        trainer = new_trainer()
+        checkpoints.restore_latest(trainer)
+        assert trainer.array_not_finite() is None
+    with pytest.raises(FloatingPointError, match=r"The inputs are finite: is the learning rate too high\?"):
+        fit(new_trainer(learning_rate=1e30), train)
+    trainer = new_trainer()
+    kernel = trainer.state["params"]["head"]["output"]["kernel"]
+    kernel.set_value(kernel[...].at[2, 1].set(np.nan))
+    assert trainer.array_not_finite() == "params.head.output.kernel.value"
