@@ -229,7 +229,8 @@ class XMCClassifier(BaseEstimator):
         self._fitted.save(directory)
         own = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
         parameters = json.dumps(own, indent=2, default=os.fspath)
-        write_text(Path(directory) / _PARAMETERS, parameters + "\n")
+        if jax.process_index() == 0:
+            write_text(Path(directory) / _PARAMETERS, parameters + "\n")
 
     @classmethod
     def load(

@@ -104,7 +104,8 @@ def _place(array: Any, mesh: Mesh) -> Any:
     if isinstance(array.sharding, NamedSharding) and array.sharding.mesh == mesh:
         return array
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_place(jax.random.key_data(array), mesh))
+        data = _place(jax.random.key_data(array), mesh)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     return _split(array, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -18,10 +18,12 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.heads import Head
 from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import path_name
 
 CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
+_LABEL_ROWS = "label_rows"  # of the weights, where a mesh has filled them up
 FROZEN, TOKENIZER = "frozen_encoder.json", "tokenizer.json"
 
 
@@ -82,17 +84,24 @@ class SavedModel:
             (directory / TOKENIZER).unlink(missing_ok=True)
             if isinstance(self.pretrained, Tokenizer):
                 self.pretrained.save(directory)
-            write_text(directory / CONFIG, json.dumps(self.config.to_json(), indent=2) + "\n")
+            config = self.config.to_json() | {_LABEL_ROWS: self.model.head.label_rows}
+            write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
 
     def start_from(self, trained: "SavedModel") -> None:
         """Gives the classifier the weights and connections of a trained one, to be trained further.
 
-        A pretrained encoder that this one trains, and of the other was frozen, keeps its own weights.
+        A pretrained encoder that this one trains, and of the other was frozen, keeps its own weights. The two
+        share arrays then, so that training this one uses the other up.
 
         Raises:
           ValueError: the two have other sizes, words or labels.
         """
+        if self.config.num_labels != trained.config.num_labels:
+            raise ValueError(
+                f"the model to start from has {trained.config.num_labels} labels, "
+                f"expected {self.config.num_labels}"
+            )
         for what, names in (("words", _words), ("labels", _labels)):
             if names(self) != names(trained):
                 raise ValueError(
@@ -134,8 +143,10 @@ class SavedModel:
                     f"{directory / name}: not there; is this the directory of a saved model?"
                 )
         try:
-            config = ClassifierConfig.from_json(json.loads((directory / CONFIG).read_text()))
-        except ValueError as error:
+            fields = json.loads((directory / CONFIG).read_text())
+            rows = fields.pop(_LABEL_ROWS, None)
+            config = ClassifierConfig.from_json(fields)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{directory / CONFIG}: not the configuration of a classifier: {error}"
             ) from error
@@ -165,8 +176,11 @@ class SavedModel:
         if mesh is None:
             model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
         else:
-            model = config.make(mesh=mesh, rngs=nnx.Rngs(0))  # for the places of its arrays
-        return cls(config, load_weights(directory / MODEL, model), texts, labels, pretrained)
+            # For the places of its arrays, which are given back before others are read.
+            graphdef, state = nnx.split(config.make(mesh=mesh, rngs=nnx.Rngs(0)))
+            model = nnx.merge(graphdef, shapes_of(state))
+        weights = load_weights(directory / MODEL, model, label_rows=rows)
+        return cls(config, weights, texts, labels, pretrained)
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
@@ -175,8 +189,10 @@ def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
         checkpointer.save(Path(path).absolute(), nnx.split(model)[1], force=True)
 
 
-def load_weights(path: str | os.PathLike, model: nnx.Module) -> Any:
+def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int | None = None) -> Any:
     """What `save_weights` saved of a module like `model`, of which only the shapes matter.
+
+    `label_rows` are those of the head that was saved, if it was on a mesh.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -187,8 +203,8 @@ def load_weights(path: str | os.PathLike, model: nnx.Module) -> Any:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        num_labels = model.head.num_labels if isinstance(model, Classifier) else None
-        check_sizes(checkpointer.metadata(path).item_metadata, state, num_labels, path)
+        head = model.head if isinstance(model, Classifier) else None
+        check_sizes(checkpointer.metadata(path).item_metadata, state, path, head, label_rows)
         args = ocp.args.StandardRestore(shapes_of(state), strict=False)
         loaded = nnx.merge(graphdef, checkpointer.restore(path, args=args))
     if isinstance(loaded, Classifier):
@@ -213,11 +229,9 @@ def _weights(model: nnx.Module) -> dict[str, nnx.Variable]:
     }
 
 
-# Labels of a mesh's last devices are filled up to a size that all have; no mesh has more devices than this.
-_MOST_DEVICES = 1 << 16
-
-
-def check_sizes(metadata: Any, expected: Any, num_labels: int | None, path: Path) -> None:
+def check_sizes(
+    metadata: Any, expected: Any, path: Path, head: Head | None = None, label_rows: int | None = None
+) -> None:
     """Raises ValueError unless what was saved fits a state, but for the rows that fill up a mesh's labels.
 
     Compared before anything is read: Orbax' own complaint comes half way.
@@ -225,26 +239,28 @@ def check_sizes(metadata: Any, expected: Any, num_labels: int | None, path: Path
     Args:
       metadata: Orbax's, of what was saved.
       expected: the state, of arrays or their shapes.
-      num_labels: L, if the state has a head's.
       path: where it was saved, for the message.
+      head: that of the state, if it has one.
+      label_rows: how many rows what is `by_label` had when it was saved.
     """
     there, here = _leaves(metadata.tree), _leaves(expected)
+    by_label = "|".join(map(re.escape, head.by_label)) if head is not None else ""
+    has_rows = re.compile(rf"(((params|other)\.)?head|moments\.\w+)\.({by_label})" if by_label else "(?!)")
 
-    def fits(name: str) -> bool:
-        saved, wanted = there.get(name), here.get(name)
-        if saved is None or wanted is None or _size(saved) == _size(wanted):
-            return saved is not None and wanted is not None
-        if num_labels is None or not re.search(r"(^|\.)output\.(kernel|indices|bias)$", name):
-            return False
-        filled_up = len(saved.shape) > 0 and num_labels <= saved.shape[0] < num_labels + _MOST_DEVICES
-        return filled_up and (saved.shape[1:], saved.dtype) == (wanted.shape[1:], wanted.dtype)
+    def as_saved(name: str) -> str:
+        """The size that an array must have had."""
+        array = here[name]
+        if label_rows is None or not has_rows.fullmatch(name):
+            return _size(array)
+        return _size(jax.ShapeDtypeStruct((label_rows, *array.shape[1:]), array.dtype))
 
-    if different := sorted(name for name in there | here if not fits(name)):
+    wanted = {name: as_saved(name) for name in here}
+    found = {name: _size(array) for name, array in there.items()}
+    if different := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
         name = different[0]
-        was, is_now = (_size(of[name]) if name in of else None for of in (there, here))
         raise ValueError(
-            f"{path}: not the weights of such a model: {name} is {was or 'missing'}, "
-            f"expected {is_now or 'none'}"
+            f"{path}: not the weights of such a model: {name} is {found.get(name, 'missing')}, "
+            f"expected {wanted.get(name, 'none')}"
         )
 
 
@@ -268,7 +284,7 @@ def shapes_of(state: Any) -> Any:
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shape_of(array):
-        sharding = array.sharding if isinstance(array, jax.Array) else local
+        sharding = getattr(array, "sharding", None) or local
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     return jax.tree.map(shape_of, state)

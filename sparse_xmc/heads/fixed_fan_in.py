@@ -127,6 +127,7 @@ class FixedFanInHead(LayeredHead):
     Reference: Schultheis & Babbar, ECML-PKDD 2023.
     """
 
+    by_label = ("output.kernel", "output.indices", "output.bias")
     output: FixedFanInLinear
 
     def __init__(
@@ -184,36 +185,36 @@ class FixedFanInHead(LayeredHead):
         values = (self.direct_scale * jnp.asarray(words.values)).astype(self.output.kernel.dtype)
         return dataclasses.replace(words, values=values)
 
-    def _read(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:
-        """The output layer's dense inputs, and the words behind them."""
-        return self.hidden(x), self._words(split_features(x)[1])
-
     def __call__(self, x: Array | Features) -> Array:
-        return self.output(*self._read(x))
+        return self.output(*self.output_inputs(x))
 
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
-        x, words = self._read(x)
-        own = positives - self.first_label()
+        x, words = self.output_inputs(x)
+        own = self.own_positives(positives)
         options: dict[str, Any] = {"loss": loss, "num_labels": self.labels_of_all, "sparse": words}
         value = xla_ops.fan_in_loss(*self.output.cast(x), own, **options)
         return value if self.part is None else self.part.sum(value)
 
     def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
-        x, words = self._read(x)
+        x, words = self.output_inputs(x)
         return xla_ops.fan_in_top_k(*self.output.cast(x), k, sparse=words)
 
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+        inputs = self.output_inputs(x)
         for block in label_blocks(self.num_labels):
             labels = jnp.arange(block.start, block.stop)
-            yield self.logits_of(x, block.start, block.stop - block.start), labels
+            yield self.logits_of(inputs, block.start, block.stop - block.start), labels
 
-    def logits_of(self, x: Array | Features, start: ArrayLike, count: int) -> Array:
-        """The logits [B, count] of so many labels from `start` on."""
-        x, words = self._read(x)
-        x, kernel, indices, bias = self.output.cast(x)
+    def output_inputs(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:
+        """The output layer's dense inputs, and the words behind them."""
+        return self.hidden(x), self._words(split_features(x)[1])
+
+    def logits_of(self, inputs: tuple[Array, SparseInputs | None], start: ArrayLike, count: int) -> Array:
+        """The logits [B, count] of so many labels from `start` on, for `output_inputs`."""
+        x, kernel, indices, bias = self.output.cast(inputs[0])
         kernel, indices = (jax.lax.dynamic_slice_in_dim(a, start, count) for a in (kernel, indices))
         bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, count)
-        return xla_ops.fan_in_matmul(x, kernel, indices, bias, sparse=words)
+        return xla_ops.fan_in_matmul(x, kernel, indices, bias, sparse=inputs[1])
 
     def init_moments(self, training):
         dtype = self.output.dtype
@@ -228,7 +229,7 @@ class FixedFanInHead(LayeredHead):
         layer, names = self.output, ("output.kernel", "output.bias")
         kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
         words = self._words(inputs.words)
-        own = inputs.positives - self.first_label()
+        own = self.own_positives(inputs.positives)
         arguments = (inputs.x.astype(kernel.dtype), kernel, layer.indices[...], bias, own)
         options: dict[str, Any] = {"loss": training.loss, "num_labels": self.labels_of_all, "sparse": words}
         rate = training.output_rate * inputs.learning_rate
@@ -263,9 +264,9 @@ class FixedFanInHead(LayeredHead):
         kernel, indices = layer.kernel[...], layer.indices[...]
         remembered = (moments.mu[name], moments.nu[name]) if name in moments.mu else ()
         if config.growth == "active":
-            hidden, words = self._read(x)
+            hidden, words = self.output_inputs(x)
             kernel, indices, _, remembered = rewire_active(
-                kernel, indices, hidden, positives - self.first_label(), config, remembered, words
+                kernel, indices, hidden, self.own_positives(positives), config, remembered, words
             )
         else:
             kernel, indices, _, remembered = rewire(

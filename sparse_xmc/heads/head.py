@@ -105,11 +105,13 @@ class Head(nnx.Module):
       in_features: E.
       num_labels: L.
       mesh: the devices that its labels are split over, or None.
+      by_label: the names of variables with a row for each label, which a mesh may fill up with more.
     """
 
     in_features: int
     num_labels: int
     mesh: jax.sharding.Mesh | None = None
+    by_label: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def __call__(self, x: Array | Features) -> Array:
@@ -159,6 +161,11 @@ class Head(nnx.Module):
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
         """The same step by `jax.grad` of `loss` and Optax: a reference."""
+
+    @property
+    def label_rows(self) -> int:
+        """How many rows the variables `by_label` have: L, or on a mesh more."""
+        return self.num_labels
 
     def fill_up(self) -> None:
         """Makes right what is beyond the last label, after arrays of another mesh have been read."""

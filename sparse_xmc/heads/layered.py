@@ -69,6 +69,13 @@ class LayeredHead(Head):
         """The number of this head's first label among those."""
         return 0 if self.part is None else self.part.first(self.num_labels)
 
+    def own_positives(self, positives: Array) -> Array:
+        """Positives as this head numbers labels; those of other devices, and what is none, are below 0."""
+        if self.part is None:
+            return positives
+        own = (positives >= self.first_label()) & (positives < self.labels_of_all)
+        return jnp.where(own, positives - self.first_label(), -1)
+
     def hidden(self, x: Array | Features) -> Array:
         """The output layer's dense input, for x [B, E]."""
         x, _ = split_features(x)

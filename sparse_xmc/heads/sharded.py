@@ -47,6 +47,7 @@ class ShardedHead(Head):
     """
 
     mesh: Mesh
+    by_label = ("output.kernel", "output.indices", "output.bias")
 
     def __init__(
         self, graphdef: nnx.GraphDef, state: nnx.State, mesh: Mesh, in_features: int, num_labels: int
@@ -126,62 +127,38 @@ class ShardedHead(Head):
     def _local(self, state: nnx.State) -> "FixedFanInHead":
         return nnx.merge(self.local, state, copy=True)
 
-    def _on_devices(self, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-        """A function of (head, *arguments) as one of the arguments; what it does to the head is kept."""
-        specs = _specs(nnx.split(self)[1], self.mesh)
+    def _run(self, function: "_Function", static: tuple, *arguments: Any, changes: bool = False) -> Any:
+        """The results of a function of (head, static, *arguments) on all devices.
 
-        def on_device(state, *arguments):
-            head = self._local(state)
-            results = function(head, *arguments)
-            return nnx.split(head)[1], results
-
-        sharded = jax.jit(
-            jax.shard_map(
-                on_device, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=(specs, out_specs)
-            )
-        )
-
-        def call(*arguments):
-            state, results = sharded(nnx.split(self)[1], *arguments)
-            nnx.update(self, state)
+        With `changes` what it does to the head is kept. Compiled once for each function and `static`.
+        """
+        call = _on_devices(self.local, self.mesh, function, static, changes)
+        results = call(nnx.split(self)[1], *arguments)
+        if not changes:
             return results
-
-        return call
+        state, results = results
+        nnx.update(self, state)
+        return results
 
     def __call__(self, x: Array | Features) -> Array:
         """The logits [B, L], which are as large as that on every device: for tests and small L."""
-        logits = self._on_devices(
-            lambda head, x: head(x), (_EVERYWHERE,), PartitionSpec(None, self.mesh.axis_names)
-        )(x)
-        return logits[:, : self.num_labels]
+        return self._run(_logits, (), x)[:, : self.num_labels]
 
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
-        return self._on_devices(
-            lambda head, x, positives: head.loss(x, positives, loss), (_EVERYWHERE, _EVERYWHERE), _EVERYWHERE
-        )(x, positives)
+        return self._run(_loss, (loss,), x, positives)
 
     def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
         if not 1 <= k <= self.num_labels:
             raise ValueError(f"k must be in 1..{self.num_labels}, got {k}")
-        axes = self.mesh.axis_names
-
-        def best(head, x):
-            scores, labels = head.top_k(x, min(k, head.num_labels))
-            labels = labels + head.first_label()
-            # Parts in the order of their labels, each sorted: of equal scores the lower label stays first.
-            scores, labels = (_gathered(a, axes) for a in (scores, labels))
-            scores, at = jax.lax.top_k(scores, k)
-            return scores, jnp.take_along_axis(labels, at, axis=1)
-
-        return self._on_devices(best, (_EVERYWHERE,), (_EVERYWHERE, _EVERYWHERE))(x)
+        return self._run(_top_k, (k,), x)
 
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
         size = self.output.kernel.shape[0] // self.mesh.size
         firsts = range(0, size * self.mesh.size, size)
+        inputs = self._run(_inputs, (), x)
         for block in label_blocks(size):
             rows = block.stop - block.start
-            of_block = _logits_of_rows(self.local, self.mesh, rows)
-            logits, labels = of_block(nnx.split(self)[1], x, np.int32(block.start))
+            logits, labels = self._run(_logits_of_rows, (rows,), inputs, np.int32(block.start))
             real = sum(min(rows, max(0, self.num_labels - first - block.start)) for first in firsts)
             yield logits[:, :real], labels[:real]
 
@@ -205,30 +182,14 @@ class ShardedHead(Head):
         return self._step("step_by_optax", inputs, moments, training)
 
     def _step(self, kind: str, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining):
-        of_moments = _specs_of_moments(moments, self.mesh)
-
-        def step(head, inputs, moments):
-            x, positives, learning_rate, seed, number, words = inputs
-            own = StepInputs(x, positives, learning_rate, seed, number, wants_d_x, words)
-            return getattr(head, kind)(own, moments, training)
-
-        wants_d_x = inputs.wants_d_x
-        seed = jnp.asarray(inputs.seed, jnp.uint32)
-        arrays = (inputs.x, inputs.positives, inputs.learning_rate, seed, inputs.step, inputs.words)
-        out_specs = (_EVERYWHERE, _EVERYWHERE, of_moments)
-        return self._on_devices(step, (_EVERYWHERE, of_moments), out_specs)(arrays, moments)
+        arrays = inputs._replace(seed=jnp.asarray(inputs.seed, jnp.uint32), wants_d_x=False)
+        return self._run(_step, (kind, inputs.wants_d_x, training), arrays, moments, changes=True)
 
     def check_rewiring(self, config: RewireConfig) -> None:
         self._local(nnx.split(self)[1]).check_rewiring(config)
 
     def rewire(self, x, positives, moments, key, config):
-        of_moments = _specs_of_moments(moments, self.mesh)
-
-        def rewire(head, x, positives, moments, key):
-            return head.rewire(x, positives, moments, key, config)
-
-        in_specs = (_EVERYWHERE, _EVERYWHERE, of_moments, _EVERYWHERE)
-        return self._on_devices(rewire, in_specs, of_moments)(x, positives, moments, key)
+        return self._run(_rewire, (config,), x, positives, moments, key, changes=True)
 
     def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
         """The bytes that training takes on each device."""
@@ -242,37 +203,114 @@ class ShardedHead(Head):
         local = nnx.merge(self.local, jax.tree_util.tree_map_with_path(own, state))
         return local.memory(batch_size, training)
 
+    @property
+    def label_rows(self) -> int:
+        return self.output.kernel.shape[0]
+
     def fill_up(self) -> None:
         """Gives the labels that fill up the last devices the weights that they must have."""
-        self._on_devices(lambda head: _fill_up(head), (), None)()
+        self._run(_fill_up_head, (), changes=True)
+
+
+# ---- what devices do ----
+
+_Function = Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=128)
+def _on_devices(
+    local: nnx.GraphDef, mesh: Mesh, function: _Function, static: tuple, changes: bool
+) -> Callable:
+    """`ShardedHead._run` as a compiled function of the head's state and the arguments."""
+
+    def specs_of(argument):
+        is_moments = isinstance(argument, optax.ScaleByAdamState)
+        return _specs_of_moments(argument, mesh) if is_moments else _EVERYWHERE
+
+    def call(state, *arguments):
+        def on_device(state, *arguments):
+            head = nnx.merge(local, state, copy=True)
+            results = function(head, static, *arguments)
+            return (nnx.split(head)[1], results) if changes else results
+
+        specs, of_arguments = _specs(state, mesh), tuple(map(specs_of, arguments))
+        moments = next((s for s in of_arguments if isinstance(s, optax.ScaleByAdamState)), None)
+        of_results = _RESULTS[function](mesh.axis_names, moments)
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs, *of_arguments),
+            out_specs=(specs, of_results) if changes else of_results,
+        )(state, *arguments)
+
+    return jax.jit(call)
+
+
+def _logits(head, static, x):
+    return head(x)
+
+
+def _loss(head, static, x, positives):
+    return head.loss(x, positives, *static)
+
+
+def _top_k(head, static, x):
+    (k,), axes = static, head.part.axes
+    scores, labels = head.top_k(x, min(k, head.num_labels))
+    # One device ranks what is not finite with the label -1; what fills up the last devices is nothing at all.
+    numbers = labels + head.first_label()
+    real = (labels >= 0) & (numbers < head.part.num_labels)
+    scores, labels = jnp.where(real, scores, -jnp.inf), jnp.where(real, numbers, -1)
+    # Parts in the order of their labels, each sorted: of equal scores the lower label stays first.
+    scores, labels = (_gathered(a, axes) for a in (scores, labels))
+    scores, at = jax.lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(labels, at, axis=1)
+
+
+def _inputs(head, static, x):
+    return head.output_inputs(x)
+
+
+def _logits_of_rows(head, static, inputs, start):
+    """The logits of so many of each device's labels from `start` on, and their numbers."""
+    (rows,) = static
+    return head.logits_of(inputs, start, rows), head.first_label() + start + jnp.arange(rows)
+
+
+def _step(head, static, inputs, moments):
+    kind, wants_d_x, training = static
+    return getattr(head, kind)(inputs._replace(wants_d_x=wants_d_x), moments, training)
+
+
+def _rewire(head, static, x, positives, moments, key):
+    return head.rewire(x, positives, moments, key, *static)
+
+
+def _fill_up_head(head, static):
+    _fill_up(head)
+
+
+# How the results of each are split, given the mesh's axes and how moments are.
+_RESULTS: dict[_Function, Callable[[tuple, Any], Any]] = {
+    _logits: lambda axes, moments: PartitionSpec(None, axes),
+    _loss: lambda axes, moments: _EVERYWHERE,
+    _top_k: lambda axes, moments: _EVERYWHERE,
+    _inputs: lambda axes, moments: _EVERYWHERE,
+    _logits_of_rows: lambda axes, moments: (PartitionSpec(None, axes), PartitionSpec(axes)),
+    _step: lambda axes, moments: (_EVERYWHERE, _EVERYWHERE, moments),
+    _rewire: lambda axes, moments: moments,
+    _fill_up_head: lambda axes, moments: None,
+}
 
 
 def _fill_up(head: "FixedFanInHead") -> None:
     """Takes the labels beyond the last out of the loss and of every ranking."""
     assert head.part is not None
+    assert head.output.bias is not None
     real = head.part.first(head.num_labels) + jnp.arange(head.num_labels) < head.part.num_labels
     kernel, bias = head.output.kernel, head.output.bias
     kernel.set_value(jnp.where(real[:, None], kernel[...], 0).astype(kernel.dtype))
-    if bias is not None:
-        bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
-
-
-@functools.lru_cache(maxsize=8)
-def _logits_of_rows(local: nnx.GraphDef, mesh: Mesh, rows: int) -> Callable:
-    """The logits of so many labels of each device from a given one on, and their numbers; compiled once."""
-    by_label = PartitionSpec(mesh.axis_names)
-
-    @jax.jit
-    def logits(state, x, start):
-        def on_device(state, x, start):
-            head = nnx.merge(local, state, copy=True)
-            return head.logits_of(x, start, rows), head.first_label() + start + jnp.arange(rows)
-
-        specs = (_specs(state, mesh), _EVERYWHERE, _EVERYWHERE)
-        out_specs = (PartitionSpec(None, mesh.axis_names), by_label)
-        return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out_specs)(state, x, start)
-
-    return logits
+    bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
 
 
 def _as_words(array: Array) -> Array:
@@ -284,7 +322,8 @@ def _as_words(array: Array) -> Array:
 def _as_key(words: Any, like: Array) -> Array:
     """The key that `_as_words` was given, or whatever else was like that."""
     is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
-    return jax.random.wrap_key_data(jnp.asarray(words)) if is_key else jnp.asarray(words)
+    words = jnp.asarray(words)
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if is_key else words
 
 
 def _gathered(array: Array, axes: tuple[str, ...]) -> Array:

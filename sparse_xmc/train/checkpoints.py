@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from sparse_xmc.data.files import write_text
+from sparse_xmc.heads import Head
 from sparse_xmc.saving import check_sizes, shapes_of
 from sparse_xmc.train.trainer import Trainer
 
@@ -58,7 +59,7 @@ class Checkpoints:
           OSError: it could not be written; what was saved before is still there.
         """
         state, progress_args = ocp.args.StandardSave(trainer.state), ocp.args.JsonSave(progress)
-        self._latest.save(trainer.step, ocp.args.Composite(state=state, progress=progress_args))
+        self._latest.save(trainer.step, ocp.args.Composite(state=state, progress=progress_args), trainer.head)
 
     def restore_latest(self, trainer: Trainer) -> dict | None:
         """Puts a trainer into the state last saved and returns its progress; None where nothing was saved.
@@ -67,8 +68,7 @@ class Checkpoints:
           ValueError: what was saved is of another model, or all of it is damaged.
         """
         for step in self._latest.intact():
-            metadata = self._latest.metadata(step)["state"]
-            check_sizes(metadata, trainer.state, trainer.num_labels, self._latest.directory / str(step))
+            self._latest.check(step, self._latest.metadata(step)["state"], trainer.state, trainer.head)
             state = ocp.args.StandardRestore(shapes_of(trainer.state), strict=False)
             args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
             restored = self._latest.restore(step, args)
@@ -81,12 +81,14 @@ class Checkpoints:
         """Saves the weights, in place of those saved before."""
         # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again.
         number = max(self._best.numbers(), default=0) + 1
-        self._best.save(number, ocp.args.StandardSave(_weights(trainer.state)))
+        self._best.save(number, ocp.args.StandardSave(_weights(trainer.state)), trainer.head)
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
         for number in self._best.intact():
-            args = ocp.args.StandardRestore(shapes_of(_weights(trainer.state)), strict=False)
+            weights = _weights(trainer.state)
+            self._best.check(number, self._best.metadata(number), weights, trainer.head)
+            args = ocp.args.StandardRestore(shapes_of(weights), strict=False)
             trainer.restore(trainer.state | self._best.restore(number, args))
             return
         raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
@@ -95,7 +97,8 @@ class Checkpoints:
 class _Numbered:
     """Checkpoints in a directory, each in one of its own with a number, of which the last few are kept.
 
-    The checksums of one are in a file beside it, which is written last: without it the checkpoint is none.
+    A file beside each has its checksums, and how many labels it is of. It is written last: without it the
+    checkpoint is none.
     """
 
     def __init__(self, directory: Path, handler: Any, keep: int):
@@ -116,7 +119,14 @@ class _Numbered:
     def restore(self, number: int, args: Any) -> Any:
         return self._orbax.restore(self.directory / str(number), args=args)
 
-    def save(self, number: int, args: Any) -> None:
+    def check(self, number: int, metadata: Any, expected: Any, head: Head) -> None:
+        """Raises ValueError unless a checkpoint is of a model with the sizes of this state and its head."""
+        path, record = self.directory / str(number), json.loads(self._record(number).read_text())
+        if record["num_labels"] != head.num_labels:
+            raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")
+        check_sizes(metadata, expected, path, head, record["label_rows"])
+
+    def save(self, number: int, args: Any, head: Head) -> None:
         """Writes a checkpoint, then deletes those that are not to be kept."""
         if number in self.numbers():
             return
@@ -124,7 +134,8 @@ class _Numbered:
         try:
             self._orbax.save(path, args=args, force=True)  # over what a killed process left
             if jax.process_index() == 0:
-                write_text(self._checksums(number), json.dumps(checksums(path)))
+                record = {"num_labels": head.num_labels, "label_rows": head.label_rows}
+                write_text(self._record(number), json.dumps(record | {"files": checksums(path)}))
         except Exception as error:  # of many types, by what failed
             reason = str(error).partition("\n")[0][:300] or type(error).__name__
             kept = self.numbers()
@@ -132,7 +143,7 @@ class _Numbered:
             raise OSError(f"{path}: the checkpoint could not be written: {reason}; {before}") from error
         if jax.process_index() == 0:
             for old in self.numbers()[: -self._keep]:
-                self._checksums(old).unlink(missing_ok=True)
+                self._record(old).unlink(missing_ok=True)
                 shutil.rmtree(self.directory / str(old), ignore_errors=True)
 
     def intact(self) -> Iterator[int]:
@@ -146,10 +157,9 @@ class _Numbered:
         for number in reversed(numbers):
             path = self.directory / str(number)
             try:
-                expected = json.loads(self._checksums(number).read_text())
-                wrong = differing_file(path, expected)
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                wrong = f"{self._checksums(number)}: {error}"
+                wrong = differing_file(path, json.loads(self._record(number).read_text())["files"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                wrong = f"{self._record(number)}: {error}"
             if not wrong:
                 found = True
                 if jax.process_index() == 0:
@@ -158,14 +168,14 @@ class _Numbered:
                 damaged = []
                 yield number
             else:
-                damaged.append(self._checksums(number))
+                damaged.append(self._record(number))
                 _log.warning("%s is damaged (%s): the checkpoint before it is used", path, wrong)
         if numbers and not found:
             raise ValueError(
                 f"{self.directory}: all checkpoints are damaged: {wrong}; remove them to start anew"
             )
 
-    def _checksums(self, number: int) -> Path:
+    def _record(self, number: int) -> Path:
         return self.directory / f"{number}.json"
 
 

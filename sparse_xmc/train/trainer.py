@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import xla_ops
 from sparse_xmc.data.batches import Batch
+from sparse_xmc.heads import Head
 from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import path_name, split
@@ -87,6 +88,11 @@ class Trainer:
         self._train = jax.jit(functions.train, donate_argnums=0, **train)
         self._rewire = jax.jit(functions.rewire, donate_argnums=0, **rewire)
         self._fill_up = jax.jit(functions.fill_up, donate_argnums=0, **rewire)
+
+    @property
+    def head(self) -> Head:
+        """The classifier's head, as `model` has it."""
+        return self.model.head
 
     @property
     def model(self) -> Classifier:

@@ -1,6 +1,7 @@
 """`python -m experiments.run` on a tiny data set, as users run it."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -183,6 +184,30 @@ def test_help_lists_the_flags_of_the_settings():
     printed = run("--help").stdout
     for flag in ("--workdir", "--fan_in", "--head", "--rewire_growth", "--learning_rate", "--embedding"):
         assert f"  {flag}: " in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_path, number):
+    workdir = tmp_path / "run"
+    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--checkpoint_minutes=1000"]
+    process = subprocess.Popen(
+        [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   2 "):
+            process.send_signal(number)
+            break
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "stopping after this step; once more to end at once" in errors
+    assert "Traceback" not in errors
+    assert f"saved in {workdir}/checkpoints/latest; the same command goes on" in printed
+
+    again = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert again.stdout.readline().startswith("going on after ")
+    again.kill()
+    again.wait()
+    again.stdout.close()
 
 
 def test_a_missing_file_is_an_error(tmp_path):

@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
-from small_models import make_model
+from small_models import config_of, make_model
 
 from sparse_xmc import RewireConfig, Trainer, TrainingConfig
 from sparse_xmc.data import Dataset
@@ -238,3 +240,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path, batch
         with pytest.raises(OSError, match=r"latest/15: .* No space left on device; that of step 10 is still"):
             checkpoints.save_latest(trainer, {"epochs": 3})
         assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}
+
+
+@pytest.mark.parametrize("kind", ["dense", "unstructured"])
+def test_arrays_of_other_sizes_are_refused(tmp_path, kind):
+    ours, other = (
+        Trainer(make_model(kind, fan_in=fan_in, penultimate=penultimate), TrainingConfig(batch_size=8))
+        for fan_in, penultimate in ((4, 16), (3, 12))
+    )
+    if kind == "dense":
+        config = config_of(kind)
+        other = Trainer(
+            dataclasses.replace(config, num_features=9).make(rngs=nnx.Rngs(0)), TrainingConfig(batch_size=8)
+        )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_latest(ours, {})
+        with pytest.raises(ValueError, match=r"not the weights of such a model: .*, expected "):
+            checkpoints.restore_latest(other)

@@ -1,6 +1,8 @@
 """Labels over several devices against one device: weights, losses, rankings, rewiring, checkpoints."""
 
 import itertools
+import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +152,46 @@ class TestHead:
         moments = sharded.init_moments(HeadTraining())
         assert {s.data.shape for s in moments.nu["output.kernel"].addressable_shards} == {(13, 5)}
 
+    def test_what_is_not_finite_is_ranked_as_such_and_filled_up_labels_never(self):
+        _, sharded = make_heads((1, 8), 13)
+        kernel = sharded.output.kernel
+        kernel.set_value(kernel[...].at[4].set(np.nan))
+        x, _ = make_inputs(13)
+        scores, labels = sharded.top_k(x, 13)
+        assert not np.isfinite(np.asarray(scores)[:, -1]).any()
+        np.testing.assert_array_equal(np.sort(labels, axis=1)[0], [-1, *range(4), *range(5, 13)])
+
+    def test_positives_that_are_no_labels_do_not_count(self):
+        one, sharded = make_heads((1, 8))
+        x, positives = make_inputs()
+        positives = positives.at[0].set(jnp.array([103, 111, 5]))  # 103 is the number of a filled-up label
+        for loss in ("squared_hinge", "bce"):
+            expected = one.loss(x, positives, loss)
+            np.testing.assert_allclose(sharded.loss(x, positives, loss), expected, rtol=1e-5)
+
+    def test_calls_compile_once(self):
+        _, sharded = make_heads((2, 2))
+        x, positives = make_inputs()
+        calls = (lambda: sharded.top_k(x, 3), lambda: sharded.loss(x, positives), lambda: sharded(x))
+        calls += (lambda: list(sharded.logits_in_blocks(x)),)
+        for call in calls:
+            call()
+        with jax.log_compiles(), warnings.catch_warnings(record=True), pytest.MonkeyPatch.context() as patch:
+            compiled = []
+            patch.setattr(
+                logging.getLogger("jax._src.dispatch"), "handle", lambda r: compiled.append(r.getMessage())
+            )
+            for call in calls:
+                call()
+        assert not [message for message in compiled if "Finished XLA compilation of jit(call)" in message]
+
+    def test_random_keys_of_any_kind(self):
+        rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
+        head = FixedFanInConfig(penultimate=24, fan_in=5).make_sharded(
+            FEATURES, LABELS, make_mesh(1, 2), rngs=rngs
+        )
+        assert head.output.kernel.shape == (104, 5)
+
     @pytest.mark.parametrize("kind", sorted(set(HEADS) - {"fixed_fan_in"}))
     def test_other_heads_are_refused(self, kind):
         with pytest.raises(ValueError, match="a mesh needs a fixed fan-in head, got "):
@@ -233,7 +275,28 @@ class TestTraining:
                 list(straight.epoch(Batches(dataset, 8), epoch, lambda step: 1e-2))
         assert_same_weights(straight.model.head, trainer.model.head)
 
-    def test_a_checkpoint_of_more_labels_is_refused(self, dataset, tmp_path):
+    @pytest.mark.parametrize("mesh", [None, (1, 8)])
+    @pytest.mark.parametrize("labels", [100, 150])
+    def test_a_checkpoint_of_other_labels_is_refused(self, dataset, tmp_path, mesh, labels):
+        # On 8 devices 100 and 103 labels have as many rows.
+        configs = [
+            ClassifierConfig(40, n, True, head=FixedFanInConfig(penultimate=24, fan_in=5))
+            for n in (labels, LABELS)
+        ]
+        mesh = mesh and make_mesh(*mesh)
+        models = [config.make(mesh=mesh, rngs=nnx.Rngs(0)) for config in configs]
+        trainers = [Trainer(model, TrainingConfig(batch_size=8)) for model in models]
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save_latest(trainers[0], {})
+            checkpoints.save_best(trainers[0])
+            for restore in (checkpoints.restore_latest, checkpoints.restore_best):
+                with pytest.raises(ValueError, match=rf"/\d+: is of {labels} labels, expected 103"):
+                    restore(trainers[1])
+        saved = [SavedModel(config, t.model) for config, t in zip(configs, trainers, strict=True)]
+        with pytest.raises(ValueError, match=f"has {labels} labels, expected 103"):
+            saved[1].start_from(saved[0])
+
+    def test_a_checkpoint_of_other_sizes_is_refused(self, dataset, tmp_path):
         _, trainer = make_trainer(dataset, (1, 2))
         config = ClassifierConfig(
             30, LABELS, bag_of_words=True, head=FixedFanInConfig(penultimate=24, fan_in=5)
@@ -241,8 +304,10 @@ class TestTraining:
         other = Trainer(config.make(rngs=nnx.Rngs(0)), trainer.config)
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save_latest(trainer, {})
-            with pytest.raises(ValueError, match=r"not the weights of such a model: .* expected"):
-                checkpoints.restore_latest(other)
+            checkpoints.save_best(trainer)
+            for restore in (checkpoints.restore_latest, checkpoints.restore_best):
+                with pytest.raises(ValueError, match=r"not the weights of such a model: .* expected"):
+                    restore(other)
 
 
 def test_saved_models_are_loaded_on_any_mesh(dataset, tmp_path):
