@@ -129,7 +129,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
     killed = subprocess.Popen(
         [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while len([p for p in tmp_path.glob("again/checkpoints/latest/*") if p.name.isdigit()]) == 0:
+    while not list(tmp_path.glob("again/checkpoints/latest/*.json")):
         assert killed.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
     killed.kill()
@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
     assert not (tmp_path / "again" / "result.json").exists()
 
     printed = output_of(*flags)
-    assert "going on after epoch" in printed
+    assert "going on after " in printed
     assert records(tmp_path / "again") == records(workdir)
     ours, theirs = result(tmp_path / "again"), result(workdir)
     for key in ("test", "train", "epochs", "model", "training"):
