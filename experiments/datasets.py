@@ -133,3 +133,8 @@ def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | T
         text_encoder=texts,
         label_encoder=labels,
     )
+
+
+def printable(name: object) -> str:
+    """A label's name without what a terminal would obey, or what would look like another column."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from experiments.datasets import printable
 from sparse_xmc import XMCClassifier
 from sparse_xmc.mesh import make_mesh, parse_mesh
 
@@ -34,7 +35,7 @@ def main(argv):
     texts = text.removesuffix("\n").split("\n") if text else []
     names, scores = classifier.predict(texts, k=min(_K.value, classifier.n_labels_))
     for row in zip(names, scores, strict=True):
-        print("\t".join(f"{name}\t{score:.4f}" for name, score in zip(*row, strict=True)))
+        print("\t".join(f"{printable(name)}\t{score:.4f}" for name, score in zip(*row, strict=True)))
 
 
 if __name__ == "__main__":

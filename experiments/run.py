@@ -11,12 +11,13 @@ at, once its state is saved, with exit status 130 and 143.
 
 import copy
 import dataclasses
+import fcntl
 import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -175,6 +176,7 @@ def main(argv):
     )
     workdir.mkdir(parents=True, exist_ok=True)
     if is_first:
+        lock = _lock(workdir)  # noqa: F841  # held until the process ends
         write_text(workdir / "flags.cfg", "".join(f"{line}\n" for line in _flag_lines()))
 
     memory = PeakMemory()
@@ -325,8 +327,22 @@ def _flag_lines() -> list[str]:
     return [flag.serialize() for flag in own_flags() if flag.value is not None]
 
 
+def _lock(workdir: Path) -> IO:
+    """Takes a working directory for this process; the file that is returned holds it."""
+    file = open(workdir / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"{workdir}: another run is at work in it; choose another --workdir") from error
+    return file
+
+
 def _check_flags(path: Path) -> None:
     """Raises if a run with other flags began in this directory; flags that change no result may differ."""
+
+    is_begun = any((path.parent / "checkpoints" / "latest").glob("*.json"))
+    if not is_begun and not (path.parent / "result.json").exists():
+        return  # there is nothing to go on from
 
     def that_matter(lines):
         return {line for line in lines if not line.startswith(tuple(f"--{n}=" for n in INCIDENTAL_FLAGS))}

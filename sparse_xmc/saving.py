@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import scipy.sparse
 from flax import nnx
 
-from sparse_xmc.data.files import write_text
+from sparse_xmc.data.files import checksums, differing_file, write_text
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
@@ -23,6 +23,8 @@ from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import path_name
 
 CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
+CHECKSUMS = "checksums.json"
+_FORMAT = 1  # of a saved model: a higher one is refused, and so is a lower one
 _LABEL_ROWS = "label_rows"  # of the weights, where a mesh has filled them up
 FROZEN, TOKENIZER = "frozen_encoder.json", "tokenizer.json"
 
@@ -76,6 +78,7 @@ class SavedModel:
             FROZEN: frozen,
         }
         if jax.process_index() == 0:
+            (directory / CHECKSUMS).unlink(missing_ok=True)  # it is half a model until they are there again
             for name, part in parts.items():
                 if part is None:
                     (directory / name).unlink(missing_ok=True)
@@ -87,6 +90,9 @@ class SavedModel:
             config = self.config.to_json() | {_LABEL_ROWS: self.model.head.label_rows}
             write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
+        if jax.process_index() == 0:
+            record = {"format": _FORMAT, "files": checksums(directory, _PARTS)}
+            write_text(directory / CHECKSUMS, json.dumps(record, indent=2) + "\n")
 
     def start_from(self, trained: "SavedModel") -> None:
         """Gives the classifier the weights and connections of a trained one, to be trained further.
@@ -134,7 +140,7 @@ class SavedModel:
 
         Raises:
           FileNotFoundError: a part is missing.
-          ValueError: the parts do not fit each other.
+          ValueError: the parts do not fit each other, or are not as they were saved.
         """
         directory = Path(directory)
         for name in (CONFIG, MODEL):
@@ -142,6 +148,7 @@ class SavedModel:
                 raise FileNotFoundError(
                     f"{directory / name}: not there; is this the directory of a saved model?"
                 )
+        _check_files(directory)
         try:
             fields = json.loads((directory / CONFIG).read_text())
             rows = fields.pop(_LABEL_ROWS, None)
@@ -210,6 +217,25 @@ def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int 
     if isinstance(loaded, Classifier):
         loaded.head.fill_up()
     return loaded
+
+
+_PARTS = (CONFIG, MODEL, TEXT_ENCODER, LABELS, FROZEN, TOKENIZER)
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ValueError unless a saved model's files are those that were saved."""
+    path = directory / CHECKSUMS
+    if not path.exists():
+        raise ValueError(f"{path}: not there: the model was saved only in part, or by another version")
+    try:
+        record = json.loads(path.read_text())
+        version, files = record["format"], dict(record["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the checksums of a saved model: {error!r}") from error
+    if version != _FORMAT:
+        raise ValueError(f"{directory}: a saved model of format {version}; this version reads {_FORMAT}")
+    if wrong := differing_file(directory, files, _PARTS):
+        raise ValueError(f"{directory}: the saved model is damaged: {wrong} since it was saved")
 
 
 def _words(saved: SavedModel) -> list[str] | None:

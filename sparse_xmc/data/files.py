@@ -2,11 +2,12 @@
 
 import contextlib
 import gzip
+import hashlib
 import lzma
 import os
 import tempfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,37 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(side, path)
+
+
+def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
+    """The SHA-256 of every file in a directory, by its path in there; or of some parts of it alone.
+
+    Args:
+      directory: the directory.
+      parts: names of files and directories in it; those that are missing are passed over.
+    """
+    found = {}
+    for part in parts:
+        top = directory / part
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file():
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found[path.relative_to(directory).as_posix()] = digest
+    return found
+
+
+def differing_file(directory: Path, expected: dict[str, str], parts: Iterable[str] = ("",)) -> str:
+    """What is not as `checksums` found it, in words; "" if nothing."""
+    actual = checksums(directory, parts)
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is new"
+        if actual[name] != expected[name]:
+            return f"{name} has changed"
+    return ""
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ begins with `path:line`.
 import array
 import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -80,6 +81,27 @@ class Dataset:
 
     def __len__(self) -> int:
         return self.features.shape[0]
+
+    def fingerprint(self) -> str:
+        """A short name for the points, which is another for other ones: from all labels, and some features.
+
+        Of features, which may be too many to read, it is the sizes and 256 rows from all over.
+        """
+        digest = hashlib.sha256(repr((self.features.shape, self.labels.shape)).encode())
+        rows = np.unique(np.linspace(0, max(0, len(self) - 1), 256).astype(np.int64))[: len(self)]
+        parts = [self.labels.indptr, self.labels.indices]
+        for matrix in (self.features, self.encoded):
+            if isinstance(matrix, np.ndarray):
+                parts.append(matrix[rows])
+            elif isinstance(matrix, TokenLists):
+                parts += [matrix.lengths, matrix[rows].ids]
+            elif matrix is not None:
+                some = matrix[rows]
+                parts += [some.indptr, some.indices, some.data]
+        for part in parts:
+            array = np.ascontiguousarray(part)
+            digest.update((array.astype(np.int64) if array.dtype.kind in "iu" else array).tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def num_features(self) -> int:

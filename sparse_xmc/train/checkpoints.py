@@ -1,6 +1,5 @@
 """Checkpoints of a training run, by Orbax: all that it needs to go on as if it had never stopped."""
 
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from sparse_xmc.data.files import write_text
+from sparse_xmc.data.files import checksums, differing_file, write_text
 from sparse_xmc.heads import Head
 from sparse_xmc.saving import check_sizes, shapes_of
 from sparse_xmc.train.trainer import Trainer
@@ -177,31 +176,6 @@ class _Numbered:
 
     def _record(self, number: int) -> Path:
         return self.directory / f"{number}.json"
-
-
-def checksums(directory: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a directory, by its path in there."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
-    return found
-
-
-def differing_file(directory: Path, expected: dict[str, str]) -> str:
-    """What is not as `checksums` found it, in words; "" if nothing."""
-    actual = checksums(directory)
-    for name in sorted(expected.keys() | actual.keys()):
-        if name not in actual:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is new"
-        if actual[name] != expected[name]:
-            return f"{name} has changed"
-    return ""
 
 
 def _weights(state: dict) -> dict:

@@ -91,7 +91,7 @@ def fit(
     batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
     records: list[dict[str, Any]] = []
     part = _Part()
-    run = {"seed": trainer.seed, **dataclasses.asdict(config)}
+    run = {"seed": trainer.seed, "data": train.fingerprint(), **dataclasses.asdict(config)}
     if checkpoints and (progress := checkpoints.restore_latest(trainer)):
         if different := sorted(name for name in run if run[name] != progress["run"].get(name)):
             was, now = ({name: of[name] for name in different} for of in (progress["run"], run))

@@ -168,3 +168,8 @@ def test_splits_that_do_not_fit_each_other_are_an_error(xmc, sizes, message):
 def test_names_that_mean_text(suffix):
     assert datasets._is_text(f"a/b.tsv{suffix}")
     assert not datasets._is_text(f"a.tsv/b.txt{suffix}")
+
+
+def test_what_a_terminal_would_obey_is_not_printed():
+    assert datasets.printable("caf\u00e9 \x1b[2J\ta\nb") == "caf\u00e9 \\x1b[2J\\ta\\nb"
+    assert datasets.printable(7) == "7"

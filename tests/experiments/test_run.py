@@ -189,7 +189,7 @@ def test_help_lists_the_flags_of_the_settings():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_path, number):
     workdir = tmp_path / "run"
-    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--checkpoint_minutes=1000"]
+    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--schedule=linear"]
     process = subprocess.Popen(
         [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -208,6 +208,40 @@ def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_pa
     again.kill()
     again.wait()
     again.stdout.close()
+
+
+def test_two_runs_are_not_at_work_in_one_directory(tsv, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--schedule=linear"]
+    first = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not first.stdout.readline().startswith("epoch   1 "):
+        assert first.poll() is None
+    assert error_of(*flags).endswith("another run is at work in it; choose another --workdir")
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    # One that left nothing to go on from is in nobody's way, whatever its flags were.
+    printed = output_of(*tsv, *SMALL, f"--workdir={workdir}", "--epochs=1", "--seed=9")
+    assert "going on" not in printed
+
+
+def test_a_run_does_not_go_on_with_other_data(tsv, tmp_path):
+    train = tmp_path / "train.tsv"
+    lines = Path(tsv[0].partition("=")[2]).read_text().splitlines()
+    train.write_text("\n".join(lines) + "\n")
+    workdir = tmp_path / "run"
+    flags = [
+        f"--train={train}",
+        tsv[1],
+        *SMALL,
+        f"--workdir={workdir}",
+        "--epochs=2",
+        "--checkpoint_minutes=0",
+    ]
+    output_of(*flags)
+    (workdir / "result.json").unlink()
+    train.write_text("\n".join(lines[::-1]) + "\n")
+    assert "the checkpoint is of a run with {'data': " in error_of(*flags)
 
 
 def test_a_missing_file_is_an_error(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from small_models import config_of, make_inputs, make_model
 
+from sparse_xmc import saving
 from sparse_xmc.data import LabelEncoder, TextEncoder
 from sparse_xmc.heads import HEADS
 from sparse_xmc.saving import SavedModel, load_weights, save_weights
@@ -56,8 +57,9 @@ def test_a_missing_part_is_an_error(tmp_path, part):
         SavedModel.load(tmp_path)
 
 
-def test_parts_that_do_not_fit_are_errors(tmp_path):
+def test_parts_that_do_not_fit_are_errors(tmp_path, monkeypatch):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
+    monkeypatch.setattr(saving, "_check_files", lambda directory: None)  # which would have seen all of it
     LabelEncoder(NAMES.names[1:]).save(tmp_path / "labels.txt")
     with pytest.raises(ValueError, match=r"labels\.txt: has 29 labels, but the model 30"):
         SavedModel.load(tmp_path)
@@ -90,3 +92,43 @@ def test_weights_of_another_shape_are_an_error(tmp_path):
             load_weights(tmp_path / "weights", module)
     with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
         load_weights(tmp_path / "nowhere", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+
+def damage_labels(directory):
+    lines = (directory / "labels.txt").read_text().splitlines()
+    lines[2], lines[3] = lines[3], lines[2]
+    (directory / "labels.txt").write_text("\n".join(lines) + "\n")
+
+
+def damage_weights(directory):
+    path = max((p for p in (directory / "model").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_labels, r"the saved model is damaged: labels\.txt has changed since it was saved"),
+        (damage_weights, r"the saved model is damaged: model/.* has changed since it was saved"),
+        (lambda d: (d / "labels.txt").unlink(), r"labels\.txt is missing"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json is new"),
+        (
+            lambda d: (d / "checksums.json").unlink(),
+            r"checksums\.json: not there: the model was saved",
+        ),
+        (lambda d: (d / "checksums.json").write_text("{}"), "not the checksums of a saved model"),
+        (
+            lambda d: (d / "checksums.json").write_text('{"format": 2, "files": {}}'),
+            "model of format 2",
+        ),
+    ],
+)
+def test_a_damaged_model_is_refused(tmp_path, damage, message):
+    SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
+    (tmp_path / "notes of someone else.txt").write_text("which do not matter")
+    SavedModel.load(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        SavedModel.load(tmp_path)

@@ -150,11 +150,9 @@ class TestFrozen:
             XMCClassifier.load(tmp_path / "model")
         (tmp_path / "model" / "frozen_encoder.json").write_text("{}")
         with pytest.raises(ValueError, match="not a saved FrozenEncoder"):
-            SavedModel.load(tmp_path / "model")
+            FrozenEncoder.load(tmp_path / "model" / "frozen_encoder.json")
         (tmp_path / "model" / "frozen_encoder.json").unlink()
-        with pytest.raises(
-            FileNotFoundError, match=r"frozen_encoder\.json: not there, but the model reads text"
-        ):
+        with pytest.raises(ValueError, match=r"damaged: frozen_encoder\.json is missing"):
             SavedModel.load(tmp_path / "model")
 
 
