@@ -43,7 +43,7 @@ def predict(
     mesh = model.head.mesh
     batches = Batches(dataset, batch_size, multiple_of=data_size(mesh), own_rows=own_rows(mesh))
     for points, batch in batches.in_order():
-        inputs = batch.inputs if mesh is None else place_batch(batch, mesh).inputs
+        inputs = place_batch(batch, mesh).inputs
         count = points.stop - points.start
         scores, labels = (np.asarray(array)[:count] for array in _top_k(graphdef, state, inputs, k))
         if not np.isfinite(scores).all():
@@ -142,9 +142,8 @@ def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "s
         return 1.0
     graphdef, state = nnx.split(model.encoder)
     count = total = 0
-    mesh = model.head.mesh
     for batch in batches:
-        batch = batch if mesh is None else place_batch(batch, mesh)
+        batch = place_batch(batch, model.head.mesh)
         x = _features(graphdef, state, batch.inputs)
         for logits, labels in model.head.logits_in_blocks(x):
             count += int(_count_within_margin(logits, labels, batch.positives, margin))

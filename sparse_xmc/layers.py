@@ -54,15 +54,6 @@ def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.fl
     return _uniform(key, shape, dtype, (6 / (shape[0] + shape[1])) ** 0.5)
 
 
-def symmetric_uniform(bound: float) -> Initializer:
-    """Uniform in +-bound."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return _uniform(key, shape, dtype, bound)
-
-    return init
-
-
 def start_of_kernel(bound: float | None, num_labels: int | None = None, first: ArrayLike = 0) -> Initializer:
     """How the kernel of a sparse output layer starts: uniform in +-bound, or None for the paper's bound.
 

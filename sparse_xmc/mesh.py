@@ -118,12 +118,16 @@ def _split(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """A batch with its rows split over `data`; bags of words and positives are on all devices.
+
+    Without a mesh it is the batch as it is.
 
     Raises:
       ValueError: the number of rows is no multiple of the size of that axis.
     """
+    if mesh is None:
+        return batch
     size, parts = len(batch.positives), data_size(mesh)
     if size % parts:
         raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {parts}, got {size}")

@@ -29,6 +29,11 @@ def path_name(path: Iterable[Any]) -> str:
     return ".".join(map(str, path))
 
 
+def key_path_names(path: Iterable[Any]) -> list[str]:
+    """The names in a path as `jax.tree_util` gives it, of whatever kinds of nodes."""
+    return [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+
+
 def in_training(module: Module) -> Module:
     """The module as it is trained, with dropout, on the same arrays; the module itself stays as it is."""
     copy = _of_same_arrays(module)

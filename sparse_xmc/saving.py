@@ -20,7 +20,7 @@ from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.heads import Head
 from sparse_xmc.model import Classifier, ClassifierConfig
-from sparse_xmc.modules import path_name
+from sparse_xmc.modules import key_path_names, path_name
 
 CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
 CHECKSUMS = "checksums.json"
@@ -296,8 +296,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
-        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-        leaves[path_name(name for name in names if name != "value")] = leaf
+        leaves[path_name(name for name in key_path_names(path) if name != "value")] = leaf
     return leaves
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from experiments.measure import environment
 from experiments.measure.workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
 from sparse_xmc.mesh import data_size
-from sparse_xmc.modules import path_name
+from sparse_xmc.modules import key_path_names, path_name
 from sparse_xmc.train import Trainer
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -65,7 +65,7 @@ def bytes_on_first_device(trainer: Trainer) -> dict[str, int]:
     for path, array in jax.tree_util.tree_leaves_with_path(trainer.state):
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
             continue
-        name = path_name(getattr(entry, "key", getattr(entry, "name", entry)) for entry in path)
+        name = path_name(key_path_names(path))
         here = sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == first)
         parts["split by labels" if "output" in name.split(".") else "on all devices"] += here
     return parts

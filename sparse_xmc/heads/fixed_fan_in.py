@@ -17,7 +17,7 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.choosing import choose_columns
 from sparse_xmc.heads.head import Features, Head, HeadConfig, label_blocks, split_features
 from sparse_xmc.heads.layered import LayeredHead
-from sparse_xmc.heads.part import LabelPart
+from sparse_xmc.heads.part import BY_LABEL, LabelPart
 from sparse_xmc.heads.rewiring import rewire, rewire_active
 from sparse_xmc.heads.sharded import ShardedHead
 from sparse_xmc.layers import FixedFanInLinear, start_of_kernel
@@ -127,7 +127,7 @@ class FixedFanInHead(LayeredHead):
     Reference: Schultheis & Babbar, ECML-PKDD 2023.
     """
 
-    by_label = ("output.kernel", "output.indices", "output.bias")
+    by_label = BY_LABEL
     output: FixedFanInLinear
 
     def __init__(

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 import xla_ops
 from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, bytes_of, split_features
-from sparse_xmc.heads.part import LabelPart
+from sparse_xmc.heads.part import LabelPart, shift
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import Connectivity, glorot_uniform
 from sparse_xmc.losses import find_loss
@@ -73,8 +73,7 @@ class LayeredHead(Head):
         """Positives as this head numbers labels; those of other devices, and what is none, are below 0."""
         if self.part is None:
             return positives
-        own = (positives >= self.first_label()) & (positives < self.labels_of_all)
-        return jnp.where(own, positives - self.first_label(), -1)
+        return shift(jnp.where(positives < self.labels_of_all, positives, -1), self.first_label())
 
     def hidden(self, x: Array | Features) -> Array:
         """The output layer's dense input, for x [B, E]."""

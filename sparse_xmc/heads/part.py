@@ -1,11 +1,14 @@
-"""A part of the labels: what a head knows of the others where each device of a mesh has some."""
+"""Parts of the labels, each with its head, or on its device: positives shifted, the best merged."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 Tree = TypeVar("Tree")
 
@@ -40,3 +43,18 @@ class LabelPart:
 
 # Its logits are far below any margin, and its square is no infinity.
 PADDING_BIAS = -1e18
+
+# The variables of a fixed fan-in head that have a row for each label, by their names in it.
+BY_LABEL = ("output.kernel", "output.indices", "output.bias")
+
+
+def shift(positives: Array, start: ArrayLike) -> Array:
+    """Positives as a head sees them whose labels begin at `start`: what is before becomes padding."""
+    return jnp.where(positives >= start, positives - start, -1)
+
+
+def merge_top_k(best: Sequence[tuple[Array, Array]], k: int) -> tuple[Array, Array]:
+    """The k best of several (scores [B, n], labels [B, n]); of equal scores the lower label comes first."""
+    scores, labels = (jnp.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
+    scores, labels = jax.lax.sort((-scores, labels), num_keys=2)
+    return -scores[:, :k], labels[:, :k]

@@ -13,6 +13,7 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.dense import make_dense
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig
 from sparse_xmc.heads.head import Features, Head, HeadConfig, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.heads.part import merge_top_k, shift
 from sparse_xmc.settings import setting
 
 
@@ -130,18 +131,6 @@ class LabelRanges(Head):
         parts = [head.memory(batch_size, training) for head in self.heads]
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
         return total | {"connections": total["connections"] + bytes_of(nnx.state(self, LabelOrder))}
-
-
-def shift(positives: Array, start: int) -> Array:
-    """Positives as a head sees them whose labels begin at `start`: what is before becomes padding."""
-    return jnp.where(positives >= start, positives - start, -1)
-
-
-def merge_top_k(best: Sequence[tuple[Array, Array]], k: int) -> tuple[Array, Array]:
-    """The k best of several (scores [B, n], labels [B, n]); of equal scores the lower label comes first."""
-    scores, labels = (jnp.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
-    scores, labels = jax.lax.sort((-scores, labels), num_keys=2)
-    return -scores[:, :k], labels[:, :k]
 
 
 @dataclasses.dataclass(frozen=True)

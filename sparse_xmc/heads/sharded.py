@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, label_blocks
-from sparse_xmc.heads.part import PADDING_BIAS, LabelPart
+from sparse_xmc.heads.part import BY_LABEL, PADDING_BIAS, LabelPart, merge_top_k
 from sparse_xmc.heads.rewiring import RewireConfig
+from sparse_xmc.modules import key_path_names
 
 if TYPE_CHECKING:
     from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead
@@ -47,7 +48,7 @@ class ShardedHead(Head):
     """
 
     mesh: Mesh
-    by_label = ("output.kernel", "output.indices", "output.bias")
+    by_label = BY_LABEL
 
     def __init__(
         self, graphdef: nnx.GraphDef, state: nnx.State, mesh: Mesh, in_features: int, num_labels: int
@@ -85,7 +86,7 @@ class ShardedHead(Head):
             rngs = nnx.merge(of_rngs, jax.tree.map(_as_key, words, keys), copy=True)
             head = config.make_part(in_features, size, part, num_words=num_words, rngs=rngs)
             if part is not None:
-                _fill_up(head)
+                _fill_up(head, ())
             graphdef, state = nnx.split(head)
             graphdefs.append(graphdef)
             return state, jax.tree.map(_as_words, nnx.state(rngs))
@@ -209,7 +210,7 @@ class ShardedHead(Head):
 
     def fill_up(self) -> None:
         """Gives the labels that fill up the last devices the weights that they must have."""
-        self._run(_fill_up_head, (), changes=True)
+        self._run(_fill_up, (), changes=True)
 
 
 # ---- what devices do ----
@@ -261,10 +262,8 @@ def _top_k(head, static, x):
     numbers = labels + head.first_label()
     real = (labels >= 0) & (numbers < head.part.num_labels)
     scores, labels = jnp.where(real, scores, -jnp.inf), jnp.where(real, numbers, -1)
-    # Parts in the order of their labels, each sorted: of equal scores the lower label stays first.
     scores, labels = (_gathered(a, axes) for a in (scores, labels))
-    scores, at = jax.lax.top_k(scores, k)
-    return scores, jnp.take_along_axis(labels, at, axis=1)
+    return merge_top_k([(scores, labels)], k)
 
 
 def _inputs(head, static, x):
@@ -286,8 +285,14 @@ def _rewire(head, static, x, positives, moments, key):
     return head.rewire(x, positives, moments, key, *static)
 
 
-def _fill_up_head(head, static):
-    _fill_up(head)
+def _fill_up(head, static):
+    """Takes the labels beyond the last out of the loss and of every ranking."""
+    assert head.part is not None
+    assert head.output.bias is not None
+    real = head.part.first(head.num_labels) + jnp.arange(head.num_labels) < head.part.num_labels
+    kernel, bias = head.output.kernel, head.output.bias
+    kernel.set_value(jnp.where(real[:, None], kernel[...], 0).astype(kernel.dtype))
+    bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
 
 
 # How the results of each are split, given the mesh's axes and how moments are.
@@ -299,18 +304,8 @@ _RESULTS: dict[_Function, Callable[[tuple, Any], Any]] = {
     _logits_of_rows: lambda axes, moments: (PartitionSpec(None, axes), PartitionSpec(axes)),
     _step: lambda axes, moments: (_EVERYWHERE, _EVERYWHERE, moments),
     _rewire: lambda axes, moments: moments,
-    _fill_up_head: lambda axes, moments: None,
+    _fill_up: lambda axes, moments: None,
 }
-
-
-def _fill_up(head: "FixedFanInHead") -> None:
-    """Takes the labels beyond the last out of the loss and of every ranking."""
-    assert head.part is not None
-    assert head.output.bias is not None
-    real = head.part.first(head.num_labels) + jnp.arange(head.num_labels) < head.part.num_labels
-    kernel, bias = head.output.kernel, head.output.bias
-    kernel.set_value(jnp.where(real[:, None], kernel[...], 0).astype(kernel.dtype))
-    bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
 
 
 def _as_words(array: Array) -> Array:
@@ -335,9 +330,8 @@ def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _is_split(path: tuple) -> bool:
-    """Whether a variable is of the output layer, by its path in the state."""
-    names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-    return names[0] == "output"
+    """Whether a variable has a row for each label, by its path in the state."""
+    return ".".join(key_path_names(path)[:2]) in BY_LABEL
 
 
 def _specs(state: Any, mesh: Mesh) -> Any:
@@ -353,6 +347,6 @@ def _specs_of_moments(moments: optax.ScaleByAdamState, mesh: Mesh) -> optax.Scal
     by_label = PartitionSpec(mesh.axis_names)
 
     def specs(arrays):
-        return {name: by_label if name.startswith("output.") else _EVERYWHERE for name in arrays}
+        return {name: by_label if name in BY_LABEL else _EVERYWHERE for name in arrays}
 
     return optax.ScaleByAdamState(_EVERYWHERE, specs(moments.mu), specs(moments.nu))

@@ -15,7 +15,7 @@ from sparse_xmc.data.batches import Batch
 from sparse_xmc.heads import Head
 from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import path_name, split
+from sparse_xmc.modules import key_path_names, path_name, split
 from sparse_xmc.train.config import TrainingConfig
 from sparse_xmc.train.step import State, Step, check_parts
 
@@ -107,7 +107,7 @@ class Trainer:
           ValueError: positives are not as `Batch` has them; or nothing would train one of the parameters.
         """
         _check_positives(np.asarray(batch.positives), self.num_labels)
-        batch = self._placed(batch)
+        batch = place_batch(batch, self.mesh)
         self.state, loss = self._train(self.state, batch, np.float32(learning_rate), np.int32(self.step))
         self.step += 1
         interval = self.config.rewire_interval
@@ -117,7 +117,7 @@ class Trainer:
 
     def lower_step(self, batch: Batch) -> jax.stages.Lowered:
         """The step for batches like this one, lowered and not run: for its memory analysis."""
-        return self._train.lower(self.state, self._placed(batch), np.float32(0), np.int32(0))
+        return self._train.lower(self.state, place_batch(batch, self.mesh), np.float32(0), np.int32(0))
 
     def rewire(self, batch: Batch) -> None:
         """Moves connections of the head now, if it has any and the configuration says so.
@@ -126,7 +126,7 @@ class Trainer:
           batch: the points that show where they move, if growth is `active`.
         """
         if self.config.rewire.fraction:
-            self.state = self._rewire(self.state, self._placed(batch), np.int32(self.step))
+            self.state = self._rewire(self.state, place_batch(batch, self.mesh), np.int32(self.step))
 
     def array_not_finite(self) -> str | None:
         """The name of an array of the state that has a value that is not finite, or None."""
@@ -134,15 +134,12 @@ class Trainer:
         floats = [(path, a) for path, a in leaves if jax.dtypes.issubdtype(a.dtype, np.floating)]
         for (path, _), finite in zip(floats, _are_finite([a for _, a in floats]), strict=True):
             if not finite:
-                return path_name(getattr(entry, "key", getattr(entry, "name", entry)) for entry in path)
+                return path_name(key_path_names(path))
         return None
 
     def restore(self, state: State) -> None:
         """Goes on from a state that was saved, on whatever mesh."""
         self.state = state if self.mesh is None else self._fill_up(state)
-
-    def _placed(self, batch: Batch) -> Batch:
-        return batch if self.mesh is None else place_batch(batch, self.mesh)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
