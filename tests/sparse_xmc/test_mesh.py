@@ -85,10 +85,6 @@ class TestHead:
         _, sharded = make_heads((2, 2), output_bound=1e-30)
         x, _ = make_inputs()
         np.testing.assert_array_equal(sharded.top_k(x, 9)[1], np.tile(np.arange(9), (8, 1)))
-        kernel, bias = sharded.output.kernel, sharded.output.bias
-        kernel.set_value(jnp.zeros_like(kernel[...]))
-        bias.set_value(jnp.where(jnp.arange(104) % 2, -0.0, 0.0))  # which are equal too
-        np.testing.assert_array_equal(sharded.top_k(x, 60)[1], np.tile(np.arange(60), (8, 1)))
         with pytest.raises(ValueError, match=r"k must be in 1..103, got 104"):
             sharded.top_k(x, 104)
 
