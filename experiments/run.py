@@ -36,6 +36,7 @@ from sparse_xmc.heads import HEADS
 from sparse_xmc.mesh import connect, make_mesh, parse_mesh
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.planning import check_memory, plan_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import (
     Checkpoints,
@@ -53,6 +54,7 @@ FLAGS = flags.FLAGS
 # Flags that change no result, so that a run may go on with others.
 INCIDENTAL_FLAGS = (
     "workdir",
+    "plan",
     "name",
     "checkpoint_minutes",
     "mesh",
@@ -65,6 +67,7 @@ INCIDENTAL_FLAGS = (
 _HISTORY = ("epoch", "loss", "seconds", "learning_rate", "p@1", "p@3", "p@5", "gradient_density")
 
 flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
+flags.DEFINE_bool("plan", False, "Print the memory that training is planned to take, and do no more.")
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 flags.DEFINE_string("name", "", "The name of the run in tables; by default that of the working directory.")
 
@@ -174,6 +177,11 @@ def main(argv):
         head=head,
         **ClassifierConfig.beside_words(pretrained, trained),
     )
+    plan = plan_memory if FLAGS.plan else check_memory
+    memory_plan = plan(config, training, train, mesh=mesh)
+    if FLAGS.plan:
+        _say(str(memory_plan))
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     if is_first:
         lock = _lock(workdir)  # noqa: F841  # held until the process ends
@@ -222,6 +230,7 @@ def main(argv):
         "seconds_per_epoch": float(np.median([e["seconds"] for e in epochs])),
         "peak_memory_bytes": memory.bytes(),
         "peak_memory_measured_as": memory.method,
+        "planned_memory_bytes": memory_plan.bytes,
         "model_bytes": sum(a.nbytes for a in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))),
         "model": config.to_json(),
         "training": dataclasses.asdict(training),

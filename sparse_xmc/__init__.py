@@ -8,6 +8,7 @@ from sparse_xmc.heads.unstructured import UnstructuredLinear
 from sparse_xmc.layers import Connectivity, FixedFanInLinear
 from sparse_xmc.mesh import make_mesh
 from sparse_xmc.model import Classifier, ClassifierConfig, EncoderConfig
+from sparse_xmc.planning import MemoryPlan, check_memory, plan_memory
 from sparse_xmc.train import Trainer, TrainingConfig, fit
 
 __all__ = [
@@ -22,13 +23,16 @@ __all__ = [
     "EmbeddingTable",
     "EncoderConfig",
     "FixedFanInLinear",
+    "MemoryPlan",
     "RewireConfig",
     "Trainer",
     "TrainingConfig",
     "UnstructuredLinear",
     "XMCClassifier",
+    "check_memory",
     "fit",
     "make_mesh",
+    "plan_memory",
     "reset_moments",
     "rewire",
     "rewire_active",

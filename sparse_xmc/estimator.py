@@ -22,6 +22,7 @@ from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import Progress, Trainer, fit
 
@@ -137,6 +138,7 @@ class XMCClassifier(BaseEstimator):
 
         Raises:
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
+          MemoryError: training would take more memory than there is; see `plan_memory`.
         """
         texts = _texts(X)
         if self.encoder_trainable and self.encoder is None:
@@ -185,6 +187,7 @@ class XMCClassifier(BaseEstimator):
         scale = 1.0
         if texts is None:  # of texts it is right as it is
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
+        check_memory(config, training, train, mesh=self.mesh)
         model = config.make(
             train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(self.seed)
         )

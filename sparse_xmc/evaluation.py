@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,12 @@ def predict(
             row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
             raise FloatingPointError(f"the scores of point {points.start + row} are not finite")
         yield points, scores, labels
+
+
+def trace_top_k(model: Classifier, inputs: Any) -> jax.stages.Traced:
+    """The program that ranks a batch of inputs when a model is evaluated, not run; both may be abstract."""
+    graphdef, state = nnx.split(in_evaluation(model))
+    return _top_k.trace(graphdef, state, inputs, min(5, model.head.num_labels))
 
 
 def evaluate(

@@ -10,6 +10,7 @@ from xla_ops._inputs import SparseInputs
 from xla_ops._kth_smallest import kth_smallest_magnitude, kth_smallest_magnitude_reference
 from xla_ops._native import platforms, register
 from xla_ops._rounding import round_stochastically
+from xla_ops._scratch import scratch_bytes
 
 __all__ = [
     "AdamState",
@@ -32,4 +33,5 @@ __all__ = [
     "platforms",
     "register",
     "round_stochastically",
+    "scratch_bytes",
 ]

@@ -34,7 +34,7 @@ def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
     arguments = [f"--flagfile=experiments/flags/cells/{cell}.cfg", f"--batch_size={BATCH_SIZE}"]
     trainer = make_trainer(arguments, NUM_FEATURES, scale.labels, mesh=mesh)
     (batch,) = make_batches(scale.labels, scale.labels_per_point, count=1)
-    compiled = trainer.lower_step(batch).compile()
+    compiled = trainer.trace(batch)["step"].lower().compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")

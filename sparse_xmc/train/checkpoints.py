@@ -68,7 +68,9 @@ class Checkpoints:
         """
         for step in self._latest.intact():
             self._latest.check(step, self._latest.metadata(step)["state"], trainer.state, trainer.head)
-            state = ocp.args.StandardRestore(shapes_of(trainer.state), strict=False)
+            # Shapes in place of the arrays, so that the state is never there twice.
+            trainer.state = shapes_of(trainer.state)
+            state = ocp.args.StandardRestore(trainer.state, strict=False)
             args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
             restored = self._latest.restore(step, args)
             trainer.restore(restored["state"])
@@ -85,9 +87,10 @@ class Checkpoints:
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
         for number in self._best.intact():
-            weights = _weights(trainer.state)
+            weights = shapes_of(_weights(trainer.state))
+            trainer.state |= weights  # the arrays make room
             self._best.check(number, self._best.metadata(number), weights, trainer.head)
-            args = ocp.args.StandardRestore(shapes_of(weights), strict=False)
+            args = ocp.args.StandardRestore(weights, strict=False)
             trainer.restore(trainer.state | self._best.restore(number, args))
             return
         raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
