@@ -3,8 +3,8 @@
     python -m experiments.plan --labels=670091 --features=768 --penultimate=32768 --fan_in=32
     python -m experiments.plan --labels=670091 --words=100000 --flagfile=experiments/flags/text_direct.cfg
 
-Settings are the flags of `experiments.run`, whose `--plan` prints the same for its data. Where it is more than
-there is, the exit status is 1, and settings with which it would fit are named.
+Settings are the flags of `experiments.run`, whose `--plan` prints the same for its data. Where it is more
+than there is, the exit status is 1, and settings with which it would fit are named.
 """
 
 import sys

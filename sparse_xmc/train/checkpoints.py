@@ -109,6 +109,7 @@ class _Numbered:
         directory.mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:
+        self._tidy()
         self._orbax.close()
 
     def numbers(self) -> list[int]:
@@ -143,10 +144,21 @@ class _Numbered:
             kept = self.numbers()
             before = f"that of step {kept[-1]} is still there" if kept else "there is none before it"
             raise OSError(f"{path}: the checkpoint could not be written: {reason}; {before}") from error
-        if jax.process_index() == 0:
-            for old in self.numbers()[: -self._keep]:
-                self._record(old).unlink(missing_ok=True)
-                shutil.rmtree(self.directory / str(old), ignore_errors=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Deletes all but the last few, with what killed processes left; records before what they are of."""
+        kept = {str(number) for number in self.numbers()[-self._keep :]}
+        if jax.process_index() != 0 or not kept:
+            return
+        for path in sorted(self.directory.iterdir(), key=Path.is_dir):
+            number = path.name.partition(".")[0]
+            if not number.isdigit() or number in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def intact(self) -> Iterator[int]:
         """Yields the numbers of checkpoints whose files are as they were written, the latest first.

@@ -4,16 +4,16 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import kill_runs
 import numpy as np
 import pytest
 import scipy.sparse
 
 import experiments
 from sparse_xmc import XMCClassifier
-from sparse_xmc.data import Dataset, read_tsv, write_tsv, write_xmc_text
+from sparse_xmc.data import Dataset, read_tsv, write_xmc_text
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
 ROOT = Path(experiments.__file__).parents[1]
@@ -50,12 +50,7 @@ def result(workdir):
 @pytest.fixture(scope="module")
 def tsv(tmp_path_factory):
     """Flags of 60 training and 20 test points; a point's words are its labels' and some noise."""
-    directory, rng = tmp_path_factory.mktemp("tsv"), np.random.default_rng(0)
-    for name, size in (("train", 60), ("test", 20)):
-        labels = [sorted(rng.choice(12, rng.integers(1, 4), replace=False)) for _ in range(size)]
-        texts = [" ".join(f"word{i}" for i in [*row, *rng.integers(0, 12, 1)]) for row in labels]
-        write_tsv(directory / f"{name}.tsv", [[f"label {i:02}" for i in row] for row in labels], texts)
-    return [f"--train={directory / 'train.tsv'}", f"--test={directory / 'test.tsv'}"]
+    return kill_runs.write_points(tmp_path_factory.mktemp("tsv"))
 
 
 @pytest.fixture(scope="module")
@@ -124,24 +119,13 @@ def test_an_existing_result_is_kept(finished):
 
 def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
     # It has its flags from the finished one's flags.cfg, which therefore must repeat it.
-    workdir, *_ = finished
-    flags = [f"--flagfile={workdir / 'flags.cfg'}", f"--workdir={tmp_path / 'again'}"]
-    killed = subprocess.Popen(
-        [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list(tmp_path.glob("again/checkpoints/latest/*.json")):
-        assert killed.poll() is None, "ended before it could be killed"
-        time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    assert not (tmp_path / "again" / "result.json").exists()
-
-    printed = output_of(*flags)
-    assert "going on after " in printed
-    assert records(tmp_path / "again") == records(workdir)
-    ours, theirs = result(tmp_path / "again"), result(workdir)
-    for key in ("test", "train", "epochs", "model", "training"):
-        assert ours[key] == theirs[key]
+    first, *_ = finished
+    flags = [f"--flagfile={first / 'flags.cfg'}", f"--workdir={tmp_path / 'first'}"]
+    for seconds in (0.0, 0.01):
+        assert kill_runs.kill(flags, tmp_path / "first", seconds, True, signal.SIGKILL)
+    assert not (tmp_path / "first" / "result.json").exists()
+    assert "going on after " in kill_runs.finish(flags)
+    assert kill_runs.outcome(tmp_path / "first") == kill_runs.outcome(first)
 
 
 def test_dense_features_validated_on_the_test_points(tmp_path):
