@@ -1,6 +1,7 @@
 """Loads the data sets that experiments name by their files."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,10 @@ def load(
     for path in filter(None, (train, test, train_features, test_features, train_filter, test_filter)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
+        if re.search(r"\.csv(\.gz|\.xz)?$", path):
+            raise ValueError(
+                f"{path}: expected a .tsv of label|label|...<TAB>text, got comma-separated values"
+            )
     if bool(train_features) != bool(test_features):
         raise ValueError("train_features and test_features go together: give both or neither")
     if _is_text(train) != _is_text(test):
@@ -110,7 +115,8 @@ def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -
     rows = np.split(listed.indices.astype(str), listed.indptr[1:-1])
     excluded = encoder(rows)
     if listed.nnz and not excluded.nnz:
-        raise ValueError(f"{path}: none of its labels is the name of a label, such as {encoder.names[0]!r}")
+        names = f", such as {encoder.names[0]!r}" if encoder.names else ""
+        raise ValueError(f"{path}: none of its labels is the name of a label{names}")
     return dataclasses.replace(dataset, excluded=excluded)
 
 
@@ -121,7 +127,11 @@ def _is_text(path: str) -> bool:
 def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | Tokenizer | None) -> Splits:
     train_labels, train_texts = read_tsv(train)
     test_labels, test_texts = read_tsv(test)
-    texts, labels = TextEncoder.fit(train_texts, ngrams=ngrams), LabelEncoder.fit(train_labels)
+    labels = LabelEncoder.fit(train_labels)
+    try:
+        texts = TextEncoder.fit(train_texts, ngrams=ngrams)
+    except ValueError as error:
+        raise ValueError(f"{train}: no word is in two of its texts") from error
 
     def dataset(names: list[list[str]], of_points: list[str]) -> Dataset:
         encoded = None if pretrained is None else pretrained(of_points)

@@ -122,6 +122,29 @@ def test_a_filter_beside_labels_with_other_names_is_an_error(tsv, tmp_path):
         datasets.load(*tsv, test_filter=str(tmp_path / "filter.txt"))
 
 
+def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
+    for name, content in (("train.tsv", "\ta b\n\ta b\n"), ("test.tsv", "\ta\n"), ("filter.txt", "0 1\n")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"filter\.txt: none of its labels is the name of a label$"):
+        datasets.load(
+            *(str(tmp_path / name) for name in ("train.tsv", "test.tsv")),
+            test_filter=str(tmp_path / "filter.txt"),
+        )
+
+
+def test_a_file_without_a_word_in_two_texts_is_named(tsv, tmp_path):
+    (tmp_path / "train.tsv").write_text("a\tone\nb\ttwo\n")
+    with pytest.raises(ValueError, match=r"train\.tsv: no word is in two of its texts$"):
+        datasets.load(*tsv)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
+def test_comma_separated_values_are_refused(tsv, tmp_path, name):
+    (tmp_path / name).write_text("label,text\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected a \.tsv of label.*, got comma-separated values"):
+        datasets.load(str(tmp_path / name), tsv[1])
+
+
 @pytest.mark.parametrize("missing", ["train", "test", "train_features", "test_features"])
 def test_a_missing_file_is_named(xmc, tmp_path, missing):
     _, (train, test) = xmc
