@@ -270,7 +270,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path, batch
 
     train(trainer, batches, [2])
     with Checkpoints(tmp_path) as checkpoints:
-        monkeypatch.setattr(checkpoints._latest._orbax, "save", fail)
+        monkeypatch.setattr(ocp.Checkpointer, "save", fail)
         with pytest.raises(OSError, match=r"latest/15: .* No space left on device; that of step 10 is still"):
             checkpoints.save_latest(trainer, {"epochs": 3})
         assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}
