@@ -31,7 +31,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
+from .measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
 
 # The flags that say what is measured; --fan_in and --penultimate are those of `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.measure import environment
 from sparse_xmc import XMCClassifier
 from sparse_xmc.data import Dataset, read_tsv
 from sparse_xmc.evaluation import evaluate
 from sparse_xmc.metrics import inverse_propensities
+
+from .measure import environment
 
 
 def measure(train: str, test: str) -> dict:

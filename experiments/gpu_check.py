@@ -62,7 +62,7 @@ def run_module(name: str, *arguments: str, **env: str) -> dict:
     """Runs `python -m experiments.NAME --json=FILE` and returns the JSON."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
-        run(sys.executable, "-m", f"experiments.{name}", f"--json={path}", *arguments, **env)
+        run(sys.executable, "-m", f"{__package__}.{name}", f"--json={path}", *arguments, **env)
         return json.loads(path.read_text())
 
 
@@ -141,7 +141,7 @@ def training() -> dict:
             "--epochs=2",
             f"--workdir={directory}/run",
         ]
-        run(sys.executable, "-m", "experiments.run", *arguments)
+        run(sys.executable, "-m", f"{__package__}.run", *arguments)
         return json.loads((Path(directory) / "run" / "result.json").read_text())
 
 

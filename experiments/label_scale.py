@@ -16,9 +16,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.measure.scale import run_all, run_here, run_on_mesh
-from experiments.measure.workloads import SCALES, flags_without_use
 from sparse_xmc.mesh import parse_mesh
+
+from .measure.scale import run_all, run_here, run_on_mesh
+from .measure.workloads import SCALES, flags_without_use
 
 _ON_MESH = "fixed_fan_in_32_32k"  # the cell
 

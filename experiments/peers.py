@@ -33,10 +33,11 @@ import numpy as np
 from absl import app, flags
 from scipy.sparse import csr_array, csr_matrix
 
-from experiments import datasets
-from experiments.measure.memory import status_bytes
 from sparse_xmc.data import Dataset, write_xmc_text
 from sparse_xmc.metrics import RankingMetrics
+
+from . import datasets
+from .measure.memory import status_bytes
 
 _KS = (1, 3, 5)
 _PACKAGES = ("omikuji", "napkinxc")

@@ -13,10 +13,11 @@ import numpy as np
 import scipy.sparse
 from absl import app, flags, logging
 
-from experiments import reflection, run
-from experiments.measure.workloads import Settings, flags_without_use, make_dataset
 from sparse_xmc.data import Dataset
 from sparse_xmc.planning import check_memory
+
+from . import reflection, run
+from .measure.workloads import Settings, flags_without_use, make_dataset
 
 FLAGS = flags.FLAGS
 

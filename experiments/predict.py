@@ -10,9 +10,10 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from experiments.datasets import printable
 from sparse_xmc import XMCClassifier
 from sparse_xmc.mesh import make_mesh, parse_mesh
+
+from .datasets import printable
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "File of texts, one a line; standard input by default.")

@@ -24,9 +24,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import prepare_packages
-from experiments.prepare_packages import Point, run
 from sparse_xmc.data import files
+
+from . import prepare_packages
+from .prepare_packages import Point, run
 
 # Packages of Debian 12 with many pages that have references, in few megabytes.
 PACKAGES = """

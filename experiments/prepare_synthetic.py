@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from experiments.measure.synthetic import Synthetic, label_matrix
-from experiments.prepare_packages import check_arguments
 from sparse_xmc.data import files, write_xmc_labels
+
+from .measure.synthetic import Synthetic, label_matrix
+from .prepare_packages import check_arguments
 
 _LABELS_PER_POINT = 5.0
 _BATCH = 1000

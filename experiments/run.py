@@ -25,9 +25,6 @@ from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import datasets, reflection
-from experiments.measure import environment
-from experiments.measure.memory import PeakMemory
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.files import write_text
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
@@ -48,6 +45,10 @@ from sparse_xmc.train import (
     TrainingConfig,
     fit,
 )
+
+from . import datasets, reflection
+from .measure import environment
+from .measure.memory import PeakMemory
 
 FLAGS = flags.FLAGS
 

@@ -40,8 +40,9 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from experiments import reflection, run
 from sparse_xmc.heads import HEADS
+
+from . import reflection, run
 
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
@@ -174,7 +175,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
     for i, entry in enumerate(table.entries, start=1):
         values, result = effective_flags(entry.flags), entry.result(results)
         workdir = _directory(runs, values)
-        command = [sys.executable, "-m", "experiments.run", *entry.flags]
+        command = [sys.executable, "-m", f"{__package__}.run", *entry.flags]
         command += [f"--workdir={workdir}", f"--name={entry.data} {entry.cell}"]
         print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
         if result.exists() and _that_matter(json.loads(result.read_text())["flags"]) == values:

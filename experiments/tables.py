@@ -25,8 +25,9 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import prepare, sweep
 from sparse_xmc.metrics import LABEL_GROUPS
+
+from . import prepare, sweep
 
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
 END_TO_END = PAPER.with_name("end_to_end.csv")

@@ -20,8 +20,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.measure import environment
-from experiments.measure.workloads import AMAZON_670K
 from sparse_xmc import planning
 from sparse_xmc.data.batches import BagOfWords, Batch, WordsAndText
 from sparse_xmc.data.tokens import Tokens
@@ -30,6 +28,9 @@ from sparse_xmc.heads import FixedFanInConfig, RewireConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
 from sparse_xmc.modules import in_training, split
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from . import environment
+from .workloads import AMAZON_670K
 
 BERT_BASE = PretrainedConfig("bert", 30_522, 768, 12, 12, 3072, max_position_embeddings=512)
 

@@ -23,7 +23,6 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from experiments.measure import clock, environment
 from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_tsv
 from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.tokens import Tokenizer, Tokens
@@ -33,6 +32,8 @@ from sparse_xmc.heads import FixedFanInConfig, RewireConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
 from sparse_xmc.modules import in_evaluation
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from . import clock, environment
 
 LENGTHS = (16, 32, 128)
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of features, whose mean square is 1

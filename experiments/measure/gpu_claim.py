@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from experiments.measure import clock
-from experiments.measure.workloads import (
+from . import clock
+from .workloads import (
     AMAZON_670K,
     BATCH_SIZE,
     NUM_FEATURES,

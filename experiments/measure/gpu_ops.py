@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import prepare
-from experiments.measure import clock, environment, problems
-from experiments.measure.ops import PASSES, compile_contenders, speedup
-from experiments.measure.problems import Contender, Problem, Shape
 from xla_ops import fan_in_matmul
+
+from .. import prepare
+from . import clock, environment, problems
+from .ops import PASSES, compile_contenders, speedup
+from .problems import Contender, Problem, Shape
 
 BATCHES = (32, 128, 512)
 INPUTS = (768, 32_768)

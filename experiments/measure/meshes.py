@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.measure import environment
-from experiments.measure.workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
 from sparse_xmc.mesh import data_size
 from sparse_xmc.modules import key_path_names, path_name
 from sparse_xmc.train import Trainer
+
+from . import environment
+from .workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2}

@@ -24,9 +24,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.measure import clock, environment, meshes
-from experiments.measure.memory import PeakMemory
-from experiments.measure.workloads import (
+from sparse_xmc.data.batches import Batch
+from sparse_xmc.evaluation import gradient_density
+from sparse_xmc.mesh import make_mesh
+from sparse_xmc.model import Classifier
+from sparse_xmc.planning import plan_memory
+from sparse_xmc.train import Trainer
+
+from . import clock, environment, meshes
+from .memory import PeakMemory
+from .workloads import (
     BATCH_SIZE,
     NUM_FEATURES,
     Scale,
@@ -36,12 +43,6 @@ from experiments.measure.workloads import (
     read_settings,
     stepper,
 )
-from sparse_xmc.data.batches import Batch
-from sparse_xmc.evaluation import gradient_density
-from sparse_xmc.mesh import make_mesh
-from sparse_xmc.model import Classifier
-from sparse_xmc.planning import plan_memory
-from sparse_xmc.train import Trainer
 
 _STEPS_PER_REWIRING = 1000
 _BATCHES = 4
@@ -143,7 +144,8 @@ def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float
             if path.exists():
                 print(f"{path} is there")
                 continue
-            command = [sys.executable, "-m", "experiments.label_scale", f"--results={results}"]
+            program = f"{(__package__ or '').rpartition('.')[0]}.label_scale"
+            command = [sys.executable, "-m", program, f"--results={results}"]
             command += [f"--labels={scale.labels}", f"--cells={cell}", f"--seconds={seconds}", "--here"]
             finished = subprocess.run(command, capture_output=True, text=True)
             if finished.returncode == 0:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from experiments.measure.memory import PeakMemory
-from experiments.measure.workloads import Network, stepper
 from xla_ops import _native
+
+from .memory import PeakMemory
+from .workloads import Network, stepper
 
 _RATE = 1e-3
 _GIB = 2**30
@@ -65,7 +66,7 @@ def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int
     for network in networks:
         for mode in modes:
             cell = json.dumps({"network": network._asdict(), "mode": mode, "steps": steps})
-            command = [sys.executable, "-m", "experiments.measure.step_memory", cell]
+            command = [sys.executable, "-m", f"{__package__}.step_memory", cell]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             record = {**network._asdict(), "mode": mode}
             if process.returncode == 0:

@@ -15,14 +15,15 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import prepare, reflection, run
-from experiments.measure.synthetic import Synthetic
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads import HEADS, HeadConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.planning import MemoryPlan, plan_memory
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from .. import prepare, reflection, run
+from .synthetic import Synthetic
 
 BATCH_SIZE = 32
 NUM_FEATURES = prepare.FEATURES["cascade"]
