@@ -17,7 +17,7 @@ from sparse_xmc.heads.part import LabelPart, shift
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
-from sparse_xmc.modules import parameters_of, path_name, split
+from sparse_xmc.modules import check_features, parameters_of, path_name, split
 
 
 class OutputLayer(Protocol):
@@ -78,8 +78,7 @@ class LayeredHead(Head):
     def hidden(self, x: Array | Features) -> Array:
         """The output layer's dense input, for x [B, E]."""
         x, _ = split_features(x)
-        if x.ndim != 2 or x.shape[1] != self.in_features:
-            raise ValueError(f"features must have shape [B, {self.in_features}], got {list(x.shape)}")
+        check_features(self, x, self.in_features, ndim=2)
         return x if self.penultimate is None else self.output_input(nnx.relu(self.penultimate(x)), x)
 
     def output_input(self, hidden: Array, x: Array) -> Array:
@@ -124,6 +123,7 @@ class LayeredHead(Head):
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def step_fused(self, inputs, moments, training):
+        check_features(self, inputs.x, self.in_features, ndim=2)
         if self.penultimate is None:
             loss, d_x, of_output = self._step_own(inputs, moments, training)
             return loss, d_x, next_state(moments, of_output)

@@ -120,5 +120,11 @@ class TestFixedFanInLinear:
 
     @pytest.mark.parametrize("width", [19, 21])
     def test_an_input_of_another_width_is_an_error(self, width):
-        with pytest.raises(ValueError, match=f"x must have 20 features in its last axis, got .*{width}"):
+        message = rf"FixedFanInLinear: features must have shape \[\.\.\., 20\], got \[2, {width}\]"
+        with pytest.raises(ValueError, match=message):
             FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0))(jnp.ones((2, width)))
+
+    @pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+    def test_float16_is_an_error(self, name):
+        with pytest.raises(TypeError, match=f"^{name} must be float32 or bfloat16, got float16"):
+            FixedFanInLinear(20, 30, 4, **{name: jnp.float16}, rngs=nnx.Rngs(0))
