@@ -3,7 +3,14 @@
 from sparse_xmc.data.batches import BagOfWords, Batch
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, EmbeddingBag, EmbeddingTable
 from sparse_xmc.estimator import XMCClassifier
-from sparse_xmc.heads.rewiring import RewireConfig, reset_moments, rewire, rewire_active, rewire_unstructured
+from sparse_xmc.heads.rewiring import (
+    RewireConfig,
+    reset_moments,
+    rewire,
+    rewire_active,
+    rewire_layer,
+    rewire_unstructured,
+)
 from sparse_xmc.heads.unstructured import UnstructuredLinear
 from sparse_xmc.layers import Connectivity, FixedFanInLinear
 from sparse_xmc.mesh import make_mesh
@@ -36,5 +43,6 @@ __all__ = [
     "reset_moments",
     "rewire",
     "rewire_active",
+    "rewire_layer",
     "rewire_unstructured",
 ]

@@ -74,7 +74,7 @@ class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
-    inputs are drawn at random; `sparse_xmc.rewire` moves them during training.
+    inputs are drawn at random; `sparse_xmc.rewire_layer` moves them during training.
 
     Args:
       in_features: D, the size of the last axis of the input.
