@@ -3,6 +3,7 @@
 from sparse_xmc.data.batches import BagOfWords, Batch
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, EmbeddingBag, EmbeddingTable
 from sparse_xmc.estimator import XMCClassifier
+from sparse_xmc.exporting import export_predict
 from sparse_xmc.heads.rewiring import (
     RewireConfig,
     reset_moments,
@@ -37,6 +38,7 @@ __all__ = [
     "UnstructuredLinear",
     "XMCClassifier",
     "check_memory",
+    "export_predict",
     "fit",
     "make_mesh",
     "plan_memory",

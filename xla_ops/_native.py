@@ -44,7 +44,8 @@ def check_ffi_version(module) -> None:
 def register() -> tuple[str, ...]:
     """Registers the handlers with XLA, as the first call of any op does, and returns their names.
 
-    A program that runs what `jax.export` saved needs the first; exporting with ops in it needs the second:
+    `save_exported` and `load_exported` do what `jax.export` needs. Without them a program that runs what was
+    exported needs the first, and exporting with ops in it the second:
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]`.
     """
     cuda()
