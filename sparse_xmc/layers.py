@@ -74,7 +74,8 @@ class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
-    inputs are drawn at random; `sparse_xmc.rewire_layer` moves them during training.
+    inputs are drawn at random; `sparse_xmc.rewire_layer` moves them during training. It is differentiated
+    once, by `jax.grad` or `jax.vjp`.
 
     Args:
       in_features: D, the size of the last axis of the input.
@@ -98,6 +99,23 @@ class FixedFanInLinear(nnx.Module):
     Raises:
       ValueError: fan_in is not in 1..in_features.
       TypeError: a dtype is another than float32 or bfloat16.
+
+    Which inputs an output reads belongs to the layer as its weights do, but is not an `nnx.Param`: what is to
+    be saved is `nnx.state(model, (nnx.Param, Connectivity))`, or all variables. The parameters alone, given
+    to a new layer, would be those of other inputs. `sparse_xmc.saving.load_weights` refuses what is of
+    another model.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> from sparse_xmc import FixedFanInLinear
+      >>> from sparse_xmc.saving import load_weights, save_weights
+      >>> trained, new = (FixedFanInLinear(64, 200, fan_in=8, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+      >>> path = tempfile.mkdtemp() + "/layer"
+      >>> save_weights(path, trained)  # any module, with all of its variables
+      >>> loaded = load_weights(path, new)
+      >>> bool((loaded.indices[...] == trained.indices[...]).all())
+      True
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 3.
     """

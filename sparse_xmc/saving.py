@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import scipy.sparse
 from flax import nnx
@@ -19,6 +20,8 @@ from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.heads import Head
+from sparse_xmc.heads.unstructured import UnstructuredLinear
+from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import key_path_names, path_name
 
@@ -214,9 +217,23 @@ def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int 
         check_sizes(checkpointer.metadata(path).item_metadata, state, path, head, label_rows)
         args = ocp.args.StandardRestore(shapes_of(state), strict=False)
         loaded = nnx.merge(graphdef, checkpointer.restore(path, args=args))
+    _check_connections(loaded, path)
     if isinstance(loaded, Classifier):
         loaded.head.fill_up()
     return loaded
+
+
+def _check_connections(model: nnx.Module, path: Path) -> None:
+    """Raises ValueError if a layer has connections to inputs that it lacks, which no array's size tells."""
+    for where, layer in nnx.iter_modules(model):
+        if isinstance(layer, FixedFanInLinear | UnstructuredLinear):
+            indices = layer.indices[...]
+            last = int(jnp.max(indices if isinstance(layer, FixedFanInLinear) else indices[:, 1], initial=0))
+            if last >= layer.in_features:
+                raise ValueError(
+                    f"{path}: not the weights of such a model: {path_name((*where, 'indices'))} has input "
+                    f"{last}, expected 0..{layer.in_features - 1}"
+                )
 
 
 _PARTS = (CONFIG, MODEL, TEXT_ENCODER, LABELS, FROZEN, TOKENIZER)
