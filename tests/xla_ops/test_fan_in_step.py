@@ -289,7 +289,7 @@ def test_bad_arguments_are_named(step):
 
 def test_a_state_or_a_rate_of_another_kind_is_named():
     layer = make_problem(2, 5, 7, 3)
-    state = adam_init(layer.kernel, layer.bias)
+    state = adam_init(layer[1], layer[3])
     for wrong, message in (
         (list(state), "state must be of type AdamState, got list"),
         (tuple(state), "state must be of type AdamState, got tuple"),
