@@ -17,6 +17,7 @@ from sparse_xmc.data import (
 )
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.saving import SavedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,41 @@ def load(
         train=_exclude(splits.train, train_filter, splits.label_encoder),
         test=_exclude(splits.test, test_filter, splits.label_encoder),
     )
+
+
+def load_points(
+    saved: SavedModel, path: str, *, features: str | None = None, filter: str | None = None
+) -> tuple[Dataset, int]:
+    """Points with labels, as a saved model takes them, and how many of their labels it does not know.
+
+    Args:
+      saved: the model; whether it takes texts, sparse or dense features says what the file must be.
+      path: as `test` of `load`.
+      features: as `test_features`, which a model of dense features needs.
+      filter: as `test_filter`.
+
+    Raises:
+      ValueError: a file is malformed, or not what the model takes.
+      FileNotFoundError: a file is missing.
+    """
+    unknown, config = 0, saved.config
+    takes = "sparse features" if config.bag_of_words else "dense features"
+    takes = "texts" if saved.label_encoder is not None else takes
+    given = "texts" if _is_text(path) else "dense features" if features else "sparse features"
+    if takes != given:
+        raise ValueError(f"{path}: the model takes {takes}, got {given}")
+    if saved.label_encoder is not None:
+        names, texts = read_tsv(path)
+        labels = saved.label_encoder(names)
+        unknown = sum(len(set(of_point)) for of_point in names) - labels.nnz
+        points = dataclasses.replace(saved.points(texts), labels=labels)
+    else:
+        points = read_dense(features, path) if features else read_xmc_text(path)
+        for what in ("num_features", "num_labels"):
+            ours, theirs = getattr(config, what), getattr(points, what)
+            if ours != theirs:
+                raise ValueError(f"{features or path}: {what} is {theirs}, but the model's {ours}")
+    return _exclude(points, filter, saved.label_encoder), unknown
 
 
 def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -> Dataset:

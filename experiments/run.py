@@ -25,13 +25,14 @@ from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import Mesh
 
+from sparse_xmc.calibration import Calibration
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.files import write_text
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
 from sparse_xmc.mesh import connect, make_mesh, parse_mesh
-from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
+from sparse_xmc.metrics import PROPENSITY_CONSTANTS, LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.planning import check_memory, plan_memory
 from sparse_xmc.saving import SavedModel
@@ -210,20 +211,20 @@ def main(argv):
             callbacks=[GradientDensity(), *([Progress(), RecordFile(records)] if is_first else [])],
         )
     model = saved.model = trainer.model
-    saved.save(workdir)
-
     _say("evaluating on the test and training points ...")
     counts = splits.train.label_counts()
     constants = PROPENSITY_CONSTANTS[FLAGS.propensities]
-    weights = inverse_propensities(splits.train.labels, *constants)
-    groups = label_groups(splits.train.labels)
-    options = {"inv_propensities": weights, "batch_size": training.batch_size}
+    statistics = saved.label_statistics = LabelStatistics.of(splits.train.labels, *constants)
+    saved.calibration = Calibration.fit(model, validation, batch_size=training.batch_size)
+    options = {"inv_propensities": statistics.inv_propensities, "batch_size": training.batch_size}
     result = {
         "name": FLAGS.name or workdir.name,
         "test": evaluate(model, splits.test, **options),
         "train": evaluate(model, train, **options),
-        "test_p@1_by_group": evaluate_groups(model, splits.test, groups, batch_size=training.batch_size),
-        "labels_by_group": np.bincount(groups, minlength=3).tolist(),
+        "test_p@1_by_group": evaluate_groups(
+            model, splits.test, statistics.groups, batch_size=training.batch_size
+        ),
+        "labels_by_group": np.bincount(statistics.groups, minlength=3).tolist(),
         "labels_in_training": int(np.count_nonzero(counts)),
         "validated_on": "test" if FLAGS.validate_on_test else f"{len(validation)} held-out training points",
         "epochs": len(epochs),
@@ -240,6 +241,8 @@ def main(argv):
         "environment": environment.describe(),
         "history": [{name: r[name] for name in _HISTORY if name in r} for r in epochs],
     }
+    data = {"training points": FLAGS.train, "test points": FLAGS.test, "seed": FLAGS.seed}
+    saved.save(workdir, data=data, metrics=result["test"])
     if not is_first:
         return
     write_text(workdir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")

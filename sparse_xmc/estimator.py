@@ -21,6 +21,7 @@ from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
+from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
@@ -193,7 +194,10 @@ class XMCClassifier(BaseEstimator):
         )
         trainer = Trainer(model, training, seed=self.seed)
         history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
-        self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained))
+        saved = SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained)
+        if len(train) > 2:
+            saved.label_statistics = LabelStatistics.of(labels)
+        self._set_fitted(saved)
         self.history_ = history
         return self
 

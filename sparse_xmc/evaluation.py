@@ -42,8 +42,8 @@ def predict(
     """
     graphdef, state = nnx.split(in_evaluation(model))
     mesh = model.head.mesh
-    batches = Batches(dataset, batch_size, multiple_of=data_size(mesh), own_rows=own_rows(mesh))
-    for points, batch in batches.in_order():
+    batches = Batches(dataset, batch_size, own_rows=own_rows(mesh))
+    for points, batch in batches.to_predict(multiple_of=data_size(mesh)):
         inputs = place_batch(batch, mesh).inputs
         count = points.stop - points.start
         scores, labels = (np.asarray(array)[:count] for array in _top_k(graphdef, state, inputs, k))

@@ -9,11 +9,12 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -432,13 +433,30 @@ def _points(
         )
 
 
+def iterate_xmc_text(path: str | os.PathLike, count: int) -> Iterator[Dataset]:
+    """Yields the points of a file as `read_xmc_text` has them, `count` at a time.
+
+    Raises:
+      ValueError: the file is malformed; the points before have been yielded.
+    """
+    lines = files.read_lines(path)
+    num_points, num_features, num_labels = _parse_header(path, next(lines, (1, b""))[1], "N D L")
+    points = _points(path, lines, num_points)
+    while part := list(itertools.islice(points, count)):
+        yield _parse_points(part, num_features, num_labels)
+
+
 def _parse_xmc_text(path: str | os.PathLike) -> Dataset:
     lines = files.read_lines(path)
     num_points, num_features, num_labels = _parse_header(path, next(lines, (1, b""))[1], "N D L")
+    return _parse_points(_points(path, lines, num_points), num_features, num_labels)
+
+
+def _parse_points(points: Iterable[tuple[str, bytes]], num_features: int, num_labels: int) -> Dataset:
     features = _Rows("feature", num_features)
     labels = _Rows("label", num_labels)
     values = array.array("f")
-    for where, line in _points(path, lines, num_points):
+    for where, line in points:
         if not line:
             raise ValueError(f"{where}: blank line; a point without labels must begin with a space")
         names, _, pairs = line.partition(b" ")

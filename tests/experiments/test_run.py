@@ -14,6 +14,7 @@ import scipy.sparse
 import experiments
 from sparse_xmc import XMCClassifier
 from sparse_xmc.data import Dataset, read_tsv, write_xmc_text
+from sparse_xmc.saving import SavedModel
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
 ROOT = Path(experiments.__file__).parents[1]
@@ -234,13 +235,48 @@ def test_a_missing_file_is_an_error(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def of_model(program, workdir, *flags, **options):
+    """What a program prints that uses a saved model."""
+    command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={workdir}", *flags]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
 def test_predictions_for_new_texts(finished, tmp_path):
     workdir, *_ = finished
     (tmp_path / "texts.txt").write_text("word3 word3\nword7\u2028word7\n\n", encoding="utf-8")
-    command = [sys.executable, "-m", "experiments.predict", f"--workdir={workdir}", "--k=2"]
-    command.append(f"--input={tmp_path / 'texts.txt'}")
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "texts.tsv").write_text("label 01\tword3 word3\n\tword7\u2028word7\n\t\n", encoding="utf-8")
+    printed = of_model("predict", workdir, "--k=2", f"--input={tmp_path / 'texts.txt'}")
     lines = [line.split("\t") for line in printed.splitlines()]
     assert len(lines) == 3
     assert all(len(line) == 4 and float(line[1]) >= float(line[3]) for line in lines)
     assert [line[0] for line in lines[:2]] == ["label 03", "label 07"]
+    # What is printed of a .tsv, as JSON with probabilities, those above a threshold; standard input.
+    flags = ["--k=12", "--format=jsonl", "--probabilities", "--threshold=0.5"]
+    objects = of_model("predict", workdir, *flags, f"--input={tmp_path / 'texts.tsv'}").splitlines()
+    assert len(objects) == 3
+    calibration = SavedModel.load(workdir).calibration
+    for found, line in zip(map(json.loads, objects), lines, strict=True):
+        assert len(found["labels"]) == len(found["scores"]) == len(found["probabilities"]) < 12
+        np.testing.assert_allclose(found["probabilities"], calibration(found["scores"]), rtol=1e-5)
+        assert min(found["probabilities"], default=1) >= 0.5
+        assert found["labels"][:2] == line[::2][: len(found["labels"])]
+    assert of_model("predict", workdir, input="") == ""
+
+
+def test_evaluation_of_a_saved_model_repeats_that_of_its_run(finished, tsv, tmp_path):
+    workdir, *_ = finished
+    of_model("evaluate", workdir, tsv[1], f"--json={tmp_path / 'found.json'}")
+    found, expected = json.loads((tmp_path / "found.json").read_text()), result(workdir)
+    assert found["metrics"] == pytest.approx(expected["test"])
+    assert found["p@1 by group"] == pytest.approx(expected["test_p@1_by_group"])
+    assert (found["points"], found["labels that the model does not know"]) == (20, 0)
+
+
+def test_the_model_card(finished):
+    workdir, *_ = finished
+    card = (workdir / "README.md").read_text()
+    assert "| labels | 12 |" in card
+    assert f"| p@1 | {result(workdir)['test']['p@1']:.4f} |" in card
+    assert "train.tsv" in card

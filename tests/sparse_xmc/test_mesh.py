@@ -377,8 +377,8 @@ class TestMesh:
         read = []
         features = np.arange(40, dtype=np.float32).reshape(10, 4).view(Features)
         points = Dataset(features, scipy.sparse.csr_array(np.eye(10, 3, dtype=bool)))
-        batches = Batches(points, 6, multiple_of=2, own_rows=lambda size: np.arange(size) < size // 2)
-        (_, first), (_, last) = batches.in_order()
+        batches = Batches(points, 6, own_rows=lambda size: np.arange(size) < size // 2)
+        (_, first), (_, last) = batches.to_predict(multiple_of=2)
         assert read == [0, 1, 2, 6, 7]
         np.testing.assert_array_equal(first.inputs, np.asarray(features)[:6] * (np.arange(6) < 3)[:, None])
         assert last.inputs.shape == (4, 4)
