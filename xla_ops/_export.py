@@ -24,7 +24,7 @@ def save_exported(
     Args:
       path: a new directory.
       function: of the weights and the inputs; it returns arrays, or tuples, lists or dictionaries of them.
-      weights: any pytree of arrays. They are arguments of the program, not constants within it.
+      weights: any pytree of arrays, without random keys. They are arguments of the program, not within it.
       inputs: the shapes and dtypes of its inputs; sizes may be symbols (`jax.export.symbolic_shape`).
 
     Raises:
@@ -40,8 +40,9 @@ def save_exported(
     platforms = ("cpu",) if cuda() is None else ("cpu", "cuda")
     export = jax.export.export(jax.jit(program), platforms=platforms, disabled_checks=checks)
     exported = export([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves], *inputs)
+    arrays = [np.asarray(leaf) for leaf in leaves]
     path.mkdir(parents=True)
-    np.savez(path / _WEIGHTS, *map(np.asarray, leaves))
+    np.savez(path / _WEIGHTS, *arrays)
     (path / _PROGRAM).write_bytes(exported.serialize())
 
 

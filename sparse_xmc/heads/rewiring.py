@@ -293,8 +293,8 @@ def rewire_layer(
     """Moves the weakest connections of a layer in a model that an `nnx.Optimizer` trains, by any Optax chain.
 
     The layer's kernel and indices are updated, and what the optimizer remembers of the connections that moved
-    is set to 0: moments, and gradients that `optax.MultiSteps` has added up. Nothing else is. No array is
-    donated, so that those that are held elsewhere stay; within `nnx.jit` it works too.
+    is set to 0: moments, and gradients that `optax.MultiSteps` has added up. No array is donated: those that
+    are held elsewhere stay, and for a moment there are two of each. Within `nnx.jit` it works too.
 
     Args:
       layer: the layer.
