@@ -72,7 +72,7 @@ class Calibration:
             scores, probabilities = (np.array(fields[n], np.float64) for n in ("scores", "probabilities"))
             of_both = scores.ndim == 1 and scores.shape == probabilities.shape
             ascending = all((np.diff(values) >= 0).all() for values in (scores, probabilities))
-            within = np.isfinite(scores).all() and 0 <= probabilities.min() and probabilities.max() <= 1
+            within = np.isfinite(scores).all() and probabilities.min() >= 0 and probabilities.max() <= 1
             if not (of_both and ascending and within):
                 raise ValueError("expected ascending scores and as many ascending probabilities")
         except (ValueError, KeyError, TypeError) as error:
