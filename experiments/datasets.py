@@ -19,6 +19,8 @@ from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.saving import SavedModel
 
+from .flagfiles import find
+
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
@@ -29,12 +31,14 @@ class Splits:
       test: the test points.
       text_encoder: turns text into features, or None.
       label_encoder: names the labels, or None.
+      unseen_labels: how many labels test points have that no training point has, and no model can predict.
     """
 
     train: Dataset
     test: Dataset
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
+    unseen_labels: int = 0
 
 
 def load(
@@ -72,6 +76,7 @@ def load(
       ValueError: a file is malformed, or the two sets do not fit each other.
       FileNotFoundError: a file is missing.
     """
+    train, test = str(find(train)), str(find(test))
     for path in filter(None, (train, test, train_features, test_features, train_filter, test_filter)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
@@ -93,6 +98,9 @@ def load(
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
         splits = Splits(read_xmc_text(train, cache_dir), read_xmc_text(test, cache_dir))
+    if not _is_text(train):
+        unseen = np.setdiff1d(splits.test.labels.indices, splits.train.labels.indices)
+        splits = dataclasses.replace(splits, unseen_labels=len(unseen))
     for what in ("num_features", "num_labels"):
         ours, theirs = getattr(splits.train, what), getattr(splits.test, what)
         if ours != theirs:
@@ -121,6 +129,7 @@ def load_points(
       ValueError: a file is malformed, or not what the model takes.
       FileNotFoundError: a file is missing.
     """
+    path = str(find(path))
     unknown, config = 0, saved.config
     takes = "sparse features" if config.bag_of_words else "dense features"
     takes = "texts" if saved.label_encoder is not None else takes
@@ -178,6 +187,7 @@ def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | T
         test=dataset(test_labels, test_texts),
         text_encoder=texts,
         label_encoder=labels,
+        unseen_labels=len({name for names in test_labels for name in names} - set(labels.names)),
     )
 
 

@@ -32,6 +32,8 @@ from typing import Any
 
 from absl import app, flags
 
+from . import program
+
 ROOT = Path(__file__).parents[1]
 CLAIM_BYTES = 4 << 30
 _TAIL_CHARACTERS = 4000
@@ -179,10 +181,8 @@ def _define_flags() -> None:
     flags.DEFINE_list("parts", list(PARTS), "Parts to run.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the parts, and exits with an error if one failed."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     if unknown := set(flags.FLAGS.parts) - set(PARTS):
         raise app.UsageError(f"--parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     path = Path(flags.FLAGS.json)
@@ -197,4 +197,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

@@ -1,22 +1,20 @@
 """Prints the memory that training a classifier of any size is planned to take; no data is needed.
 
     python -m experiments.plan --labels=670091 --features=768 --penultimate=32768 --fan_in=32
-    python -m experiments.plan --labels=670091 --words=100000 --flagfile=experiments/flags/text_direct.cfg
+    python -m experiments.plan --labels=670091 --words=100000 --flagfile=text_direct
 
 Settings are the flags of `experiments.run`, whose `--plan` prints the same for its data. Where it is more
 than there is, the exit status is 1, and settings with which it would fit are named.
 """
 
-import sys
-
 import numpy as np
 import scipy.sparse
-from absl import app, flags, logging
+from absl import flags
 
 from sparse_xmc.data import Dataset
 from sparse_xmc.planning import check_memory
 
-from . import reflection, run
+from . import program, reflection, run
 from .measure.workloads import Settings, flags_without_use, make_dataset
 
 FLAGS = flags.FLAGS
@@ -28,11 +26,8 @@ flags.DEFINE_integer("words_per_point", 32, "The mean number of words of a point
 flags.DEFINE_float("labels_per_point", 5.0, "The mean number of labels of a point.", 0)
 
 
-def main(argv):
+def main():
     """Prints the plan of the sizes that the flags describe."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
     settings = Settings.of({flag.name: flag.value for flag in run.own_flags()})
     if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
@@ -42,11 +37,7 @@ def main(argv):
     if FLAGS.words is not None:
         points = Dataset(_bags(settings.training.batch_size), points.labels)
     config = settings.classifier(points.num_features, FLAGS.labels, bag_of_words=points.is_sparse)
-    try:
-        print(check_memory(config, settings.training, points))
-    except MemoryError as error:
-        print(error)
-        sys.exit(1)
+    print(check_memory(config, settings.training, points))
 
 
 def _bags(size: int) -> scipy.sparse.csr_array:
@@ -59,4 +50,4 @@ def _bags(size: int) -> scipy.sparse.csr_array:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("labels")
-    app.run(main)
+    program.start(main)

@@ -41,6 +41,8 @@ from sparse_xmc.data import (
     write_xmc_labels,
 )
 
+from . import program
+
 # The sizes of dense features.
 FEATURES = {"slice": 512, "cascade": 768}
 
@@ -332,10 +334,8 @@ def _define_flags() -> None:
     flags.DEFINE_list("features", None, "The dense features to check; by default those that the paper uses.")
 
 
-def main(argv):
+def main():
     """Lists the files, and prepares the data set."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
     name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
     default = () if values.raw_text else DATASETS[name].features
@@ -353,4 +353,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

@@ -1,7 +1,7 @@
 r"""Renders the tables and pictures of a sweep, from its result files alone.
 
-    python -m experiments.tables --table=experiments/tables/wordnet.toml \
-        --results=experiments/results/sweeps --out=experiments/results/tables
+    python -m experiments.tables --table=wordnet --results=experiments/results/sweeps \
+        --out=experiments/results/tables
 
 writes, in OUT, one Markdown, CSV and LaTeX file named like the table file, and the pictures that the first
 shows. The paper's numbers (experiments/paper) stand beside ours where it has any for the data set and the
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from sparse_xmc.metrics import LABEL_GROUPS
 
-from . import prepare, sweep
+from . import prepare, program, sweep
 
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
 END_TO_END = PAPER.with_name("end_to_end.csv")
@@ -484,10 +484,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "Directory that tables and pictures go to.", required=True)
 
 
-def main(argv):
+def main():
     """Writes the report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
     out = Path(values.out)
     if (values.table is None) == (values.label_scale is None):
@@ -506,4 +504,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from xla_ops import fan_in_matmul
 
-from .. import prepare
+from .. import prepare, program
 from . import clock, environment, problems
 from .ops import PASSES, compile_contenders, speedup
 from .problems import Contender, Problem, Shape
@@ -164,10 +164,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("json", None, "File to write the report to.", required=True)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a table, and writes --json after each row."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
     bandwidths = Bandwidths(
         memory=copy_bytes_per_second(values.rounds, values.copy_bytes),
@@ -193,4 +191,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

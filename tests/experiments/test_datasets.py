@@ -48,6 +48,7 @@ def test_text_is_encoded_by_what_the_training_points_have(tsv):
     assert splits.label_encoder.names == ["bird", "mammal", "pet"]
     np.testing.assert_array_equal(splits.train.labels.toarray(), [[0, 1, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])
     np.testing.assert_array_equal(splits.test.labels.toarray(), [[0, 0, 1], [0, 0, 0], [1, 0, 0]])  # no fish
+    assert splits.unseen_labels == 1
     # Words in at least two training texts: bird, furry, large, small.
     assert splits.train.features.shape == (4, 4)
     np.testing.assert_array_equal(splits.test.features.toarray(), [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
@@ -68,6 +69,7 @@ def test_repository_format(xmc, tmp_path):
         splits = datasets.load(*paths, cache_dir=cache_dir)
         assert_equal(splits.train, train)
         assert_equal(splits.test, test)
+        assert splits.unseen_labels == np.sum(test.labels.sum(axis=0) > 10 * train.labels.sum(axis=0))
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert splits.text_encoder is splits.label_encoder is None
 

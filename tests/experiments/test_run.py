@@ -87,6 +87,15 @@ def test_result(finished):
     assert sum(report["labels_by_group"]) == 12
 
 
+def test_what_is_trained_is_told_first(finished):
+    _, _, printed = finished
+    points, labels, words, memory, parameters = printed.splitlines()[:5]
+    assert points == "60 training points, 12 of them to validate on; 20 test points"
+    assert (labels, words) == ("12 labels", "12 words")
+    assert memory.startswith("planned memory ")
+    assert parameters == f"{12 * 32 + 32 * 64 + 64 + 12 * 8 + 12:,} parameters"
+
+
 def test_epochs_are_recorded(finished):
     workdir, _, printed = finished
     epochs = records(workdir)
@@ -152,11 +161,27 @@ def test_dense_features_validated_on_the_test_points(tmp_path):
 
 def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
     (tmp_path / "flags.cfg").write_text("--seed=1\n")
-    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "result.json").touch()
     error = error_of(*tsv, f"--workdir={tmp_path}", "--seed=2")
     assert "flags.cfg belongs to a run with other flags" in error
     assert "--seed=1 --seed=2" in error
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+
+
+def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
+    first, flags, _ = finished
+    workdir = f"--workdir={tmp_path / 'run'}"
+    output_of(*flags, workdir, "--checkpoint_minutes=60", "--epochs=2")
+    assert "going on after epoch 2" in output_of(*flags, workdir, "--epochs=4")
+    assert records(tmp_path / "run") == records(first)[:4]
+    assert result(tmp_path / "run")["epochs"] == 4
+    assert "belongs to a run with other flags" in error_of(*flags, workdir, "--epochs=3")
+
+    text = (first / "flags.cfg").read_text().replace("--schedule=plateau", "--schedule=linear")
+    (tmp_path / "flags.cfg").write_text(text)
+    (tmp_path / "result.json").touch()
+    linear = [f"--flagfile={tmp_path / 'flags.cfg'}", f"--workdir={tmp_path}", "--epochs=21"]
+    assert "more cannot follow; choose another --workdir, or --init_from this one" in error_of(*linear)
 
 
 def test_flags_that_have_no_use_are_named(tsv, tmp_path):
@@ -189,7 +214,7 @@ def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_pa
     assert f"saved in {workdir}/checkpoints/latest; the same command goes on" in printed
 
     again = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert again.stdout.readline().startswith("going on after ")
+    assert any(line.startswith("going on after ") for line in again.stdout)
     again.kill()
     again.wait()
     again.stdout.close()
@@ -231,7 +256,7 @@ def test_a_run_does_not_go_on_with_other_data(tsv, tmp_path):
 
 def test_a_missing_file_is_an_error(tmp_path):
     flags = ["--train=nowhere.txt", "--test=nowhere.txt", f"--workdir={tmp_path / 'run'}"]
-    assert error_of(*flags) == "FileNotFoundError: nowhere.txt: no such file"
+    assert error_of(*flags) == "error: nowhere.txt: no such file"
     assert not (tmp_path / "run").exists()
 
 

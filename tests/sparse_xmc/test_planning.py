@@ -195,4 +195,4 @@ def test_a_plan_is_printed_for_sizes_alone(tmp_path):
     too_large = [*command, "--labels=2000000000", "--head=dense"]  # 2^31 is passed by the logits
     refused = subprocess.run(too_large, capture_output=True, text=True)
     assert refused.returncode == 1, refused.stderr
-    assert "more memory than there is" in refused.stdout
+    assert "more memory than there is" in refused.stderr
