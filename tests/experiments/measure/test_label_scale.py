@@ -112,13 +112,23 @@ def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
     assert (tmp_path / "out" / "label_scale.png").exists()
 
 
-def test_the_papers_memory_is_beside_ours():
+def test_the_papers_memory_of_the_same_systems_is_beside_ours():
     figure = tables._draw_label_scale([make_report(10**4, "dense", 0.25)])
     memory = figure.axes[0]
-    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines}
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines if len(line.get_xdata())}
     assert {(10**4, 0.25), (670_091, 13.43), (2_812_281, 56.36)} <= points
-    assert len(memory.lines) == 1 + (58 + 5 + 4 - 1) + 1  # ours; theirs, one of which is 0.0; 4 GiB
+    assert (670_091, 6.27) not in points  # unstructured
     np.testing.assert_array_equal(memory.lines[-1].get_ydata(), [4, 4])
+    assert [text.get_text() for text in memory.texts] == ["dense", "4 GiB"]
+
+
+def test_repeated_measurements_have_bars():
+    reports = [make_report(10**4, "dense", gib) for gib in (1, 3)] + [make_report(10**5, "dense", 5)]
+    memory = tables._draw_label_scale(reports).axes[0]
+    ours, caps = memory.containers[0], memory.containers[0].lines[1]
+    np.testing.assert_array_equal(ours.lines[0].get_ydata(), [2, 5])
+    assert caps[0].get_ydata()[0] == pytest.approx(2 - 2**0.5)
+    assert np.isnan(caps[0].get_ydata()[1])
 
 
 def test_no_results_is_an_error(tmp_path):
