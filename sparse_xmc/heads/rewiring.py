@@ -309,8 +309,9 @@ def rewire_layer(
       bool [L, F], true where a connection moved.
 
     Raises:
-      ValueError: the layer is not in the model; x and positives are missing, or there without need; or x is
-        not as wide as the layer.
+      TypeError: the layer is of another class.
+      ValueError: the layer is not in the model, or the optimizer not that of the model; x and positives are
+        missing, or there without need; or x is not as wide as the layer.
 
     Example:
       >>> import jax, optax
@@ -328,6 +329,8 @@ def rewire_layer(
       >>> int(moved.sum())
       159
     """
+    if not isinstance(layer, FixedFanInLinear):
+        raise TypeError(f"layer must be a FixedFanInLinear, got {type(layer).__name__}")
     names = [path_name((*path, "kernel")) for path, node in nnx.iter_graph(model) if node is layer]
     if not names:
         raise ValueError(
@@ -344,13 +347,13 @@ def rewire_layer(
         x, columns = jnp.asarray(x), 0 if sparse is None else sparse.num_columns
         check_features(layer, x, layer.in_features - columns, ndim=2)
         kernel, indices, moved, _ = _rewired_active(*old, x, jnp.asarray(positives), config, (), sparse)
-    moments = reset_moments(
-        optimizer.tx,
-        _values(optimizer.opt_state),
-        _values(nnx.state(model, optimizer.wrt)),
-        lambda path: path_name(key_path_names(path)) == names[0],
-        moved,
-    )
+    state, params = _values(optimizer.opt_state), _values(nnx.state(model, optimizer.wrt))
+    try:
+        moments = reset_moments(
+            optimizer.tx, state, params, lambda path: path_name(key_path_names(path)) == names[0], moved
+        )
+    except ValueError as error:  # of JAX: trees of other structures
+        raise ValueError(f"the optimizer is not that of the model, a {type(model).__name__}") from error
     layer.kernel.set_value(kernel)
     layer.indices.set_value(indices)
     jax.tree.map(

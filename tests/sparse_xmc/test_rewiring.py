@@ -378,6 +378,13 @@ def test_what_does_not_fit_is_an_error():
     active = RewireConfig(growth="active")
     with pytest.raises(ValueError, match="the layer, a FixedFanInLinear, is not in the model, a TwoLayers"):
         rewire_layer(TwoLayers().first, model, optimizer, jax.random.key(0))
+    with pytest.raises(TypeError, match=r"layer must be a FixedFanInLinear, got TwoLayers"):
+        rewire_layer(model, model, optimizer, jax.random.key(0))
+    other = nnx.Optimizer(model.first, optax.adam(1e-2), wrt=nnx.Param)
+    before = np.array(model.first.indices[...])
+    with pytest.raises(ValueError, match=r"^the optimizer is not that of the model, a TwoLayers$"):
+        rewire_layer(model.first, model, other, jax.random.key(0))
+    np.testing.assert_array_equal(model.first.indices[...], before)
     with pytest.raises(ValueError, match="growth='active' needs x and positives"):
         call(active)
     with pytest.raises(ValueError, match="sparse are for growth='active', got them for growth='random'"):
