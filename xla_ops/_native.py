@@ -63,9 +63,10 @@ def cpu():
     try:
         module = importlib.import_module("xla_ops._cpu")
     except ModuleNotFoundError as error:
+        where = pathlib.Path(__file__).parent
         raise ImportError(
-            f"The native module xla_ops._cpu has not been built for this Python in {pathlib.Path(__file__).parent}"
-            f". Build it from the root of the repository:\n    {_REBUILD}\n"
+            f"The native module xla_ops._cpu has not been built for this Python in {where}. "
+            f"Build it from the root of the repository:\n    {_REBUILD}\n"
             "Where it is installed elsewhere too, start in another directory than that of the clone."
         ) from error
     _register_handlers(module, "cpu")
