@@ -1,7 +1,6 @@
 """XMCClassifier as scikit-learn's users meet it."""
 
 import collections
-import doctest
 import itertools
 import json
 
@@ -12,7 +11,7 @@ import scipy.sparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from sparse_xmc import XMCClassifier, estimator
+from sparse_xmc import XMCClassifier
 
 WORDS = ["apple", "brook", "cloud", "dune", "ember", "fern", "grove", "heath"]
 DENSE = {"penultimate": 32, "fan_in": 8, "epochs": 80, "batch_size": 8}
@@ -62,10 +61,6 @@ def test_texts_and_names(fitted):
     right = [names[i, 0] in labels[i] for i in range(20)]
     assert np.mean(right) > 0.9
     assert fitted.score(texts, labels) == pytest.approx(np.mean(right))
-
-
-def test_the_example_of_its_docstring():
-    assert doctest.testmod(estimator) == (0, 5)
 
 
 def test_labels_that_fit_has_not_seen_are_wrong(fitted):

@@ -1,4 +1,3 @@
-import doctest
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from flax import nnx
 from small_models import FEATURES, config_of, make_inputs, make_model, make_random_model
 
 import xla_ops
-from sparse_xmc import BagOfWords, Classifier, XMCClassifier, export_predict, exporting, make_mesh
+from sparse_xmc import BagOfWords, Classifier, XMCClassifier, export_predict, make_mesh
 from sparse_xmc.data.batches import WordsAndText
 from sparse_xmc.encoders import DenseFeatures, JointEncoder
 from sparse_xmc.saving import SavedModel
@@ -102,7 +101,3 @@ def test_errors(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(FileExistsError):
         export_predict(model, tmp_path)
-
-
-def test_the_example_in_the_docstring():
-    assert doctest.testmod(exporting) == (0, 8)

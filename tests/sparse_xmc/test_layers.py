@@ -1,5 +1,3 @@
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +5,6 @@ import optax
 import pytest
 from flax import nnx
 
-from sparse_xmc import layers
 from sparse_xmc.layers import Connectivity, FixedFanInLinear, flat_glorot_uniform
 
 
@@ -131,9 +128,6 @@ class TestFixedFanInLinear:
     def test_float16_is_an_error(self, name):
         with pytest.raises(TypeError, match=f"^{name} must be float32 or bfloat16, got float16"):
             FixedFanInLinear(20, 30, 4, **{name: jnp.float16}, rngs=nnx.Rngs(0))
-
-    def test_the_example_in_the_docstring(self):
-        assert doctest.testmod(layers) == (0, 9)
 
     def test_there_are_first_derivatives_alone(self):
         graphdef, state = nnx.split(FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0)))

@@ -1,6 +1,5 @@
 """Rewiring against the rule as the paper states it, worked out in NumPy."""
 
-import doctest
 import functools
 
 import jax
@@ -10,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-from sparse_xmc.heads import rewiring
 from sparse_xmc.heads.rewiring import (
     PAPER,
     RewireConfig,
@@ -391,7 +389,3 @@ def test_what_does_not_fit_is_an_error():
         call(x=X)
     with pytest.raises(ValueError, match=r"features must have shape \[B, 30\], got \[8, 29\]"):
         call(active, x=X[:, 1:], positives=np.zeros((8, 1), np.int32))
-
-
-def test_the_example_in_the_docstring():
-    assert doctest.testmod(rewiring) == (0, 10)

@@ -1,0 +1,142 @@
+"""The Python of README.md, of docs/ and of docstrings, at sizes that a test can afford."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import sparse_xmc
+import xla_ops
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"670_091": "200", "32_768": "64", "fan_in=32": "fan_in=8"}
+TEXTS = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def blocks_of(path):
+    """The blocks of Python of a file."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run(path, names, start=0, stop=None):
+    """Executes the blocks of Python of a file, one after another, in one namespace."""
+    blocks = blocks_of(path)[start:stop]
+    assert blocks
+    for code in blocks:
+        for size, smaller in SIZES.items():
+            code = code.replace(size, smaller)
+        exec(compile(code, path, "exec"), names)
+    return names
+
+
+def make_batches():
+    """60 batches of 32 points around ten centres, each of which has three labels."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(10, 768)).astype(np.float32)
+    labels = np.stack([rng.choice(200, 3, replace=False) for _ in range(10)]).astype(np.int32)
+    return [(centres[i], labels[i]) for i in rng.integers(0, 10, (60, 32))]
+
+
+def test_readme():
+    labels = [["cat", "small"], ["cat", "big"], ["dog", "small"], ["dog", "big"]] * 4 + [["other"]] * 4
+    features = np.ones((4, 768), np.float32)
+    names = run(
+        "README.md", {"texts": TEXTS, "labels": labels, "new_texts": ["the small dog"], "features": features}
+    )
+    assert set(names["names"][0][:2]) == {"dog", "small"}
+    assert names["scores"].shape == (1, 5)
+    assert names["logits"].shape == (4, 200)
+    assert "indices" in nnx.to_pure_dict(names["state"])["layers"][2]
+    assert blocks_of("docs/estimator.md")[0] in blocks_of("README.md")
+
+
+def test_many_devices():
+    names = run("docs/many_devices.md", {"texts": TEXTS, "labels": [[text.split()[-1]] for text in TEXTS]})
+    assert names["classifier"].predict(["the dog"], k=1).labels.tolist() == [["dog"]]
+    assert names["classifier"].saved_.model.head.mesh.size == 8
+
+
+def test_the_head_on_your_own_network(monkeypatch):
+    losses, start, original = [], {}, sparse_xmc.Trainer.train_step
+
+    def step(trainer, *arguments, **options):
+        if not start:
+            start.update(jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param))))
+        losses.append(float(original(trainer, *arguments, **options)))
+        return losses[-1]
+
+    monkeypatch.setattr(sparse_xmc.Trainer, "train_step", step)
+    names = run("docs/model.md", {"batches": make_batches()}, stop=1)
+    end = nnx.to_pure_dict(nnx.state(names["trainer"].model, nnx.Param))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), start, end)
+    assert all(jax.tree.leaves(moved)), moved
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert names["labels"].shape == (32, 5)
+
+
+def test_the_layer_in_your_own_model():
+    names = run("docs/model.md", {"features": np.ones((4, 768), np.float32)}, start=1)
+    assert names["moved"].shape == (200, 8)
+    assert names["moved"].any()
+
+
+def test_a_training_step_by_hand():
+    names = run("docs/ops.md", {"batches": make_batches()})
+    positives, ranked = names["positives"], np.asarray(names["labels"])
+    found = [len({*row} & {*best}) for row, best in zip(positives.tolist(), ranked.tolist(), strict=True)]
+    assert np.mean(found) > 2
+
+
+def test_serving(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 8)).astype(np.float32), np.eye(10)[np.arange(40) % 10]
+    classifier = sparse_xmc.XMCClassifier(epochs=1, penultimate=16, fan_in=4).fit(x, y)
+    classifier.save("model")
+    names = run("docs/serving.md", {"x": x})
+    np.testing.assert_array_equal(names["labels"], classifier.predict(x).labels)
+
+
+def test_memory(capsys):
+    plan = run("docs/memory.md", {})["plan"]
+    assert plan.fits
+    assert capsys.readouterr().out == f"{plan.bytes} True\n"
+
+
+def modules_with_examples():
+    """The modules of both libraries whose docstrings have examples."""
+    for package in (sparse_xmc, xla_ops):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            source = module.module_finder.find_spec(module.name).origin
+            if source.endswith(".py") and ">>> " in Path(source).read_text(encoding="utf-8"):
+                yield module.name
+
+
+@pytest.mark.parametrize("name", [*modules_with_examples()])
+def test_examples_in_docstrings(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+    assert tried > 0
+
+
+def test_links():
+    """Links between README.md, WORKSPACE.md and docs/ lead somewhere."""
+    for path in (ROOT / "README.md", ROOT / "WORKSPACE.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if not target.startswith("https:"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
