@@ -32,7 +32,7 @@ def test_the_fuzzer_finds_what_is_against_the_contract(tmp_path, monkeypatch, ca
         monkeypatch.setitem(fuzz_readers.READERS, reader.__name__, reader)
         shutil.copytree(fuzz_readers.CORPUS / "filter", tmp_path / "corpus" / reader.__name__)
     monkeypatch.setattr(fuzz_readers, "CORPUS", tmp_path / "corpus")
-    found = fuzz_readers.fuzz(["nameless", "foreign"], random.Random(0), tmp_path, lambda n: n < 3000)
+    found = fuzz_readers.fuzz(["nameless", "foreign"], random.Random(0), tmp_path, lambda n: n < 600)
     assert sorted(path.name for path in found) == ["found-0-foreign.txt", "found-1-nameless.txt"]
     assert "OverflowError" in capsys.readouterr().out
     assert b"nan" in found[1].read_bytes()
