@@ -1,0 +1,58 @@
+"""The console command, and what a wheel has."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import experiments
+from experiments import cli
+
+ROOT = Path(experiments.__file__).parents[1]
+
+
+def test_commands_are_programs_and_listed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparse-xmc", "--help"])
+    cli.main()
+    printed = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert importlib.util.find_spec(f"experiments.{command}") is not None
+        assert f"\n  {command} " in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian", "--seed=1"]])
+def test_an_unknown_command_is_an_error(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["sparse-xmc", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: trian: no such command" if arguments else "sparse-xmc COMMAND")
+
+
+def test_a_command_is_its_module_with_its_flags_alone(tmp_path):
+    command = [sys.executable, "-m", "experiments.cli", "run", "--flagfile=quickstart", "--labels=5"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: Unknown command line flag 'labels'")  # that is one of plan
+
+
+def test_a_wheel_has_the_programs_and_their_files_within_sparse_xmc(tmp_path):
+    # What setuptools would put into it, without what is compiled.
+    command = [sys.executable, "setup.py", "--quiet", "build_py", f"--build-lib={tmp_path}"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"sparse_xmc", "xla_ops"}
+    programs = tmp_path / "sparse_xmc" / "experiments"
+    files = ("flags/data/wordnet.cfg", "data/wordnet/train.tsv.xz", "tables/wordnet.toml", "measure/ops.py")
+    for file in files:
+        assert (programs / file).exists()
+    assert (tmp_path / "sparse_xmc" / "py.typed").exists()
+    assert (tmp_path / "xla_ops" / "py.typed").exists()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"sparse-xmc": "sparse_xmc.experiments.cli:main"}
