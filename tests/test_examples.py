@@ -1,7 +1,8 @@
-"""The notebook in examples, cell by cell, on few points: words alone, and with a tiny encoder beside them."""
+"""What is in examples, on few points; the notebook cell by cell, with and without a tiny encoder."""
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.run import values_of
 from sparse_xmc.encoders import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "text_to_labels.ipynb"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "text_to_labels.ipynb"
 SIZES = {"fan_in": 8, "penultimate": 64, "embedding": 16, "epochs": 1, "batch_size": 32, "max_length": 12}
 
 
@@ -75,3 +78,21 @@ def test_outputs_are_cleared():
     for cell in code_cells():
         assert not cell["outputs"]
         assert cell["execution_count"] is None
+
+
+def test_your_own_network(tmp_path):
+    main = runpy.run_path(str(EXAMPLES / "own_network.py"))["main"]
+    metrics = main(points=3000, epochs=5, path=str(tmp_path / "weights"))
+    assert metrics["p@1"] > 0.5
+
+
+def test_from_the_papers_table_to_your_data(tmp_path, capsys):
+    example = runpy.run_path(str(EXAMPLES / "paper_table_to_your_data.py"))
+    row = example["ROWS"].popitem()[1]  # a run less: whether it could be run is enough
+    assert values_of([f"--flagfile={name}" for name in row])["direct"] == 28
+    (paper,) = example["main"]([f"--workdir={tmp_path}", "--epochs=3", "--penultimate=64"]).values()
+    assert paper["flags"]["validate_on_test"]
+    assert paper["epochs"] == 3
+    printed = capsys.readouterr().out
+    assert "the paper's row         P@1/3/5" in printed
+    assert "w3 w14: label" in printed
