@@ -140,3 +140,10 @@ def test_links():
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if not target.startswith("https:"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_api_page_has_all_public_names():
+    page = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    public = [f"{package.__name__}.{name}" for package in (sparse_xmc, xla_ops) for name in package.__all__]
+    assert set(public) <= set(page)
+    assert len(set(page)) == len(page)

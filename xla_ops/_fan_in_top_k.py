@@ -41,6 +41,18 @@ def fan_in_top_k(
 
     Raises:
       TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xla_ops
+      >>> x = jnp.array([[1.0, 10.0, 100.0]])
+      >>> kernel = jnp.ones((4, 2))
+      >>> indices = jnp.array([[0, 1], [1, 2], [2, 0], [0, 0]])  # each label reads two of three inputs
+      >>> xla_ops.fan_in_matmul(x, kernel, indices).tolist()
+      [[11.0, 110.0, 101.0, 2.0]]
+      >>> scores, labels = xla_ops.fan_in_top_k(x, kernel, indices, None, 2)
+      >>> labels.tolist()
+      [[1, 2]]
     """
     x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
     bias = None if bias is None else jnp.asarray(bias)
