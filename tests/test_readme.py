@@ -38,6 +38,7 @@ def test_texts_in_labels_out():
     assert names["scores"].shape == (1, 5)
 
 
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 def test_many_devices():
     texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
     names = {"texts": texts, "labels": [[text.split()[-1]] for text in texts]}
