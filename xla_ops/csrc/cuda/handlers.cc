@@ -79,7 +79,7 @@ ffi::Error gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuff
   return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_matmul_gradients(stream, workspace, s, inputs_of<T>(in), data<const T>(kernel),
-                                         indices_of(indices), data<const T>(dy), data<T>(*d_x), data<T>(*d_kernel),
+                                         indices_of(indices), data<const T>(dy), optional_data<T>(*d_x), data<T>(*d_kernel),
                                          optional_data<T>(*d_bias));
   });
 }
@@ -115,7 +115,7 @@ ffi::Error loss_gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::An
     return cuda::fan_in_loss_gradients(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
                                        data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                        data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value),
-                                       data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
+                                       optional_data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
@@ -134,7 +134,7 @@ ffi::Error sgd_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, 
     return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in), data<T>(kernel),
                                  indices_of(indices), optional_data<T>(bias), data<const int32_t>(positives),
                                  positives.dimensions()[1], data<const float>(learning_rate),
-                                 data<const uint32_t>(key), data<float>(*mean), data<T>(*d_x));
+                                 data<const uint32_t>(key), data<float>(*mean), optional_data<T>(*d_x));
   });
 }
 
@@ -158,7 +158,8 @@ ffi::Error adam_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x,
         stream, workspace, s, static_cast<Loss>(loss), inputs_of<float>(in),
         {data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel)}, indices_of(indices),
         {optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias)}, data<const int32_t>(positives),
-        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean), data<float>(*d_x));
+        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean),
+        optional_data<float>(*d_x));
   });
 }
 
