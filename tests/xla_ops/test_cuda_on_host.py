@@ -592,7 +592,7 @@ def check_top_k(run, problem, k, labels_at_once, device=SMALL, sparse=None):
     )
 
 
-@pytest.mark.parametrize("labels_at_once", [100, 1000])
+@pytest.mark.parametrize("labels_at_once", [100, 3000])
 @pytest.mark.parametrize(
     ("batch", "in_features", "labels", "fan_in", "k"),
     [
@@ -602,6 +602,8 @@ def check_top_k(run, problem, k, labels_at_once, device=SMALL, sparse=None):
         (3, 64, 700, 64, 690),
         (3, 5, 400, 100, 64),
         (2, 5, 70, 3, 0),
+        (3, 5, 2600, 3, 40),  # in parts
+        (1, 20, 1700, 2, 900),  # of fewer labels than are looked for
         (5, 1, 130, 3, 130),
         (0, 5, 10, 3, 4),
     ],

@@ -217,6 +217,15 @@ def test_workspaces_of_sparse_inputs_stay_small():
         )
 
 
+def test_a_driver_that_is_too_old_is_told_from_other_errors():
+    insufficient_driver, invalid_value = 35, 1  # of cudaError_t
+    found = r"(there is no driver|the driver is for CUDA \d+\.\d)"
+    built = r"xla_ops was built with CUDA \d+\.\d, which needs a driver for it"
+    pattern = rf"{built}, but {found}\. Update the driver, .* CUDA_HOME"
+    assert re.fullmatch(pattern, _native.cuda().error_message(insufficient_driver))
+    assert _native.cuda().error_message(invalid_value) == "CUDA: invalid argument"
+
+
 # ---- what a handler says of itself: structs of XLA's c_api.h ----
 
 

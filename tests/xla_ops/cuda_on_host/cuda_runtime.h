@@ -99,8 +99,8 @@ template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return attributes->sharedSizeBytes = 0, cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {  // less would be less for others
+  return bytes == cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {

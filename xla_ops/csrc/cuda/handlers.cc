@@ -26,9 +26,13 @@ namespace {
 
 using WorkspaceResult = ffi::Result<ffi::AnyBuffer>;
 
+std::string version_string(int version) {
+  return "CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 ffi::Error error_of(cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal, std::string("CUDA: ") + cudaGetErrorString(status));
+  return ffi::Error(ffi::ErrorCode::kInternal, error_message(status));
 }
 
 // Calls fn(T*, workspace) with a null pointer of the type that x holds, and turns the CUDA error that it
@@ -235,6 +239,16 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
 auto stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 }  // namespace
+
+std::string error_message(int status) {
+  const auto error = static_cast<cudaError_t>(status);
+  if (error != cudaErrorInsufficientDriver) return std::string("CUDA: ") + cudaGetErrorString(error);
+  int driver = 0;  // where there is none
+  cudaDriverGetVersion(&driver);
+  const std::string found = driver == 0 ? "there is no driver" : "the driver is for " + version_string(driver);
+  return "xla_ops was built with " + version_string(CUDART_VERSION) + ", which needs a driver for it, but " + found +
+         ". Update the driver, or rebuild with its toolkit: set CUDA_HOME";
+}
 
 int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k, int64_t entries,
                         int64_t num_columns) {
