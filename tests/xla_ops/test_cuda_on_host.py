@@ -657,6 +657,26 @@ def test_nan_and_minus_infinity_are_never_chosen(run):
         np.testing.assert_array_equal(scores, np.float32([[np.inf, 2, -3e38, -np.inf, -np.inf]] * 2))
 
 
+# ---- kth_smallest ----
+
+
+@DTYPE
+@pytest.mark.parametrize("size", [1, 1000, 5000])
+def test_kth_smallest_is_that_of_a_sort(run, dtype, size):
+    rng = np.random.default_rng(size)
+    x = (rng.normal(size=(1, size)) * 10.0 ** rng.integers(-40, 38, (1, size))).astype(dtype)
+    x[0, rng.random(size) < 0.2] = x[0, 0]  # ties
+    x[0, size // 2 :: 7] = 0
+    x[0, 1:3] = -np.inf
+    problem = matmul.make_problem(1, 1, 1, 1, dtype=dtype)
+    ordered = np.sort(np.abs(x.astype(np.float32)), axis=None)
+    for k in {1, 2, size // 3, size - 1, size} - {0}:
+        k = min(k, size)
+        arrays = {**problem._asdict(), "x": x}
+        (result,) = run("kth_smallest", arrays, [("result", (), np.float32)], SMALL, k)
+        assert result == ordered[k - 1]
+
+
 # ---- sparse inputs ----
 
 # Batch, D, C, labels, fan-in: tiles and words that are full and not, no dense inputs, and connections that

@@ -175,6 +175,10 @@ cudaError_t run(const Call& call, Workspace& workspace) {
                               {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.unless(call.without_d_x()));
     }
   }
+  if (call.op == "kth_smallest") {
+    const Result<float> result(call, "result", 1);
+    return kth_smallest(nullptr, workspace, x.get(), x.count(), call.more.at(0), result.get());
+  }
   if (call.op == "fan_in_top_k") {
     const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
     const Result<float> scores(call, "scores", s.batch * k);

@@ -19,6 +19,7 @@
 #include "../fan_in_step.h"
 #include "../fan_in_top_k.h"
 #include "../handler.h"
+#include "../kth_smallest.h"
 #include "kernels.h"
 
 namespace xla_ops {
@@ -205,6 +206,16 @@ ffi::Error dense_adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
   });
 }
 
+ffi::Error kth_impl(cudaStream_t stream, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result,
+                    WorkspaceResult buffer) {
+  XLA_OPS_RETURN_IF_ERROR(check_kth_smallest(x, k, *result));
+  return dispatch(x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    cuda::Workspace workspace(buffer->untyped_data(), static_cast<int64_t>(buffer->size_bytes()));
+    return error_of(cuda::kth_smallest(stream, workspace, data<const T>(x), x.element_count(), k, data<float>(*result)));
+  });
+}
+
 // What a launcher takes if it has no workspace.
 template <typename T>
 int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t entries, int64_t num_columns) {
@@ -230,6 +241,8 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
     cuda::fan_in_adam_step(nullptr, none, s, Loss{}, of_floats, {}, indices, {}, labels, 0, {}, scores, scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
     cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), inputs, in, indices, in, scores, labels);
+  } else if (handler == "xla_ops.kth_smallest") {
+    cuda::kth_smallest(nullptr, none, in, 0, 0, scores);
   } else if (handler != "xla_ops.dense_step.adam") {  // which has no temporaries
     throw std::invalid_argument("no such handler: " + handler);
   }
@@ -267,5 +280,6 @@ XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, adam_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, sgd_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_top_k, top_k_impl);
 XLA_OPS_DEFINE_HANDLER(dense_step_adam, dense_adam_impl);
+XLA_OPS_DEFINE_HANDLER(kth_smallest, kth_impl);
 
 }  // namespace xla_ops

@@ -116,6 +116,10 @@ cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape&
                          const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores,
                          int32_t* labels);
 
+// result = the k-th smallest |x|, k from 1, of n without NaN.
+template <typename T>
+cudaError_t kth_smallest(cudaStream_t stream, Workspace& workspace, const T* x, int64_t n, int64_t k, float* result);
+
 }  // namespace xla_ops::cuda
 
 #endif  // XLA_OPS_CSRC_CUDA_KERNELS_H_
