@@ -1,4 +1,4 @@
-"""Builds the native modules; everything else about the package is in pyproject.toml."""
+"""Builds the native modules, and says where packages are; everything else is in pyproject.toml."""
 
 import concurrent.futures
 import functools
@@ -13,7 +13,7 @@ import sysconfig
 
 import jaxlib
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
@@ -148,4 +148,13 @@ if find_nvcc() is not None:
         )
     )
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})
+# The programs are `sparse_xmc.experiments` where they are installed, so that users may have an `experiments`;
+# in a clone they are `experiments` too.
+PROGRAMS = [f"sparse_xmc.{package}" for package in find_packages(include=["experiments*"])]
+
+setup(
+    packages=[*find_packages(include=["xla_ops*", "sparse_xmc*"]), *PROGRAMS],
+    package_dir={"sparse_xmc.experiments": "experiments"},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExt},
+)

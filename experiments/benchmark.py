@@ -31,7 +31,8 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
+from . import program
+from .measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
 
 # The flags that say what is measured; --fan_in and --penultimate are those of `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
@@ -79,10 +80,8 @@ def _define_flags() -> None:
     flags.declare_key_flag("penultimate")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the table, and writes --json."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
     of_others = {
         "training_step": _OF_STEPS,
@@ -127,4 +126,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()  # not on import: tests import several programs, and their flags share names
-    app.run(main)
+    program.start(main)

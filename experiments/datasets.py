@@ -1,6 +1,7 @@
 """Loads the data sets that experiments name by their files."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from sparse_xmc.data import (
 )
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.saving import SavedModel
+
+from .flagfiles import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Splits:
       test: the test points.
       text_encoder: turns text into features, or None.
       label_encoder: names the labels, or None.
+      unseen_labels: how many labels test points have that no training point has, and no model can predict.
     """
 
     train: Dataset
     test: Dataset
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
+    unseen_labels: int = 0
 
 
 def load(
@@ -70,9 +76,14 @@ def load(
       ValueError: a file is malformed, or the two sets do not fit each other.
       FileNotFoundError: a file is missing.
     """
+    train, test = str(find(train)), str(find(test))
     for path in filter(None, (train, test, train_features, test_features, train_filter, test_filter)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
+        if re.search(r"\.csv(\.gz|\.xz)?$", path):
+            raise ValueError(
+                f"{path}: expected a .tsv of label|label|...<TAB>text, got comma-separated values"
+            )
     if bool(train_features) != bool(test_features):
         raise ValueError("train_features and test_features go together: give both or neither")
     if _is_text(train) != _is_text(test):
@@ -87,6 +98,9 @@ def load(
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
         splits = Splits(read_xmc_text(train, cache_dir), read_xmc_text(test, cache_dir))
+    if not _is_text(train):
+        unseen = np.setdiff1d(splits.test.labels.indices, splits.train.labels.indices)
+        splits = dataclasses.replace(splits, unseen_labels=len(unseen))
     for what in ("num_features", "num_labels"):
         ours, theirs = getattr(splits.train, what), getattr(splits.test, what)
         if ours != theirs:
@@ -100,6 +114,42 @@ def load(
     )
 
 
+def load_points(
+    saved: SavedModel, path: str, *, features: str | None = None, filter: str | None = None
+) -> tuple[Dataset, int]:
+    """Points with labels, as a saved model takes them, and how many of their labels it does not know.
+
+    Args:
+      saved: the model; whether it takes texts, sparse or dense features says what the file must be.
+      path: as `test` of `load`.
+      features: as `test_features`, which a model of dense features needs.
+      filter: as `test_filter`.
+
+    Raises:
+      ValueError: a file is malformed, or not what the model takes.
+      FileNotFoundError: a file is missing.
+    """
+    path = str(find(path))
+    unknown, config = 0, saved.config
+    takes = "sparse features" if config.bag_of_words else "dense features"
+    takes = "texts" if saved.label_encoder is not None else takes
+    given = "texts" if _is_text(path) else "dense features" if features else "sparse features"
+    if takes != given:
+        raise ValueError(f"{path}: the model takes {takes}, got {given}")
+    if saved.label_encoder is not None:
+        names, texts = read_tsv(path)
+        labels = saved.label_encoder(names)
+        unknown = sum(len(set(of_point)) for of_point in names) - labels.nnz
+        points = dataclasses.replace(saved.points(texts), labels=labels)
+    else:
+        points = read_dense(features, path) if features else read_xmc_text(path)
+        for what in ("num_features", "num_labels"):
+            ours, theirs = getattr(config, what), getattr(points, what)
+            if ours != theirs:
+                raise ValueError(f"{features or path}: {what} is {theirs}, but the model's {ours}")
+    return _exclude(points, filter, saved.label_encoder), unknown
+
+
 def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -> Dataset:
     """The data set with what a filter file excludes."""
     if path is None:
@@ -110,7 +160,8 @@ def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -
     rows = np.split(listed.indices.astype(str), listed.indptr[1:-1])
     excluded = encoder(rows)
     if listed.nnz and not excluded.nnz:
-        raise ValueError(f"{path}: none of its labels is the name of a label, such as {encoder.names[0]!r}")
+        names = f", such as {encoder.names[0]!r}" if encoder.names else ""
+        raise ValueError(f"{path}: none of its labels is the name of a label{names}")
     return dataclasses.replace(dataset, excluded=excluded)
 
 
@@ -121,7 +172,11 @@ def _is_text(path: str) -> bool:
 def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | Tokenizer | None) -> Splits:
     train_labels, train_texts = read_tsv(train)
     test_labels, test_texts = read_tsv(test)
-    texts, labels = TextEncoder.fit(train_texts, ngrams=ngrams), LabelEncoder.fit(train_labels)
+    labels = LabelEncoder.fit(train_labels)
+    try:
+        texts = TextEncoder.fit(train_texts, ngrams=ngrams)
+    except ValueError as error:
+        raise ValueError(f"{train}: no word is in two of its texts") from error
 
     def dataset(names: list[list[str]], of_points: list[str]) -> Dataset:
         encoded = None if pretrained is None else pretrained(of_points)
@@ -132,6 +187,7 @@ def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | T
         test=dataset(test_labels, test_texts),
         text_encoder=texts,
         label_encoder=labels,
+        unseen_labels=len({name for names in test_labels for name in names} - set(labels.names)),
     )
 
 

@@ -10,13 +10,15 @@ import json
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from experiments.measure import environment
 from sparse_xmc import XMCClassifier
 from sparse_xmc.data import Dataset, read_tsv
 from sparse_xmc.evaluation import evaluate
 from sparse_xmc.metrics import inverse_propensities
+
+from . import program
+from .measure import environment
 
 
 def measure(train: str, test: str) -> dict:
@@ -50,10 +52,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("json", None, "File to write the report to.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the metrics, and writes --json."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
     report = measure(values.train, values.test)
     precisions = "/".join(f"{100 * report['test'][f'p@{k}']:.2f}" for k in (1, 3, 5))
@@ -65,4 +65,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()  # not on import: other programs have flags of the same names
-    app.run(main)
+    program.start(main)

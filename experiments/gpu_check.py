@@ -41,6 +41,8 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from . import program
+
 ROOT = Path(__file__).parents[1]
 CLAIM_BYTES = 4 << 30
 _TAIL_CHARACTERS = 4000
@@ -145,7 +147,7 @@ def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | No
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there, or half written
                 job.enter(json.loads(path.read_text()))
 
-        command = (sys.executable, "-m", f"experiments.{name}", f"--json={path}", *arguments)
+        command = (sys.executable, "-m", f"{__package__}.{name}", f"--json={path}", *arguments)
         run(job, *command, look=look, env=env)
         return json.loads(path.read_text())
 
@@ -158,7 +160,7 @@ def device(job: Job) -> dict:
     fields = ("name", "driver_version", "memory.total", "compute_cap")
     values = run(job, "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     script = (
-        "import json, jax; from experiments.measure import environment; "
+        f"import json, jax; from {__package__}.measure import environment; "
         "assert jax.default_backend() == 'gpu', 'jax computes on: ' + jax.default_backend(); "
         "print(json.dumps({'runtime': jax.devices()[0].client.platform_version, **environment.describe()}))"
     )
@@ -185,7 +187,7 @@ def tests(job: Job) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows"
         # Warnings of packages that are newer than those of the suite are no failures here.
-        options = ["-p", "experiments.measure.pytest_rows", f"--rows={rows}", "-W", "default"]
+        options = ["-p", f"{__package__}.measure.pytest_rows", f"--rows={rows}", "-W", "default"]
         options += [
             f"-n={min(8, os.cpu_count() or 1)}",
             "--dist=worksteal",
@@ -251,7 +253,7 @@ def training(job: Job) -> dict:
             "--epochs=2",
             f"--workdir={directory}/run",
         ]
-        run(job, sys.executable, "-m", "experiments.run", *arguments)
+        run(job, sys.executable, "-m", f"{__package__}.run", *arguments)
         return json.loads((Path(directory) / "run" / "result.json").read_text())
 
 
@@ -316,10 +318,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("quick", False, "Do the least, within 8 minutes.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the parts, and exits with an error if one failed."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
     usual = [name for name, part in PARTS.items() if not values.quick or part.quick_seconds is not None]
     names = usual if values.parts is None else values.parts
@@ -343,4 +343,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

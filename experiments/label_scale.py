@@ -16,9 +16,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.measure.scale import run_all, run_here, run_on_mesh
-from experiments.measure.workloads import SCALES, flags_without_use
 from sparse_xmc.mesh import parse_mesh
+
+from . import program
+from .measure.scale import run_all, run_here, run_on_mesh
+from .measure.workloads import SCALES, flags_without_use
 
 _ON_MESH = "fixed_fan_in_32_32k"  # the cell
 
@@ -35,10 +37,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("here", False, "Measure one system in this process.")
 
 
-def main(argv):
+def main():
     """Measures."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     if unused := flags_without_use("mesh"):
         raise app.UsageError(f"--cells say what is trained, so {', '.join(f'--{n}' for n in unused)} may not")
     values, results = flags.FLAGS, Path(flags.FLAGS.results)
@@ -56,4 +56,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

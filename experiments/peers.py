@@ -30,13 +30,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scipy.sparse import csr_array, csr_matrix
 
-from experiments import datasets
-from experiments.measure.memory import status_bytes
 from sparse_xmc.data import Dataset, write_xmc_text
 from sparse_xmc.metrics import RankingMetrics
+
+from . import datasets, program
+from .measure.memory import status_bytes
 
 _KS = (1, 3, 5)
 _PACKAGES = ("omikuji", "napkinxc")
@@ -178,10 +179,8 @@ def _define_flags() -> None:
     flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the table of the peers and of --ours."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     require_peers()
     values = flags.FLAGS
     ours = [json.loads(Path(path).read_text()) for path in values.ours]
@@ -207,4 +206,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()  # not on import: tests import several programs, and their flags share names
-    app.run(main)
+    program.start(main)

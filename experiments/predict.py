@@ -1,24 +1,44 @@
-"""Labels for new texts: `python -m experiments.predict --workdir=RUN --input=texts.txt`.
+"""Labels for new points: `python -m experiments.predict --workdir=RUN --input=texts.txt`.
 
-Reads one text a line (from standard input without `--input`) and prints, for each, its best labels with their
-scores, as `label<TAB>score` pairs in one line, separated by tabs. RUN is the working directory of a finished
-`experiments.run` on raw text, or a directory that `XMCClassifier.save` wrote.
+RUN is the working directory of a finished `experiments.run`, or a directory that `XMCClassifier.save` wrote.
+The model says what is read: texts, one a line (of a `.tsv`, what is behind the tab), from a file or standard
+input; for sparse features a file in the repository's format, whose labels do not matter; for dense features
+a `.npy`. All but the last may be compressed (`.gz`, `.xz`). It reads, predicts and prints some points at a
+time.
+
+For each point it prints a line of its best labels: as tab-separated values `label`, `score`, with
+--probabilities `probability`, and so on; or as a JSON object of "labels", "scores" and "probabilities".
 """
 
-import sys
-from pathlib import Path
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 from absl import app, flags, logging
 
-from experiments.datasets import printable
 from sparse_xmc import XMCClassifier
+from sparse_xmc.data import iterate_xmc_text
+from sparse_xmc.data.files import read_text_lines
+from sparse_xmc.data.storage import check_finite, open_npy
 from sparse_xmc.mesh import make_mesh, parse_mesh
 
+from .datasets import printable
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
-_INPUT = flags.DEFINE_string("input", None, "File of texts, one a line; standard input by default.")
+_INPUT = flags.DEFINE_string("input", "/dev/stdin", "The file of points; texts also from standard input.")
 _ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
 _MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for experiments.run.")
-_K = flags.DEFINE_integer("k", 5, "How many labels.", lower_bound=1)
+_K = flags.DEFINE_integer("k", 5, "How many labels, at most.", lower_bound=1)
+_FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "How labels are printed.")
+_PROBABILITIES = flags.DEFINE_bool("probabilities", False, "Print how likely each label is right, too.")
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "Leave out labels of a lower score, or with --probabilities of a lower probability."
+)
+
+_POINTS_AT_ONCE = 1024
 
 
 def main(argv):
@@ -31,11 +51,49 @@ def main(argv):
         encoder=_ENCODER.value,
         mesh=None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value)),
     )
-    text = Path(_INPUT.value).read_text(encoding="utf-8") if _INPUT.value else sys.stdin.read()
-    texts = text.removesuffix("\n").split("\n") if text else []
-    names, scores = classifier.predict(texts, k=min(_K.value, classifier.n_labels_))
-    for row in zip(names, scores, strict=True):
-        print("\t".join(f"{printable(name)}\t{score:.4f}" for name, score in zip(*row, strict=True)))
+    calibration = classifier.saved_.calibration
+    if _PROBABILITIES.value and calibration is None:
+        raise ValueError(f"{_WORKDIR.value}: the model has no probabilities: it had no validation points")
+    k = min(_K.value, classifier.n_labels_)
+    for points in read_points(classifier, _INPUT.value):
+        names, scores = classifier.predict(points, k=k)
+        columns = {"scores": scores}
+        if _PROBABILITIES.value:
+            columns["probabilities"] = calibration(scores)
+        kept = np.ones(scores.shape, bool)
+        if _THRESHOLD.value is not None:
+            kept = columns["probabilities" if _PROBABILITIES.value else "scores"] >= _THRESHOLD.value
+        for row, of_row in enumerate(kept):
+            print(line(names[row][of_row], {name: values[row][of_row] for name, values in columns.items()}))
+
+
+def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
+    """Yields the points of a file, some at a time, as the classifier takes them."""
+    if classifier.saved_.text_encoder is not None:
+        texts = (text for _, text in read_text_lines(path))
+        if re.search(r"\.tsv(\.gz|\.xz)?$", path):
+            texts = (text.partition("\t")[2] for text in texts)
+        yield from iter(lambda: list(itertools.islice(texts, _POINTS_AT_ONCE)), [])
+    elif classifier.saved_.config.bag_of_words:
+        for dataset in iterate_xmc_text(path, _POINTS_AT_ONCE):
+            yield dataset.features
+    else:
+        matrix = open_npy(path)
+        for start in range(0, len(matrix), _POINTS_AT_ONCE):
+            points = np.asarray(matrix[start : start + _POINTS_AT_ONCE])
+            check_finite(path, points)
+            yield points
+
+
+def line(names: np.ndarray, columns: dict[str, np.ndarray]) -> str:
+    """A point's labels with their scores, as --format says."""
+    if _FORMAT.value == "jsonl":
+        labels = [name if isinstance(name, str) else int(name) for name in names]
+        return json.dumps({"labels": labels} | {name: values.tolist() for name, values in columns.items()})
+    return "\t".join(
+        "\t".join([printable(name), *(f"{value:.4f}" for value in values)])
+        for name, *values in zip(names, *columns.values(), strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -36,14 +36,16 @@ from sparse_xmc.data import (
     read_tsv,
     read_xmc_labels,
     read_xmc_text,
+    storage,
     write_tsv,
     write_xmc_labels,
 )
 
+from . import program
+
 # The sizes of dense features.
 FEATURES = {"slice": 512, "cascade": 768}
 
-_ROWS_AT_ONCE = 1 << 14
 _TOLERANCE = 0.01  # of the labels per point, which are published with two decimals
 
 
@@ -158,7 +160,8 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
     labels_file = directory / f"{short}_X_Y.txt"
     if text_file.exists():
         names, _ = read_tsv(text_file)
-        labels = _matrix(text_file, [list(map(int, row)) for row in names], statistics.labels)
+        rows = [_numbers(f"{text_file}:{line}", row) for line, row in enumerate(names, start=1)]
+        labels = _matrix(text_file, rows, statistics.labels)
     else:
         rows, texts = read_json(_existing(source), statistics.titles)
         labels = _matrix(source, rows, statistics.labels)
@@ -219,7 +222,7 @@ def read_json(path: Path, titles: bool = False) -> tuple[list[list[int]], list[s
       titles: whether to leave the content out.
 
     Returns:
-      The label ids of each point, and its text: title and content in one line.
+      The label ids of each point, and its text: title and content, if it has one, in one line.
 
     Raises:
       ValueError: a line is malformed, or the compressed data is damaged or cut off; the message names it.
@@ -228,13 +231,17 @@ def read_json(path: Path, titles: bool = False) -> tuple[list[list[int]], list[s
     for number, line in files.read_text_lines(path):
         try:
             point = json.loads(line)
-            text = f"{point['title']} {'' if titles else point.get('content', '')}"
-            ids = [int(label) for label in point["target_ind"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            parts = [point["title"], *([] if titles else [point.get("content", "")])]
+            text, ids = _in_one_line(" ".join(parts)), point["target_ind"]
+            text.encode()  # JSON has escapes for what UTF-8 has no bytes for
+            if type(ids) is not list or any(type(label) is not int for label in ids):
+                raise TypeError("target_ind must be a list of whole numbers")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path}:{number}: expected JSON with title, content and target_ind, got {line[:60]!r}"
+                f"{path}:{number}: expected JSON with title, content and target_ind, got {line[:60]!r}: "
+                f"{error}"
             ) from error
-        texts.append(_in_one_line(text))
+        texts.append(text)
         labels.append(ids)
     return labels, texts
 
@@ -270,29 +277,20 @@ def check_features(path: Path, shape: tuple[int, int]) -> None:
       FileNotFoundError: it is missing.
       ValueError: it is no `.npy` file, has another shape or dtype, is cut off, or has infinite or NaN values.
     """
-    with open(_existing(path), "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            found, fortran_order, dtype = read_header(file)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: not a .npy file: {error}") from error
-        if found != shape or dtype != np.float32 or fortran_order:
-            raise ValueError(
-                f"{path}: expected float32 {list(shape)} in C order, got {dtype} {list(found)}"
-                + (" in Fortran order" if fortran_order else "")
-            )
-        expected = file.tell() + dtype.itemsize * shape[0] * shape[1]
-    if (size := path.stat().st_size) != expected:
-        raise ValueError(f"{path}: expected {expected:,} bytes, got {size:,}: half-downloaded?")
-    features = np.load(path, mmap_mode="r")
-    for start in range(0, shape[0], _ROWS_AT_ONCE):
-        finite = np.isfinite(features[start : start + _ROWS_AT_ONCE]).all(axis=1)
-        if not finite.all():
-            raise ValueError(
-                f"{path}: expected finite values, got inf or nan in row {start + finite.argmin()}"
-            )
+    features = storage.open_npy(_existing(path))
+    if features.shape != shape or features.dtype != np.float32 or np.isfortran(features):
+        raise ValueError(
+            f"{path}: expected float32 {list(shape)} in C order, got {features.dtype} {list(features.shape)}"
+            + (" in Fortran order" if np.isfortran(features) else "")
+        )
+    storage.check_finite(path, features)
     print(f"{path}: {shape[0]:,} points, {shape[1]} features")
+
+
+def _numbers(where: str, names: list[str]) -> list[int]:
+    if not all(re.fullmatch("[0-9]{1,18}", name) for name in names):
+        raise ValueError(f"{where}: expected numbers of labels, got {names}")
+    return [int(name) for name in names]
 
 
 def _matrix(path: Path, rows: list[list[int]], num_labels: int) -> scipy.sparse.csr_array:
@@ -336,10 +334,8 @@ def _define_flags() -> None:
     flags.DEFINE_list("features", None, "The dense features to check; by default those that the paper uses.")
 
 
-def main(argv):
+def main():
     """Lists the files, and prepares the data set."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
     name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
     default = () if values.raw_text else DATASETS[name].features
@@ -357,4 +353,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

@@ -22,11 +22,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from experiments import prepare_packages
-from experiments.prepare_packages import Point, run
 from sparse_xmc.data import files
+
+from . import prepare_packages, program
+from .prepare_packages import Point, run
 
 # Packages of Debian 12 with many pages that have references, in few megabytes.
 PACKAGES = """
@@ -181,14 +182,14 @@ def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
             (directory / "copyright" / name).write_bytes(content)
 
 
-def main(argv):
+def main():
     """Checks the flags, and writes the data set."""
     values = flags.FLAGS
-    prepare_packages.check_arguments(argv, values.out)
+    prepare_packages.check_out(values.out)
     prepare(values.out, values.seed, values.packages)
 
 
 if __name__ == "__main__":
     prepare_packages.define_flags()
     flags.DEFINE_list("packages", PACKAGES.split(), "The Debian packages to take manual pages from.")
-    app.run(main)
+    program.start(main)

@@ -25,6 +25,8 @@ from absl import app, flags
 
 from sparse_xmc.data import files, formats
 
+from . import program
+
 _TEST_SHARE = 0.15
 _MIN_LABEL_POINTS = 2
 _DEPENDENCY = re.compile(r"\s*([a-z0-9][a-z0-9+.-]+)")
@@ -176,10 +178,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of the random split.")
 
 
-def check_arguments(argv: list[str], out: str) -> None:
-    """Raises UsageError if there are arguments other than flags, or if `out` exists."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+def check_out(out: str) -> None:
+    """Raises UsageError if the directory to write exists."""
     if Path(out).exists():
         raise app.UsageError(f"--out={out} exists: remove it, or name another directory")
 
@@ -195,13 +195,13 @@ def prepare(out: str | Path, seed: int) -> None:
         write(directory, build(stanzas), seed, versions, _README)
 
 
-def main(argv):
+def main():
     """Checks the flags, and writes the data set."""
     values = flags.FLAGS
-    check_arguments(argv, values.out)
+    check_out(values.out)
     prepare(values.out, values.seed)
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    program.start(main)

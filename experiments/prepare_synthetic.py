@@ -9,11 +9,13 @@ sizes give the same bytes.
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.measure.synthetic import Synthetic, label_matrix
-from experiments.prepare_packages import check_arguments
 from sparse_xmc.data import files, write_xmc_labels
+
+from . import program
+from .measure.synthetic import Synthetic, label_matrix
+from .prepare_packages import check_out
 
 _LABELS_PER_POINT = 5.0
 _BATCH = 1000
@@ -31,10 +33,10 @@ def write(out: Path, labels: int, train_points: int, test_points: int) -> None:
         write_xmc_labels(out / f"{name}.txt", label_matrix(positives, labels))
 
 
-def main(argv):
+def main():
     """Checks the flags, and writes the data set."""
     values = flags.FLAGS
-    check_arguments(argv, values.out)
+    check_out(values.out)
     with files.new_directory(values.out) as directory:
         write(directory, values.labels, values.points, values.test_points)
 
@@ -51,4 +53,4 @@ if __name__ == "__main__":
         f"numbers of points must be multiples of {_BATCH}",
     )
     flags.DEFINE_string("out", None, "Directory to write; it must not exist.", required=True)
-    app.run(main)
+    program.start(main)

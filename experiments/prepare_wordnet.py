@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from sparse_xmc.data import formats
+
+from . import program
 
 _DICT_DIR = flags.DEFINE_string("dict_dir", "/usr/share/wordnet", "Directory of WordNet's data.noun etc.")
 _OUT = flags.DEFINE_string("out", None, "Directory that train.tsv.xz and test.tsv.xz go to.", required=True)
@@ -166,10 +168,8 @@ def statistics(train: list[list[str]], test: list[list[str]]) -> str:
     return "\n".join(rows)
 
 
-def main(argv):
+def main():
     """Reads WordNet, writes the two files, and prints their statistics."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     splits = build(read_wordnet(_DICT_DIR.value), _FULL.value)
@@ -179,4 +179,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.start(main)

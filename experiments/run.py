@@ -1,12 +1,13 @@
 """Trains and evaluates one classifier: `python -m experiments.run --flagfile=FILE --workdir=DIR`.
 
-Flagfiles compose, and the last flag wins: `--flagfile=experiments/flags/data/wordnet.cfg
---flagfile=experiments/flags/cells/dense.cfg` is the dense classifier on the shipped data set.
+Flagfiles compose, and the last flag wins: `--flagfile=wordnet --flagfile=dense` is the dense classifier on
+the shipped data set. They are paths, or names of those in `experiments/flags`.
 
 The working directory receives `result.json`, `metrics.jsonl` (a line per epoch), `flags.cfg` (the flags that
 repeat the run) and the saved model with what encodes its text. A run that was stopped goes on from its last
-checkpoint when it is started again with the same flags. Ctrl-C and SIGTERM end it after the step that it is
-at, once its state is saved, with exit status 130 and 143.
+checkpoint when it is started again with the same flags; with --schedule=plateau, --epochs may be more than
+before, and a run that is finished goes on too. Ctrl-C and SIGTERM end it after the step that it is at, once
+its state is saved, with exit status 130 and 143.
 """
 
 import copy
@@ -21,23 +22,23 @@ from typing import IO, Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import datasets, reflection
-from experiments.measure import environment
-from experiments.measure.memory import PeakMemory
+from sparse_xmc.calibration import Calibration
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.files import write_text
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
 from sparse_xmc.mesh import connect, make_mesh, parse_mesh
-from sparse_xmc.metrics import PROPENSITY_CONSTANTS, inverse_propensities, label_groups
+from sparse_xmc.metrics import PROPENSITY_CONSTANTS, LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.planning import check_memory, plan_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import (
+    SCHEDULES,
     Checkpoints,
     GradientDensity,
     Progress,
@@ -48,11 +49,16 @@ from sparse_xmc.train import (
     fit,
 )
 
+from . import datasets, flagfiles, program, reflection
+from .measure import environment
+from .measure.memory import PeakMemory
+
 FLAGS = flags.FLAGS
 
 # Flags that change no result, so that a run may go on with others.
 INCIDENTAL_FLAGS = (
     "workdir",
+    "plan",
     "name",
     "checkpoint_minutes",
     "mesh",
@@ -65,6 +71,7 @@ INCIDENTAL_FLAGS = (
 _HISTORY = ("epoch", "loss", "seconds", "learning_rate", "p@1", "p@3", "p@5", "gradient_density")
 
 flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
+flags.DEFINE_bool("plan", False, "Print the memory that training is planned to take, and do no more.")
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 flags.DEFINE_string("name", "", "The name of the run in tables; by default that of the working directory.")
 
@@ -123,17 +130,14 @@ reflection.define_flags(TrainingConfig)
 flags.adopt_module_key_flags(reflection)  # so that --help shows them
 
 
-def main(argv):
+def main():
     """Runs the experiment that the flags describe."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
     mesh = _open_mesh()
     is_first = jax.process_index() == 0  # the one that writes and prints
     workdir = Path(FLAGS.workdir)
     _check_flags(workdir / "flags.cfg")
-    if (workdir / "result.json").exists():
-        _say(f"{workdir / 'result.json'} is there already. Choose another --workdir to run again.")
+    if (note := _finished(workdir / "result.json")) is not None:
+        _say(f"{workdir / 'result.json'} is there already{note}. Choose another --workdir to run again.")
         return
     values = {flag.name: flag.value for flag in own_flags()}
     head = reflection.read_kind("head", HEADS, values)
@@ -166,6 +170,7 @@ def main(argv):
         pretrained=pretrained,
     )
     train, validation = _hold_out(splits)
+    _tell_sizes(splits, validation)
     config = ClassifierConfig(
         num_features=train.num_features,
         num_labels=train.num_labels,
@@ -174,6 +179,13 @@ def main(argv):
         head=head,
         **ClassifierConfig.beside_words(pretrained, trained),
     )
+    plan = plan_memory if FLAGS.plan else check_memory
+    memory_plan = plan(config, training, train, mesh=mesh)
+    if FLAGS.plan:
+        _say(str(memory_plan))
+        return
+    planned, available = (f"{size / 2**20:,.0f} MiB" for size in (memory_plan.bytes, memory_plan.available))
+    _say(f"planned memory {planned}, of {available} available on {memory_plan.device}")
     workdir.mkdir(parents=True, exist_ok=True)
     if is_first:
         lock = _lock(workdir)  # noqa: F841  # held until the process ends
@@ -188,6 +200,7 @@ def main(argv):
     if start is not None:
         saved.start_from(start)
         del start
+    _say(f"{sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param))):,} parameters")
     trainer = Trainer(model, training, seed=FLAGS.seed)
     records = workdir / "metrics.jsonl"
     with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
@@ -201,20 +214,20 @@ def main(argv):
             callbacks=[GradientDensity(), *([Progress(), RecordFile(records)] if is_first else [])],
         )
     model = saved.model = trainer.model
-    saved.save(workdir)
-
     _say("evaluating on the test and training points ...")
     counts = splits.train.label_counts()
     constants = PROPENSITY_CONSTANTS[FLAGS.propensities]
-    weights = inverse_propensities(splits.train.labels, *constants)
-    groups = label_groups(splits.train.labels)
-    options = {"inv_propensities": weights, "batch_size": training.batch_size}
+    statistics = saved.label_statistics = LabelStatistics.of(splits.train.labels, *constants)
+    saved.calibration = Calibration.fit(model, validation, batch_size=training.batch_size)
+    options = {"inv_propensities": statistics.inv_propensities, "batch_size": training.batch_size}
     result = {
         "name": FLAGS.name or workdir.name,
         "test": evaluate(model, splits.test, **options),
         "train": evaluate(model, train, **options),
-        "test_p@1_by_group": evaluate_groups(model, splits.test, groups, batch_size=training.batch_size),
-        "labels_by_group": np.bincount(groups, minlength=3).tolist(),
+        "test_p@1_by_group": evaluate_groups(
+            model, splits.test, statistics.groups, batch_size=training.batch_size
+        ),
+        "labels_by_group": np.bincount(statistics.groups, minlength=3).tolist(),
         "labels_in_training": int(np.count_nonzero(counts)),
         "validated_on": "test" if FLAGS.validate_on_test else f"{len(validation)} held-out training points",
         "epochs": len(epochs),
@@ -222,6 +235,7 @@ def main(argv):
         "seconds_per_epoch": float(np.median([e["seconds"] for e in epochs])),
         "peak_memory_bytes": memory.bytes(),
         "peak_memory_measured_as": memory.method,
+        "planned_memory_bytes": memory_plan.bytes,
         "model_bytes": sum(a.nbytes for a in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))),
         "model": config.to_json(),
         "training": dataclasses.asdict(training),
@@ -230,6 +244,8 @@ def main(argv):
         "environment": environment.describe(),
         "history": [{name: r[name] for name in _HISTORY if name in r} for r in epochs],
     }
+    data = {"training points": FLAGS.train, "test points": FLAGS.test, "seed": FLAGS.seed}
+    saved.save(workdir, data=data, metrics=result["test"])
     if not is_first:
         return
     write_text(workdir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -307,6 +323,17 @@ def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
     return splits.train.hold_out(FLAGS.validation_fraction, FLAGS.seed)
 
 
+def _tell_sizes(splits: datasets.Splits, validation: Dataset) -> None:
+    """Prints what there is to learn from, and which labels cannot be learnt."""
+    train, test = splits.train, splits.test
+    held_out = "" if FLAGS.validate_on_test else f", {len(validation):,} of them to validate on"
+    _say(f"{len(train):,} training points{held_out}; {len(test):,} test points")
+    unseen = f"; {splits.unseen_labels:,} that only test points have cannot be predicted"
+    _say(f"{train.num_labels:,} labels{unseen if splits.unseen_labels else ''}")
+    what = "features" if splits.text_encoder is None else "words" + " and pairs of words" * (FLAGS.ngrams > 1)
+    _say(f"{train.num_features:,} {what}")
+
+
 def own_flags() -> list[flags.Flag]:
     """The flags of this program, also where another imports it."""
     modules = FLAGS.flags_by_module_dict()
@@ -319,7 +346,7 @@ def values_of(arguments: Sequence[str]) -> dict[str, Any]:
     for flag in own_flags():
         values[flag.name] = copied = copy.deepcopy(flag)
         copied.unparse()
-    values(["experiments.run", *arguments])
+    values(["experiments.run", *flagfiles.expand(arguments)])
     return values.flag_values_dict()
 
 
@@ -350,10 +377,30 @@ def _check_flags(path: Path) -> None:
     if not path.exists():
         return
     theirs = path.read_text().splitlines()
+    epochs = next((int(line[9:]) for line in theirs if line.startswith("--epochs=")), FLAGS.epochs)
+    is_raised = epochs < FLAGS.epochs
+    if is_raised:
+        theirs = [*(line for line in theirs if not line.startswith("--epochs=")), f"--epochs={FLAGS.epochs}"]
     if different := sorted(that_matter(theirs) ^ that_matter(_flag_lines())):
         raise ValueError(
             f"{path} belongs to a run with other flags ({' '.join(different)}); choose another --workdir"
         )
+    if is_raised and not SCHEDULES[FLAGS.schedule].can_go_on:
+        raise ValueError(
+            f"{path} is of a run of {epochs} epochs, at whose end --schedule={FLAGS.schedule} has the "
+            "learning rate fall to 0: more cannot follow; choose another --workdir, or --init_from this one"
+        )
+
+
+def _finished(path: Path) -> str | None:
+    """None if there is no result, or one of fewer epochs that may be more; else what to say of it."""
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    planned, done = result["training"]["epochs"], result["epochs"]
+    if planned >= FLAGS.epochs:
+        return ""
+    return f", and more epochs would change nothing: it stopped after {done}" if done < planned else None
 
 
 def _print_table(result: dict) -> None:
@@ -370,4 +417,4 @@ def _print_table(result: dict) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["workdir", "train", "test"])  # not on import: `experiments.sweep` has none
-    app.run(main)
+    program.start(main)

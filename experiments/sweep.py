@@ -1,6 +1,6 @@
 r"""Runs a table of experiments: every data set with every cell and seed that a table file lists.
 
-    python -m experiments.sweep --table=experiments/tables/wordnet.toml --results=experiments/results/sweeps
+    python -m experiments.sweep --table=wordnet --results=experiments/results/sweeps
 
 Each run is a process of `experiments.run` with the flagfiles of the table, the data set and the cell, in that
 order. Its result goes to RESULTS/DATA/CELL_seedN.json, for `experiments.tables`.
@@ -12,7 +12,7 @@ order. Its result goes to RESULTS/DATA/CELL_seedN.json, for `experiments.tables`
 * A run that fails does not stop the others. The last lines of its output are shown at the end, when the
   program exits with status 1.
 
-A table file is TOML:
+A table file, by its path or by its name among those of `experiments/tables`, is TOML:
 
     title = "The shipped data set"
     data = ["wordnet"]                                        # experiments/flags/data/wordnet.cfg
@@ -38,10 +38,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from experiments import reflection, run
 from sparse_xmc.heads import HEADS
+
+from . import flagfiles, program, reflection, run
 
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
@@ -110,7 +111,7 @@ def read_table(path: str) -> Table:
       ValueError: the file is malformed, lists an entry twice, or names a flagfile that does not exist.
     """
     try:
-        with open(path, "rb") as file:
+        with open(flagfiles.find_named(path, "tables"), "rb") as file:
             table = tomllib.load(file)
         shared = tuple(table.pop("flagfiles", ()))
         title, data, runs = table.pop("title"), table.pop("data"), table.pop("runs")
@@ -138,9 +139,10 @@ def read_table(path: str) -> Table:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{path}: {twice} is listed twice")
     for entry in entries:
-        for flag in (flag for flag in entry.flags if flag.startswith("--flagfile=")):
-            if not Path(flag.partition("=")[2]).exists():
-                raise ValueError(f"{path}: {entry}: no such file as {flag.partition('=')[2]}")
+        try:
+            flagfiles.expand(entry.flags)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: {entry}: {error}") from error
     return Table(title, entries)
 
 
@@ -174,7 +176,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
     for i, entry in enumerate(table.entries, start=1):
         values, result = effective_flags(entry.flags), entry.result(results)
         workdir = _directory(runs, values)
-        command = [sys.executable, "-m", "experiments.run", *entry.flags]
+        command = [sys.executable, "-m", f"{__package__}.run", *entry.flags]
         command += [f"--workdir={workdir}", f"--name={entry.data} {entry.cell}"]
         print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
         if result.exists() and _that_matter(json.loads(result.read_text())["flags"]) == values:
@@ -223,10 +225,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Show what would run, and run nothing.")
 
 
-def main(argv):
+def main():
     """Runs the table."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
     failures = sweep(read_table(values.table), Path(values.results), Path(values.runs), values.dry_run)
     if not values.dry_run:
@@ -237,4 +237,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()  # not on import: experiments.tables, which imports this, has flags of the same names
-    app.run(main)
+    program.start(main)

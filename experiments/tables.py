@@ -1,7 +1,7 @@
 r"""Renders the tables and pictures of a sweep, from its result files alone.
 
-    python -m experiments.tables --table=experiments/tables/wordnet.toml \
-        --results=experiments/results/sweeps --out=experiments/results/tables
+    python -m experiments.tables --table=wordnet --results=experiments/results/sweeps \
+        --out=experiments/results/tables
 
 writes, in OUT, one Markdown, CSV and LaTeX file named like the table file, and the pictures that the first
 shows. The paper's numbers (experiments/paper) stand beside ours where it has any for the data set and the
@@ -25,8 +25,9 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from experiments import prepare, sweep
 from sparse_xmc.metrics import LABEL_GROUPS
+
+from . import prepare, program, sweep
 
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
 END_TO_END = PAPER.with_name("end_to_end.csv")
@@ -434,8 +435,9 @@ def report_label_scale(results: list[dict], out: Path) -> None:
         markdown(lines),
         "![label_scale](label_scale.png)",
         "Peak memory and the time of a step against the number of labels, on synthetic points; hollow marks "
-        "are the paper's memory. Each part of a step is timed with all before it: features, with the loss, "
-        "with gradients, with the update. Unless it says all, nearly no logit has a gradient.",
+        "are the paper's memory of the same systems. Each part of a step is timed with all before it: "
+        "features, with the loss, with gradients, with the update. Unless it says all, nearly no logit has a "
+        "gradient.",
         "\n".join(provenance(finished)),
     ]
     (out / "label_scale.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
@@ -446,33 +448,48 @@ def report_label_scale(results: list[dict], out: Path) -> None:
 
 
 def _draw_label_scale(results: list[dict]) -> Figure:
-    """Memory, with the line of 4 GiB and the paper's rows, and time against the number of labels."""
-    figure = Figure(figsize=(13, 5))
+    """Memory, with a line at 4 GiB and the paper's rows of the same systems, and time, by number of labels.
+
+    A colour is a system, named at the end of its line. Where a system was measured more than once, bars are
+    the standard deviation.
+    """
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
-    families = ("dense", "bottleneck", "unstructured", "fixed_fan_in")
-    for cell in dict.fromkeys(result["cell"] for result in results):
-        of_cell = [result for result in results if result["cell"] == cell]
-        labels = [result["scale"]["labels"] for result in of_cell]
-        (color,) = (f"C{i}" for i, name in enumerate(families) if cell.startswith(name))
-        style = {"color": color, "marker": "o", "label": _words(cell)}
-        memory.plot(labels, [result["peak_memory_bytes"] / 2**30 for result in of_cell], **style)
-        seconds.plot(labels, [result["seconds"]["step"] for result in of_cell], **style)
-    named = set()
-    for row in read_reported().values():
-        family = row["output_layer"]
-        label = None if family in named else f"{_words(family)}, paper"
-        style = {"color": f"C{families.index(family)}", "marker": "o", "linestyle": ""}
-        at = prepare.DATASETS[row["dataset"]].labels, float(row["peak_memory_gib"])
-        if at[1] > 0:  # a row that was published as 0.0 has no place on this axis
-            memory.plot(*at, label=label, markerfacecolor="none", **style)
-            named.add(family)
-    memory.axhline(_FOUR_GB, color="grey", linestyle="--")
-    memory.set_ylabel("peak memory, GiB (dashed: 4)")
-    seconds.set_ylabel("time of a step, s")
+    cells = dict.fromkeys(result["cell"] for result in results)
+    colors = {cell: f"C{i}" for i, cell in enumerate(cells)}
+    for cell, color in colors.items():
+        by_labels = collections.defaultdict(list)
+        for result in results:
+            if result["cell"] == cell:
+                sizes = result["peak_memory_bytes"] / 2**30, result["seconds"]["step"]
+                by_labels[result["scale"]["labels"]].append(sizes)
+        for i, axes in enumerate((memory, seconds)):
+            values = [np.array(repeats)[:, i] for repeats in by_labels.values()]
+            means = [repeats.mean() for repeats in values]
+            bars = [repeats.std(ddof=1) if len(repeats) > 1 else np.nan for repeats in values]
+            axes.errorbar(list(by_labels), means, yerr=bars, color=color, marker="o", markersize=4, capsize=3)
+            axes.annotate(
+                _words(cell),
+                (list(by_labels)[-1], means[-1]),
+                xytext=(7, 0),
+                textcoords="offset points",
+                color=color,
+                va="center",
+                annotation_clip=False,
+            )
+    for (_, cell), row in read_reported().items():
+        gib = float(row["peak_memory_gib"])
+        if cell in colors and gib > 0:  # a row that was published as 0.0 has no place on this axis
+            labels = prepare.DATASETS[row["dataset"]].labels
+            memory.plot(labels, gib, color=colors[cell], marker="o", linestyle="", markerfacecolor="none")
+    memory.axhline(_FOUR_GB, color="grey", linestyle="--", linewidth=1)
+    memory.annotate("4 GiB", (1e4, _FOUR_GB), xytext=(0, 4), textcoords="offset points", color="grey")
+    memory.set_ylabel("peak memory of a training step, GiB")
+    seconds.set_ylabel("time of a training step, s")
     for axes in (memory, seconds):
         axes.set(xscale="log", yscale="log", xlabel="labels")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -483,10 +500,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "Directory that tables and pictures go to.", required=True)
 
 
-def main(argv):
+def main():
     """Writes the report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     values = flags.FLAGS
     out = Path(values.out)
     if (values.table is None) == (values.label_scale is None):
@@ -505,4 +520,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

@@ -1,6 +1,6 @@
 """Settings from the data: what `XMCClassifier` does where it is not told.
 
-The rates are those that suit short texts with 10^4 to 10^5 labels (experiments/results/README.md has what
+The rates are those that suit short texts with 10^4 to 10^5 labels (docs/tuning.md has what
 others give); sizes and the number of steps follow from the numbers of points and labels.
 """
 

@@ -21,7 +21,9 @@ from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
+from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import Progress, Trainer, fit
 
@@ -137,6 +139,7 @@ class XMCClassifier(BaseEstimator):
 
         Raises:
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
+          MemoryError: training would take more memory than there is; see `plan_memory`.
         """
         texts = _texts(X)
         if self.encoder_trainable and self.encoder is None:
@@ -185,12 +188,16 @@ class XMCClassifier(BaseEstimator):
         scale = 1.0
         if texts is None:  # of texts it is right as it is
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
+        check_memory(config, training, train, mesh=self.mesh)
         model = config.make(
             train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(self.seed)
         )
         trainer = Trainer(model, training, seed=self.seed)
         history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
-        self._set_fitted(SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained))
+        saved = SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained)
+        if len(train) > 2:
+            saved.label_statistics = LabelStatistics.of(labels)
+        self._set_fitted(saved)
         self.history_ = history
         return self
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,8 @@ def predict(
     """
     graphdef, state = nnx.split(in_evaluation(model))
     mesh = model.head.mesh
-    batches = Batches(dataset, batch_size, multiple_of=data_size(mesh), own_rows=own_rows(mesh))
-    for points, batch in batches.in_order():
+    batches = Batches(dataset, batch_size, own_rows=own_rows(mesh))
+    for points, batch in batches.to_predict(multiple_of=data_size(mesh)):
         inputs = place_batch(batch, mesh).inputs
         count = points.stop - points.start
         scores, labels = (np.asarray(array)[:count] for array in _top_k(graphdef, state, inputs, k))
@@ -50,6 +51,12 @@ def predict(
             row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
             raise FloatingPointError(f"the scores of point {points.start + row} are not finite")
         yield points, scores, labels
+
+
+def trace_top_k(model: Classifier, inputs: Any) -> jax.stages.Traced:
+    """The program that ranks a batch of inputs when a model is evaluated, not run; both may be abstract."""
+    graphdef, state = nnx.split(in_evaluation(model))
+    return _top_k.trace(graphdef, state, inputs, min(5, model.head.num_labels))
 
 
 def evaluate(

@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from sparse_xmc.connectivity import blank, draw_connections, row_keys, update_in_blocks
+from sparse_xmc.modules import check_features
 from xla_ops import SparseInputs, fan_in_matmul
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
@@ -73,7 +74,8 @@ class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
-    inputs are drawn at random; `sparse_xmc.rewire` moves them during training.
+    inputs are drawn at random; `sparse_xmc.rewire_layer` moves them during training. It is differentiated
+    once, by `jax.grad` or `jax.vjp`.
 
     Args:
       in_features: D, the size of the last axis of the input.
@@ -96,6 +98,24 @@ class FixedFanInLinear(nnx.Module):
 
     Raises:
       ValueError: fan_in is not in 1..in_features.
+      TypeError: a dtype is another than float32 or bfloat16.
+
+    Which inputs an output reads belongs to the layer as its weights do, but is not an `nnx.Param`: what is to
+    be saved is `nnx.state(model, (nnx.Param, Connectivity))`, or all variables. The parameters alone, given
+    to a new layer, would be those of other inputs. `sparse_xmc.saving.load_weights` refuses what is of
+    another model.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> from sparse_xmc import FixedFanInLinear
+      >>> from sparse_xmc.saving import load_weights, save_weights
+      >>> trained, new = (FixedFanInLinear(64, 200, fan_in=8, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+      >>> path = tempfile.mkdtemp() + "/layer"
+      >>> save_weights(path, trained)  # any module, with all of its variables
+      >>> loaded = load_weights(path, new)
+      >>> bool((loaded.indices[...] == trained.indices[...]).all())
+      True
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 3.
     """
@@ -117,6 +137,9 @@ class FixedFanInLinear(nnx.Module):
     ):
         if not 1 <= fan_in <= in_features:
             raise ValueError(f"fan_in must be between 1 and in_features = {in_features}, got {fan_in}")
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            if value is not None and jnp.dtype(value) not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+                raise TypeError(f"{name} must be float32 or bfloat16, got {jnp.dtype(value).name}")
         self.in_features = in_features
         self.out_features = out_features
         self.fan_in = fan_in
@@ -144,6 +167,5 @@ class FixedFanInLinear(nnx.Module):
     def __call__(self, x: Array, sparse: SparseInputs | None = None) -> Array:
         """Maps x [..., D] to [..., L]; of D inputs the last may be sparse ones instead."""
         dense = self.in_features - (0 if sparse is None else sparse.num_columns)
-        if x.ndim < 1 or x.shape[-1] != dense:
-            raise ValueError(f"x must have {dense} features in its last axis, got {list(x.shape)}")
+        check_features(self, x, dense)
         return fan_in_matmul(*self.cast(x), sparse=sparse)

@@ -40,10 +40,12 @@ class Loss:
         Returns:
           A scalar.
         """
-        inside = (positives >= 0) & (positives < logits.shape[1])
-        at_positives = jnp.take_along_axis(logits, jnp.where(inside, positives, 0), axis=1)
-        correction = jnp.where(inside, self.of_positive(at_positives) - self.of_negative(at_positives), 0)
-        return (jnp.sum(self.of_negative(logits)) + jnp.sum(correction)) / logits.size
+        batch, labels = logits.shape
+        positives = jnp.where(positives < 0, labels, positives)  # a negative index would count from the end
+        rows = jnp.arange(batch)[:, None]
+        of_positives = self.of_positive(jnp.asarray(logits).at[rows, positives].get(mode="clip"))
+        losses = self.of_negative(logits).at[rows, positives].set(of_positives, mode="drop")
+        return jnp.sum(losses) / batch / labels  # their product may be beyond int32
 
 
 LOSSES = {

@@ -4,6 +4,9 @@ The metrics work on ranked label ids, never on a dense [points, labels] score ma
 accumulated batch by batch, so their memory does not grow with the number of points.
 """
 
+import dataclasses
+import os
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +51,42 @@ def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> 
     counts = np.bincount(labels.indices, minlength=num_labels)
     c = (np.log(num_points) - 1) * (b + 1) ** a
     return 1 + c * (counts + b) ** -a
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelStatistics:
+    """What evaluation needs to know of the training points' labels.
+
+    Attributes:
+      inv_propensities: float64 [L], as of `inverse_propensities`.
+      groups: int8 [L], as of `label_groups`.
+    """
+
+    inv_propensities: np.ndarray
+    groups: np.ndarray
+
+    @classmethod
+    def of(cls, labels: csr_array, a: float = 0.55, b: float = 1.5) -> "LabelStatistics":
+        """Those of a label matrix [N, L]; for the constants see `inverse_propensities`."""
+        return cls(inverse_propensities(labels, a, b), label_groups(labels))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes them as `.npz`."""
+        with open(path, "wb") as file:
+            np.savez(file, inv_propensities=self.inv_propensities, groups=self.groups)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "LabelStatistics":
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: they are none.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(arrays["inv_propensities"], arrays["groups"])
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not the statistics of labels: {error}") from error
 
 
 class RankingMetrics:

@@ -12,7 +12,7 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
-from sparse_xmc.encoders.pretrained_files import PretrainedConfig
+from sparse_xmc.encoders.pretrained_files import POOLINGS, PretrainedConfig
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
 from sparse_xmc.mesh import place
 from sparse_xmc.settings import check, setting
@@ -76,7 +76,7 @@ class PretrainedSettings:
     """
 
     network: PretrainedConfig
-    pooling: str = "mean"
+    pooling: str = setting("mean", choices=POOLINGS)
     normalize: bool = False
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     remat: bool = False
@@ -112,13 +112,16 @@ class ClassifierConfig:
       pretrained: that encoder, where it is trained too.
     """
 
-    num_features: int
-    num_labels: int
+    num_features: int = setting(dataclasses.MISSING, at_least=1)
+    num_labels: int = setting(dataclasses.MISSING, at_least=1)
     bag_of_words: bool = False
     encoder: EncoderConfig = EncoderConfig()
     head: HeadConfig = FixedFanInConfig()
-    text_features: int = 0
+    text_features: int = setting(0, at_least=0)
     pretrained: PretrainedSettings | None = None
+
+    def __post_init__(self):
+        check(self)
 
     @classmethod
     def beside_words(

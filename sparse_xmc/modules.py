@@ -19,6 +19,15 @@ def split(module: nnx.Module, *filters: type[nnx.Variable]) -> tuple[nnx.GraphDe
     return graphdef, states
 
 
+def check_features(module: nnx.Module, x: Any, features: int, ndim: int | None = None) -> None:
+    """Raises ValueError unless x is [..., features], and if `ndim` is given, has so many dimensions."""
+    if x.ndim < 1 or x.shape[-1] != features or ndim not in (None, x.ndim):
+        lead = "..." if ndim is None else "B"
+        raise ValueError(
+            f"{type(module).__name__}: features must have shape [{lead}, {features}], got {list(x.shape)}"
+        )
+
+
 def parameters_of(module: nnx.Module) -> dict[str, nnx.Param]:
     """Every parameter by its path."""
     return {path_name(path): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)}

@@ -4,21 +4,27 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import scipy.sparse
 from flax import nnx
 
+from sparse_xmc.calibration import Calibration
+from sparse_xmc.card import MARK, model_card
 from sparse_xmc.data.files import checksums, differing_file, write_text
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.heads import Head
+from sparse_xmc.heads.unstructured import UnstructuredLinear
+from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import key_path_names, path_name
 
@@ -27,6 +33,8 @@ CHECKSUMS = "checksums.json"
 _FORMAT = 1  # of a saved model: a higher one is refused, and so is a lower one
 _LABEL_ROWS = "label_rows"  # of the weights, where a mesh has filled them up
 FROZEN, TOKENIZER = "frozen_encoder.json", "tokenizer.json"
+CALIBRATION, LABEL_STATISTICS = "calibration.json", "label_statistics.npz"
+CARD = "README.md"
 
 
 @dataclasses.dataclass
@@ -40,6 +48,8 @@ class SavedModel:
       label_encoder: names its labels, or None where they are numbers.
       pretrained: what encodes text beside its words: a frozen encoder, of which the directory is saved, not
         the weights; or the tokenizer of one that is part of the classifier; or None.
+      calibration: from scores to probabilities, or None.
+      label_statistics: what evaluation needs to know of the training points' labels, or None.
     """
 
     config: ClassifierConfig
@@ -47,6 +57,8 @@ class SavedModel:
     text_encoder: TextEncoder | None = None
     label_encoder: LabelEncoder | None = None
     pretrained: FrozenEncoder | Tokenizer | None = None
+    calibration: Calibration | None = None
+    label_statistics: LabelStatistics | None = None
 
     def points(self, texts: Sequence[str]) -> Dataset:
         """Points without labels, for prediction.
@@ -61,8 +73,20 @@ class SavedModel:
         encoded = None if encode is None else encode(texts)
         return Dataset(self.text_encoder(texts), labels, encoded=encoded)
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(
+        self,
+        directory: str | os.PathLike,
+        *,
+        data: Mapping[str, object] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Writes all of it into a directory, which is made if missing, over a model that is there.
+
+        With it comes a model card, README.md, unless there is another file of this name.
+
+        Args:
+          directory: where.
+          data, metrics: for the card, as of `model_card`.
 
         Raises:
           ValueError: the directory is that of a pretrained encoder, whose tokenizer would be lost.
@@ -76,6 +100,8 @@ class SavedModel:
             TEXT_ENCODER: self.text_encoder,
             LABELS: self.label_encoder,
             FROZEN: frozen,
+            CALIBRATION: self.calibration,
+            LABEL_STATISTICS: self.label_statistics,
         }
         if jax.process_index() == 0:
             (directory / CHECKSUMS).unlink(missing_ok=True)  # it is half a model until they are there again
@@ -93,6 +119,9 @@ class SavedModel:
         if jax.process_index() == 0:
             record = {"format": _FORMAT, "files": checksums(directory, _PARTS)}
             write_text(directory / CHECKSUMS, json.dumps(record, indent=2) + "\n")
+            card = directory / CARD
+            if not card.exists() or card.read_text(errors="replace").startswith(MARK):
+                write_text(card, model_card(self, data=data, metrics=metrics))
 
     def start_from(self, trained: "SavedModel") -> None:
         """Gives the classifier the weights and connections of a trained one, to be trained further.
@@ -159,6 +188,10 @@ class SavedModel:
             ) from error
         texts = TextEncoder.load(directory / TEXT_ENCODER) if (directory / TEXT_ENCODER).exists() else None
         labels = LabelEncoder.load(directory / LABELS) if (directory / LABELS).exists() else None
+        path = directory / CALIBRATION
+        calibration = Calibration.load(path) if path.exists() else None
+        path = directory / LABEL_STATISTICS
+        statistics = LabelStatistics.load(path) if path.exists() else None
         pretrained: FrozenEncoder | Tokenizer | None = None
         if (directory / FROZEN).exists():
             pretrained = FrozenEncoder.load(directory / FROZEN, encoder)
@@ -187,7 +220,7 @@ class SavedModel:
             graphdef, state = nnx.split(config.make(mesh=mesh, rngs=nnx.Rngs(0)))
             model = nnx.merge(graphdef, shapes_of(state))
         weights = load_weights(directory / MODEL, model, label_rows=rows)
-        return cls(config, weights, texts, labels, pretrained)
+        return cls(config, weights, texts, labels, pretrained, calibration, statistics)
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
@@ -214,12 +247,26 @@ def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int 
         check_sizes(checkpointer.metadata(path).item_metadata, state, path, head, label_rows)
         args = ocp.args.StandardRestore(shapes_of(state), strict=False)
         loaded = nnx.merge(graphdef, checkpointer.restore(path, args=args))
+    _check_connections(loaded, path)
     if isinstance(loaded, Classifier):
         loaded.head.fill_up()
     return loaded
 
 
-_PARTS = (CONFIG, MODEL, TEXT_ENCODER, LABELS, FROZEN, TOKENIZER)
+def _check_connections(model: nnx.Module, path: Path) -> None:
+    """Raises ValueError if a layer has connections to inputs that it lacks, which no array's size tells."""
+    for where, layer in nnx.iter_modules(model):
+        if isinstance(layer, FixedFanInLinear | UnstructuredLinear):
+            indices = layer.indices[...]
+            last = int(jnp.max(indices if isinstance(layer, FixedFanInLinear) else indices[:, 1], initial=0))
+            if last >= layer.in_features:
+                raise ValueError(
+                    f"{path}: not the weights of such a model: {path_name((*where, 'indices'))} has input "
+                    f"{last}, expected 0..{layer.in_features - 1}"
+                )
+
+
+_PARTS = (CONFIG, MODEL, TEXT_ENCODER, LABELS, FROZEN, TOKENIZER, CALIBRATION, LABEL_STATISTICS)
 
 
 def _check_files(directory: Path) -> None:

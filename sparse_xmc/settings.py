@@ -19,7 +19,7 @@ def setting(
     """A field of a dataclass of settings.
 
     Args:
-      default: its default.
+      default: its default; `dataclasses.MISSING` for none.
       choices: the values that it takes, if only some.
       at_least, above, at_most, below: bounds of a number, which must be finite too.
       or_else: values that are allowed besides, such as None.
@@ -58,6 +58,9 @@ def check(settings: Any) -> None:
         if bool in kinds and not isinstance(value, bool):
             raise ValueError(f"{field.name} must be True or False, got {value!r}")
         if int not in kinds and float not in kinds:
+            if not isinstance(value, kinds):
+                names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise ValueError(f"{field.name} must be of type {names}, got {value!r}")
             continue
         number = numbers.Integral if float not in kinds else numbers.Real
         fits = isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)

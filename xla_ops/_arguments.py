@@ -54,13 +54,30 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
         )
 
 
+def next_step(state, kind):
+    """The number of the step, from 1, after Adam's `state`; raises unless that is a `kind` with a count."""
+    if not isinstance(state, kind):
+        raise TypeError(f"state must be of type {kind.__name__}, got {type(state).__name__}")
+    count = jnp.asarray(state.count)
+    check_dtype("state.count", count, [jnp.int32])
+    check_shape("state.count", count, (), "a scalar")
+    return count + 1
+
+
+def check_rate(learning_rate):
+    """The learning rate as a float32 scalar; raises if it has a shape."""
+    rate = jnp.asarray(learning_rate, jnp.float32)
+    check_shape("learning_rate", rate, (), "a scalar")
+    return rate
+
+
 def adam_rates(learning_rate, count, b1: float, b2: float):
     """What the handlers of Adam take as rates, float32 [3], for step `count` (from 1).
 
     The learning rate, and the factors that undo the moments' start at 0.
     """
     t = count.astype(jnp.float32)
-    return jnp.stack([jnp.asarray(learning_rate, jnp.float32), 1 / (1 - b1**t), 1 / (1 - b2**t)])
+    return jnp.stack([check_rate(learning_rate), 1 / (1 - b1**t), 1 / (1 - b2**t)])
 
 
 def rounding_key(seed, step, *more):

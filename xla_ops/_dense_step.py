@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
+from xla_ops._arguments import adam_rates, check_dtype, check_shape, next_step, rounding_key
 
 
 class DenseAdamState(NamedTuple):
@@ -74,12 +74,11 @@ def dense_adam_step(
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
     x, dy, kernel = _check(x, dy, kernel)
-    mu, nu = jnp.asarray(state.mu), jnp.asarray(state.nu)
+    count, mu, nu = next_step(state, DenseAdamState), jnp.asarray(state.mu), jnp.asarray(state.nu)
     check_dtype("state.mu", mu, [jnp.float32, jnp.bfloat16])
     check_dtype("state.nu", nu, [mu.dtype])
     for name, moment in (("mu", mu), ("nu", nu)):
         check_shape(f"state.{name}", moment, kernel.shape, "that of the kernel")
-    count = state.count + 1
     rates, key = adam_rates(learning_rate, count, b1, b2), rounding_key(seed, count)
     before = jnp.zeros(0) if before is None else jnp.asarray(before)
     operands = _native.varying(x, kernel, dy, mu, nu, rates, key, before)

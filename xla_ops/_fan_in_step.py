@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import adam_rates, check_dtype, check_shape, rounding_key
+from xla_ops._arguments import adam_rates, check_dtype, check_rate, check_shape, next_step, rounding_key
 from xla_ops._fan_in_loss import check_loss
 from xla_ops._inputs import SparseInputs, gradient_of
 
@@ -82,11 +82,11 @@ def fan_in_adam_step(
 
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
-    check_dtype("kernel", kernel, [jnp.float32])
+    check_dtype("kernel", jnp.asarray(kernel), [jnp.float32])
     inputs, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
     shapes = {"kernel": kernel.shape, "bias": bias.shape}
-    moments = []
+    count, moments = next_step(state, AdamState), []
     for name in ("mu_kernel", "nu_kernel", "mu_bias", "nu_bias"):
         moment = getattr(state, name)
         moment = jnp.zeros(0) if moment is None else jnp.asarray(moment)
@@ -94,7 +94,6 @@ def fan_in_adam_step(
         check_dtype(f"state.{name}", moment, [jnp.float32])
         check_shape(f"state.{name}", moment, shapes[layer_array], f"that of the {layer_array}")
         moments.append(moment)
-    count = state.count + 1
     rates = adam_rates(learning_rate, count, b1, b2)
     operands = _native.varying(*inputs, *moments, rates)
     like_layer = (_like(a) for a in (kernel, bias, *moments))
@@ -166,7 +165,7 @@ def fan_in_sgd_step(
     has_bias = bias is not None
     inputs, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
-    rate, key = jnp.asarray(learning_rate, jnp.float32), rounding_key(seed, step, first_label)
+    rate, key = check_rate(learning_rate), rounding_key(seed, step, first_label)
     operands = _native.varying(*inputs, rate, key)
     results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), _like(kernel), _like(bias)]
     value, d_x, kernel, bias = _native.call(

@@ -44,7 +44,8 @@ def check_ffi_version(module) -> None:
 def register() -> tuple[str, ...]:
     """Registers the handlers with XLA, as the first call of any op does, and returns their names.
 
-    A program that runs what `jax.export` saved needs the first; exporting with ops in it needs the second:
+    `save_exported` and `load_exported` do what `jax.export` needs. Without them a program that runs what was
+    exported needs the first, and exporting with ops in it the second:
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]`.
     """
     cuda()
@@ -62,9 +63,11 @@ def cpu():
     try:
         module = importlib.import_module("xla_ops._cpu")
     except ModuleNotFoundError as error:
+        where = pathlib.Path(__file__).parent
         raise ImportError(
-            "The native module xla_ops._cpu has not been built for this Python. "
-            f"Build it from the root of the repository:\n    {_REBUILD}"
+            f"The native module xla_ops._cpu has not been built for this Python in {where}. "
+            f"Build it from the root of the repository:\n    {_REBUILD}\n"
+            "Where it is installed elsewhere too, start in another directory than that of the clone."
         ) from error
     _register_handlers(module, "cpu")
     return module

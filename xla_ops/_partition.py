@@ -73,7 +73,7 @@ def partitioned(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.are_all_axes_manual:  # the caller cuts
-        return _vmap(call(results), mapped)(*operands)
+        return _once(handler, _vmap(call(results), mapped))(*operands)
     cut = _Cut(handler, operands, results, mapped)
     if mesh.explicit_axes:
         axes = cut.axes([jax.typeof(a) for a in operands], is_explicit=True)
@@ -101,15 +101,7 @@ def partitioned(
     function.def_partition(partition, infer, sharding_rule=cut.rule())
 
     # custom_partitioning has no rules of its own, and a loop around it would gather what vmap maps over.
-    @jax.custom_jvp
-    def once(*operands):
-        return function(*operands)
-
-    @once.defjvp
-    def _(primals, tangents):
-        raise ValueError(f"the call of {handler} cannot be differentiated")
-
-    many = jax.custom_batching.custom_vmap(once)
+    many = jax.custom_batching.custom_vmap(_once(handler, function))
 
     @many.def_vmap
     def _(axis_size, in_batched, *operands):
@@ -117,6 +109,23 @@ def partitioned(
         return partitioned(handler, cut.results, call, *operands, mapped=outer), (True,) * len(results)
 
     return many(*operands)
+
+
+def _once(handler, function):
+    """The call, with an error where it is differentiated beyond what its op has rules for."""
+    once = jax.custom_jvp(lambda *operands: function(*operands))
+
+    @once.defjvp
+    def _(primals, tangents):
+        op, _, part = handler.removeprefix("xla_ops.").partition(".")
+        if part in ("forward", "value", "gradients"):
+            raise ValueError(
+                f"xla_ops.{op} has first derivatives alone, by jax.grad or jax.vjp: "
+                "no second derivatives, no jax.jvp, no jax.hessian"
+            )
+        raise ValueError(f"xla_ops.{_OPS.get(handler, op)} has no derivatives")
+
+    return once
 
 
 def _vmap(function, mapped):

@@ -31,7 +31,8 @@ def round_stochastically(
     - kernel [L, F] of `fan_in_sgd_step`: the positions by default; its bias: `first=L * F`.
     - second moment [D, O] of `dense_adam_step`: a `row_length` of O rounded up to a multiple of 128.
 
-    A value that bfloat16 holds stays, and so do infinity and NaN. Plain `jax.numpy`, on 32-bit integers.
+    A value that bfloat16 holds stays, and so do infinity and NaN. Plain `jax.numpy`, on 32-bit integers; its
+    gradient is 0, as that of `jax.numpy.round`.
 
     Args:
       x: [..., N], float32.

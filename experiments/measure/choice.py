@@ -13,17 +13,18 @@ import numpy as np
 import scipy.sparse
 from flax import nnx
 
-from experiments.measure import clock, environment
-from experiments.measure.direct_inputs import draw_words
-from experiments.measure.memory import PeakMemory
-from experiments.measure.synthetic import Synthetic, label_matrix
-from experiments.measure.workloads import AMAZON_670K
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.heads import FixedFanInConfig, RewireConfig
 from sparse_xmc.heads.choosing import choose_columns
 from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from . import clock, environment
+from .direct_inputs import draw_words
+from .memory import PeakMemory
+from .synthetic import Synthetic, label_matrix
+from .workloads import AMAZON_670K
 
 _WORDS_PER_TEXT = 75
 _BATCH_SIZE = 256

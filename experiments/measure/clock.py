@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from experiments.measure.environment import threads
+from .environment import threads
 
 TIME_BOX_SECONDS = 20.0
 _COPY_BYTES = 1 << 28

@@ -20,9 +20,10 @@ import numpy as np
 from jax import Array
 
 import xla_ops
-from experiments.measure import clock, environment, problems
-from experiments.measure.problems import Shape
 from xla_ops import SparseInputs, _native
+
+from . import clock, environment, problems
+from .problems import Shape
 
 OPS = ("adam", "sgd", "top_k")
 _WORDS_PER_TEXT = 10

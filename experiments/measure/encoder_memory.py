@@ -20,16 +20,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.measure import environment
-from experiments.measure.workloads import AMAZON_670K
+from sparse_xmc import planning
 from sparse_xmc.data.batches import BagOfWords, Batch, WordsAndText
 from sparse_xmc.data.tokens import Tokens
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 from sparse_xmc.heads import FixedFanInConfig, RewireConfig
-from sparse_xmc.heads.head import bytes_of
 from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
-from sparse_xmc.modules import in_training, path_name, split
+from sparse_xmc.modules import in_training, split
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from . import environment
+from .workloads import AMAZON_670K
 
 BERT_BASE = PretrainedConfig("bert", 30_522, 768, 12, 12, 3072, max_position_embeddings=512)
 
@@ -94,16 +95,7 @@ def abstract_trainer(shape: Shape, network: PretrainedConfig, dtype: str, remat:
         moments="bfloat16",
         rewire=RewireConfig(fraction=0),
     )
-    made = []
-
-    def make():
-        made.append(Trainer(config.make(rngs=nnx.Rngs(0)), training))
-        return made[0].state
-
-    state = jax.eval_shape(make)
-    (trainer,) = made
-    trainer.state = state  # in place of the tracers that were there meanwhile
-    return trainer
+    return planning.abstract_trainer(config, training)
 
 
 def make_batch(shape: Shape, network: PretrainedConfig) -> Batch:
@@ -123,20 +115,6 @@ def make_batch(shape: Shape, network: PretrainedConfig) -> Batch:
     return Batch(WordsAndText(bags, tokens), positives)
 
 
-def state_parts(trainer: Trainer) -> dict[str, int]:
-    """The bytes of a training state, by what they are for; the trainer may be an abstract one."""
-    parts = dict.fromkeys(("encoder", "encoder's moments", "words", "head", "head's moments"), 0)
-    for state in (trainer.state["params"], trainer.state["other"]):
-        for path, variable in nnx.to_flat_state(state):
-            name = path_name(path)
-            of_encoder = "words" if name.startswith("encoder.words.") else "encoder"
-            parts["head" if name.startswith("head.") else of_encoder] += bytes_of(variable)
-    parts["encoder's moments"] = bytes_of(trainer.state["optimizer"])
-    parts["words"] += bytes_of(trainer.state["squares"])
-    parts["head's moments"] = bytes_of(trainer.state["moments"])
-    return parts
-
-
 def bytes_kept(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> int:
     """What autodiff keeps of the encoder from the forward to the backward pass of a batch."""
     settings = PretrainedSettings(network, dtype=dtype, remat=remat)
@@ -146,13 +124,15 @@ def bytes_kept(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool)
     def pullback(params, rest, tokens):
         return jax.vjp(lambda params: nnx.merge(graphdef, params, rest, copy=True)(tokens), params)[1]
 
-    return bytes_of(jax.eval_shape(pullback, params, rest, make_batch(shape, network).inputs.encoded))
+    return planning.bytes_of(
+        jax.eval_shape(pullback, params, rest, make_batch(shape, network).inputs.encoded)
+    )
 
 
 def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> dict[str, Any]:
     """The planned bytes of a step."""
     trainer = abstract_trainer(shape, network, dtype, remat)
-    lowered = trainer.lower_step(make_batch(shape, network))
+    lowered = trainer.trace(make_batch(shape, network))["step"].lower()
     compiled = lowered.compile(compiler_options=_OPTIONS.get(jax.default_backend()))
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -165,7 +145,7 @@ def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> di
         "dtype": dtype,
         "remat": remat,
         "argument_bytes": arguments,
-        "argument_parts_bytes": state_parts(trainer),
+        "argument_parts_bytes": planning.state_parts(trainer),
         "temporary_bytes": temporaries,
         "kept_for_backward_bytes": bytes_kept(shape, network, dtype, remat),
         "new_result_bytes": new,

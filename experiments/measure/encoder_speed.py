@@ -20,10 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from experiments.measure import clock, environment
 from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_tsv
 from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.tokens import Tokenizer, Tokens
@@ -33,6 +32,9 @@ from sparse_xmc.heads import FixedFanInConfig, RewireConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
 from sparse_xmc.modules import in_evaluation
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from .. import program
+from . import clock, environment
 
 LENGTHS = (16, 32, 128)
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of features, whose mean square is 1
@@ -168,10 +170,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("json", None, "File to write the report to.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the table, and writes --json."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
     how = (values.dtype, values.repeats)
     if values.train is not None:
@@ -186,4 +186,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()  # not on import: tests import several programs, and their flags share names
-    app.run(main)
+    program.start(main)

@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from experiments.measure import clock
-from experiments.measure.workloads import (
+from .. import program
+from . import clock
+from .workloads import (
     AMAZON_670K,
     BATCH_SIZE,
     NUM_FEATURES,
@@ -55,10 +56,8 @@ def _define_flags() -> None:
     flags.declare_key_flag("penultimate")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Measures, and writes --json."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     if unused := flags_without_use("fan_in", "penultimate"):
         raise app.UsageError(f"no use for {', '.join(f'--{name}' for name in unused)}")
     report = measure(network_of_flags(), flags.FLAGS.steps)
@@ -67,4 +66,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

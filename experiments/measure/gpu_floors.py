@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from experiments.measure.problems import Shape
+from .problems import Shape
 
 TILE = 32  # examples in a tile of the kernels
 _SECTOR = 32  # bytes

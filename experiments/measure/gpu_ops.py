@@ -19,16 +19,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import Array
 from scipy import stats
 
 import xla_ops
-from experiments.measure import clock, environment, gpu_floors, problems, workloads
-from experiments.measure.gpu_floors import Bandwidths
-from experiments.measure.ops import compile_contenders
-from experiments.measure.problems import Shape
 from sparse_xmc.losses import squared_hinge
+
+from .. import program
+from . import clock, environment, gpu_floors, problems, workloads
+from .gpu_floors import Bandwidths
+from .ops import compile_contenders
+from .problems import Shape
 
 OPS = (
     "forward",
@@ -360,10 +362,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("json", None, "File to write the report to.", required=True)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a table, and writes --json after each row."""
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
     values = flags.FLAGS
     bandwidths = Bandwidths(
         memory=copy_bytes_per_second(values.rounds, values.copy_bytes),
@@ -392,4 +392,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.start(main)

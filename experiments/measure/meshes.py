@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.measure import environment
-from experiments.measure.workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
 from sparse_xmc.mesh import data_size
 from sparse_xmc.modules import key_path_names, path_name
 from sparse_xmc.train import Trainer
+
+from . import environment
+from .workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2}
@@ -34,7 +35,7 @@ def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
     arguments = [f"--flagfile=experiments/flags/cells/{cell}.cfg", f"--batch_size={BATCH_SIZE}"]
     trainer = make_trainer(arguments, NUM_FEATURES, scale.labels, mesh=mesh)
     (batch,) = make_batches(scale.labels, scale.labels_per_point, count=1)
-    compiled = trainer.lower_step(batch).compile()
+    compiled = trainer.trace(batch)["step"].lower().compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")

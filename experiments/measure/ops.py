@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from experiments.measure import clock, environment
-from experiments.measure.problems import OPS, Problem, Shape
 from xla_ops import _native
+
+from . import clock, environment
+from .problems import OPS, Problem, Shape
 
 _Key = tuple[str, str]  # contender and pass
 

@@ -22,25 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import psutil
 from flax import nnx
 
-from experiments.measure import clock, environment, meshes
-from experiments.measure.memory import PeakMemory
-from experiments.measure.workloads import (
+from sparse_xmc.data.batches import Batch
+from sparse_xmc.evaluation import gradient_density
+from sparse_xmc.mesh import make_mesh
+from sparse_xmc.model import Classifier
+from sparse_xmc.planning import plan_memory
+from sparse_xmc.train import Trainer
+
+from . import clock, environment, meshes
+from .memory import PeakMemory
+from .workloads import (
     BATCH_SIZE,
     NUM_FEATURES,
     Scale,
     make_batches,
+    make_dataset,
     make_trainer,
     read_settings,
     stepper,
 )
-from sparse_xmc.data.batches import Batch
-from sparse_xmc.evaluation import gradient_density
-from sparse_xmc.mesh import make_mesh
-from sparse_xmc.model import Classifier, ClassifierConfig
-from sparse_xmc.train import Trainer, TrainingConfig
 
 _STEPS_PER_REWIRING = 1000
 _BATCHES = 4
@@ -61,12 +63,12 @@ def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.per
     system += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
     settings = read_settings(system)
     report = {"scale": scale._asdict(), "cell": cell, "batch_size": BATCH_SIZE}
-    needed = needed_bytes(settings.classifier(NUM_FEATURES, scale.labels), settings.training)
-    available = psutil.virtual_memory().available
-    if needed > available:
-        reason = (
-            f"does not fit: needs {needed / 2**30:.1f} GiB, of which {available / 2**30:.1f} are available"
-        )
+    points = make_dataset(scale.labels, scale.labels_per_point, NUM_FEATURES)
+    plan = plan_memory(settings.classifier(NUM_FEATURES, scale.labels), settings.training, points)
+    report["planned_bytes"] = plan.bytes
+    if not plan.fits:
+        needed, available = (size / 2**30 for size in (plan.bytes, plan.available))
+        reason = f"does not fit: needs {needed:.1f} GiB, of which {available:.1f} are available"
         return report | {"failed": reason, "environment": environment.describe()}
 
     def median(call: Callable[[], Any]) -> float:
@@ -103,12 +105,6 @@ def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.per
         "epoch_seconds": steps * (times["step"] + times["rewiring"] / _STEPS_PER_REWIRING),
         "environment": environment.describe(),
     }
-
-
-def needed_bytes(config: ClassifierConfig, training: TrainingConfig) -> int:
-    """What training the head surely needs, as the head plans it; nothing is allocated."""
-    head = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))).head
-    return sum(head.memory(training.batch_size, training).values())
 
 
 def _rewire(trainer: Trainer, batch: Batch) -> Any:
@@ -148,7 +144,8 @@ def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float
             if path.exists():
                 print(f"{path} is there")
                 continue
-            command = [sys.executable, "-m", "experiments.label_scale", f"--results={results}"]
+            program = f"{(__package__ or '').rpartition('.')[0]}.label_scale"
+            command = [sys.executable, "-m", program, f"--results={results}"]
             command += [f"--labels={scale.labels}", f"--cells={cell}", f"--seconds={seconds}", "--here"]
             finished = subprocess.run(command, capture_output=True, text=True)
             if finished.returncode == 0:

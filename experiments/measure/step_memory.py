@@ -2,8 +2,9 @@
 
 Every cell of the table is a process of its own: this program, whose only argument is the JSON of what to
 measure. The growth of its peak resident size is taken beside the sum of what is known to be there: the arrays
-of the training state, XLA's temporaries, and the scratch memory of the ops. Before it counts, the process
-trains a tiny classifier of the same kind, so that libraries and compiler are loaded.
+of the training state, XLA's temporaries, and the scratch memory of the ops; and what `plan_memory` says
+before anything is allocated. Before it counts, the process trains a tiny classifier of the same kind, so that
+libraries and compiler are loaded.
 """
 
 import json
@@ -14,9 +15,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from experiments.measure.memory import PeakMemory
-from experiments.measure.workloads import Network, stepper
 from xla_ops import _native
+
+from .memory import PeakMemory
+from .workloads import Network, stepper
 
 _RATE = 1e-3
 _GIB = 2**30
@@ -31,13 +33,14 @@ def memory_cell(network: Network, mode: str, steps: int) -> dict:
     for _ in range(3):
         jax.block_until_ready(step())
     batches = network.batches(steps)
+    planned = network.plan(mode, *_ARGUMENTS).bytes
     peak = PeakMemory()
     trainer, losses = network.trainer(mode, *_ARGUMENTS), []
     live = sum(a.nbytes for a in jax.tree.leaves(trainer.state) if isinstance(a, jax.Array))
     for batch in batches:
         losses.append(float(trainer.train_step(batch, _RATE)))
     resident = peak.bytes()
-    analysis = trainer.lower_step(batches[0]).compile().memory_analysis()
+    analysis = trainer.trace(batches[0])["step"].lower().compile().memory_analysis()
     if analysis is None:
         raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
     parts = {
@@ -49,6 +52,7 @@ def memory_cell(network: Network, mode: str, steps: int) -> dict:
     return {
         "bytes": sum(parts.values()),
         **parts,
+        "planned_bytes": planned,
         "peak_resident_bytes": resident,
         "steps": steps,
         "first_loss": float(np.mean(losses[:tail])),
@@ -62,7 +66,7 @@ def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int
     for network in networks:
         for mode in modes:
             cell = json.dumps({"network": network._asdict(), "mode": mode, "steps": steps})
-            command = [sys.executable, "-m", "experiments.measure.step_memory", cell]
+            command = [sys.executable, "-m", f"{__package__}.step_memory", cell]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             record = {**network._asdict(), "mode": mode}
             if process.returncode == 0:
@@ -81,8 +85,11 @@ def memory_line(record: dict) -> str:
         return f"{name} failed: {record['failed']}"
     paper = f"{record['paper_gb']:.2f} GB" if record["paper_gb"] else "-"
     losses = "loss {first_loss:.3e} -> {last_loss:.3e} in {steps} steps".format(**record)
-    size, resident = record["bytes"] / _GIB, record["peak_resident_bytes"] / _GIB
-    return f"{name} {size:6.3f} GiB, resident {resident:6.3f} GiB, paper {paper}; {losses}"
+    size, planned, resident = (record[of] / _GIB for of in ("bytes", "planned_bytes", "peak_resident_bytes"))
+    return (
+        f"{name} {size:6.3f} GiB, planned {planned:6.3f} GiB, resident {resident:6.3f} GiB, "
+        f"paper {paper}; {losses}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 
 import xla_ops
-from experiments.measure import clock, environment
-from experiments.measure.step_memory import measure_memory
-from experiments.measure.workloads import BATCH_SIZE, Network, stepper
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.heads import FixedFanInHead, StepInputs
 from sparse_xmc.heads.updates import next_state, step_dense
 from sparse_xmc.train import Trainer
+
+from . import clock, environment
+from .step_memory import measure_memory
+from .workloads import BATCH_SIZE, Network, stepper
 
 # The start of all labels' bias, and how often a step then gathers: forward, and for both gradients if any.
 DENSITIES = {"density 1": (0.0, 3), "density near 0": (-2.0, 1)}

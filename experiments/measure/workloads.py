@@ -4,20 +4,26 @@ A system is a list of arguments for `experiments.run`, so that what is measured 
 arguments trains. The flags of `experiments.run` are defined by importing this.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.sparse
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import prepare, reflection, run
-from experiments.measure.synthetic import Synthetic
 from sparse_xmc.data.batches import Batch
+from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads import HEADS, HeadConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.planning import MemoryPlan, plan_memory
 from sparse_xmc.train import Trainer, TrainingConfig
+
+from .. import prepare, reflection, run
+from .synthetic import Synthetic
 
 BATCH_SIZE = 32
 NUM_FEATURES = prepare.FEATURES["cascade"]
@@ -81,6 +87,18 @@ def make_batches(
     return [source.batch(i, size) for i in range(count)]
 
 
+def make_dataset(
+    labels: int, labels_per_point: float, features: int = NUM_FEATURES, size: int = BATCH_SIZE
+) -> Dataset:
+    """A batch's worth of points of these sizes, of zeros: for plans of memory."""
+    count = min(labels, math.ceil(labels_per_point))
+    positives = scipy.sparse.csr_array(
+        (np.ones(size * count, bool), np.tile(np.arange(count), size), np.arange(0, size * count + 1, count)),
+        shape=(size, labels),
+    )
+    return Dataset(np.zeros((size, features), np.float32), positives)
+
+
 # ---- systems ----
 
 
@@ -91,19 +109,27 @@ class Settings(NamedTuple):
     head: HeadConfig
     training: TrainingConfig
 
-    def classifier(self, num_features: int, num_labels: int) -> ClassifierConfig:
-        """The classifier of a data set with dense features."""
-        return ClassifierConfig(num_features, num_labels, encoder=self.encoder, head=self.head)
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Settings":
+        """Those of the flags' values."""
+        return cls(
+            reflection.read_flags(EncoderConfig, values),
+            reflection.read_kind("head", HEADS, values),
+            reflection.read_flags(TrainingConfig, values),
+        )
+
+    def classifier(
+        self, num_features: int, num_labels: int, *, bag_of_words: bool = False
+    ) -> ClassifierConfig:
+        """The classifier of a data set with these sizes."""
+        return ClassifierConfig(
+            num_features, num_labels, bag_of_words=bag_of_words, encoder=self.encoder, head=self.head
+        )
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
     """What `experiments.run` would make of these arguments, whatever this program was given."""
-    values = run.values_of(arguments)
-    return Settings(
-        reflection.read_flags(EncoderConfig, values),
-        reflection.read_kind("head", HEADS, values),
-        reflection.read_flags(TrainingConfig, values),
-    )
+    return Settings.of(run.values_of(arguments))
 
 
 def make_trainer(
@@ -156,8 +182,17 @@ class Network(NamedTuple):
 
     def trainer(self, mode: str, *arguments: str) -> Trainer:
         """A trainer of such a classifier; `mode` is one of `MODES`, whose arguments come before these."""
+        return make_trainer(self._system(mode, arguments), self.features, self.labels)
+
+    def plan(self, mode: str, *arguments: str) -> MemoryPlan:
+        """The planned memory of training it."""
+        settings = read_settings(self._system(mode, arguments))
+        points = make_dataset(self.labels, self.labels_per_point, self.features)
+        return plan_memory(settings.classifier(self.features, self.labels), settings.training, points)
+
+    def _system(self, mode: str, arguments: Sequence[str]) -> list[str]:
         sizes = [f"--batch_size={BATCH_SIZE}", f"--fan_in={self.fan_in}", f"--penultimate={self.penultimate}"]
-        return make_trainer([*sizes, *MODES[mode], *arguments], self.features, self.labels)
+        return [*sizes, *MODES[mode], *arguments]
 
     def batches(self, count: int) -> list[Batch]:
         """Batches for it."""

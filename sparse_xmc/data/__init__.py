@@ -2,6 +2,7 @@
 
 from sparse_xmc.data.formats import (
     Dataset,
+    iterate_xmc_text,
     read_dense,
     read_filter,
     read_tsv,
@@ -18,6 +19,7 @@ __all__ = [
     "Dataset",
     "LabelEncoder",
     "TextEncoder",
+    "iterate_xmc_text",
     "load_csr",
     "read_dense",
     "read_filter",

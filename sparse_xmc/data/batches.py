@@ -67,7 +67,6 @@ class Batches:
     Args:
       dataset: the points.
       batch_size: B.
-      multiple_of: of `in_order`, batches are filled up to a multiple of this with their last point again.
       own_rows: from B to bool [B], which rows of a batch this process needs: of dense features and encoded
         texts no others are read, and are 0. None for all.
     """
@@ -77,14 +76,12 @@ class Batches:
         dataset: Dataset,
         batch_size: int,
         *,
-        multiple_of: int = 1,
         own_rows: Callable[[int], np.ndarray] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._dataset = dataset
         self.batch_size = batch_size
-        self._multiple_of = multiple_of
         self._own_rows = own_rows
         self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
         if not isinstance(dataset.features, np.ndarray):
@@ -114,28 +111,42 @@ class Batches:
 
     def in_order(self) -> Iterator[tuple[slice, Batch]]:
         """All points in order, as (which points, batch); the last batch may be smaller."""
-        for start in range(0, len(self._dataset), self.batch_size):
-            points = slice(start, min(start + self.batch_size, len(self._dataset)))
+        for points in self._slices():
+            yield points, self._batch(np.arange(points.start, points.stop))
+
+    def to_predict(self, multiple_of: int = 1) -> Iterator[tuple[slice, Batch]]:
+        """The same in shapes that are few over data sets of any size and density.
+
+        Batches are filled up with their last point to a power of two, or to B, and to a multiple of
+        `multiple_of`; entries of bags to a power of two.
+        """
+        for points in self._slices():
             rows = np.arange(points.start, points.stop)
-            yield points, self._batch(np.pad(rows, (0, -len(rows) % self._multiple_of), mode="edge"))
+            size = min(self.batch_size, _power_of_two(len(rows)))
+            size += -size % multiple_of
+            yield points, self._batch(np.pad(rows, (0, size - len(rows)), mode="edge"), of_any=True)
+
+    def _slices(self) -> Iterator[slice]:
+        for start in range(0, len(self._dataset), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self._dataset)))
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of batches that `shuffled` yields."""
         return max(1, len(self._dataset) // self.batch_size)
 
-    def _batch(self, points: np.ndarray) -> Batch:
+    def _batch(self, points: np.ndarray, of_any: bool = False) -> Batch:
         labels = self._dataset.labels[points]
         positives = np.full((len(points), self._positives), -1, np.int32)
         counts = np.diff(labels.indptr)
         positives[np.arange(self._positives) < counts[:, None]] = labels.indices
-        return Batch(inputs=self._inputs(points), positives=positives)
+        return Batch(inputs=self._inputs(points, of_any), positives=positives)
 
-    def _inputs(self, points: np.ndarray) -> np.ndarray | BagOfWords | WordsAndText:
+    def _inputs(self, points: np.ndarray, of_any: bool) -> np.ndarray | BagOfWords | WordsAndText:
         features, encoded = self._dataset.features, self._dataset.encoded
         if isinstance(features, np.ndarray):
             return self._rows(features, points)
-        bags = self._bags(features[points])
+        bags = self._bags(features[points], of_any)
         if encoded is None:
             return bags
         text = self._rows(encoded, points) if isinstance(encoded, np.ndarray) else encoded.take(points)
@@ -150,8 +161,9 @@ class Batches:
         rows[own] = matrix[points[own]]
         return rows
 
-    def _bags(self, features: scipy.sparse.csr_array) -> BagOfWords:
-        padding = -features.nnz % self._entries if features.nnz else self._entries
+    def _bags(self, features: scipy.sparse.csr_array, of_any: bool) -> BagOfWords:
+        unit = max(16, _power_of_two(features.nnz)) if of_any else self._entries
+        padding = -features.nnz % unit if features.nnz else unit
         size = features.shape[0]
         rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(features.indptr))
         return BagOfWords(
@@ -160,3 +172,8 @@ class Batches:
             weights=np.pad(features.data, (0, padding)),
             num_examples=size,
         )
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that is no smaller."""
+    return 1 << max(0, size - 1).bit_length()

@@ -5,12 +5,16 @@ begins with `path:line`.
 """
 
 import array
+import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
+import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +23,17 @@ import scipy.sparse
 from sparse_xmc.data import files, storage
 from sparse_xmc.data.tokens import TokenLists
 
+_log = logging.getLogger(__name__)
+
+_LARGEST = np.iinfo(np.int32).max  # number of points, labels or features
+_ID = rb"\d{1,18}"  # fits 64 bits, whatever a file says
+_WHOLE = re.compile(_ID)
+_LABELS = re.compile(rb"(?:" + _ID + rb"(?:," + _ID + rb")*)?")
 _NUMBER = rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-_FEATURE = re.compile(rb"\d+:" + _NUMBER)
-_FEATURES = re.compile(rb"\s*(?:\d+:" + _NUMBER + rb"(?:\s+|$))*")
-_LABEL_AND_VALUE = re.compile(rb"(\d+)(?::(" + _NUMBER + rb"))?")
+_FEATURE = re.compile(_ID + rb":" + _NUMBER)
+_FEATURES = re.compile(rb"\s*(?:" + _ID + rb":" + _NUMBER + rb"(?:\s+|$))*")
+_LABEL_AND_VALUE = re.compile(rb"(" + _ID + rb")(?::(" + _NUMBER + rb"))?")
+_BLANKS = " \u00a0\u3000\ufeff"  # around labels; the last is a byte order mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +168,9 @@ def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None =
 
     Args:
       path: the file to read.
-      cache_dir: a directory to keep the parsed matrices in. They are memory-mapped from there, now and by
-        every later call, until the size or the time stamp of `path` changes.
+      cache_dir: a directory to keep the parsed matrices in, with checksums. They are memory-mapped from
+        there, now and by every later call, until the size or the time stamp of `path` changes. What is
+        damaged there is parsed again.
 
     Returns:
       The data set, with sparse features and bool labels.
@@ -170,12 +182,25 @@ def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None =
         return _parse_xmc_text(path)
     source = os.stat(path)
     entry = Path(cache_dir) / f"{Path(path).name}-{source.st_size}-{source.st_mtime_ns}"
-    if not entry.exists():
-        dataset = _parse_xmc_text(path)
-        with files.new_directory(entry) as directory:
-            storage.save_csr(directory / "features", dataset.features)
-            storage.save_csr(directory / "labels", dataset.labels)
-    return Dataset(storage.load_csr(entry / "features"), storage.load_csr(entry / "labels"))
+    if entry.exists():
+        try:
+            return _load_parsed(entry, path)
+        except ValueError as error:
+            _log.warning("parsing %s again: %s", path, error)
+            shutil.rmtree(entry, ignore_errors=True)  # if it stays, loading it fails again below
+    dataset = _parse_xmc_text(path)
+    with files.new_directory(entry) as directory:
+        storage.save_csr(directory / "features", dataset.features)
+        storage.save_csr(directory / "labels", dataset.labels)
+    return _load_parsed(entry, path)
+
+
+def _load_parsed(entry: Path, path: str | os.PathLike) -> Dataset:
+    dataset = Dataset(storage.load_csr(entry / "features"), storage.load_csr(entry / "labels"))
+    sizes = [len(dataset), dataset.num_features, dataset.num_labels]
+    if sizes != _parse_header(path, _first_line(path), "N D L"):
+        raise ValueError(f"{entry}: has other sizes than {path}")
+    return dataset
 
 
 def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
@@ -225,7 +250,7 @@ def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
       ValueError: the file is malformed; the message names the line.
     """
     lines = files.read_lines(path)
-    num_points, num_labels = _parse_header(path, lines, "N L")
+    num_points, num_labels = _parse_header(path, next(lines, (1, b""))[1], "N L")
     rows = _Rows("label", num_labels)
     for where, line in _points(path, lines, num_points):
         named = set()
@@ -273,10 +298,10 @@ def read_filter(
       ValueError: a line is malformed, or its row or label is not below N or L; the message names the line.
     """
     pairs = array.array("q")
-    limits = (("row", num_points), ("label", np.inf if num_labels is None else num_labels))
+    limits = (("row", num_points), ("label", _LARGEST if num_labels is None else num_labels))
     for number, line in files.read_lines(path):
         fields = line.split()
-        if len(fields) != 2 or not all(field.isdigit() for field in fields):
+        if len(fields) != 2 or not all(map(_WHOLE.fullmatch, fields)):
             raise ValueError(f"{path}:{number}: expected 'row label', got {_show(line)}")
         pair = [int(field) for field in fields]
         for (what, limit), value in zip(limits, pair, strict=True):
@@ -294,7 +319,8 @@ def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Da
     """Reads dense features (such as embeddings) beside a file of labels.
 
     Args:
-      features_npy: a `.npy` file, float32 `[N, D]`; it is memory-mapped, not loaded.
+      features_npy: a `.npy` file, finite float32 `[N, D]`; it is read once to check that, and
+        memory-mapped, not loaded.
       labels: a file in the format of `read_xmc_labels` or of `read_xmc_text`, told apart by the number of
         fields in the first line. In the latter the features, if any, are ignored.
 
@@ -304,28 +330,32 @@ def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Da
     Raises:
       ValueError: a file is malformed, or the two disagree about N.
     """
-    with contextlib.closing(files.read_lines(labels)) as lines:
-        _, header = next(lines, (1, b""))
-    matrix = read_xmc_text(labels).labels if len(header.split()) == 3 else read_xmc_labels(labels)
+    has_features = len(_first_line(labels).split()) == 3
+    matrix = read_xmc_text(labels).labels if has_features else read_xmc_labels(labels)
+    features = storage.open_npy(features_npy)
     try:
-        return Dataset(np.load(features_npy, mmap_mode="r"), matrix)
-    except (ValueError, EOFError) as error:
+        dataset = Dataset(features, matrix)
+    except ValueError as error:
         raise ValueError(f"{features_npy} with labels from {labels}: {error}") from error
+    storage.check_finite(features_npy, features)
+    return dataset
 
 
 def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
     """Reads raw text with named labels: UTF-8 lines `label|label|...<TAB>text`.
 
-    The part before the first tab may be empty, for a point without labels.
+    The part before the first tab may be empty, for a point without labels. Blanks around a label are not
+    part of it, nor is a byte order mark, with which some programs begin a file.
 
     Args:
       path: the file to read.
 
     Returns:
-      `(labels, texts)`, both of length N: the label names of each point as written, and its text.
+      `(labels, texts)`, both of length N: the label names of each point, and its text as written.
 
     Raises:
-      ValueError: the file is malformed; the message names the line.
+      ValueError: the file is malformed, or begins with a line of headings, `labels<TAB>text`; the message
+        names the line.
     """
     labels, texts = [], []
     for number, line in files.read_text_lines(path):
@@ -333,7 +363,12 @@ def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
         if not tab:
             fault = f"no tab in {line[:40]!r}" if line.strip() else "a blank line"
             raise ValueError(f"{path}:{number}: expected 'label|label|...<TAB>text', got {fault}")
-        labels.append(names.split("|") if names else [])
+        if "\r" in line:
+            raise ValueError(f"{path}:{number}: expected lines that end in \\n or \\r\\n, got \\r within one")
+        names = names.strip(_BLANKS)
+        if number == 1 and re.fullmatch(r"labels?\ttexts?", f"{names}\t{text}", re.IGNORECASE):
+            raise ValueError(f"{path}:1: expected no headings, got {line!r}: remove that line")
+        labels.append([name.strip(_BLANKS) for name in names.split("|")] if names else [])
         if "" in labels[-1]:
             raise ValueError(f"{path}:{number}: expected a label on each side of a bar, got {names!r}")
         texts.append(text)
@@ -349,17 +384,18 @@ def write_tsv(path: str | os.PathLike, labels: Sequence[Sequence[str]], texts: S
       texts: the N texts.
 
     Raises:
-      ValueError: a label is empty or contains a bar, tab or line break, a text contains a line break, or the
-        lengths differ. Nothing is written then.
+      ValueError: a label is empty, contains a bar, tab or line break, or has blanks around it, a text has a
+        line break, or the lengths differ. Nothing is written then.
     """
     if len(labels) != len(texts):
         raise ValueError(f"{path}: {len(labels)} lists of labels but {len(texts)} texts")
     lines = []
     for number, (names, text) in enumerate(zip(labels, texts, strict=True), start=1):
         for name in names:
-            if not name or re.search(r"[|\t\r\n]", name):
+            if not name or name != name.strip(_BLANKS) or re.search(r"[|\t\r\n]", name):
                 raise ValueError(
-                    f"{path}:{number}: a label must be non-empty, without |, tab or line break, got {name!r}"
+                    f"{path}:{number}: a label must be non-empty, without |, tab, line break or blanks "
+                    f"around it, got {name!r}"
                 )
         if re.search(r"[\r\n]", text):
             raise ValueError(f"{path}:{number}: a text must not contain a line break, got {text!r}")
@@ -368,12 +404,18 @@ def write_tsv(path: str | os.PathLike, labels: Sequence[Sequence[str]], texts: S
         file.writelines(line.encode() for line in lines)
 
 
-def _parse_header(path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], form: str) -> list[int]:
-    _, header = next(lines, (1, b""))
-    fields = header.split()
-    if len(fields) != len(form.split()) or not all(field.isdigit() for field in fields):
-        raise ValueError(f"{path}:1: expected a header '{form}' of whole numbers, got {_show(header)}")
-    return [int(field) for field in fields]
+def _first_line(path: str | os.PathLike) -> bytes:
+    with contextlib.closing(files.read_lines(path)) as lines:
+        return next(lines, (1, b""))[1]
+
+
+def _parse_header(path: str | os.PathLike, header: bytes, form: str) -> list[int]:
+    sizes = [int(field) if _WHOLE.fullmatch(field) else -1 for field in header.split()]
+    if len(sizes) != len(form.split()) or not all(0 <= size <= _LARGEST for size in sizes):
+        raise ValueError(
+            f"{path}:1: expected a header '{form}' of whole numbers below 2^31, got {_show(header)}"
+        )
+    return sizes
 
 
 def _points(
@@ -391,13 +433,30 @@ def _points(
         )
 
 
+def iterate_xmc_text(path: str | os.PathLike, count: int) -> Iterator[Dataset]:
+    """Yields the points of a file as `read_xmc_text` has them, `count` at a time.
+
+    Raises:
+      ValueError: the file is malformed; the points before have been yielded.
+    """
+    lines = files.read_lines(path)
+    num_points, num_features, num_labels = _parse_header(path, next(lines, (1, b""))[1], "N D L")
+    points = _points(path, lines, num_points)
+    while part := list(itertools.islice(points, count)):
+        yield _parse_points(part, num_features, num_labels)
+
+
 def _parse_xmc_text(path: str | os.PathLike) -> Dataset:
     lines = files.read_lines(path)
-    num_points, num_features, num_labels = _parse_header(path, lines, "N D L")
+    num_points, num_features, num_labels = _parse_header(path, next(lines, (1, b""))[1], "N D L")
+    return _parse_points(_points(path, lines, num_points), num_features, num_labels)
+
+
+def _parse_points(points: Iterable[tuple[str, bytes]], num_features: int, num_labels: int) -> Dataset:
     features = _Rows("feature", num_features)
     labels = _Rows("label", num_labels)
     values = array.array("f")
-    for where, line in _points(path, lines, num_points):
+    for where, line in points:
         if not line:
             raise ValueError(f"{where}: blank line; a point without labels must begin with a space")
         names, _, pairs = line.partition(b" ")
@@ -409,10 +468,9 @@ def _parse_xmc_text(path: str | os.PathLike) -> Dataset:
 
 
 def _parse_labels(where: str, names: bytes) -> set[int]:
-    fields = names.split(b",") if names else []
-    if not all(field.isdigit() for field in fields):
+    if not _LABELS.fullmatch(names):
         raise ValueError(f"{where}: expected 'label,label,...' before the first space, got {_show(names)}")
-    return set(map(int, fields))
+    return set(map(int, names.split(b","))) if names else set()
 
 
 def _parse_features(where: str, pairs: bytes) -> tuple[list[int], np.ndarray]:
@@ -422,7 +480,7 @@ def _parse_features(where: str, pairs: bytes) -> tuple[list[int], np.ndarray]:
     numbers = pairs.replace(b":", b" ").split()
     columns = list(map(int, numbers[::2]))
     if len(set(columns)) < len(columns):
-        twice = next(column for column in columns if columns.count(column) > 1)
+        ((twice, _),) = collections.Counter(columns).most_common(1)
         raise ValueError(f"{where}: expected each feature once, got {twice} twice")
     with np.errstate(over="ignore"):
         values = np.array(list(map(float, numbers[1::2]))).astype(np.float32)
@@ -438,7 +496,7 @@ class _Rows:
     def __init__(self, kind: str, num_columns: int):
         self._kind = kind
         self._num_columns = num_columns
-        self._indices = array.array("q" if num_columns > np.iinfo(np.int32).max else "i")
+        self._indices = array.array("i")
         self._indptr = array.array("q", [0])
 
     def append(self, where: str, columns: Collection[int]) -> None:
@@ -453,7 +511,7 @@ class _Rows:
 
     def matrix(self, data: np.ndarray | None = None) -> scipy.sparse.csr_array:
         """Returns the matrix; its entries are `data`, or True without it."""
-        indices = np.frombuffer(self._indices, self._indices.typecode)
+        indices = np.frombuffer(self._indices, np.int32)
         if data is None:
             data = np.ones(len(indices), bool)
         indptr = np.frombuffer(self._indptr, np.int64)

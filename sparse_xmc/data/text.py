@@ -26,13 +26,23 @@ class TextEncoder:
 
     Attributes:
       words: list of the V words.
+
+    Raises:
+      ValueError: there is not one finite weight for each word, or no word, or one twice.
     """
 
     def __init__(self, words: Sequence[str], idf: np.ndarray):
         self.words = list(words)
+        with np.errstate(over="ignore"):
+            idf = np.asarray(idf, np.float32)
+        if idf.shape != (len(self.words),):
+            raise ValueError(f"expected {len(self.words)} weights, one for each word, got {list(idf.shape)}")
+        if not np.isfinite(idf).all():
+            word = int(np.isfinite(idf).argmin())
+            raise ValueError(f"expected finite weights, got {idf[word]} for {self.words[word]!r}")
         longest = 1 + max((word.count(" ") for word in self.words), default=0)
         self._vectorizer = _new_vectorizer(longest, vocabulary=self.words)
-        self._vectorizer.idf_ = np.asarray(idf, np.float32)
+        self._vectorizer.idf_ = idf
 
     @classmethod
     def fit(
@@ -65,7 +75,7 @@ class TextEncoder:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the encoder as one JSON file."""
         state = {"words": self.words, "idf": self._vectorizer.idf_.tolist()}
-        Path(path).write_text(json.dumps(state), encoding="utf-8")
+        files.write_text(path, json.dumps(state))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextEncoder":
@@ -76,8 +86,11 @@ class TextEncoder:
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(state["words"], state["idf"])
-        except (ValueError, KeyError, TypeError) as error:
+            words, idf = state["words"], state["idf"]
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise TypeError("expected a list of words")
+            return cls(words, idf)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved TextEncoder: {error!r}") from error
 
 
@@ -133,7 +146,7 @@ class LabelEncoder:
                 raise ValueError(
                     f"{path}:{label + 1}: expected a non-empty name without line breaks, got {name!r}"
                 )
-        Path(path).write_text("".join(f"{name}\n" for name in self.names), encoding="utf-8", newline="\n")
+        files.write_text(path, "".join(f"{name}\n" for name in self.names))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LabelEncoder":

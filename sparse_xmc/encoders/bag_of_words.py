@@ -20,6 +20,9 @@ class EmbeddingBag(EmbeddingTable):
 
     def __call__(self, bags: BagOfWords) -> Array:
         """Maps a batch of B bags to float32 [B, E]."""
+        shapes = [list(array.shape) for array in (bags.rows, bags.words, bags.weights)]
+        if shapes != [[bags.weights.size]] * 3:
+            raise ValueError(f"{type(self).__name__}: rows, words, weights must have shape [N], got {shapes}")
         entries = self.lookup(bags.words).astype(bags.weights.dtype) * bags.weights[:, None]
         return jax.ops.segment_sum(
             entries, bags.rows, num_segments=bags.num_examples, indices_are_sorted=True, mode="drop"

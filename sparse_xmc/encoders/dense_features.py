@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.modules import Scale
+from sparse_xmc.modules import Scale, check_features
 
 
 class DenseFeatures(nnx.Module):
@@ -27,6 +27,5 @@ class DenseFeatures(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps features [B, E] to float32 [B, E]."""
-        if x.ndim != 2 or x.shape[1] != self.features:
-            raise ValueError(f"features must have shape [B, {self.features}], got {list(x.shape)}")
+        check_features(self, x, self.features, ndim=2)
         return self.dropout(jnp.asarray(x, jnp.float32) * self.scale[...])

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from sparse_xmc.settings import check, setting
+
 POOLINGS = ("mean", "cls", "pooler")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
@@ -31,34 +33,43 @@ _DISTILBERT_KEYS = {
 }
 
 
+def _size(default: Any = dataclasses.MISSING, *, at_least: int = 1, at_most: int = 1 << 24) -> Any:
+    """A field of a configuration; no published network comes near the upper bounds."""
+    return setting(default, at_least=at_least, at_most=at_most)
+
+
 @dataclasses.dataclass(frozen=True)
 class PretrainedConfig:
     """The network, by the keys of BERT's `config.json`, which RoBERTa shares; DistilBERT has others.
 
     Raises:
-      ValueError: the architecture or the activation is not one of those known here, or sizes do not fit.
+      ValueError: the architecture or the activation is not one of those known here, or sizes are out of range
+        or do not fit.
     """
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int = 2  # 0 for DistilBERT, which has none
-    pad_token_id: int = 0
+    vocab_size: int = _size()
+    hidden_size: int = _size()
+    num_hidden_layers: int = _size(at_most=1000)
+    num_attention_heads: int = _size()
+    intermediate_size: int = _size()
+    max_position_embeddings: int = _size()
+    type_vocab_size: int = _size(2, at_least=0)  # 0 for DistilBERT, which has none
+    pad_token_id: int = _size(0, at_least=0)
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = setting(0.1, at_least=0, below=1)
+    layer_norm_eps: float = setting(1e-12, above=0)
 
     def __post_init__(self):
+        check(self)
         require_one_of("model_type", self.model_type, _PREFIXES)
         require_one_of("activation", self.hidden_act, ACTIVATIONS)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads do not divide the hidden size {self.hidden_size}"
             )
+        if self.max_length < 1:
+            raise ValueError(f"{self.max_position_embeddings} positions leave none for a token")
 
     @property
     def first_position(self) -> int:
@@ -97,7 +108,7 @@ class PretrainedConfig:
             if model_type == "distilbert":
                 settings |= {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
             return cls(**settings)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
@@ -134,6 +145,7 @@ _DISTILBERT_LAYER = {
     "down": ("ffn.lin2",),
     "norm": ("output_layer_norm",),
 }
+_DTYPES = ("F32", "F16", "BF16")
 # Buffers, a pooler that nobody asked for, and the heads of other tasks.
 _HARMLESS = re.compile(
     r"embeddings\.(position_ids|token_type_ids)|pooler\..*|cls\..*|lm_head\..*|vocab_(transform|layer_norm|projector)\..*"
@@ -159,8 +171,8 @@ def read_parameters(
     """The parameters of a network, in float32, by their paths, given their shapes.
 
     Raises:
-      ValueError: tensors are missing, are not the network's, or have another shape, or a file is damaged; the
-        message names them.
+      ValueError: tensors are missing, are not the network's, have another shape, or are not of finite floats,
+        or a file is damaged; the message names them.
     """
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, _PREFIXES[config.model_type], stack)
@@ -176,17 +188,23 @@ def read_parameters(
             expected = (*shape[:-1], shape[-1] // len(names[path]))
             expected = expected[::-1] if path.endswith(".kernel") else expected
             for name in names[path]:
-                if name in tensors and (found := tensors[name].shape) != expected:
+                if name not in tensors:
+                    continue
+                if (found := tensors[name].shape) != expected:
                     problems.append(f"{name} has shape {list(found)}, not {list(expected)}")
+                if (dtype := tensors[name].dtype) not in _DTYPES:
+                    problems.append(f"{name} is {dtype}, not one of {', '.join(_DTYPES)}")
         if problems:
             raise ValueError(f"{directory}: {_some(problems)}")
-        return {path: _assemble(path, [tensors[name] for name in names[path]]) for path in shapes}
-
-
-def _assemble(path: str, tensors: list["_Tensor"]) -> np.ndarray:
-    parts = [tensor.read() for tensor in tensors]
-    parts = [part.T for part in parts] if path.endswith(".kernel") else parts
-    return np.concatenate(parts, axis=-1).astype(np.float32, copy=False)
+        values = {}
+        for path in shapes:
+            parts = [tensors[name].read() for name in names[path]]
+            for name, part in zip(names[path], parts, strict=True):
+                if not np.isfinite(part).all():
+                    raise ValueError(f"{directory}: {name} has inf or nan")
+            parts = [part.T for part in parts] if path.endswith(".kernel") else parts
+            values[path] = np.concatenate(parts, axis=-1).astype(np.float32, copy=False)
+        return values
 
 
 @dataclasses.dataclass
@@ -197,6 +215,10 @@ class _Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def dtype(self) -> str:
+        return self.file.get_slice(self.name).get_dtype()
 
     def read(self) -> np.ndarray:
         return self.file.get_tensor(self.name)
@@ -235,9 +257,10 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(_read_json(index)["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"expected names of files, got {names}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        missing = [name for name in names if not (directory / name).is_file()]
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise ValueError(f"{index}: not an index of shards: {error}") from error
-    if missing := [name for name in names if not (directory / name).is_file()]:
+    if missing:
         raise ValueError(f"{index}: {_some(missing)} missing")
     return [directory / name for name in names]
 
@@ -326,11 +349,11 @@ def _some(problems: list[str]) -> str:
 
 def _read_json(path: Path, default: Any = None) -> Any:
     """What a file says; `default`, if there is one, where the file is missing."""
-    if default is not None and not path.is_file():
-        return default
     try:
+        if default is not None and not path.is_file():
+            return default
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file: {error}") from error
     if default is not None and type(values) is not type(default):
         raise ValueError(f"{path}: expected a {type(default).__name__}, got a {type(values).__name__}")

@@ -102,7 +102,3 @@ class DenseHead(LayeredHead):
             epsilon=training.epsilon,
         )
         return loss, d_x, of_output
-
-    def memory(self, batch_size, training):
-        parts = super().memory(batch_size, training)
-        return parts | {"gradients": 0} if training.output_optimizer == "adam" else parts

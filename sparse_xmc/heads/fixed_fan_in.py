@@ -245,7 +245,7 @@ class FixedFanInHead(LayeredHead):
             if bias is not None:
                 mu[names[1]], nu[names[1]] = adam.mu_bias, adam.nu_bias
         else:
-            rate = rate * (inputs.x.shape[0] * self.labels_of_all)  # the loss is a mean over both
+            rate = rate * float(inputs.x.shape[0] * self.labels_of_all)  # the loss is a mean over both
             key = {"seed": inputs.seed, "step": inputs.step, "first_label": self.first_label()}
             loss, d_x, kernel, bias = xla_ops.fan_in_sgd_step(*arguments, rate, **key, **options)
         layer.kernel.set_value(kernel)
@@ -279,6 +279,3 @@ class FixedFanInHead(LayeredHead):
             return moments
         mu, nu = (of | {name: new} for of, new in zip((moments.mu, moments.nu), remembered, strict=True))
         return moments._replace(mu=mu, nu=nu)
-
-    def memory(self, batch_size, training):
-        return super().memory(batch_size, training) | {"gradients": 0, "logits": 0}

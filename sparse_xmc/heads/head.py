@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -190,15 +189,6 @@ class Head(nnx.Module):
         """
         return moments
 
-    @abc.abstractmethod
-    def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
-        """The bytes that training takes, as planned from shapes alone (the head may be an abstract one).
-
-        Returns:
-          Under "parameters", "connections" and "moments" what there is all the time; under "gradients" and
-          "logits" the large temporaries of a step.
-        """
-
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig(abc.ABC):
@@ -255,8 +245,3 @@ def label_blocks(num_labels: int) -> Iterator[slice]:
     """Yields ranges of labels, for what is not to hold the logits of all of them."""
     for start in range(0, num_labels, _LABELS_AT_ONCE):
         yield slice(start, min(start + _LABELS_AT_ONCE, num_labels))
-
-
-def bytes_of(tree: Any) -> int:
-    """The size of all arrays, or shapes of arrays, in a tree."""
-    return sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

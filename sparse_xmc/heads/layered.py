@@ -12,12 +12,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 import xla_ops
-from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, bytes_of, split_features
+from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, split_features
 from sparse_xmc.heads.part import LabelPart, shift
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
-from sparse_xmc.layers import Connectivity, glorot_uniform
+from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
-from sparse_xmc.modules import parameters_of, path_name, split
+from sparse_xmc.modules import check_features, parameters_of, path_name, split
 
 
 class OutputLayer(Protocol):
@@ -78,8 +78,7 @@ class LayeredHead(Head):
     def hidden(self, x: Array | Features) -> Array:
         """The output layer's dense input, for x [B, E]."""
         x, _ = split_features(x)
-        if x.ndim != 2 or x.shape[1] != self.in_features:
-            raise ValueError(f"features must have shape [B, {self.in_features}], got {list(x.shape)}")
+        check_features(self, x, self.in_features, ndim=2)
         return x if self.penultimate is None else self.output_input(nnx.relu(self.penultimate(x)), x)
 
     def output_input(self, hidden: Array, x: Array) -> Array:
@@ -124,6 +123,7 @@ class LayeredHead(Head):
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def step_fused(self, inputs, moments, training):
+        check_features(self, inputs.x, self.in_features, ndim=2)
         if self.penultimate is None:
             loss, d_x, of_output = self._step_own(inputs, moments, training)
             return loss, d_x, next_state(moments, of_output)
@@ -189,7 +189,7 @@ class LayeredHead(Head):
         directions, moments = adam_directions(of_adam, state, training.epsilon, inputs.seed)
         for name, gradient in gradients.items():
             # The loss is a mean over batch and labels; SGD follows the sum.
-            scale = inputs.x.shape[0] * self.labels_of_all
+            scale = float(inputs.x.shape[0] * self.labels_of_all)
             direction = directions[name] if name in directions else scale * gradient.astype(jnp.float32)
             value = parameters[name][...]
             new = value.astype(jnp.float32) - rates[name.partition(".")[0]] * inputs.learning_rate * direction
@@ -206,12 +206,3 @@ class LayeredHead(Head):
                 ).reshape(new.shape)
             parameters[name].set_value(new.astype(value.dtype))
         return moments
-
-    def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
-        return {
-            "parameters": bytes_of(nnx.state(self, nnx.Param)),
-            "connections": bytes_of(nnx.state(self, Connectivity)),
-            "moments": bytes_of(jax.eval_shape(lambda: self.init_moments(training))),
-            "gradients": bytes_of(nnx.state(self.output, nnx.Param)),
-            "logits": 2 * 4 * batch_size * self.num_labels,
-        }

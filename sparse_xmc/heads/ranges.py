@@ -12,7 +12,7 @@ from jax import Array
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.dense import make_dense
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig
-from sparse_xmc.heads.head import Features, Head, HeadConfig, HeadTraining, StepInputs, bytes_of
+from sparse_xmc.heads.head import Features, Head, HeadConfig, HeadTraining, StepInputs
 from sparse_xmc.heads.part import merge_top_k, shift
 from sparse_xmc.settings import setting
 
@@ -126,11 +126,6 @@ class LabelRanges(Head):
             head.rewire(x, shift(at, start), of_head, its_key, config)
             for (head, start), of_head, its_key in zip(self._ranges(), moments, keys, strict=True)
         )
-
-    def memory(self, batch_size, training):
-        parts = [head.memory(batch_size, training) for head in self.heads]
-        total = {name: sum(part[name] for part in parts) for name in parts[0]}
-        return total | {"connections": total["connections"] + bytes_of(nnx.state(self, LabelOrder))}
 
 
 @dataclasses.dataclass(frozen=True)

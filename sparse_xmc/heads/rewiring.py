@@ -6,11 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
 from sparse_xmc.connectivity import draw_coordinates, redraw, update_in_blocks
 from sparse_xmc.heads.part import LabelPart
+from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.modules import check_features, key_path_names, path_name
 from sparse_xmc.settings import check, setting
 from xla_ops import SparseInputs, kth_smallest_magnitude
 
@@ -274,3 +277,100 @@ def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel
         return jnp.where(mask, 0, moment).astype(moment.dtype)
 
     return optax.tree_utils.tree_map_params(tx, reset, opt_state, masks, is_leaf=is_masked)
+
+
+def rewire_layer(
+    layer: FixedFanInLinear,
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    key: Array,
+    config: RewireConfig = RewireConfig(),
+    *,
+    x: ArrayLike | None = None,
+    positives: ArrayLike | None = None,
+    sparse: SparseInputs | None = None,
+) -> Array:
+    """Moves the weakest connections of a layer in a model that an `nnx.Optimizer` trains, by any Optax chain.
+
+    The layer's kernel and indices are updated, and what the optimizer remembers of the connections that moved
+    is set to 0: moments, and gradients that `optax.MultiSteps` has added up. No array is donated: those that
+    are held elsewhere stay, and for a moment there are two of each. Within `nnx.jit` it works too.
+
+    Args:
+      layer: the layer.
+      model: the model that it is in, wherever, or the layer itself: that of the optimizer.
+      optimizer: the optimizer.
+      key: a random key, another one each time.
+      config: what moves: with `growth="random"` as of `rewire`, with "active" as of `rewire_active`.
+      x, positives, sparse: for growth="active" alone: what the layer reads of a batch, as it is called, x
+        being [B, D], and the labels of its points, int32 [B, P], padded with -1.
+
+    Returns:
+      bool [L, F], true where a connection moved.
+
+    Raises:
+      TypeError: the layer is of another class.
+      ValueError: the layer is not in the model, or the optimizer not that of the model; x and positives are
+        missing, or there without need; or x is not as wide as the layer.
+
+    Example:
+      >>> import jax, optax
+      >>> from flax import nnx
+      >>> from sparse_xmc import FixedFanInLinear, rewire_layer
+      >>> rngs = nnx.Rngs(0)
+      >>> output = FixedFanInLinear(64, 200, fan_in=8, rngs=rngs)
+      >>> model = nnx.Sequential(nnx.Linear(16, 64, rngs=rngs), nnx.relu, output)
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> for step in range(1, 1001):
+      ...     # train_step(model, optimizer, ...)
+      ...     if step % 1000 == 0:
+      ...         moved = rewire_layer(output, model, optimizer, jax.random.key(step))
+      >>> int(moved.sum())
+      159
+    """
+    if not isinstance(layer, FixedFanInLinear):
+        raise TypeError(f"layer must be a FixedFanInLinear, got {type(layer).__name__}")
+    names = [path_name((*path, "kernel")) for path, node in nnx.iter_graph(model) if node is layer]
+    if not names:
+        raise ValueError(
+            f"the layer, a {type(layer).__name__}, is not in the model, a {type(model).__name__}"
+        )
+    old = layer.kernel[...], layer.indices[...]
+    if config.growth == "random":
+        if not (x is None and positives is None and sparse is None):
+            raise ValueError("x, positives and sparse are for growth='active', got them for growth='random'")
+        kernel, indices, moved, _ = _rewired(key, *old, layer.in_features, config)
+    else:
+        if x is None or positives is None:
+            raise ValueError("growth='active' needs x and positives")
+        x, columns = jnp.asarray(x), 0 if sparse is None else sparse.num_columns
+        check_features(layer, x, layer.in_features - columns, ndim=2)
+        kernel, indices, moved, _ = _rewired_active(*old, x, jnp.asarray(positives), config, (), sparse)
+    state, params = _values(optimizer.opt_state), _values(nnx.state(model, optimizer.wrt))
+    try:
+        moments = reset_moments(
+            optimizer.tx, state, params, lambda path: path_name(key_path_names(path)) == names[0], moved
+        )
+    except ValueError as error:  # of JAX: trees of other structures
+        raise ValueError(f"the optimizer is not that of the model, a {type(model).__name__}") from error
+    layer.kernel.set_value(kernel)
+    layer.indices.set_value(indices)
+    jax.tree.map(
+        lambda variable, value: variable.set_value(value), optimizer.opt_state, moments, is_leaf=_is_variable
+    )
+    return moved
+
+
+# Without donation, which is that of the outermost `jit`.
+_rewired = jax.jit(rewire, static_argnames=("in_features", "config"))
+_rewired_active = jax.jit(rewire_active, static_argnames="config")
+
+
+def _is_variable(node) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _values(tree):
+    """A tree with arrays in place of variables, of whatever types these are."""
+    return jax.tree.map(lambda variable: variable.get_value(), tree, is_leaf=_is_variable)

@@ -192,18 +192,6 @@ class ShardedHead(Head):
     def rewire(self, x, positives, moments, key, config):
         return self._run(_rewire, (config,), x, positives, moments, key, changes=True)
 
-    def memory(self, batch_size: int, training: HeadTraining) -> dict[str, int]:
-        """The bytes that training takes on each device."""
-        state = nnx.split(self)[1]
-
-        def own(path, array):
-            split = _is_split(path)
-            shape = (array.shape[0] // self.mesh.size, *array.shape[1:]) if split else array.shape
-            return jax.ShapeDtypeStruct(shape, array.dtype)
-
-        local = nnx.merge(self.local, jax.tree_util.tree_map_with_path(own, state))
-        return local.memory(batch_size, training)
-
     @property
     def label_rows(self) -> int:
         return self.output.kernel.shape[0]

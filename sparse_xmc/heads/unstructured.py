@@ -13,6 +13,7 @@ from sparse_xmc.heads.head import Head, HeadConfig
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import RewireConfig, rewire_unstructured
 from sparse_xmc.layers import Connectivity, Initializer, flat_glorot_uniform, start_of_kernel
+from sparse_xmc.modules import check_features
 from sparse_xmc.settings import setting
 
 _CONNECTIONS_AT_ONCE = 4096
@@ -67,8 +68,7 @@ class UnstructuredLinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x float32 [B, D] to [B, L]."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last axis, got {list(x.shape)}")
+        check_features(self, x, self.in_features, ndim=2)
         features, kernel, indices = jnp.asarray(x).T, self.kernel[...], self.indices[...]
         bias = self.bias[...]
 

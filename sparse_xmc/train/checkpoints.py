@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ class Checkpoints:
 
     Writes are atomic: a run that is killed while saving finds the checkpoint before. Each has a checksum of
     every file, so that one that was damaged is passed over, with a warning, for the one before. A context
-    manager, which on leaving gives back what Orbax holds.
+    manager, which on leaving deletes what killed processes have left. A save takes as much memory as the two
+    largest arrays; it is not asynchronous, which would take that of all.
 
     Args:
       directory: where they are; made if missing.
@@ -33,18 +35,15 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike):
         directory = Path(directory).absolute()
-        handler = ocp.CompositeCheckpointHandler(
-            state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler()
-        )
-        self._latest = _Numbered(directory / "latest", handler, _KEPT)
-        self._best = _Numbered(directory / "best", ocp.StandardCheckpointHandler(), 1)
+        self._latest = _Numbered(directory / "latest", _KEPT)
+        self._best = _Numbered(directory / "best", 1)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._latest.close()
-        self._best.close()
+        self._latest.tidy()
+        self._best.tidy()
 
     @property
     def directory(self) -> Path:
@@ -57,8 +56,7 @@ class Checkpoints:
         Raises:
           OSError: it could not be written; what was saved before is still there.
         """
-        state, progress_args = ocp.args.StandardSave(trainer.state), ocp.args.JsonSave(progress)
-        self._latest.save(trainer.step, ocp.args.Composite(state=state, progress=progress_args), trainer.head)
+        self._latest.save(trainer.step, trainer.state, progress, trainer.head)
 
     def restore_latest(self, trainer: Trainer) -> dict | None:
         """Puts a trainer into the state last saved and returns its progress; None where nothing was saved.
@@ -67,28 +65,27 @@ class Checkpoints:
           ValueError: what was saved is of another model, or all of it is damaged.
         """
         for step in self._latest.intact():
-            self._latest.check(step, self._latest.metadata(step)["state"], trainer.state, trainer.head)
-            state = ocp.args.StandardRestore(shapes_of(trainer.state), strict=False)
-            args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
-            restored = self._latest.restore(step, args)
-            trainer.restore(restored["state"])
+            self._latest.check(step, trainer.state, trainer.head)
+            trainer.state = shapes_of(trainer.state)  # the arrays make room
+            state, progress = self._latest.restore(step, trainer.state)
+            trainer.restore(state)
             trainer.step = step
-            return restored["progress"]
+            return progress
         return None
 
     def save_best(self, trainer: Trainer) -> None:
         """Saves the weights, in place of those saved before."""
         # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again.
         number = max(self._best.numbers(), default=0) + 1
-        self._best.save(number, ocp.args.StandardSave(_weights(trainer.state)), trainer.head)
+        self._best.save(number, _weights(trainer.state), {}, trainer.head)
 
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
         for number in self._best.intact():
-            weights = _weights(trainer.state)
-            self._best.check(number, self._best.metadata(number), weights, trainer.head)
-            args = ocp.args.StandardRestore(shapes_of(weights), strict=False)
-            trainer.restore(trainer.state | self._best.restore(number, args))
+            self._best.check(number, _weights(trainer.state), trainer.head)
+            trainer.state |= shapes_of(_weights(trainer.state))  # the arrays make room
+            weights, _ = self._best.restore(number, _weights(trainer.state))
+            trainer.restore(trainer.state | weights)
             return
         raise FileNotFoundError(f"{self._best.directory}: no weights were saved")
 
@@ -100,38 +97,41 @@ class _Numbered:
     checkpoint is none.
     """
 
-    def __init__(self, directory: Path, handler: Any, keep: int):
+    def __init__(self, directory: Path, keep: int):
         self.directory, self._keep = directory, keep
-        self._orbax = ocp.Checkpointer(handler)
         directory.mkdir(parents=True, exist_ok=True)
-
-    def close(self) -> None:
-        self._orbax.close()
 
     def numbers(self) -> list[int]:
         """Those of all checkpoints, ascending."""
         return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdigit())
 
-    def metadata(self, number: int) -> Any:
-        return self._orbax.metadata(self.directory / str(number)).item_metadata
+    def restore(self, number: int, shapes: Any) -> tuple[Any, dict]:
+        """The state of these shapes, and the progress."""
+        state = ocp.args.StandardRestore(shapes, strict=False)
+        with _orbax(shapes) as orbax:
+            args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
+            restored = orbax.restore(self.directory / str(number), args=args)
+        return restored["state"], restored["progress"]
 
-    def restore(self, number: int, args: Any) -> Any:
-        return self._orbax.restore(self.directory / str(number), args=args)
-
-    def check(self, number: int, metadata: Any, expected: Any, head: Head) -> None:
+    def check(self, number: int, expected: Any, head: Head) -> None:
         """Raises ValueError unless a checkpoint is of a model with the sizes of this state and its head."""
         path, record = self.directory / str(number), json.loads(self._record(number).read_text())
         if record["num_labels"] != head.num_labels:
             raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")
+        with _orbax(expected) as orbax:
+            metadata = orbax.metadata(path).item_metadata["state"]
         check_sizes(metadata, expected, path, head, record["label_rows"])
 
-    def save(self, number: int, args: Any, head: Head) -> None:
+    def save(self, number: int, state: Any, progress: dict, head: Head) -> None:
         """Writes a checkpoint, then deletes those that are not to be kept."""
         if number in self.numbers():
             return
         path = self.directory / str(number)
         try:
-            self._orbax.save(path, args=args, force=True)  # over what a killed process left
+            progress_args = ocp.args.JsonSave(progress)
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=progress_args)
+            with _orbax(state) as orbax:
+                orbax.save(path, args=args, force=True)  # over what a killed process left
             if jax.process_index() == 0:
                 record = {"num_labels": head.num_labels, "label_rows": head.label_rows}
                 write_text(self._record(number), json.dumps(record | {"files": checksums(path)}))
@@ -140,10 +140,21 @@ class _Numbered:
             kept = self.numbers()
             before = f"that of step {kept[-1]} is still there" if kept else "there is none before it"
             raise OSError(f"{path}: the checkpoint could not be written: {reason}; {before}") from error
-        if jax.process_index() == 0:
-            for old in self.numbers()[: -self._keep]:
-                self._record(old).unlink(missing_ok=True)
-                shutil.rmtree(self.directory / str(old), ignore_errors=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Deletes all but the last few, with what killed processes left; records before what they are of."""
+        kept = {str(number) for number in self.numbers()[-self._keep :]}
+        if jax.process_index() != 0 or not kept:
+            return
+        for path in sorted(self.directory.iterdir(), key=Path.is_dir):
+            number = path.name.partition(".")[0]
+            if not number.isdigit() or number in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def intact(self) -> Iterator[int]:
         """Yields the numbers of checkpoints whose files are as they were written, the latest first.
@@ -176,6 +187,16 @@ class _Numbered:
 
     def _record(self, number: int) -> Path:
         return self.directory / f"{number}.json"
+
+
+def _orbax(state: Any) -> ocp.Checkpointer:
+    """Orbax for a state of such arrays or shapes: it copies no more of it at once than the largest takes."""
+    most = max(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(state))
+    gb = (most + 2**20) / 1e9
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=gb, restore_concurrent_gb=gb)
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(state=handler, progress=ocp.JsonCheckpointHandler())
+    )
 
 
 def _weights(state: dict) -> dict:

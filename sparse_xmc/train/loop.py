@@ -76,7 +76,7 @@ def fit(
 
     Raises:
       ValueError: the schedule needs validation points or checkpoints, or the latest checkpoint is of a run
-        with other settings.
+        with other settings; more epochs are none if the schedule can go on.
       FloatingPointError: the loss, or before a checkpoint a weight, is not finite; the message says which,
         where, and of what points the inputs are not finite. Checkpoints have only what was finite.
       Stopped: `should_stop` said so; the state after the last step has been saved.
@@ -93,17 +93,21 @@ def fit(
     part = _Part()
     run = {"seed": trainer.seed, "data": train.fingerprint(), **dataclasses.asdict(config)}
     if checkpoints and (progress := checkpoints.restore_latest(trainer)):
-        if different := sorted(name for name in run if run[name] != progress["run"].get(name)):
-            was, now = ({name: of[name] for name in different} for of in (progress["run"], run))
+        theirs = progress["run"]
+        if schedule.can_go_on:  # with more epochs, but not with fewer
+            theirs["epochs"] = max(config.epochs, theirs["epochs"])
+        if different := sorted(name for name in run if run[name] != theirs.get(name)):
+            was, now = ({name: of.get(name) for name in different} for of in (theirs, run))
             raise ValueError(f"the checkpoint is of a run with {was}, not {now}; choose another directory")
         records, part = progress["records"], _Part(**progress["part"])
         schedule = SCHEDULES[config.schedule](**progress["schedule"])
     saved = time.monotonic()
 
-    def pause(settle: Callable[[], None], agree: bool = True) -> bool:
+    def pause(settle: Callable[[], None], agree: bool = True, at_end: bool = False) -> bool:
         """Saves, or stops, if it is time to, and says whether; what is under way is settled first."""
         nonlocal saved
-        late = checkpoints is not None and time.monotonic() - saved > 60 * checkpoint_minutes
+        is_time = at_end or time.monotonic() - saved > 60 * checkpoint_minutes
+        late = checkpoints is not None and is_time
         stop, save = _of_any_process(should_stop(), late) if agree else (False, False)
         if not (stop or save):
             return False
@@ -147,7 +151,7 @@ def fit(
             callback.on_epoch_end(trainer, batches, records)
         if checkpoints and schedule.is_best:
             checkpoints.save_best(trainer)
-        pause(lambda: None)
+        pause(lambda: None, at_end=schedule.can_go_on and len(records) == config.epochs)
 
     if checkpoints and schedule.keeps_best:
         checkpoints.restore_best(trainer)

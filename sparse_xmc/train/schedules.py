@@ -11,9 +11,11 @@ class Schedule(abc.ABC):
 
     Attributes:
       keeps_best: whether training ends with the weights of the best epoch, in place of the last.
+      can_go_on: whether epochs after the last are what they would be had they been planned from the start.
     """
 
     keeps_best: ClassVar[bool]
+    can_go_on: ClassVar[bool]
 
     @classmethod
     @abc.abstractmethod
@@ -52,6 +54,7 @@ class Plateau(Schedule):
     """
 
     keeps_best: ClassVar[bool] = True
+    can_go_on: ClassVar[bool] = True
 
     learning_rate: float
     best: float = -math.inf
@@ -103,6 +106,7 @@ class Linear(Schedule):
     """
 
     keeps_best: ClassVar[bool] = False
+    can_go_on: ClassVar[bool] = False
 
     learning_rate: float
     epochs: int

@@ -1,5 +1,6 @@
 """Training step by step."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,11 +71,10 @@ class Trainer:
         self.fused = jax.default_backend() in xla_ops.platforms() if fused is None else fused
         self.num_labels = model.head.num_labels
         self._graphdef, _ = split(model, nnx.Param)
-        functions = Step(self._graphdef, config, seed, encoder_optimizer, self.fused)
-        self.state: State = functions.init(model)
+        self._step = Step(self._graphdef, config, seed, encoder_optimizer, self.fused)
+        self.state: State = self._step.init(model)
         self.mesh = model.head.mesh
-        train: dict[str, Any] = {}
-        rewire: dict[str, Any] = {}
+        self._train, self._rewire, self._fill_up = _TRAIN, _REWIRE, _FILL_UP
         if self.mesh is not None:
             if config.batch_size % data_size(self.mesh):
                 raise ValueError(
@@ -84,10 +84,9 @@ class Trainer:
             self.state = place(self.state, self.mesh)
             shardings = jax.tree.map(lambda array: array.sharding, self.state)
             everywhere = NamedSharding(self.mesh, PartitionSpec())
-            train, rewire = {"out_shardings": (shardings, everywhere)}, {"out_shardings": shardings}
-        self._train = jax.jit(functions.train, donate_argnums=0, **train)
-        self._rewire = jax.jit(functions.rewire, donate_argnums=0, **rewire)
-        self._fill_up = jax.jit(functions.fill_up, donate_argnums=0, **rewire)
+            self._train = _jit(Step.train, out_shardings=(shardings, everywhere))
+            self._rewire = _jit(Step.rewire, out_shardings=shardings)
+            self._fill_up = _jit(Step.fill_up, out_shardings=shardings)
 
     @property
     def head(self) -> Head:
@@ -108,16 +107,21 @@ class Trainer:
         """
         _check_positives(np.asarray(batch.positives), self.num_labels)
         batch = place_batch(batch, self.mesh)
-        self.state, loss = self._train(self.state, batch, np.float32(learning_rate), np.int32(self.step))
+        rate, step = np.float32(learning_rate), np.int32(self.step)
+        self.state, loss = self._train(self._step, self.state, batch, rate, step)
         self.step += 1
         interval = self.config.rewire_interval
         if interval != -1 and self.step % interval == 1 % interval:
             self.rewire(batch)
         return loss
 
-    def lower_step(self, batch: Batch) -> jax.stages.Lowered:
-        """The step for batches like this one, lowered and not run: for its memory analysis."""
-        return self._train.lower(self.state, place_batch(batch, self.mesh), np.float32(0), np.int32(0))
+    def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
+        """The programs for batches like this one, not run: "step", and "rewiring" if there is any."""
+        batch = place_batch(batch, self.mesh)
+        programs = {"step": self._train.trace(self._step, self.state, batch, np.float32(0), np.int32(0))}
+        if self.config.rewire.fraction:
+            programs["rewiring"] = self._rewire.trace(self._step, self.state, batch, np.int32(0))
+        return programs
 
     def rewire(self, batch: Batch) -> None:
         """Moves connections of the head now, if it has any and the configuration says so.
@@ -126,7 +130,8 @@ class Trainer:
           batch: the points that show where they move, if growth is `active`.
         """
         if self.config.rewire.fraction:
-            self.state = self._rewire(self.state, place_batch(batch, self.mesh), np.int32(self.step))
+            batch = place_batch(batch, self.mesh)
+            self.state = self._rewire(self._step, self.state, batch, np.int32(self.step))
 
     def array_not_finite(self) -> str | None:
         """The name of an array of the state that has a value that is not finite, or None."""
@@ -139,7 +144,7 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Goes on from a state that was saved, on whatever mesh."""
-        self.state = state if self.mesh is None else self._fill_up(state)
+        self.state = state if self.mesh is None else self._fill_up(self._step, state)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
@@ -159,6 +164,14 @@ class Trainer:
             yield self.train_step(batch, learning_rate(i))
 
 
+def _jit(function: Callable, **options: Any) -> Any:
+    """A function of a `Step`, which is static, and of a state, which is donated."""
+    return jax.jit(function, static_argnums=0, donate_argnums=1, **options)
+
+
+# Trainers of the same kind, one that plans its memory among them, share what is compiled.
+_TRAIN, _REWIRE, _FILL_UP = _jit(Step.train), _jit(Step.rewire), _jit(Step.fill_up)
+
 _OF_ADAMW = {"encoder_rate": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
 
 
@@ -167,6 +180,7 @@ def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(array).all() for array in arrays]
 
 
+@functools.lru_cache(maxsize=16)  # the same object for the same settings
 def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
     """The encoder's optimizer. Biases and scales do not decay.
 

@@ -48,6 +48,7 @@ def test_text_is_encoded_by_what_the_training_points_have(tsv):
     assert splits.label_encoder.names == ["bird", "mammal", "pet"]
     np.testing.assert_array_equal(splits.train.labels.toarray(), [[0, 1, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])
     np.testing.assert_array_equal(splits.test.labels.toarray(), [[0, 0, 1], [0, 0, 0], [1, 0, 0]])  # no fish
+    assert splits.unseen_labels == 1
     # Words in at least two training texts: bird, furry, large, small.
     assert splits.train.features.shape == (4, 4)
     np.testing.assert_array_equal(splits.test.features.toarray(), [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
@@ -68,6 +69,7 @@ def test_repository_format(xmc, tmp_path):
         splits = datasets.load(*paths, cache_dir=cache_dir)
         assert_equal(splits.train, train)
         assert_equal(splits.test, test)
+        assert splits.unseen_labels == np.sum(test.labels.sum(axis=0) > 10 * train.labels.sum(axis=0))
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert splits.text_encoder is splits.label_encoder is None
 
@@ -120,6 +122,29 @@ def test_a_filter_beside_labels_with_other_names_is_an_error(tsv, tmp_path):
     (tmp_path / "filter.txt").write_text("0 1\n")
     with pytest.raises(ValueError, match=r"none of its labels is the name of a label, such as 'bird'"):
         datasets.load(*tsv, test_filter=str(tmp_path / "filter.txt"))
+
+
+def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
+    for name, content in (("train.tsv", "\ta b\n\ta b\n"), ("test.tsv", "\ta\n"), ("filter.txt", "0 1\n")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"filter\.txt: none of its labels is the name of a label$"):
+        datasets.load(
+            *(str(tmp_path / name) for name in ("train.tsv", "test.tsv")),
+            test_filter=str(tmp_path / "filter.txt"),
+        )
+
+
+def test_a_file_without_a_word_in_two_texts_is_named(tsv, tmp_path):
+    (tmp_path / "train.tsv").write_text("a\tone\nb\ttwo\n")
+    with pytest.raises(ValueError, match=r"train\.tsv: no word is in two of its texts$"):
+        datasets.load(*tsv)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
+def test_comma_separated_values_are_refused(tsv, tmp_path, name):
+    (tmp_path / name).write_text("label,text\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected a \.tsv of label.*, got comma-separated values"):
+        datasets.load(str(tmp_path / name), tsv[1])
 
 
 @pytest.mark.parametrize("missing", ["train", "test", "train_features", "test_features"])

@@ -71,8 +71,12 @@ def len_of(labels):
 
 
 def write_json(path, points):
+    write_lines(path, map(json.dumps, points))
+
+
+def write_lines(path, lines):
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(point) + "\n" for point in points)
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def prepare_old(directory, features=("slice",)):
@@ -154,9 +158,9 @@ def cut(path, size):
         ),
         (
             lambda d: cut(d / "slice.train.npy", 5000),
-            r"slice\.train\.npy: expected 61,568 bytes, got 5,000: half-downloaded\?$",
+            r"slice\.train\.npy: .* expected 61,568 bytes, got 5,000: half-downloaded\?$",
         ),
-        (lambda d: cut(d / "slice.train.npy", 4), r"slice\.train\.npy: not a \.npy file"),
+        (lambda d: cut(d / "slice.train.npy", 4), r"slice\.train\.npy: not a whole \.npy file"),
         (
             lambda d: np.save(d / "slice.test.npy", np.zeros((10, 511), np.float32)),
             r"slice\.test\.npy: expected float32 \[10, 512\] in C order, got float32 \[10, 511\]$",
@@ -210,6 +214,25 @@ def change_json(directory, **changes):
             lambda d: change_json(d, title=None),
             r"trn\.json\.gz:3: expected JSON with title",
         ),
+        *(
+            (
+                lambda d, change=change: change_json(d, **change),
+                rf"trn\.json\.gz:3: expected JSON .*: {fault}",
+            )
+            for change, fault in (
+                ({"target_ind": [1.7]}, "target_ind must be a list of whole numbers"),
+                ({"target_ind": [True]}, "target_ind must be a list of whole numbers"),
+                ({"target_ind": "12"}, "target_ind must be a list of whole numbers"),
+                ({"title": 5}, "sequence item 0: expected str instance, int found"),
+                ({"title": "\ud800"}, "'utf-8' codec can't encode"),
+            )
+        ),
+        (
+            lambda d: write_lines(d / "trn.json.gz", ['{"title": null, "target_ind": [1, 2]}']),
+            r"trn\.json\.gz:1: expected JSON with title",
+        ),
+        (lambda d: write_lines(d / "trn.json.gz", ["[" * 100_000]), r"trn\.json\.gz:1: expected JSON"),
+        (lambda d: write_lines(d / "train.tsv.gz", ["1|x\ta"]), r"gz:1: expected numbers of labels, got"),
         (
             lambda d: (d / "tst.json.gz").rename(d / "trn.json.gz").with_name("tst.json.gz").touch(),
             r"trn\.json\.gz: expected 30 points and 12 labels, got 10 and 12",

@@ -216,8 +216,6 @@ class TestProgram:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "notes", "stanzas"]
 
     def test_arguments(self, tmp_path):
-        prepare_packages.check_arguments(["program"], str(tmp_path / "new"))
-        with pytest.raises(app.UsageError, match=r"expected flags only, got \['more'\]"):
-            prepare_packages.check_arguments(["program", "more"], str(tmp_path / "new"))
+        prepare_packages.check_out(str(tmp_path / "new"))
         with pytest.raises(app.UsageError, match="exists: remove it, or name another directory"):
-            prepare_packages.check_arguments(["program"], str(tmp_path))
+            prepare_packages.check_out(str(tmp_path))

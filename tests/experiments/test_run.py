@@ -4,16 +4,17 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import kill_runs
 import numpy as np
 import pytest
 import scipy.sparse
 
 import experiments
 from sparse_xmc import XMCClassifier
-from sparse_xmc.data import Dataset, read_tsv, write_tsv, write_xmc_text
+from sparse_xmc.data import Dataset, read_tsv, write_xmc_text
+from sparse_xmc.saving import SavedModel
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
 ROOT = Path(experiments.__file__).parents[1]
@@ -50,12 +51,7 @@ def result(workdir):
 @pytest.fixture(scope="module")
 def tsv(tmp_path_factory):
     """Flags of 60 training and 20 test points; a point's words are its labels' and some noise."""
-    directory, rng = tmp_path_factory.mktemp("tsv"), np.random.default_rng(0)
-    for name, size in (("train", 60), ("test", 20)):
-        labels = [sorted(rng.choice(12, rng.integers(1, 4), replace=False)) for _ in range(size)]
-        texts = [" ".join(f"word{i}" for i in [*row, *rng.integers(0, 12, 1)]) for row in labels]
-        write_tsv(directory / f"{name}.tsv", [[f"label {i:02}" for i in row] for row in labels], texts)
-    return [f"--train={directory / 'train.tsv'}", f"--test={directory / 'test.tsv'}"]
+    return kill_runs.write_points(tmp_path_factory.mktemp("tsv"))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +87,15 @@ def test_result(finished):
     assert sum(report["labels_by_group"]) == 12
 
 
+def test_what_is_trained_is_told_first(finished):
+    _, _, printed = finished
+    points, labels, words, memory, parameters = printed.splitlines()[:5]
+    assert points == "60 training points, 12 of them to validate on; 20 test points"
+    assert (labels, words) == ("12 labels", "12 words")
+    assert memory.startswith("planned memory ")
+    assert parameters == f"{12 * 32 + 32 * 64 + 64 + 12 * 8 + 12:,} parameters"
+
+
 def test_epochs_are_recorded(finished):
     workdir, _, printed = finished
     epochs = records(workdir)
@@ -124,24 +129,13 @@ def test_an_existing_result_is_kept(finished):
 
 def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
     # It has its flags from the finished one's flags.cfg, which therefore must repeat it.
-    workdir, *_ = finished
-    flags = [f"--flagfile={workdir / 'flags.cfg'}", f"--workdir={tmp_path / 'again'}"]
-    killed = subprocess.Popen(
-        [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list(tmp_path.glob("again/checkpoints/latest/*.json")):
-        assert killed.poll() is None, "ended before it could be killed"
-        time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    assert not (tmp_path / "again" / "result.json").exists()
-
-    printed = output_of(*flags)
-    assert "going on after " in printed
-    assert records(tmp_path / "again") == records(workdir)
-    ours, theirs = result(tmp_path / "again"), result(workdir)
-    for key in ("test", "train", "epochs", "model", "training"):
-        assert ours[key] == theirs[key]
+    first, *_ = finished
+    flags = [f"--flagfile={first / 'flags.cfg'}", f"--workdir={tmp_path / 'first'}"]
+    for seconds in (0.0, 0.01):
+        assert kill_runs.kill(flags, tmp_path / "first", seconds, True, signal.SIGKILL)
+    assert not (tmp_path / "first" / "result.json").exists()
+    assert "going on after " in kill_runs.finish(flags)
+    assert kill_runs.outcome(tmp_path / "first") == kill_runs.outcome(first)
 
 
 def test_dense_features_validated_on_the_test_points(tmp_path):
@@ -167,11 +161,27 @@ def test_dense_features_validated_on_the_test_points(tmp_path):
 
 def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
     (tmp_path / "flags.cfg").write_text("--seed=1\n")
-    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "result.json").touch()
     error = error_of(*tsv, f"--workdir={tmp_path}", "--seed=2")
     assert "flags.cfg belongs to a run with other flags" in error
     assert "--seed=1 --seed=2" in error
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+
+
+def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
+    first, flags, _ = finished
+    workdir = f"--workdir={tmp_path / 'run'}"
+    output_of(*flags, workdir, "--checkpoint_minutes=60", "--epochs=2")
+    assert "going on after epoch 2" in output_of(*flags, workdir, "--epochs=4")
+    assert records(tmp_path / "run") == records(first)[:4]
+    assert result(tmp_path / "run")["epochs"] == 4
+    assert "belongs to a run with other flags" in error_of(*flags, workdir, "--epochs=3")
+
+    text = (first / "flags.cfg").read_text().replace("--schedule=plateau", "--schedule=linear")
+    (tmp_path / "flags.cfg").write_text(text)
+    (tmp_path / "result.json").touch()
+    linear = [f"--flagfile={tmp_path / 'flags.cfg'}", f"--workdir={tmp_path}", "--epochs=21"]
+    assert "more cannot follow; choose another --workdir, or --init_from this one" in error_of(*linear)
 
 
 def test_flags_that_have_no_use_are_named(tsv, tmp_path):
@@ -204,7 +214,7 @@ def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_pa
     assert f"saved in {workdir}/checkpoints/latest; the same command goes on" in printed
 
     again = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert again.stdout.readline().startswith("going on after ")
+    assert any(line.startswith("going on after ") for line in again.stdout)
     again.kill()
     again.wait()
     again.stdout.close()
@@ -246,17 +256,52 @@ def test_a_run_does_not_go_on_with_other_data(tsv, tmp_path):
 
 def test_a_missing_file_is_an_error(tmp_path):
     flags = ["--train=nowhere.txt", "--test=nowhere.txt", f"--workdir={tmp_path / 'run'}"]
-    assert error_of(*flags) == "FileNotFoundError: nowhere.txt: no such file"
+    assert error_of(*flags) == "error: nowhere.txt: no such file"
     assert not (tmp_path / "run").exists()
+
+
+def of_model(program, workdir, *flags, **options):
+    """What a program prints that uses a saved model."""
+    command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={workdir}", *flags]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 def test_predictions_for_new_texts(finished, tmp_path):
     workdir, *_ = finished
     (tmp_path / "texts.txt").write_text("word3 word3\nword7\u2028word7\n\n", encoding="utf-8")
-    command = [sys.executable, "-m", "experiments.predict", f"--workdir={workdir}", "--k=2"]
-    command.append(f"--input={tmp_path / 'texts.txt'}")
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "texts.tsv").write_text("label 01\tword3 word3\n\tword7\u2028word7\n\t\n", encoding="utf-8")
+    printed = of_model("predict", workdir, "--k=2", f"--input={tmp_path / 'texts.txt'}")
     lines = [line.split("\t") for line in printed.splitlines()]
     assert len(lines) == 3
     assert all(len(line) == 4 and float(line[1]) >= float(line[3]) for line in lines)
     assert [line[0] for line in lines[:2]] == ["label 03", "label 07"]
+    # What is printed of a .tsv, as JSON with probabilities, those above a threshold; standard input.
+    flags = ["--k=12", "--format=jsonl", "--probabilities", "--threshold=0.5"]
+    objects = of_model("predict", workdir, *flags, f"--input={tmp_path / 'texts.tsv'}").splitlines()
+    assert len(objects) == 3
+    calibration = SavedModel.load(workdir).calibration
+    for found, line in zip(map(json.loads, objects), lines, strict=True):
+        assert len(found["labels"]) == len(found["scores"]) == len(found["probabilities"]) < 12
+        np.testing.assert_allclose(found["probabilities"], calibration(found["scores"]), rtol=1e-5)
+        assert min(found["probabilities"], default=1) >= 0.5
+        assert found["labels"][:2] == line[::2][: len(found["labels"])]
+    assert of_model("predict", workdir, input="") == ""
+
+
+def test_evaluation_of_a_saved_model_repeats_that_of_its_run(finished, tsv, tmp_path):
+    workdir, *_ = finished
+    of_model("evaluate", workdir, tsv[1], f"--json={tmp_path / 'found.json'}")
+    found, expected = json.loads((tmp_path / "found.json").read_text()), result(workdir)
+    assert found["metrics"] == pytest.approx(expected["test"])
+    assert found["p@1 by group"] == pytest.approx(expected["test_p@1_by_group"])
+    assert (found["points"], found["labels that the model does not know"]) == (20, 0)
+
+
+def test_the_model_card(finished):
+    workdir, *_ = finished
+    card = (workdir / "README.md").read_text()
+    assert "| labels | 12 |" in card
+    assert f"| p@1 | {result(workdir)['test']['p@1']:.4f} |" in card
+    assert "train.tsv" in card

@@ -184,7 +184,7 @@ def test_a_result_from_before_a_flag_existed_counts_with_its_default():
         ),
         (
             'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["none"]\nseeds = [0]',
-            r"no such file as experiments/flags/cells/none\.cfg",
+            r"experiments/flags/cells/none\.cfg: no such file",
         ),
     ],
 )

@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import scipy.sparse
 from flax import nnx
@@ -133,6 +134,39 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path, batches):
     assert Checkpoints(tmp_path).restore_latest(new_trainer()) == {"epochs": 2}
 
 
+def test_what_a_killed_process_left_goes_with_the_next_save_and_nothing_else(tmp_path, batches):
+    trainer = new_trainer()
+    train(trainer, batches, [0])
+    latest = tmp_path / "latest"
+    for name in ("3/state", "4.orbax-checkpoint-tmp/state", "mine"):
+        (latest / name).mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(new_trainer()) is None
+    assert {path.name for path in latest.iterdir()} == {"3", "4.orbax-checkpoint-tmp", "mine"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_latest(trainer, {})
+    assert {path.name for path in latest.iterdir()} == {"5", "5.json", "mine"}
+
+
+def test_the_state_is_never_there_twice(tmp_path, batches, monkeypatch):
+    trainer = new_trainer()
+    train(trainer, batches, [0])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_latest(trainer, {})
+        checkpoints.save_best(trainer)
+        restored, restore = new_trainer(), ocp.Checkpointer.restore
+
+        def watch(*arguments, **options):
+            arrays = jax.tree.leaves((restored.state["params"], restored.state["other"]))
+            assert not any(isinstance(array, jax.Array) for array in arrays)
+            return restore(*arguments, **options)
+
+        monkeypatch.setattr(ocp.Checkpointer, "restore", watch)
+        checkpoints.restore_latest(restored)
+        checkpoints.restore_best(restored)
+    assert_equal(restored.state, trainer.state)
+
+
 def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
     trainer, checkpoints = new_trainer(), Checkpoints(tmp_path)
     for epoch in range(2):  # the second is better than the first
@@ -237,7 +271,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path, batch
 
     train(trainer, batches, [2])
     with Checkpoints(tmp_path) as checkpoints:
-        monkeypatch.setattr(checkpoints._latest._orbax, "save", fail)
+        monkeypatch.setattr(ocp.Checkpointer, "save", fail)
         with pytest.raises(OSError, match=r"latest/15: .* No space left on device; that of step 10 is still"):
             checkpoints.save_latest(trainer, {"epochs": 3})
         assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}

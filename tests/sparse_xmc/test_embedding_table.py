@@ -172,7 +172,7 @@ def test_no_array_of_the_tables_size_is_made():
     encoder = BagOfWordsEncoder(200_000, 16, rngs=nnx.Rngs(0))
     (batch,) = make_batches(1, bag_of_words=True)
     trainer = make_trainer(encoder, 16)
-    compiled = trainer.lower_step(batch).compile().memory_analysis()
+    compiled = trainer.trace(batch)["step"].lower().compile().memory_analysis()
     assert compiled.temp_size_in_bytes < 200_000 * 16 * 4 / 10
     pointer = trainer.state["params"]["encoder"]["embedding"]["embedding"][...].unsafe_buffer_pointer()
     trainer.train_step(batch, 0.1)

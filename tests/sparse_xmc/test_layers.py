@@ -1,3 +1,5 @@
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from sparse_xmc import layers
 from sparse_xmc.layers import Connectivity, FixedFanInLinear, flat_glorot_uniform
 
 
@@ -120,5 +123,20 @@ class TestFixedFanInLinear:
 
     @pytest.mark.parametrize("width", [19, 21])
     def test_an_input_of_another_width_is_an_error(self, width):
-        with pytest.raises(ValueError, match=f"x must have 20 features in its last axis, got .*{width}"):
+        message = rf"FixedFanInLinear: features must have shape \[\.\.\., 20\], got \[2, {width}\]"
+        with pytest.raises(ValueError, match=message):
             FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0))(jnp.ones((2, width)))
+
+    @pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+    def test_float16_is_an_error(self, name):
+        with pytest.raises(TypeError, match=f"^{name} must be float32 or bfloat16, got float16"):
+            FixedFanInLinear(20, 30, 4, **{name: jnp.float16}, rngs=nnx.Rngs(0))
+
+    def test_the_example_in_the_docstring(self):
+        assert doctest.testmod(layers) == (0, 9)
+
+    def test_there_are_first_derivatives_alone(self):
+        graphdef, state = nnx.split(FixedFanInLinear(20, 30, 4, rngs=nnx.Rngs(0)))
+        message = "xla_ops.fan_in_matmul has first derivatives alone"
+        with pytest.raises(ValueError, match=message):
+            jax.hessian(lambda x: jnp.sum(nnx.merge(graphdef, state)(x)))(jnp.ones(20))

@@ -94,3 +94,10 @@ def test_binary_cross_entropy_of_extreme_logits(size):
     value, gradient = jax.value_and_grad(LOSSES["bce"])(logits, positives)
     np.testing.assert_allclose(value, 2 * size / 4, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0, -0.25, 0.25, 0]], rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_large_positive_adds_no_error_of_its_own(name):
+    logits = np.full((2, 50), -200.0, np.float32)
+    logits[:, 3] = [137.3, 2e19]
+    assert LOSSES[name](logits, np.array([[3], [3]], np.int32)) == 0

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 from small_models import config_of, make_inputs, make_model, make_positives, make_random_model
 
 from sparse_xmc import ClassifierConfig
-from sparse_xmc.heads import HEADS
+from sparse_xmc.heads import HEADS, HeadTraining, StepInputs
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.modules import in_evaluation, in_training
 
@@ -135,9 +136,34 @@ def test_what_does_not_fit_is_an_error():
         make_model().loss(make_inputs(), POSITIVES, "hinge")
     with pytest.raises(ValueError, match="loss must be one of squared_hinge, bce, got 'hinge'"):
         make_model("dense").loss(make_inputs(), POSITIVES, "hinge")
-    with pytest.raises(ValueError, match=r"features must have shape \[B, 12\], got \[8, 11\]"):
+    with pytest.raises(ValueError, match=r"DenseFeatures: features must have .* \[B, 12\], got \[8, 11\]"):
         make_model()(make_inputs()[:, 1:])
-    with pytest.raises(ValueError, match=r"features must have shape \[B, 12\], got \[8, 11\]"):
-        make_model().head(make_inputs()[:, 1:])
     with pytest.raises(ValueError, match="head_and_tail needs at least 2 labels, got 1"):
         make_model("head_and_tail", labels=1)
+
+
+@KINDS
+def test_heads_compare_the_width_of_features_with_theirs(kind):
+    head, training = make_model(kind, penultimate=int(kind == "bottleneck")).head, HeadTraining()
+    name = "|".join(type(part).__name__ for part in getattr(head, "heads", [head]))
+    for width in (11, 13):
+        features = jnp.ones((8, width))
+        inputs = StepInputs(features, POSITIVES, jnp.float32(0.1), 0, jnp.int32(0))
+        for use in (
+            head,
+            lambda x: head.loss(x, POSITIVES),
+            lambda x: head.top_k(x, 2),
+            lambda x: next(head.logits_in_blocks(x)),
+            lambda x, inputs=inputs: head.step_fused(inputs, head.init_moments(training), training),
+            lambda x, inputs=inputs: head.step_by_optax(inputs, head.init_moments(training), training),
+        ):
+            with pytest.raises(ValueError, match=rf"({name}): .* \[B, 12\], got \[8, {width}\]"):
+                use(features)
+
+
+@pytest.mark.parametrize("shorter", ["rows", "words", "weights"])
+def test_lists_of_words_that_are_not_as_long_as_each_other(shorter):
+    bags = make_inputs(bag_of_words=True)
+    bags = dataclasses.replace(bags, **{shorter: getattr(bags, shorter)[:1]})
+    with pytest.raises(ValueError, match=r"EmbeddingBag: rows, words, weights must have shape \[N\], got"):
+        make_model(bag_of_words=True)(bags)

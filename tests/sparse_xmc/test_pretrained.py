@@ -253,6 +253,11 @@ class TestErrors:
             ({"is_decoder": True}, "is_decoder must be False"),
             ({"vocab_size": None}, "vocab_size is missing"),
             ({"num_attention_heads": 5}, "5 attention heads do not divide the hidden size 12"),
+            ({"num_attention_heads": 0}, r"config\.json: num_attention_heads must be .*at least 1 .*got 0"),
+            ({"hidden_size": "12"}, r"config\.json: hidden_size must be a whole number.*got '12'"),
+            ({"num_hidden_layers": 10**9}, r"config\.json: num_hidden_layers must be .*at most 1000"),
+            ({"vocab_size": 10**400}, r"config\.json: int too large"),
+            ({"pad_token_id": 24, "model_type": "roberta"}, "24 positions leave none for a token"),
         ],
     )
     def test_configurations(self, tmp_path, change, message):
@@ -271,9 +276,27 @@ class TestErrors:
         assert "encoder.layer.2.output.dense.bias is not of a bert" in str(error.value)
         assert "self.query.weight has shape [12, 11], not [12, 12]" in str(error.value)
 
-    def test_files(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [(np.float32(np.nan), "has inf or nan"), (np.int32(1), "is I32, not one of F32, F16, BF16")],
+    )
+    def test_values(self, tmp_path, value, message):
+        tensors = make_tensors("bert")
+        tensors["encoder.layer.1.output.dense.bias"] = np.full(12, value)
+        small_encoders.write(tmp_path, small_encoders.make_config("bert"), tensors)
+        with pytest.raises(
+            ValueError, match=rf"^{tmp_path}: encoder\.layer\.1\.output\.dense\.bias {message}"
+        ):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("content", [None, '{"a":' * 100_000])
+    def test_configurations_that_are_not_there_or_nested(self, tmp_path, content):
+        if content:
+            (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=r"config\.json: not a readable JSON file"):
             load(tmp_path)
+
+    def test_files(self, tmp_path):
         make_directory(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"no tensors")
         with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):

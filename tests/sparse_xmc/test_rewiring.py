@@ -1,5 +1,6 @@
 """Rewiring against the rule as the paper states it, worked out in NumPy."""
 
+import doctest
 import functools
 
 import jax
@@ -9,7 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
-from sparse_xmc.heads.rewiring import PAPER, RewireConfig, reset_moments, rewire, rewire_active
+from sparse_xmc.heads import rewiring
+from sparse_xmc.heads.rewiring import (
+    PAPER,
+    RewireConfig,
+    reset_moments,
+    rewire,
+    rewire_active,
+    rewire_layer,
+)
 from sparse_xmc.layers import FixedFanInLinear
 
 
@@ -269,18 +278,122 @@ def test_factored_moments_are_left_alone():
     assert all(np.all(np.asarray(a) > 0) for a in factored)
 
 
-def test_rewiring_a_layer_in_a_users_own_nnx_training():
-    layer = FixedFanInLinear(20, 30, fan_in=4, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(1), (8, 20))
-    grads = nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(layer)
-    optimizer.update(layer, grads)
+# ---- in a user's own model ----
 
-    kernel, indices, moved, _ = rewire(
-        jax.random.key(2), layer.kernel.get_value(), layer.indices.get_value(), layer.in_features
-    )
-    layer.kernel.set_value(kernel)
-    layer.indices.set_value(indices)
-    assert moved.sum() == 11
-    np.testing.assert_array_equal(layer.kernel[...] == 0, moved)
-    assert layer(x).shape == (8, 30)
+
+class TwoLayers(nnx.Module):
+    """Two fixed fan-in layers of one shape, so that shapes do not tell whose moments are whose."""
+
+    def __init__(self):
+        layer = functools.partial(FixedFanInLinear, 30, 30, 4, kernel_init=nnx.initializers.normal(1))
+        self.first, self.outputs = layer(rngs=nnx.Rngs(0)), nnx.List([layer(rngs=nnx.Rngs(1))])
+
+    def __call__(self, x):
+        return self.outputs[0](nnx.relu(self.first(x)))
+
+
+@nnx.jit
+def train(model, optimizer, x):
+    grads = nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model)
+    optimizer.update(model, grads)
+
+
+X = np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tx", "count"),
+    [
+        (optax.adamw(1e-2, mask=lambda params: jax.tree.map(lambda a: a.ndim > 1, params)), 2),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 2),
+        (optax.MultiSteps(optax.adam(1e-2), 2), 3),
+        (optax.sgd(1e-2, momentum=0.9), 1),
+    ],
+    ids=["adamw with a mask", "chain", "MultiSteps", "momentum"],
+)
+@pytest.mark.parametrize("growth", ["random", "active"])
+def test_a_layer_under_an_nnx_optimizer(tx, count, growth):
+    model = TwoLayers()
+    layer, optimizer = model.outputs[0], nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        train(model, optimizer, X)
+    before = jax.tree.map(lambda array: array, nnx.state((model, optimizer)))  # holds the arrays
+    config, of_batch = RewireConfig(fraction=0.5, growth=growth), {}
+    if growth == "active":
+        positives = np.arange(24, dtype=np.int32).reshape(8, 3)
+        of_batch = {"x": nnx.relu(model.first(X)), "positives": positives}
+
+    moved = np.asarray(rewire_layer(layer, model, optimizer, jax.random.key(0), config, **of_batch))
+
+    assert moved.sum() == (48 if growth == "active" else 59)
+    zeroed = 0
+    after = dict(jax.tree_util.tree_leaves_with_path(nnx.state((model, optimizer))))
+    for path, old in jax.tree_util.tree_leaves_with_path(before):
+        name, old, new = jax.tree_util.keystr(path), np.asarray(old), np.asarray(after[path])
+        if "outputs" in name and "indices" in name:
+            np.testing.assert_array_equal(new[~moved], old[~moved])
+            assert np.mean(new[moved] != old[moved]) > 0.8
+        elif "outputs" in name and "kernel" in name:
+            np.testing.assert_array_equal(new, np.where(moved, 0, old))
+            assert np.any(old[moved] != 0)
+            zeroed += 1
+        else:
+            np.testing.assert_array_equal(new, old)
+    assert zeroed == 1 + count
+    assert all(len(set(row)) == 4 for row in np.asarray(layer.indices[...]).tolist())
+
+    kernel = np.array(layer.kernel[...])
+    for _ in range(2):
+        train(model, optimizer, X)
+    assert np.any(np.asarray(layer.kernel[...])[moved] != 0)
+    assert np.any(np.asarray(layer.kernel[...])[~moved] != kernel[~moved])
+
+
+def test_a_layer_is_rewired_within_a_compiled_step():
+    results = []
+    for transform in (lambda function: function, nnx.jit):
+        model = TwoLayers()
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+        @transform
+        def step(model, optimizer):
+            train(model, optimizer, X)
+            return rewire_layer(model.outputs[0], model, optimizer, jax.random.key(0))
+
+        step(model, optimizer)
+        results.append(nnx.state((model, optimizer)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *results)
+
+
+def test_a_layer_that_the_optimizer_does_not_train():
+    model = TwoLayers()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.PathContains("first"))
+    before = jax.tree.map(np.array, nnx.state(optimizer))
+    assert rewire_layer(model.outputs[0], model, optimizer, jax.random.key(0)).sum() == 11
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(optimizer))
+
+
+def test_what_does_not_fit_is_an_error():
+    model = TwoLayers()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    call = functools.partial(rewire_layer, model.first, model, optimizer, jax.random.key(0))
+    active = RewireConfig(growth="active")
+    with pytest.raises(ValueError, match="the layer, a FixedFanInLinear, is not in the model, a TwoLayers"):
+        rewire_layer(TwoLayers().first, model, optimizer, jax.random.key(0))
+    with pytest.raises(TypeError, match=r"layer must be a FixedFanInLinear, got TwoLayers"):
+        rewire_layer(model, model, optimizer, jax.random.key(0))
+    other = nnx.Optimizer(model.first, optax.adam(1e-2), wrt=nnx.Param)
+    before = np.array(model.first.indices[...])
+    with pytest.raises(ValueError, match=r"^the optimizer is not that of the model, a TwoLayers$"):
+        rewire_layer(model.first, model, other, jax.random.key(0))
+    np.testing.assert_array_equal(model.first.indices[...], before)
+    with pytest.raises(ValueError, match="growth='active' needs x and positives"):
+        call(active)
+    with pytest.raises(ValueError, match="sparse are for growth='active', got them for growth='random'"):
+        call(x=X)
+    with pytest.raises(ValueError, match=r"features must have shape \[B, 30\], got \[8, 29\]"):
+        call(active, x=X[:, 1:], positives=np.zeros((8, 1), np.int32))
+
+
+def test_the_example_in_the_docstring():
+    assert doctest.testmod(rewiring) == (0, 10)

@@ -10,6 +10,8 @@ from small_models import config_of, make_inputs, make_model
 from sparse_xmc import saving
 from sparse_xmc.data import LabelEncoder, TextEncoder
 from sparse_xmc.heads import HEADS
+from sparse_xmc.heads.unstructured import UnstructuredLinear
+from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.saving import SavedModel, load_weights, save_weights
 
 WORDS = TextEncoder([f"word{i}" for i in range(12)], np.ones(12, np.float32))
@@ -92,6 +94,17 @@ def test_weights_of_another_shape_are_an_error(tmp_path):
             load_weights(tmp_path / "weights", module)
     with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
         load_weights(tmp_path / "nowhere", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("layer", [FixedFanInLinear, UnstructuredLinear])
+def test_connections_to_inputs_that_a_layer_lacks_are_an_error(tmp_path, layer):
+    wide, narrow = (nnx.Sequential(layer(width, 200, 8, rngs=nnx.Rngs(0))) for width in (64, 8))
+    save_weights(tmp_path / "weights", wide)
+    with pytest.raises(ValueError, match=r"layers\.0\.indices has input \d+, expected 0\.\.7"):
+        load_weights(tmp_path / "weights", narrow)
+    save_weights(tmp_path / "without connections", nnx.Sequential(nnx.Linear(8, 200, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"layers\.0\.indices is missing, expected"):
+        load_weights(tmp_path / "without connections", narrow)
 
 
 def damage_labels(directory):

@@ -1,10 +1,28 @@
 import dataclasses
 import re
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
+from sparse_xmc import ClassifierConfig, EncoderConfig, RewireConfig, TrainingConfig
+from sparse_xmc.encoders.pretrained_files import PretrainedConfig
+from sparse_xmc.heads import HEADS
+from sparse_xmc.model import PretrainedSettings
 from sparse_xmc.settings import check, setting
+
+NETWORK = PretrainedConfig("bert", 100, 8, 1, 2, 16, 32)
+SETTINGS = [
+    ClassifierConfig(num_features=8, num_labels=4),
+    EncoderConfig(),
+    NETWORK,
+    PretrainedSettings(NETWORK),
+    RewireConfig(),
+    TrainingConfig(),
+    *(config() for config in HEADS.values()),
+]
+# -1 is a bias, and the rewiring interval's name for "once an epoch".
+NEGATIVE = {"output_bias", "rewire_interval"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +73,17 @@ def test_numbers_of_other_types_become_pythons():
     example = Example(rate=np.float32(0.5), interval=np.int64(4), offset=2)
     assert [type(value) for value in (example.rate, example.interval, example.offset)] == [float, int, float]
     assert (example.rate, example.interval, example.offset) == (0.5, 4, 2.0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: type(settings).__name__)
+def test_every_field_of_every_settings_has_a_range(settings):
+    for name, hint in get_type_hints(type(settings)).items():
+        kinds = get_args(hint) or (hint,)
+        wrong = [float("nan"), float("inf"), -float("inf"), object()]
+        if int in kinds or float in kinds:
+            wrong += ["1", True] + [-1] * (name not in NEGATIVE) + [1.5] * (float not in kinds)
+        else:
+            wrong += [-1, "no such choice"]
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"\b({name}|activation)\b"):
+                dataclasses.replace(settings, **{name: value})

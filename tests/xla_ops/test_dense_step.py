@@ -197,6 +197,12 @@ def test_bad_arguments_are_named():
         dense_adam_step(x, dy, kernel, state._replace(nu=state.nu[:, 1:]), 0.1)
     with pytest.raises(TypeError, match=r"state\.mu must have dtype float32 or bfloat16, got float16"):
         dense_adam_step(x, dy, kernel, dense_adam_init(kernel, jnp.float16), 0.1)
+    with pytest.raises(TypeError, match="state must be of type DenseAdamState, got list"):
+        dense_adam_step(x, dy, kernel, list(state), 0.1)
+    with pytest.raises(ValueError, match=r"state\.count must have shape \[\] \(a scalar\), got \[1\]"):
+        dense_adam_step(x, dy, kernel, state._replace(count=[0]), 0.1)
+    with pytest.raises(ValueError, match=r"learning_rate must have shape \[\] \(a scalar\), got \[1\]"):
+        dense_adam_step(x, dy, kernel, state, [0.1])
 
 
 def test_moments_of_two_dtypes_are_refused():

@@ -287,6 +287,32 @@ def test_bad_arguments_are_named(step):
         step(x, kernel[:6], indices, bias, positives, 0.1)
 
 
+def test_a_state_or_a_rate_of_another_kind_is_named():
+    layer = make_problem(2, 5, 7, 3)
+    state = adam_init(layer[1], layer[3])
+    for wrong, message in (
+        (list(state), "state must be of type AdamState, got list"),
+        (tuple(state), "state must be of type AdamState, got tuple"),
+        (state._replace(count=[0]), r"state.count must have shape \[\] \(a scalar\), got \[1\]"),
+        (state._replace(count=0.0), "state.count must have dtype int32, got float32"),
+        (state._replace(mu_bias=[0.0]), r"state.mu_bias must have shape \[7\] .*, got \[1\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            fan_in_adam_step(*layer, wrong, 0.1)
+    for step in (fan_in_sgd_step, lambda *a: fan_in_adam_step(*a[:-1], state, a[-1])):
+        with pytest.raises(ValueError, match=r"learning_rate must have shape \[\] \(a scalar\), got \[1\]"):
+            step(*layer, [0.1])
+
+
+def test_adam_takes_lists_for_arrays():
+    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
+    state = adam_init(kernel, bias)
+    lists = jax.tree.map(lambda a: np.asarray(a).tolist(), state)
+    expected = fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
+    actual = fan_in_adam_step(x, np.asarray(kernel).tolist(), indices, bias, positives, lists, 0.1)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handler")
 def test_a_handler_that_is_called_without_aliasing_says_so():
     x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)

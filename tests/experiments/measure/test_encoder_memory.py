@@ -11,6 +11,7 @@ from flax import nnx
 
 from experiments import tables
 from experiments.measure import encoder_memory
+from sparse_xmc import planning
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 
 TINY = encoder_memory.Shape(
@@ -29,10 +30,10 @@ def standard_promotion():
 def test_nothing_is_allocated_and_the_parts_are_those_of_real_arrays(monkeypatch):
     trainer = encoder_memory.abstract_trainer(TINY, NETWORK, "float32", False)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainer.state))
-    parts = encoder_memory.state_parts(trainer)
+    parts = planning.state_parts(trainer)
     monkeypatch.setattr(jax, "eval_shape", lambda function: function())
     real = encoder_memory.abstract_trainer(TINY, NETWORK, "float32", False)
-    assert encoder_memory.state_parts(real) == parts
+    assert planning.state_parts(real) == parts
     arrays = [a for a in jax.tree.leaves(real.state) if isinstance(a, jax.Array)]
     assert sum(parts.values()) == sum(a.size * a.dtype.itemsize for a in arrays)
     weights = sum(a.nbytes for a in jax.tree.leaves(nnx.state(real.model.encoder.text, nnx.Param)))

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import psutil
 import pytest
 
 import experiments
 from experiments import tables
 from experiments.measure import scale
 from experiments.measure.workloads import SCALES, Scale
-from sparse_xmc.heads import DenseConfig, FixedFanInConfig
-from sparse_xmc.model import ClassifierConfig
-from sparse_xmc.train import TrainingConfig
+from sparse_xmc import planning
 
 ROOT = Path(experiments.__file__).parents[1]
 SMALL = Scale("small", 1000, 2.0, 3200)
@@ -47,25 +44,11 @@ def test_a_report_has_memory_times_and_densities(cell):
 
 
 def test_what_does_not_fit_is_not_started(monkeypatch):
-    memory = type("Memory", (), {"available": 1 << 20})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(scale.environment, "describe", dict)
+    monkeypatch.setattr(planning, "_available", lambda mesh: (1 << 20, "a small machine"))
+    monkeypatch.setattr(scale, "make_trainer", None)
     report = scale.measure(SMALL, "dense", seconds=0.01)
-    assert report["failed"] == "does not fit: needs 0.0 GiB, of which 0.0 are available"
+    assert report["failed"] == "does not fit: needs 0.1 GiB, of which 0.0 are available"
     assert "seconds" not in report
-
-
-def test_needed_bytes_by_hand():
-    def needed(head, labels=1000, **training):
-        return scale.needed_bytes(ClassifierConfig(768, labels, head=head), TrainingConfig(**training))
-
-    # Weights and two moments of 4 bytes, a number of steps, and here logits with their gradients.
-    assert needed(DenseConfig()) == 12 * (768 * 1000 + 1000) + 4 + 2 * 4 * 32 * 1000
-    sparse = FixedFanInConfig(penultimate=64, fan_in=32)
-    assert needed(sparse) == 12 * (768 * 64 + 64 + 32 * 1000 + 1000) + 4 + 2 * 32 * 1000
-    without_moments = needed(sparse) - 8 * (32 * 1000 + 1000)
-    assert needed(sparse, output_optimizer="sgd") == without_moments
-    assert needed(DenseConfig(), labels=8_623_847) > 70 << 30  # and nothing was allocated
 
 
 def test_all_are_run_but_those_with_results(tmp_path, capsys):
@@ -129,13 +112,23 @@ def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
     assert (tmp_path / "out" / "label_scale.png").exists()
 
 
-def test_the_papers_memory_is_beside_ours():
+def test_the_papers_memory_of_the_same_systems_is_beside_ours():
     figure = tables._draw_label_scale([make_report(10**4, "dense", 0.25)])
     memory = figure.axes[0]
-    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines}
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines if len(line.get_xdata())}
     assert {(10**4, 0.25), (670_091, 13.43), (2_812_281, 56.36)} <= points
-    assert len(memory.lines) == 1 + (58 + 5 + 4 - 1) + 1  # ours; theirs, one of which is 0.0; 4 GiB
+    assert (670_091, 6.27) not in points  # unstructured
     np.testing.assert_array_equal(memory.lines[-1].get_ydata(), [4, 4])
+    assert [text.get_text() for text in memory.texts] == ["dense", "4 GiB"]
+
+
+def test_repeated_measurements_have_bars():
+    reports = [make_report(10**4, "dense", gib) for gib in (1, 3)] + [make_report(10**5, "dense", 5)]
+    memory = tables._draw_label_scale(reports).axes[0]
+    ours, caps = memory.containers[0], memory.containers[0].lines[1]
+    np.testing.assert_array_equal(ours.lines[0].get_ydata(), [2, 5])
+    assert caps[0].get_ydata()[0] == pytest.approx(2 - 2**0.5)
+    assert np.isnan(caps[0].get_ydata()[1])
 
 
 def test_no_results_is_an_error(tmp_path):

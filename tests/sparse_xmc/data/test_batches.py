@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 import scipy.sparse
@@ -78,6 +79,24 @@ def test_in_order_has_all_points_in_order(sparse):
             np.testing.assert_array_equal(batch.inputs, expected)
         assert_positives_are_those_of(batch.positives, dataset.labels[points])
     assert starts == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_data_sets_of_any_size_are_predicted_in_few_shapes(sparse):
+    shapes = set()
+    for size in range(1, 40):
+        dataset, stops = make_dataset(size, sparse=sparse), []
+        for points, batch in Batches(dataset, 16).to_predict():
+            count = points.stop - points.start
+            inputs = to_dense(batch.inputs, 40) if sparse else batch.inputs
+            expected = dataset.features[points].toarray() if sparse else dataset.features[points]
+            np.testing.assert_array_equal(inputs[:count], expected)
+            np.testing.assert_array_equal(inputs[count:], np.repeat(expected[-1:], len(inputs) - count, 0))
+            stops.append(points.stop)
+            shapes.add(tuple(array.shape for array in jax.tree.leaves(batch.inputs)) + inputs.shape)
+        assert stops == [*range(16, size, 16), size]
+    assert len(shapes) <= (15 if sparse else 5)
+    assert {len(batch.positives) for _, batch in Batches(make_dataset(5), 16).to_predict(3)} == {9}
 
 
 def test_positives_travel_with_their_point():

@@ -1,6 +1,8 @@
 import gzip
 import lzma
 import os
+import shutil
+import struct
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -116,6 +118,7 @@ class TestFilter:
         [
             ("3 0", "expected a row below 3, got 3"),
             ("0 4", "expected a label below 4, got 4"),
+            ("0 9223372036854775808", "expected 'row label', got '0 9223372036854775808'"),
             ("0", "expected 'row label', got '0'"),
             ("0 -1", "expected 'row label', got '0 -1'"),
             ("", "expected 'row label', got ''"),
@@ -160,7 +163,11 @@ class TestXmcText:
     @pytest.mark.parametrize(
         ("text", "line", "fault"),
         [
-            ("", 1, "expected a header 'N D L' of whole numbers, got ''"),
+            ("", 1, "expected a header 'N D L' of whole numbers below 2.31, got ''"),
+            ("1 2 10000000000\n0 0:1\n", 1, "expected a header 'N D L' .* below 2.31, got '1 2 10000000000'"),
+            (f"1 2 {'9' * 5000}\n", 1, "expected a header 'N D L' .* below 2.31, got '1 2 999"),
+            (f"1 2 3\n{'9' * 5000} 0:1\n", 2, "expected 'label,label,...' before the first space, got '999"),
+            (f"1 2 3\n0 {'9' * 5000}:1\n", 2, "expected 'feature:value', got '999"),
             ("1 2\n0 0:1\n", 1, "expected a header 'N D L' .*, got '1 2'"),
             ("1 -2 3\n0 0:1\n", 1, "expected a header 'N D L' .*, got '1 -2 3'"),
             ("2 2 2\n0 0:1\n", 2, "expected 2 points, as the header says, got 1"),
@@ -182,6 +189,12 @@ class TestXmcText:
     def test_malformed(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
             formats.read_xmc_text(write(tmp_path / "bad.txt", text))
+
+    def test_a_feature_twice_in_a_long_line(self, tmp_path):
+        # Took minutes when each feature was counted in turn.
+        pairs = " ".join(f"{feature}:1" for feature in [*range(300_000), 299_999])
+        with pytest.raises(ValueError, match=r"bad\.txt:2: expected each feature once, got 299999 twice"):
+            formats.read_xmc_text(write(tmp_path / "bad.txt", f"1 300000 1\n0 {pairs}\n"))
 
     @pytest.mark.parametrize("suffix", [".gz", ".xz"])
     def test_truncated_file(self, tmp_path, suffix):
@@ -231,6 +244,48 @@ class TestCache:
         os.utime(path, ns=(time, time + seconds_later * 10**9))
         dataset = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
         assert dataset.features.toarray() == float(text.split(":")[1])
+
+    def test_damage_is_noticed_and_parsed_again(self, tmp_path, caplog, monkeypatch):
+        path = write(tmp_path / "data.txt", TestXmcText.TEXT)
+        parsed = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        parts = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+        assert len(parts) == 10
+
+        def flip_a_bit(part):
+            content = bytearray(part.read_bytes())
+            content[-1] ^= 1
+            part.write_bytes(content)
+
+        for damage in (flip_a_bit, lambda part: os.truncate(part, part.stat().st_size - 1), os.remove):
+            for part in parts:
+                damage(part)
+                again = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+                assert caplog.messages[0].startswith(f"parsing {path} again: {part.parent}: not a saved")
+                caplog.clear()
+                np.testing.assert_array_equal(again.features.toarray(), parsed.features.toarray())
+                np.testing.assert_array_equal(again.labels.toarray(), parsed.labels.toarray())
+                assert is_memory_mapped(again.features.data)
+        monkeypatch.delattr(formats, "_parse_xmc_text")
+        formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        assert not caplog.messages
+
+    def test_a_foreign_entry_is_parsed_again(self, tmp_path, caplog):
+        for name, text in (("a.txt", TestXmcText.TEXT), ("b.txt", "1 1 1\n0 0:3\n")):
+            formats.read_xmc_text(write(tmp_path / name, text), cache_dir=tmp_path / name[0])
+        ((ours,), (theirs,)) = ((tmp_path / name).iterdir() for name in "ab")
+        shutil.rmtree(ours)
+        theirs.rename(ours)
+        assert len(formats.read_xmc_text(tmp_path / "a.txt", cache_dir=tmp_path / "a")) == 4
+        assert f"{ours}: has other sizes than {tmp_path / 'a.txt'}" in caplog.text
+
+    def test_damage_that_cannot_be_replaced_is_named(self, tmp_path, monkeypatch):
+        path = write(tmp_path / "data.txt", TestXmcText.TEXT)
+        formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        (part,) = tmp_path.glob("cache/*/labels/indptr.npy")
+        part.unlink()
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(ValueError, match=r"labels: not a saved CSR matrix: indptr\.npy is missing since"):
+            formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
 
     def test_malformed_source_leaves_nothing(self, tmp_path):
         path = write(tmp_path / "bad.txt", "1 1 1\n0 0:1 1:1\n")
@@ -316,7 +371,8 @@ class TestXmcLabels:
     @pytest.mark.parametrize(
         ("text", "line", "fault"),
         [
-            ("1 2 3\n0:1\n", 1, "expected a header 'N L' of whole numbers, got '1 2 3'"),
+            ("1 2 3\n0:1\n", 1, "expected a header 'N L' of whole numbers below 2.31, got '1 2 3'"),
+            (f"1 2\n{'9' * 5000}:1\n", 2, "expected 'label' or 'label:value', got '999"),
             ("1 2\n0:1 2:1\n", 2, "expected label ids below 2, as the header says, got 2"),
             ("1 2\n0:1 x:1\n", 2, "expected 'label' or 'label:value', got 'x:1'"),
             ("1 2\n0,1\n", 2, "expected 'label' or 'label:value', got '0,1'"),
@@ -327,6 +383,21 @@ class TestXmcLabels:
     def test_malformed(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
             formats.read_xmc_labels(write(tmp_path / "bad.txt", text))
+
+
+def header(text):
+    """A .npy file with this header, and two values."""
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode() + bytes(8)
+
+
+# NumPy answers with OverflowError, ValueError, TokenError, RecursionError and IndexError.
+BAD_HEADERS = (
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 999999999999999999999), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2",
+    "-" * 3000 + "1",
+    "{'descr': ('f4',), 'fortran_order': False, 'shape': (1, 2), }",
+)
 
 
 class TestDense:
@@ -344,7 +415,11 @@ class TestDense:
         [
             (FEATURES.astype(float), "2 2\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*float64"),
             (FEATURES, "1 2\n\n", r"x\.npy with .*y\.txt: features have 2 rows but labels 1"),
-            (np.array([[None]]), "1 2\n\n", r"x\.npy with .*y\.txt: "),
+            (FEATURES.astype(">f4"), "2 2\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*>f4"),
+            (FEATURES[0], "3 2\n\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*shape \(3,\)"),
+            (np.array([[None]]), "1 2\n\n", r"x\.npy: not a whole \.npy file: .*Python objects"),
+            (np.float32([[1, 2], [3, np.inf]]), "2 2\n\n\n", r"x\.npy: expected finite .* in row 1$"),
+            (np.float32([[np.nan, 2], [3, 4]]), "2 2\n\n\n", r"x\.npy: expected finite .* in row 0$"),
             (FEATURES, "2\n\n\n", r"y\.txt:1: expected a header 'N L'"),
             (FEATURES, "", r"y\.txt:1: expected a header 'N L'"),
         ],
@@ -354,16 +429,26 @@ class TestDense:
         with pytest.raises(ValueError, match=fault):
             formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
 
-    @pytest.mark.parametrize("content", [b"", b"1 2 3\n"])
+    def test_finite_values_are_looked_for_some_rows_at_a_time(self, tmp_path, monkeypatch):
+        features = np.zeros((50, 2), np.float32)
+        features[41, 1] = np.nan
+        np.save(tmp_path / "x.npy", features)
+        monkeypatch.setattr(storage, "_VALUES_AT_ONCE", 16)
+        with pytest.raises(ValueError, match=r"got inf or nan in row 41$"):
+            formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "50 2\n" + "\n" * 50))
+
+    @pytest.mark.parametrize("content", [b"", b"1 2 3\n", *(header(text) for text in BAD_HEADERS)], ids=repr)
     def test_features_that_are_no_npy_file(self, tmp_path, content):
         write(tmp_path / "x.npy", content)
-        with pytest.raises(ValueError, match=r"x\.npy with .*y\.txt: "):
+        with pytest.raises(ValueError, match=r"x\.npy: not a whole \.npy file: "):
             formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "1 2\n\n"))
 
 
 class TestTsv:
     TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
-    NAMES = st.text(st.characters(codec="utf-8", exclude_characters="|\t\r\n"), min_size=1)
+    NAMES = st.text(st.characters(codec="utf-8", exclude_characters="|\t\r\n"), min_size=1).filter(
+        lambda name: name == name.strip(" \u00a0\u3000\ufeff")
+    )
 
     @hypothesis.given(points=st.lists(st.tuples(st.lists(NAMES), TEXTS)), suffix=SUFFIXES)
     def test_round_trip(self, tmp_path_factory, points, suffix):
@@ -377,6 +462,10 @@ class TestTsv:
         labels, texts = formats.read_tsv(path)
         assert labels == [["big cat", "Löwe"], [], ["x"]]
         assert texts == ["a\tlion", "no labels", ""]
+
+    def test_blanks_around_labels_and_a_byte_order_mark_are_not_read(self, tmp_path):
+        path = write(tmp_path / "data.tsv", "\ufeffbig cat | lion\t text \n \tnone\n\u00a0x\t\n")
+        assert formats.read_tsv(path) == ([["big cat", "lion"], [], ["x"]], [" text ", "none", ""])
 
     @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
     def test_equal_input_gives_identical_files(self, tmp_path, suffix):
@@ -401,6 +490,9 @@ class TestTsv:
             (b"a||b\tx\n", 1, r"expected a label on each side of a bar, got 'a\|\|b'"),
             (b"a\tx\nb|\tx\n", 2, r"expected a label on each side of a bar, got 'b\|'"),
             (b"a\tx\nb\t\xff\n", 2, "not UTF-8"),
+            (b"Label\tText\na\tx\n", 1, r"expected no headings, got 'Label\\tText': remove that line"),
+            (b"a| \tx\n", 1, r"expected a label on each side of a bar, got 'a\|'"),
+            (b"a\tx\rb\ty\r", 1, r"expected lines that end in .*, got \\r within one"),
         ],
     )
     def test_malformed(self, tmp_path, text, line, fault):
@@ -414,6 +506,8 @@ class TestTsv:
             ([["a"], ["b\tc"]], ["x", "y"], r"out\.tsv:2: a label must be .*, got 'b\\tc'"),
             ([["a\n"]], ["x"], r"out\.tsv:1: a label must be .*, got 'a\\n'"),
             ([["a", ""]], ["x"], r"out\.tsv:1: a label must be non-empty"),
+            ([["a "]], ["x"], r"out\.tsv:1: a label must be .* without .* blanks around it, got 'a '"),
+            ([["\ufeffa"]], ["x"], r"out\.tsv:1: a label must be .* blanks around it"),
             ([["a"]], ["x\ny"], r"out\.tsv:1: a text must not contain a line break, got 'x\\ny'"),
             ([["a"]], ["x\r"], r"out\.tsv:1: a text must not contain a line break"),
             ([["a"]], ["x", "y"], r"out\.tsv: 1 lists of labels but 2 texts"),

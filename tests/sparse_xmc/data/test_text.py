@@ -76,12 +76,26 @@ class TestTextEncoder:
             '{"words": ["a"]}',
             '{"words": ["a"], "idf": [1, 2]}',
             '{"words": ["a", "a"], "idf": [1, 1]}',
+            '{"words": "ab", "idf": [1, 1]}',
+            '{"words": [1], "idf": [1]}',
+            '{"words": ["a"], "idf": [Infinity]}',
+            '{"words": ["a"], "idf": [NaN]}',
+            '{"words": ["a"], "idf": [1e39]}',
+            f'{{"words": ["a"], "idf": [{"9" * 400}]}}',
+            "[" * 100_000,
         ],
+        ids=lambda state: state[:40],
     )
     def test_malformed_file(self, tmp_path, state):
         (tmp_path / "bad.json").write_text(state)
         with pytest.raises(ValueError, match=r"bad\.json: not a saved TextEncoder"):
             text.TextEncoder.load(tmp_path / "bad.json")
+
+    def test_weights_that_are_not_finite(self):
+        with pytest.raises(ValueError, match="expected finite weights, got nan for 'b'"):
+            text.TextEncoder(["a", "b"], [1, np.nan])
+        with pytest.raises(ValueError, match=r"expected 2 weights, one for each word, got \[1, 2\]"):
+            text.TextEncoder(["a", "b"], [[1, 2]])
 
     def test_file_is_plain_json(self, tmp_path):
         text.TextEncoder.fit(TEXTS, min_df=1).save(tmp_path / "words.json")

@@ -1,0 +1,57 @@
+"""The metrics of a saved model: `python -m experiments.evaluate --workdir=RUN --test=test.tsv`.
+
+RUN is as for `experiments.predict`, and the points are in a format of `experiments.run`. Prints P@k, nDCG@k
+and recall@k, and propensity-scored metrics and P@1 by label group, of the training points' frequencies; or
+writes all of it as JSON. Labels that the model does not know are left out, and counted.
+"""
+
+import json
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from sparse_xmc.data.files import write_text
+from sparse_xmc.evaluation import evaluate, evaluate_groups
+from sparse_xmc.mesh import make_mesh, parse_mesh
+from sparse_xmc.saving import SavedModel
+
+from .datasets import load_points
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
+_TEST = flags.DEFINE_string("test", None, "The points: .tsv or the repository's .txt.", required=True)
+_FEATURES = flags.DEFINE_string("test_features", None, "Their dense features, .npy float32 [N, D].")
+_FILTER = flags.DEFINE_string("test_filter", None, "Labels to leave out: lines of `row label`.")
+_ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
+_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for experiments.run.")
+_JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
+
+
+def main(argv):
+    """Evaluates."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    mesh = None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value))
+    saved = SavedModel.load(_WORKDIR.value, _ENCODER.value, mesh)
+    points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
+    statistics = saved.label_statistics
+    weights = None if statistics is None else statistics.inv_propensities
+    report = {
+        "points": len(points),
+        "labels that the model does not know": unknown,
+        "metrics": evaluate(saved.model, points, inv_propensities=weights),
+    }
+    if statistics is not None:
+        report["p@1 by group"] = evaluate_groups(saved.model, points, statistics.groups)
+    for name in ("points", "labels that the model does not know"):
+        print(f"{name}: {report[name]:,}")
+    for name, value in report["metrics"].items():
+        print(f"{name:10s}{100 * value:8.2f}")
+    for name, value in report.get("p@1 by group", {}).items():
+        print(f"p@1 {name:6s}" + (f"{100 * value:8.2f}" if value is not None else "       -"))
+    if _JSON.value is not None:
+        write_text(Path(_JSON.value), json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,53 @@
+"""Prints the memory that training a classifier of any size is planned to take; no data is needed.
+
+    python -m experiments.plan --labels=670091 --features=768 --penultimate=32768 --fan_in=32
+    python -m experiments.plan --labels=670091 --words=100000 --flagfile=text_direct
+
+Settings are the flags of `experiments.run`, whose `--plan` prints the same for its data. Where it is more
+than there is, the exit status is 1, and settings with which it would fit are named.
+"""
+
+import numpy as np
+import scipy.sparse
+from absl import flags
+
+from sparse_xmc.data import Dataset
+from sparse_xmc.planning import check_memory
+
+from . import program, reflection, run
+from .measure.workloads import Settings, flags_without_use, make_dataset
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_integer("labels", None, "L.", 1)
+flags.DEFINE_integer("features", 768, "D, the number of dense features.", 1)
+flags.DEFINE_integer("words", None, "V, the number of words, where features are bags of these.", 1)
+flags.DEFINE_integer("words_per_point", 32, "The mean number of words of a point.", 1)
+flags.DEFINE_float("labels_per_point", 5.0, "The mean number of labels of a point.", 0)
+
+
+def main():
+    """Prints the plan of the sizes that the flags describe."""
+    settings = Settings.of({flag.name: flag.value for flag in run.own_flags()})
+    if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
+        print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
+    points = make_dataset(
+        FLAGS.labels, FLAGS.labels_per_point, FLAGS.features, size=settings.training.batch_size
+    )
+    if FLAGS.words is not None:
+        points = Dataset(_bags(settings.training.batch_size), points.labels)
+    config = settings.classifier(points.num_features, FLAGS.labels, bag_of_words=points.is_sparse)
+    print(check_memory(config, settings.training, points))
+
+
+def _bags(size: int) -> scipy.sparse.csr_array:
+    """Points of `words_per_point` words, one after another."""
+    count = min(FLAGS.words_per_point, FLAGS.words)
+    words = np.arange(size * count, dtype=np.int32) % FLAGS.words
+    pointers = np.arange(0, size * count + 1, count)
+    return scipy.sparse.csr_array((np.ones(size * count, np.float32), words, pointers), (size, FLAGS.words))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("labels")
+    program.start(main)

@@ -1,0 +1,73 @@
+"""How every program of `experiments` starts and ends.
+
+Exit status 1 is an error and 2 one in the flags, each of a line on standard error; with `--verbosity=1` the
+traceback is above it. 130 is Ctrl-C, and 141 that nobody reads what is printed any more, as after `| head`.
+What is not an error of data, files, memory or the environment is a defect, and has its traceback.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from . import flagfiles
+
+_ERRORS = (ValueError, OSError, MemoryError, ArithmeticError, ImportError, RuntimeError)
+
+
+def start(main: Callable[[], object]) -> None:
+    """Runs a program with the flags of the command line: what `app.run` does, but for what is said above."""
+    app.run(lambda _: _run(main), flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """Sets all flags; ends the program where it cannot, or where only --help was asked for."""
+    try:
+        program, *others = flags.FLAGS([arguments[0], *flagfiles.expand(arguments[1:])])
+    except (flags.Error, ValueError, OSError) as error:
+        missing = re.findall(r"^flag (--\w+)=None: Flag .* other than None", str(error), re.MULTILINE)
+        _refuse(f"required: {', '.join(missing)}" if missing else _text(error))
+    except SystemExit:  # after --help
+        sys.exit(0)
+    if others:
+        _refuse(f"expected flags only, got {' '.join(others)}")
+    if not flags.FLAGS["verbosity"].present:
+        # Or else JAX reports every backend that there is not, and Orbax every step of every save.
+        logging.set_verbosity(logging.WARNING)
+    return [program]
+
+
+def _run(main: Callable[[], object]) -> object:
+    """Runs it; returns the exit status."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except app.UsageError as error:
+        _refuse(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except _ERRORS as error:
+        if flags.FLAGS.verbosity > 0:
+            traceback.print_exc()
+        print(f"error: {_text(error)}", file=sys.stderr)
+        return 1
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+    sys.exit(2)
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,71 @@
+"""The model card: what a saved model is, in its directory's README.md."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+
+if TYPE_CHECKING:
+    from sparse_xmc.saving import SavedModel
+
+# A README.md that does not begin so is the user's, and stays.
+MARK = "<!-- sparse-xmc model card -->"
+_PACKAGES = ("sparse-xmc", "jax", "flax")
+
+
+def model_card(
+    saved: "SavedModel",
+    *,
+    data: Mapping[str, object] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """The card of a model, as Markdown.
+
+    Args:
+      saved: the model.
+      data: what it was trained on, by name.
+      metrics: its metrics on test points.
+    """
+    config = saved.config
+    parameters = sum(array.size for array in jax.tree.leaves(nnx.state(saved.model, nnx.Param)))
+    takes = "texts, by their words"
+    if saved.pretrained is not None:
+        takes = "texts, by their words and a pretrained encoder"
+    elif saved.text_encoder is None:
+        kind = "sparse" if config.bag_of_words else "dense"
+        takes = f"{kind} features, float32 [N, {config.num_features}]"
+    sizes = {
+        "takes": takes,
+        "labels": f"{config.num_labels:,}",
+        "words": f"{config.num_features:,}" if config.bag_of_words else None,
+        "parameters": f"{parameters:,}",
+        "head": repr(config.head),
+        "probabilities": "calibrated on held-out points" if saved.calibration else "none",
+    }
+    lines = [MARK, "", "# A classifier by sparse-xmc", "", *_table(sizes)]
+    if data:
+        lines += ["", "Trained on", "", *_table(data)]
+    if metrics:
+        lines += ["", "On the test points", "", *_table({n: f"{v:.4f}" for n, v in metrics.items()})]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    call = "texts" if saved.text_encoder is not None else "features"
+    lines += [
+        "",
+        "```python",
+        "from sparse_xmc import XMCClassifier",
+        "",
+        'classifier = XMCClassifier.load("this/directory")',
+        f"names, scores = classifier.predict({call}, k=5)",
+        "```",
+        "",
+        f"Saved with {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Mapping[str, object]) -> list[str]:
+    return ["| | |", "|---|---|"] + [
+        f"| {name} | {value} |" for name, value in rows.items() if value is not None
+    ]

@@ -1,0 +1,90 @@
+"""A trained classifier as a program that runs without this library."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_xmc.data.batches import BagOfWords, WordsAndText
+from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder
+from sparse_xmc.estimator import XMCClassifier
+from sparse_xmc.model import Classifier
+from sparse_xmc.modules import in_evaluation, split
+from sparse_xmc.saving import SavedModel
+from xla_ops import save_exported
+
+
+def export_predict(
+    model: Classifier | SavedModel | XMCClassifier, path: str | os.PathLike, k: int = 5
+) -> None:
+    """Saves the ranking of a trained classifier for processes that have JAX and `xla_ops`, and no more.
+
+    There `predict = xla_ops.load_exported(path)` is a function of arrays, for batches of any size B:
+
+    - of dense features: `predict(x)`, x float32 [B, D];
+    - of bags of words: `predict(indptr, indices, data)`, int32 [B + 1], int32 [N] and float32 [N], as of a
+      `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: filled up with zeros behind
+      the last entry (`np.pad`), the two take few sizes;
+    - with a frozen encoder beside the words: `predict(indptr, indices, data, embeddings)`, float32 [B, E].
+
+    It returns the scores float32 [B, k] and the numbers of the labels int32 [B, k], best first; names are
+    the lines of `labels.txt` in the directory of a saved model. Texts are encoded before, as `text_encoder`
+    and `pretrained` of the `SavedModel` do. Nothing checks that scores are finite.
+
+    Args:
+      model: the classifier. Of other encoders than these inputs are not known: see `xla_ops.save_exported`.
+      path: a new directory.
+      k: how many labels, at most L.
+
+    Raises:
+      FileExistsError: there is something at the path.
+      ValueError: k is out of range, or the classifier is on a mesh, or has another encoder.
+
+    Example:
+      >>> import tempfile, numpy as np, xla_ops
+      >>> from flax import nnx
+      >>> from sparse_xmc import ClassifierConfig, export_predict
+      >>> path = tempfile.mkdtemp() + "/exported"
+      >>> export_predict(ClassifierConfig(num_features=64, num_labels=100).make(rngs=nnx.Rngs(0)), path)
+      >>> predict = xla_ops.load_exported(path)
+      >>> scores, labels = predict(np.ones((2, 64), np.float32))
+      >>> labels.shape
+      (2, 5)
+    """
+    if isinstance(model, XMCClassifier):
+        model = model._fitted
+    if isinstance(model, SavedModel):
+        model = model.model
+    if not 1 <= k <= model.head.num_labels:
+        raise ValueError(f"k must be between 1 and the number of labels, {model.head.num_labels}, got {k}")
+    if model.head.mesh is not None:
+        raise ValueError("a classifier on a mesh is not exported: save it, and load it without one")
+    graphdef, (random, weights) = split(in_evaluation(model), nnx.RngState)
+    encoder = model.encoder
+    batch, entries = jax.export.symbolic_shape("batch, entries")
+    inputs: list[Any] = [((batch + 1,), jnp.int32), ((entries,), jnp.int32), ((entries,), jnp.float32)]
+    if isinstance(encoder, DenseFeatures):
+        inputs = [((batch, encoder.features), jnp.float32)]
+    elif isinstance(encoder, JointEncoder) and encoder.text is None:
+        inputs.append(((batch, encoder.embeddings.features), jnp.float32))
+    elif not isinstance(encoder, BagOfWordsEncoder):
+        raise ValueError(
+            f"the inputs of a {type(encoder).__name__} are not known here; use xla_ops.save_exported"
+        )
+
+    def predict(weights, *arrays):
+        classifier = nnx.merge(graphdef, random, weights, copy=True)
+        if len(arrays) == 1:
+            return classifier.top_k(*arrays, k)
+        bags = _bags(*arrays[:3])
+        return classifier.top_k(WordsAndText(bags, arrays[3]) if arrays[3:] else bags, k)
+
+    save_exported(path, predict, weights, *(jax.ShapeDtypeStruct(*shape) for shape in inputs))
+
+
+def _bags(indptr: jax.Array, indices: jax.Array, data: jax.Array) -> BagOfWords:
+    """The rows of a CSR matrix; entries behind the last row's are padding."""
+    ends = jnp.zeros(indices.shape, jnp.int32).at[indptr[1:]].add(1, mode="drop")
+    return BagOfWords(jnp.cumsum(ends), indices, data, indptr.shape[0] - 1)

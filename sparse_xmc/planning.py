@@ -1,0 +1,205 @@
+"""The memory that training will take, before anything is allocated."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+from flax import nnx
+from jax.sharding import Mesh
+
+import xla_ops
+from sparse_xmc.data.batches import Batches
+from sparse_xmc.data.formats import Dataset
+from sparse_xmc.encoders.table import TableParam
+from sparse_xmc.evaluation import trace_top_k
+from sparse_xmc.model import ClassifierConfig
+from sparse_xmc.train import Trainer, TrainingConfig
+
+# Compiled programs and what the allocator holds, as measured: what a process takes beside its arrays.
+RUNTIME_BYTES = 50 * 2**20
+# Below these, settings are not proposed.
+_LEAST = {"batch_size": 32, "penultimate": 1024, "fan_in": 16}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """The planned memory of training, on each device that labels are split over.
+
+    Attributes:
+      parts: bytes by what they are for; all of it is there at the same time.
+      available: the bytes that the device, or the machine, can still give; of several devices of one machine
+        that share its memory, an equal part.
+      device: what these are of, in words.
+    """
+
+    parts: dict[str, int]
+    available: int
+    device: str
+
+    @property
+    def bytes(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether so much is available."""
+        return self.bytes <= self.available
+
+    def __str__(self) -> str:
+        rows = [
+            *self.parts.items(),
+            ("planned peak", self.bytes),
+            (f"available on {self.device}", self.available),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}} {size / 2**20:10,.1f} MiB" for name, size in rows)
+
+
+def plan_memory(
+    config: ClassifierConfig, training: TrainingConfig, train: Dataset, *, mesh: Mesh | None = None
+) -> MemoryPlan:
+    """Plans the memory of training a classifier; nothing of its size is allocated.
+
+    The training state is known from shapes. The temporaries are those of a step, of a rewiring, or of ranking
+    a batch, whichever are larger: as XLA plans them when it compiles these for the present device, with the
+    scratch memory of the ops. The data sets are not in it, nor what choosing inputs or saving takes for a
+    while.
+
+    Args:
+      config: the classifier.
+      training: how it is trained.
+      train: the training points, or some of them: a batch is taken for its size.
+      mesh: the devices that labels are split over. Each is planned with its part of the labels, and with all
+        rows of a batch, which is more than it has where batches are split too.
+    """
+    config = dataclasses.replace(
+        config, num_labels=-(-config.num_labels // (1 if mesh is None else mesh.size))
+    )
+    trainer = abstract_trainer(config, training)
+    _, batch = next(Batches(train, training.batch_size).in_order())
+    programs = [*trainer.trace(batch).values(), trace_top_k(trainer.model, batch.inputs)]
+    parts = state_parts(trainer)
+    parts |= {"batch": bytes_of(batch), "temporaries": max(_temporaries(program) for program in programs)}
+    if jax.default_backend() == "cpu":
+        parts["compiled programs"] = RUNTIME_BYTES
+    return MemoryPlan(parts, *_available(mesh))
+
+
+def check_memory(
+    config: ClassifierConfig, training: TrainingConfig, train: Dataset, *, mesh: Mesh | None = None
+) -> MemoryPlan:
+    """The plan of `plan_memory`, if it fits.
+
+    Raises:
+      MemoryError: it does not; the message has the plan, and settings with which it would.
+    """
+    plan = plan_memory(config, training, train, mesh=mesh)
+    if plan.fits:
+        return plan
+    message = f"training takes more memory than there is:\n{plan}"
+    for smaller in _smaller(config, training):
+        other = plan_memory(*smaller, train, mesh=mesh)
+        if other.bytes <= plan.available:
+            pairs = zip((config, training), smaller, strict=True)
+            settings = ", ".join(change for pair in pairs for change in _differences(*pair))
+            raise MemoryError(f"{message}\nIt would take {other.bytes / 2**20:,.0f} MiB with {settings}.")
+    raise MemoryError(f"{message}\nNothing that is known to take less would fit.")
+
+
+def abstract_trainer(config: ClassifierConfig, training: TrainingConfig) -> Trainer:
+    """A trainer whose state is shapes. It cannot step; its programs can be traced."""
+    made = []
+
+    def make():
+        made.append(Trainer(config.make(rngs=nnx.Rngs(0)), training))
+        return made[0].state
+
+    state = jax.eval_shape(make)
+    (trainer,) = made
+    trainer.state = state  # in place of the tracers that were there meanwhile
+    return trainer
+
+
+def state_parts(trainer: Trainer) -> dict[str, int]:
+    """The bytes of a training state, by what they are for; the trainer may be an abstract one."""
+    parts = dict.fromkeys(("encoder", "encoder's moments", "words", "head", "head's moments"), 0)
+    for state in (trainer.state["params"], trainer.state["other"]):
+        for path, variable in nnx.to_flat_state(state):
+            of_encoder = "words" if isinstance(variable, TableParam) else "encoder"
+            parts["head" if path[0] == "head" else of_encoder] += bytes_of(variable)
+    parts["encoder's moments"] = bytes_of(trainer.state["optimizer"])
+    parts["words"] += bytes_of(trainer.state["squares"])
+    parts["head's moments"] = bytes_of(trainer.state["moments"])
+    return parts
+
+
+def _temporaries(traced: jax.stages.Traced) -> int:
+    """The bytes that a program takes beside its arguments."""
+    compiled = traced.lower().compile()
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"XLA does not say what memory a program takes on {jax.default_backend()}")
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + results + xla_ops.scratch_bytes(compiled.as_text() or "")
+
+
+def _available(mesh: Mesh | None) -> tuple[int, str]:
+    """The bytes that a device can still give, and its name."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            raise RuntimeError(f"{device} does not say how much memory it has")
+        return stats["bytes_limit"] - stats["bytes_in_use"], device.device_kind
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # a container may have less; "max" is no number
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    share = 1 if mesh is None else len(mesh.local_devices)
+    return free // share, "this machine" if share == 1 else f"this machine for each of {share} devices"
+
+
+def _smaller(
+    config: ClassifierConfig, training: TrainingConfig
+) -> Iterator[tuple[ClassifierConfig, TrainingConfig]]:
+    """Yields settings that take less and less memory; what costs the least accuracy comes first."""
+    if not hasattr(config.head, "output_dtype"):
+        config = dataclasses.replace(config, head=ClassifierConfig.head)
+        yield config, training
+    training = dataclasses.replace(training, moments="bfloat16")
+    yield config, training
+    head: Any = config.head
+    config = dataclasses.replace(config, head=dataclasses.replace(head, output_dtype="bfloat16"))
+    training = dataclasses.replace(training, output_optimizer="sgd")
+    yield config, training
+    while training.batch_size >= 2 * _LEAST["batch_size"]:
+        training = dataclasses.replace(training, batch_size=training.batch_size // 2)
+        yield config, training
+    for name in ("penultimate", "fan_in"):
+        while (value := getattr(config.head, name)) >= 2 * _LEAST[name]:
+            config = dataclasses.replace(config, head=dataclasses.replace(config.head, **{name: value // 2}))
+            yield config, training
+
+
+def _differences(before: Any, after: Any) -> Iterator[str]:
+    """Yields "name=value" of the fields that differ, of dataclasses in these too."""
+    for field in dataclasses.fields(after):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        if type(old) is not type(new) and dataclasses.is_dataclass(new):
+            yield f"{field.name}={type(new).__name__}()"
+        elif dataclasses.is_dataclass(new):
+            yield from _differences(old, new)
+        elif old != new:
+            yield f"{field.name}={new}"
+
+
+def bytes_of(tree: Any) -> int:
+    """The size of all arrays, or shapes of arrays, in a tree."""
+    return sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

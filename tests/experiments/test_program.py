@@ -1,0 +1,121 @@
+"""How programs start and end, and how they find flagfiles."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import experiments
+from experiments import flagfiles
+
+ROOT = Path(experiments.__file__).parents[1]
+PROGRAM = """
+'''What --help prints.'''
+from absl import flags
+from experiments import program
+flags.DEFINE_integer("count", 1, "", 1)
+flags.DEFINE_string("do", None, "", required=True)
+flags.DEFINE_string("other", None, "", required=True)
+def main():
+    exec(flags.FLAGS.do)
+program.start(main)
+"""
+
+
+def run(*arguments, cwd=ROOT):
+    """A tiny program that executes --do: its exit status, and the lines of standard output and error."""
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return finished.returncode, finished.stdout.splitlines(), finished.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "errors"),
+    [
+        ("raise ValueError('what, where')", 1, ["error: what, where"]),
+        ("open('none')", 1, ["error: none: No such file or directory"]),
+        ("raise MemoryError('too much:\\nof it')", 1, ["error: too much:", "of it"]),
+        ("raise KeyboardInterrupt", 130, []),
+        ("import sys; sys.exit(143)", 143, []),
+        ("import logging; logging.info('of a backend')", 0, []),
+    ],
+)
+def test_errors_are_of_one_line(what, status, errors):
+    assert run(f"--do={what}", "--other=") == (status, [], errors)
+
+
+def test_tracebacks_of_defects_and_of_errors_where_asked_for():
+    for arguments in (["--do=raise ValueError('what')", "--verbosity=1"], ["--do=raise TypeError('what')"]):
+        status, _, errors = run(*arguments, "--other=")
+        assert status == 1
+        assert errors[0] == "Traceback (most recent call last):"
+        assert errors[-1] in ("error: what", "TypeError: what")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--cuont=3"], "Unknown command line flag 'cuont'. Did you mean: count ?"),
+        (["--count=x"], "flag --count=x: invalid literal for int() with base 10: 'x'"),
+        ([], "required: --do, --other"),
+        (["--do=pass", "--other=", "more"], "expected flags only, got more"),
+        (["--flagfile=quikstart"], "quikstart: no such file; did you mean quickstart?"),
+        (["--do=from absl import app; raise app.UsageError('no use')", "--other="], "no use"),
+    ],
+)
+def test_errors_in_flags(arguments, error):
+    status, printed, errors = run(*arguments)
+    assert (status, printed) == (2, [])
+    assert errors == [f"error: {error} (--help lists the flags)"]
+
+
+def test_help_is_no_error():
+    status, printed, errors = run("--help")
+    assert (status, errors) == (0, [])
+    assert printed[0] == "What --help prints."
+
+
+def test_a_reader_that_ends_early_ends_the_program_quietly():
+    loop = "--do=while True: print('line')"
+    command = [sys.executable, "-c", PROGRAM, loop, "--other="]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
+def test_flagfiles_by_name_within_others_and_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = flagfiles.expand(["--seed=1", "--flagfile=quickstart", "--flagfile", "dense"])
+    assert found[0] == "--seed=1"
+    assert found[-2:] == ["--workdir=runs/quickstart", "--head=dense"]
+    assert "--train=experiments/data/wordnet/train.tsv.xz" in found  # as it is written, wherever that is
+    assert "--ngrams=2" in found  # of a flagfile in a flagfile
+    assert flagfiles.find("experiments/data/wordnet/train.tsv.xz").samefile(
+        ROOT / "experiments/data/wordnet/train.tsv.xz"
+    )
+    assert flagfiles.expand(["--", "--flagfile=none"]) == ["--", "--flagfile=none"]
+
+    (tmp_path / "dense").write_text("# mine\n\n  --head=bottleneck\n// too\n--flagfile=experiments/own.cfg\n")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "own.cfg").write_text("--seed=2")
+    assert flagfiles.expand(["--flagfile=dense"]) == ["--head=bottleneck", "--seed=2"]  # a path comes first
+    (tmp_path / "experiments" / "own.cfg").write_text("--flagfile=dense")
+    with pytest.raises(ValueError, match="dense: a flagfile within itself"):
+        flagfiles.expand(["--flagfile=dense"])
+
+
+def test_names_of_flagfiles_are_unique():
+    names = [path.stem for path in (flagfiles.PACKAGE / "flags").rglob("*.cfg")]
+    assert len(set(names)) == len(names)
+
+
+def test_tables_by_name():
+    assert flagfiles.find_named("wordnet", "tables") == flagfiles.PACKAGE / "tables" / "wordnet.toml"
+    with pytest.raises(FileNotFoundError, match="wordnet_fll: no such file; did you mean wordnet_full"):
+        flagfiles.find_named("wordnet_fll", "tables")

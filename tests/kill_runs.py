@@ -1,0 +1,147 @@
+"""Kills training runs at random moments, and starts them again until they end: all must end alike.
+
+    python -m tests.kill_runs --minutes=60
+
+One run is left alone first. Each of the others is killed (SIGKILL, sometimes SIGTERM) several times: at a
+random moment of the time that a run takes, or shortly after a save has begun. In the end its weights must be
+those of the run that was left alone, bit for bit, its metrics the same, and nothing may be left over. Where
+one differs the exit status is 1, and the directory is kept.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sparse_xmc.data import write_tsv
+from sparse_xmc.saving import SavedModel
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "experiments.run"]
+SETTINGS = ["--embedding=32", "--penultimate=64", "--fan_in=8", "--batch_size=4", "--learning_rate=0.01"]
+SETTINGS += ["--output_bias=-1", "--rewire_interval=7", "--validation_fraction=0.2", "--checkpoint_minutes=0"]
+SCHEDULES = ("plateau", "linear")
+
+
+def write_points(directory: Path, seed: int = 0) -> list[str]:
+    """Writes 60 training and 20 test points, of words that are their labels' and some noise; their flags."""
+    rng = np.random.default_rng(seed)
+    for name, size in (("train", 60), ("test", 20)):
+        labels = [sorted(rng.choice(12, rng.integers(1, 4), replace=False)) for _ in range(size)]
+        texts = [" ".join(f"word{i}" for i in [*row, *rng.integers(0, 12, 1)]) for row in labels]
+        write_tsv(directory / f"{name}.tsv", [[f"label {i:02}" for i in row] for row in labels], texts)
+    return [f"--train={directory / 'train.tsv'}", f"--test={directory / 'test.tsv'}"]
+
+
+def start(flags: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(flags: list[str]) -> str:
+    """Runs to the end, and returns what was printed."""
+    process = start(flags)
+    printed, _ = process.communicate()
+    if process.returncode != 0:
+        raise AssertionError(f"exit status {process.returncode}: {printed}")
+    return printed
+
+
+def kill(flags: list[str], workdir: Path, seconds: float, in_save: bool, number: signal.Signals) -> bool:
+    """Kills a run so many seconds after its start, or after a save began; returns whether it still ran."""
+    process = start(flags)
+    if in_save:
+        latest = workdir / "checkpoints" / "latest"
+        before = set(latest.glob("*"))
+        while process.poll() is None and set(latest.glob("*")) <= before:
+            time.sleep(0.001)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    in_time = process.poll() is None
+    process.send_signal(number)
+    printed, _ = process.communicate()
+    if process.returncode not in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
+        raise AssertionError(f"exit status {process.returncode}: {printed}")
+    return in_time
+
+
+def outcome(workdir: Path) -> dict:
+    """What must be the same: results without times, metrics by epoch, and the bytes of the model's files."""
+    result = json.loads((workdir / "result.json").read_text())
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {
+        **{name: result[name] for name in ("test", "train", "epochs", "model", "training")},
+        "metrics": [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines],
+        "weights": weights(workdir),
+        "files": sorted(path.name for path in workdir.iterdir()),
+        "checkpoints": sorted(path.name for path in (workdir / "checkpoints").glob("*/*")),
+    }
+
+
+def weights(workdir: Path) -> dict[str, bytes]:
+    """Every array of a saved model."""
+    model = SavedModel.load(workdir).model
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Not(nnx.RngState)))
+    return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
+
+
+def trial(flags: list[str], workdir: Path, seconds: float, kills: int, rng: random.Random) -> list[str]:
+    """A run that is killed so often, as far as it lasts, and then left alone; returns what was done to it."""
+    done = []
+    flags = [*flags, f"--workdir={workdir}"]
+    for _ in range(kills):
+        in_save, number = rng.random() < 0.5, signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
+        after = rng.uniform(0, 0.05 if in_save else seconds)
+        in_time = kill(flags, workdir, after, in_save, number)
+        done.append(f"{number.name} {after:.3f} s {'into a save' if in_save else 'after the start'}")
+        if not in_time:
+            break
+    finish(flags)
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=None, help="of the moments; by default others each time")
+    arguments = parser.parse_args()
+    seed = time.time_ns() if arguments.seed is None else arguments.seed
+    rng, directory = random.Random(seed), Path(tempfile.mkdtemp(prefix="kill_runs_"))
+    print(f"seed {seed}, {directory}", flush=True)
+    data = write_points(directory)
+    end, count, kills = time.monotonic() + 60 * arguments.minutes, 0, 0
+    whole = {}
+    for schedule in SCHEDULES:
+        flags = [*data, *SETTINGS, "--epochs=20", f"--schedule={schedule}"]
+        started = time.monotonic()
+        finish([*flags, f"--workdir={directory / schedule}"])
+        whole[schedule] = (flags, time.monotonic() - started, outcome(directory / schedule))
+    while time.monotonic() < end:
+        workdir = directory / f"run_{count}"
+        flags, seconds, expected = whole[SCHEDULES[count % 2]]
+        done = trial(flags, workdir, seconds, rng.randint(1, 6), rng)
+        found = outcome(workdir)
+        if different := [name for name in expected if found[name] != expected[name]]:
+            sys.exit(f"{workdir}: {', '.join(different)} differ after {'; '.join(done)}")
+        shutil.rmtree(workdir)
+        count, kills = count + 1, kills + len(done)
+        print(f"{count} runs, {kills} kills: all ended alike; last {'; '.join(done)}", flush=True)
+    shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

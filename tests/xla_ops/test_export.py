@@ -1,0 +1,62 @@
+"""Exported programs; `tests/sparse_xmc/test_exporting.py` runs some in a process of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xla_ops
+from xla_ops import _native
+
+WEIGHTS = {"kernel": jnp.ones((4, 2), jnp.bfloat16), "indices": jnp.array([[0, 1], [1, 2], [2, 0], [0, 0]])}
+
+
+def logits(weights, x):
+    return {"logits": xla_ops.fan_in_matmul(x.astype(jnp.bfloat16), weights["kernel"], weights["indices"])}
+
+
+def save(path, weights=WEIGHTS):
+    (batch,) = jax.export.symbolic_shape("batch")
+    xla_ops.save_exported(path, logits, weights, jax.ShapeDtypeStruct((batch, 3), jnp.float32))
+
+
+def test_round_trip(tmp_path):
+    save(tmp_path / "program")
+    run = xla_ops.load_exported(tmp_path / "program")
+    for batch in (1, 3):
+        result = run(np.tile(np.array([1, 10, 100], np.float32), (batch, 1)))
+        assert result["logits"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(result["logits"].astype(jnp.float32), [[11, 110, 101, 2]] * batch)
+    with pytest.raises(ValueError, match=r"expected \(batch, 3\) and called with \(2, 4\)"):
+        run(np.ones((2, 4), np.float32))
+
+
+def test_a_program_for_another_platform(tmp_path, monkeypatch):
+    save(tmp_path / "program")
+    monkeypatch.setattr(jax.export, "default_export_platform", lambda: "tpu")
+    with pytest.raises(ValueError, match=r"program: exported for cpu.*, but this process runs on tpu"):
+        xla_ops.load_exported(tmp_path / "program")
+
+
+def test_a_program_is_for_all_platforms_that_there_are_kernels_of(tmp_path, monkeypatch):
+    platforms = {"cpu"} if _native.cuda() is None else {"cpu", "cuda"}
+    save(tmp_path / "program")
+    program = (tmp_path / "program" / "program.jax_export").read_bytes()
+    assert set(jax.export.deserialize(bytearray(program)).platforms) == platforms
+
+
+def test_what_is_not_one_program_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        xla_ops.load_exported(tmp_path / "none")
+    save(tmp_path / "program")
+    save(tmp_path / "other", WEIGHTS | {"indices": jnp.zeros((4, 2), jnp.uint16)})
+    save(tmp_path / "third", jax.tree.map(lambda array: array[:3], WEIGHTS))
+    save(tmp_path / "fourth", WEIGHTS | {"more": jnp.ones(3)})
+    for name in ("other", "third", "fourth"):
+        (tmp_path / name / "weights.npz").rename(tmp_path / "program" / "weights.npz")
+        with pytest.raises(ValueError, match=r"weights\.npz: not the weights of .*program"):
+            xla_ops.load_exported(tmp_path / "program")
+    for name in ("weights.npz", "program.jax_export"):
+        (tmp_path / "program" / name).write_bytes(b"something else")
+        with pytest.raises(ValueError, match="program: not an exported program"):
+            xla_ops.load_exported(tmp_path / "program")
