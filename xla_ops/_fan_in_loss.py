@@ -32,8 +32,8 @@ def fan_in_loss(
     Labels are taken in blocks through logits, loss and all gradients, so that neither logits nor their
     gradient [B, L] exist, forward or backward; and where the squared hinge has no gradient the backward
     products are skipped. Differentiable (reverse mode, once) in x, kernel and bias. Results repeat bit for
-    bit on the same machine with the same number of threads; on a GPU all but the gradient of x do. That is left
-    out where nothing is differentiated in x. Under `jax.checkpoint` both passes compute all gradients.
+    bit on the same machine with the same number of threads; on a GPU all but the gradient of x do. Where
+    nothing is differentiated in x, that is left out. Under `jax.checkpoint` both passes compute gradients.
 
     Args:
       x: [B, D], float32 or bfloat16.
