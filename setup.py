@@ -28,9 +28,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 # CUDA: on, off, or auto, which is on where nvcc is found. Devices that are not listed run code of their own
-# generation, or else PTX.
+# generation, or else PTX. XLA_OPS_CUDA_ARCHITECTURES=90 builds for one of them, in a fraction of the time.
 USE_CUDA = os.environ.get("XLA_OPS_CUDA", "auto")
-CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+CUDA_ARCHITECTURES = os.environ.get("XLA_OPS_CUDA_ARCHITECTURES", "75,80,86,89,90,100,120").split(",")
 CUDA_PTX = 90
 OLDEST_CUDA = (12, 1)  # the first with atomic additions of four floats
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v"]

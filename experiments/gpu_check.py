@@ -1,34 +1,43 @@
 r"""Builds, tests and measures everything on a machine with an NVIDIA GPU, and writes what it found as JSON.
 
+    python -m experiments.gpu_check --json=gpu.json --quick
     python -m experiments.gpu_check --json=gpu.json
+    python -m experiments.gpu_check --json=gpu.json --parts=benchmark,claim
 
 From the root of a clone, with nvcc, jax[cuda12] or jax[cuda13], and the packages that pyproject.toml names
-(for building too); without network. The parts run one after the other, each in processes of its own, so that
-one that fails is recorded and the rest go on:
+(for building too); nothing is installed, and there need be no network. The parts run one after the other,
+each in processes of its own and for so many minutes at the most:
 
-  device    what it runs on: GPU, driver, CUDA, jax, commit
-  build     the native modules, CUDA's among them
-  tests     the whole test suite, on the GPU
-  benchmark the ops at the size of Amazon-670K (see `experiments.measure.gpu_ops`)
-  words     the same with words among the inputs (see `experiments.measure.direct_inputs`)
-  training  two epochs of experiments/flags/quickstart.cfg
-  claim     training steps of the paper's model in 4 GiB (see `experiments.measure.gpu_claim`)
+  device     1    what it runs on: GPU, driver, CUDA, jax, commit
+  build      10   the native modules, CUDA's for this device alone
+  tests      40   the whole test suite, on the GPU
+  claim      5    training steps of the paper's model in 4 GiB (see `experiments.measure.gpu_claim`)
+  benchmark  25   the ops at the size of Amazon-670K (see `experiments.measure.gpu_ops`)
+  words      10   steps and top k with words among the inputs (see `experiments.measure.direct_inputs`)
+  training   10   two epochs of experiments/flags/quickstart.cfg
 
-`--parts=build,tests` runs some of them; results that are already in the file stay.
+A part that fails, or is stopped when its time is up, is recorded as such, and the rest go on. What it has
+found until then, such as each test and each row of a benchmark, is in the file as soon as it is found. What
+is in the file already of other parts stays.
+
+--quick does the first five within 8 minutes: of the tests those of the ops, and a row of the benchmark per
+kernel.
 """
 
 import collections
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -37,105 +46,206 @@ from . import program
 ROOT = Path(__file__).parents[1]
 CLAIM_BYTES = 4 << 30
 _TAIL_CHARACTERS = 4000
+_LOOK_SECONDS = 0.5  # between two looks at what a process has written
+
+# What of the tests is about the ops, and needs a device.
+OPS_TESTS = [
+    f"tests/xla_ops/test_{name}.py"
+    for name in (
+        "fan_in_matmul",
+        "fan_in_loss",
+        "fan_in_step",
+        "fan_in_top_k",
+        "dense_step",
+        "kth_smallest",
+        "sparse_inputs",
+        "cuda_workspace",
+    )
+]
 
 
 class PartError(Exception):
     """A part of the check failed; the message is the end of what it printed."""
 
 
-def run(*command: str, **env: str) -> str:
-    """Runs a command from the root of the repository and returns what it printed; raises PartError."""
-    finished = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if finished.returncode != 0:
-        raise PartError(
-            f"{' '.join(command)}: status {finished.returncode}\n{finished.stdout[-_TAIL_CHARACTERS:]}"
+class OutOfTimeError(PartError):
+    """It was stopped at its deadline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A part that runs.
+
+    Attributes:
+      quick: whether it is to do the least.
+      deadline: when it is stopped, by `time.monotonic`.
+      enter: takes what it has found so far.
+    """
+
+    quick: bool
+    deadline: float
+    enter: Callable[[dict], None]
+
+
+def run(
+    job: Job,
+    *command: str,
+    look: Callable[[], None] = lambda: None,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Runs a command from the root of the repository and returns what it printed.
+
+    It is stopped, with all that it started, at the job's deadline. Meanwhile `look` is called now and then.
+
+    Raises:
+      PartError: it failed; OutOfTimeError if it was stopped.
+    """
+    with tempfile.TemporaryFile("w+") as output, _running(command, env, output) as process:
+        while process.poll() is None:
+            left = job.deadline - time.monotonic()
+            if left <= 0:
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(left, _LOOK_SECONDS))
+            look()
+        output.seek(0)
+        text, status = output.read(), process.poll()
+        if status == 0:
+            return text
+        kind, how = (OutOfTimeError, "its time is up") if status is None else (PartError, f"status {status}")
+        raise kind(f"{' '.join(command)}: {how}\n{text[-_TAIL_CHARACTERS:]}")
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> Iterator[subprocess.Popen]:
+    """A process that is not left behind, nor what it started, whatever happens."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
-    return finished.stdout
+    except OSError as error:
+        raise PartError(f"{' '.join(command)}: {error}") from error
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def run_module(name: str, *arguments: str, **env: str) -> dict:
-    """Runs `python -m experiments.NAME --json=FILE` and returns the JSON."""
+def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> dict:
+    """Runs `python -m experiments.NAME --json=FILE`, enters what is in it so far, and returns all of it."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
-        run(sys.executable, "-m", f"{__package__}.{name}", f"--json={path}", *arguments, **env)
+
+        def look():
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there, or half written
+                job.enter(json.loads(path.read_text()))
+
+        command = (sys.executable, "-m", f"{__package__}.{name}", f"--json={path}", *arguments)
+        run(job, *command, look=look, env=env)
         return json.loads(path.read_text())
 
 
 # ---- parts ----
 
 
-def device() -> dict:
+def device(job: Job) -> dict:
     """The GPU, its driver, and what JAX says of it. Raises PartError unless JAX computes on it."""
     fields = ("name", "driver_version", "memory.total", "compute_cap")
-    values = run("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    values = run(job, "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     script = (
-        "import json, jax; from experiments.measure import environment; "
+        f"import json, jax; from {__package__}.measure import environment; "
         "assert jax.default_backend() == 'gpu', 'jax computes on: ' + jax.default_backend(); "
         "print(json.dumps({'runtime': jax.devices()[0].client.platform_version, **environment.describe()}))"
     )
-    described = json.loads(run(sys.executable, "-c", script).splitlines()[-1])
+    described = json.loads(run(job, sys.executable, "-c", script).splitlines()[-1])
     gpu = dict(zip(fields, values.splitlines()[0].split(", "), strict=True))
     plugins = {
         d.name: d.version
         for d in importlib.metadata.distributions()
         if d.name.startswith(("jax-cuda", "nvidia-"))
     }
-    return {**gpu, **described, "packages": plugins, "nvcc": run("nvcc", "--version").splitlines()[-2:]}
+    return {**gpu, **described, "packages": plugins, "nvcc": run(job, "nvcc", "--version").splitlines()[-2:]}
 
 
-def build() -> dict:
-    """Builds both modules in place."""
-    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force", XLA_OPS_CUDA="on")
+def build(job: Job) -> dict:
+    """Builds what of both modules is not built yet, in place, for this device."""
+    query = run(job, "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader,nounits")
+    env = {"XLA_OPS_CUDA": "on", "XLA_OPS_CUDA_ARCHITECTURES": query.splitlines()[0].replace(".", "")}
+    run(job, sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel=2", env=env)
     return {"resources": (ROOT / "xla_ops" / "_cuda_resources.txt").read_text()}
 
 
-def tests() -> dict:
+def tests(job: Job) -> dict:
     """Runs the test suite; failures are a result, not an error."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={path}"]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if not path.exists():
-            raise PartError((finished.stdout + finished.stderr)[-_TAIL_CHARACTERS:])
-        return count_tests(path.read_text())
+        rows = Path(directory) / "rows"
+        # Warnings of packages that are newer than those of the suite are no failures here.
+        options = ["-p", f"{__package__}.measure.pytest_rows", f"--rows={rows}", "-W", "default"]
+        options += [
+            f"-n={min(8, os.cpu_count() or 1)}",
+            "--dist=worksteal",
+            *(OPS_TESTS if job.quick else []),
+        ]
+
+        def so_far() -> dict:
+            return count_tests(rows.read_text() if rows.exists() else "")
+
+        try:
+            run(job, sys.executable, "-m", "pytest", *options, look=lambda: job.enter(so_far()))
+        except PartError as error:
+            job.enter(so_far())
+            if isinstance(error, OutOfTimeError) or not so_far()["failed"]:
+                raise
+        return so_far()
 
 
-def count_tests(junit: str) -> dict:
-    """From pytest's XML: how many passed, were skipped (by reason) and failed (with the message)."""
-    passed = 0
+def count_tests(rows: str) -> dict:
+    """From `pytest_rows`' lines: how many passed, were skipped (by reason) and failed (with the message)."""
+    passed, seconds = 0, 0.0
     skipped: collections.Counter[str] = collections.Counter()
     failed: dict[str, str] = {}
-    for case in xml.etree.ElementTree.fromstring(junit).iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        problem = next((c for c in case if c.tag in ("failure", "error")), None)
-        skip = case.find("skipped")
-        if problem is not None:
-            failed[name] = problem.get("message", "")[:400]
-        elif skip is not None:
-            skipped[skip.get("message", "")] += 1
+    for line in rows.splitlines(keepends=True):
+        if not line.endswith("\n"):  # it is being written
+            break
+        row = json.loads(line)
+        seconds += row["seconds"]
+        if row["outcome"] == "failed":
+            failed[row["test"]] = row["why"]
+        elif row["outcome"] == "skipped":
+            skipped[row["why"]] += 1
         else:
             passed += 1
-    return {"passed": passed, "skipped": dict(skipped), "failed": failed}
+    return {"passed": passed, "skipped": dict(skipped), "failed": failed, "seconds": round(seconds, 1)}
 
 
-def benchmark() -> dict:
+def claim(job: Job) -> dict:
+    """Trains at the size of the paper's experiment, with the allocator held to CLAIM_BYTES."""
+    query = run(job, "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    fraction = CLAIM_BYTES / (float(query.splitlines()[0]) * 2**20)
+    steps = ["--steps=50"] if job.quick else []
+    return run_module(
+        job, "measure.gpu_claim", *steps, env={"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.6f}"}
+    )
+
+
+def benchmark(job: Job) -> dict:
     """Times the ops."""
-    return run_module("measure.gpu_ops")
+    return run_module(job, "measure.gpu_ops", *(["--quick"] if job.quick else []))
 
 
-def words() -> dict:
+def words(job: Job) -> dict:
     """Times steps and top k of labels that read words beside units."""
-    return run_module("benchmark", "--op=direct_inputs")
+    return run_module(job, "benchmark", "--op=direct_inputs")
 
 
-def training() -> dict:
+def training(job: Job) -> dict:
     """Trains on the shipped data set, for two epochs of 192 steps."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = [
@@ -143,53 +253,89 @@ def training() -> dict:
             "--epochs=2",
             f"--workdir={directory}/run",
         ]
-        run(sys.executable, "-m", f"{__package__}.run", *arguments)
+        run(job, sys.executable, "-m", f"{__package__}.run", *arguments)
         return json.loads((Path(directory) / "run" / "result.json").read_text())
 
 
-def claim() -> dict:
-    """Trains at the size of the paper's experiment, with the allocator held to CLAIM_BYTES."""
-    total = run("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits").splitlines()[0]
-    fraction = CLAIM_BYTES / (float(total) * 2**20)
-    return run_module("measure.gpu_claim", XLA_PYTHON_CLIENT_MEM_FRACTION=f"{fraction:.6f}")
+class Part(NamedTuple):
+    """A part of the check.
+
+    Attributes:
+      run: does it, and returns what it found.
+      seconds: how long it may take.
+      quick_seconds: how long under --quick; None where it is left out.
+    """
+
+    run: Callable[[Job], dict]
+    seconds: float
+    quick_seconds: float | None = None
 
 
-PARTS = {f.__name__: f for f in (device, build, tests, benchmark, words, training, claim)}
+PARTS = {
+    "device": Part(device, 60, 40),
+    "build": Part(build, 600, 170),
+    "tests": Part(tests, 2400, 110),
+    "claim": Part(claim, 300, 60),
+    "benchmark": Part(benchmark, 1500, 90),
+    "words": Part(words, 600),
+    "training": Part(training, 600),
+}
 
 
-def check(parts: dict[str, Callable[[], dict]], report: dict, save: Callable[[dict], object]) -> dict:
-    """Runs parts and enters what they return, or how they failed, into the report; saves it after each."""
+def check(
+    parts: Mapping[str, Part], report: dict, save: Callable[[dict], object], *, quick: bool = False
+) -> dict:
+    """Runs parts, enters what they find or how they failed into the report, and saves that as it changes."""
     for name, part in parts.items():
         print(f"{name} ...", flush=True)
         start = time.monotonic()
-        outcome: dict[str, Any]
-        try:
-            outcome = {"result": part()}
-        except (PartError, OSError) as error:
-            outcome = {"failed": str(error)}
-        report[name] = {"seconds": round(time.monotonic() - start, 1), **outcome}
+        seconds = part.quick_seconds if quick and part.quick_seconds is not None else part.seconds
+        outcome: dict[str, Any] = {"failed": "was not finished"}
+        report[name] = outcome
+
+        def enter(found: dict, outcome: dict = outcome, start: float = start) -> None:
+            if found != outcome.get("result"):
+                outcome["result"] = found
+                outcome["seconds"] = round(time.monotonic() - start, 1)
+                save(report)
+
         save(report)
-        print(
-            f"{name}: {'FAILED' if 'failed' in outcome else 'done'} in {report[name]['seconds']} s",
-            flush=True,
-        )
+        try:
+            outcome["result"] = part.run(Job(quick, start + seconds, enter))
+            del outcome["failed"]
+        except Exception as error:  # whatever it is, the other parts go on
+            outcome["failed"] = str(error) if isinstance(error, PartError) else repr(error)
+        outcome["seconds"] = round(time.monotonic() - start, 1)
+        save(report)
+        how = "FAILED" if "failed" in outcome else "done"
+        print(f"{name}: {how} in {outcome['seconds']} s", flush=True)
     return report
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("json", None, "File to write to, and to go on with.", required=True)
-    flags.DEFINE_list("parts", list(PARTS), "Parts to run.")
+    flags.DEFINE_list("parts", None, "Parts to run; by default all, or all that --quick has.")
+    flags.DEFINE_bool("quick", False, "Do the least, within 8 minutes.")
 
 
 def main() -> None:
     """Runs the parts, and exits with an error if one failed."""
-    if unknown := set(flags.FLAGS.parts) - set(PARTS):
+    values = flags.FLAGS
+    usual = [name for name, part in PARTS.items() if not values.quick or part.quick_seconds is not None]
+    names = usual if values.parts is None else values.parts
+    if unknown := set(names) - set(PARTS):
         raise app.UsageError(f"--parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    path = Path(flags.FLAGS.json)
+    path = Path(values.json)
     report = json.loads(path.read_text()) if path.exists() else {}
-    parts = {name: PARTS[name] for name in flags.FLAGS.parts}
-    check(parts, report, lambda report: path.write_text(json.dumps(report, indent=2) + "\n"))
-    failed = [name for name in parts if "failed" in report[name]]
+
+    def save(report: dict) -> None:  # a file that is whole at any time
+        beside = path.with_name(f"{path.name}.new")
+        beside.write_text(json.dumps(report, indent=2) + "\n")
+        beside.replace(path)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that no process is left behind
+    check({name: PARTS[name] for name in names}, report, save, quick=values.quick)
+    failed = [name for name in names if "failed" in report[name]]
     failed += ["tests"] if report.get("tests", {}).get("result", {}).get("failed") else []
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; see {path}")

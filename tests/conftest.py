@@ -13,6 +13,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +24,22 @@ jax.config.update(
 # Compilation makes the first example of a shape slow, hence no deadline.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "bit_for_bit: compares training runs bit for bit: not on a GPU")
+    config.addinivalue_line("markers", "plan_for_cpus: checks what memory XLA plans for a program on a CPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what a GPU may fail without anything being wrong."""
+    reasons = {
+        "bit_for_bit": "a GPU takes sums of the gradient of x in any order, and training repeats roughly",
+        "plan_for_cpus": "XLA plans other temporaries for a GPU",
+    }
+    marked = [
+        (item, reason) for name, reason in reasons.items() for item in items if item.get_closest_marker(name)
+    ]
+    if marked and jax.default_backend() != "cpu":
+        for item, reason in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -64,6 +64,7 @@ def test_readme():
     assert blocks_of("docs/estimator.md")[0] in blocks_of("README.md")
 
 
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 def test_many_devices():
     names = run("docs/many_devices.md", {"texts": TEXTS, "labels": [[text.split()[-1]] for text in TEXTS]})
     assert names["classifier"].predict(["the dog"], k=1).labels.tolist() == [["dog"]]

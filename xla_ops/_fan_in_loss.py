@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from xla_ops import _native
 from xla_ops._arguments import check_connections, check_dtype, check_values
 from xla_ops._fan_in_matmul import fan_in_matmul_reference
-from xla_ops._inputs import SparseInputs, check_sparse, in_features
+from xla_ops._inputs import SparseInputs, check_sparse, gradient_of, in_features
 
 LOSSES = ("squared_hinge", "bce")
 
@@ -32,7 +32,8 @@ def fan_in_loss(
     Labels are taken in blocks through logits, loss and all gradients, so that neither logits nor their
     gradient [B, L] exist, forward or backward; and where the squared hinge has no gradient the backward
     products are skipped. Differentiable (reverse mode, once) in x, kernel and bias. Results repeat bit for
-    bit on the same machine with the same number of threads; on a GPU all but the gradient of x do.
+    bit on the same machine with the same number of threads; on a GPU all but the gradient of x do. Where
+    nothing is differentiated in x, that is left out. Under `jax.checkpoint` both passes compute gradients.
 
     Args:
       x: [B, D], float32 or bfloat16.
@@ -123,15 +124,25 @@ def _loss(attributes, *operands):
 
 
 def _loss_fwd(attributes, *operands):
+    wants_d_x = operands[0].perturbed
+    operands = tuple(operand.value for operand in operands)
     x, _, _, _, kernel, _, bias, _ = operands
-    results = [_SCALAR, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))]
-    value, *gradients = _native.call("xla_ops.fan_in_loss.gradients", results, *operands, **dict(attributes))
-    return value, gradients
+    results = [
+        _SCALAR,
+        gradient_of(x, wants_d_x),
+        *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (kernel, bias)),
+    ]
+    value, d_x, *of_layer = _native.call(
+        "xla_ops.fan_in_loss.gradients", results, *operands, **dict(attributes)
+    )
+    return value, (d_x if wants_d_x else None, *of_layer)
 
 
 def _loss_bwd(attributes, gradients, d_value):
-    d_x, d_kernel, d_bias = ((d_value * g.astype(jnp.float32)).astype(g.dtype) for g in gradients)
+    d_x, d_kernel, d_bias = (
+        g if g is None else (d_value * g.astype(jnp.float32)).astype(g.dtype) for g in gradients
+    )
     return d_x, None, None, None, d_kernel, None, d_bias, None
 
 
-_loss.defvjp(_loss_fwd, _loss_bwd, optimize_remat=True)
+_loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)

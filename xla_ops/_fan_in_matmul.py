@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from xla_ops import _native
 from xla_ops._arguments import check_connections, check_values
-from xla_ops._inputs import SparseInputs, check_sparse, in_features, with_sparse
+from xla_ops._inputs import SparseInputs, check_sparse, gradient_of, in_features, with_sparse
 
 
 def fan_in_matmul(
@@ -85,19 +85,27 @@ def _matmul(num_columns, x, rows, columns, values, kernel, indices, bias):
 
 
 def _matmul_fwd(num_columns, *operands):
-    return _forward(num_columns)(*operands), operands
+    # What is asked for is told by a structure, () or None, which is known when the backward pass is traced.
+    asked_for_d_x = () if operands[0].perturbed else None
+    operands = tuple(operand.value for operand in operands)
+    return _forward(num_columns)(*operands), (asked_for_d_x, operands)
 
 
-def _matmul_bwd(num_columns, operands, dy):
+def _matmul_bwd(num_columns, residuals, dy):
+    asked_for_d_x, operands = residuals
+    wants_d_x = asked_for_d_x is not None
     x, _, _, _, kernel, _, bias = operands
-    results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, bias))
+    results = (
+        gradient_of(x, wants_d_x),
+        *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (kernel, bias)),
+    )
     d_x, d_kernel, d_bias = _native.call(
         "xla_ops.fan_in_matmul.gradients", results, *operands[:-1], dy, num_columns=num_columns
     )
-    return d_x, None, None, None, d_kernel, None, d_bias
+    return (d_x if wants_d_x else None), None, None, None, d_kernel, None, d_bias
 
 
-_matmul.defvjp(_matmul_fwd, _matmul_bwd, optimize_remat=True)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
 @functools.cache

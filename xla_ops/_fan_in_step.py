@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from xla_ops import _native
 from xla_ops._arguments import adam_rates, check_dtype, check_rate, check_shape, next_step, rounding_key
 from xla_ops._fan_in_loss import check_loss
-from xla_ops._inputs import SparseInputs
+from xla_ops._inputs import SparseInputs, gradient_of
 
 
 class AdamState(NamedTuple):
@@ -54,7 +54,8 @@ def fan_in_adam_step(
     epsilon: float = 1e-7,
     num_labels: int | None = None,
     sparse: SparseInputs | None = None,
-) -> tuple[Array, Array, Array, Array | None, AdamState]:
+    wants_d_x: bool = True,
+) -> tuple[Array, Array | None, Array, Array | None, AdamState]:
     """One step of Adam on `fan_in_loss`, in one sweep over the labels: the kernel's gradient is never held.
 
     Gives what `fan_in_loss`, `jax.grad` and `optax.adam(learning_rate, b1, b2, eps=epsilon)` give, to within
@@ -70,10 +71,11 @@ def fan_in_adam_step(
       learning_rate: float32 scalar.
       b1, b2: the decay rates of the moments.
       epsilon: added to the root of the second moment; by default the paper's framework's.
+      wants_d_x: whether the gradient with respect to x is used. What is left out costs nothing.
 
     Returns:
-      The loss (of the weights before the step), its gradient with respect to x [B, D], and the new kernel,
-      bias and state.
+      The loss (of the weights before the step), its gradient with respect to x [B, D], or None unless
+      `wants_d_x`, and the new kernel, bias and state.
 
     Raises:
       TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
@@ -94,7 +96,8 @@ def fan_in_adam_step(
         moments.append(moment)
     rates = adam_rates(learning_rate, count, b1, b2)
     operands = _native.varying(*inputs, *moments, rates)
-    results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias, *moments))]
+    like_layer = (_like(a) for a in (kernel, bias, *moments))
+    results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), *like_layer]
     value, d_x, kernel, new_bias, *moments = _native.call(
         "xla_ops.fan_in_step.adam",
         results,
@@ -106,9 +109,10 @@ def fan_in_adam_step(
         epsilon=np.float32(epsilon),
     )
     mu_kernel, nu_kernel, mu_bias, nu_bias = moments
+    of_x = d_x if wants_d_x else None
     if state.mu_bias is None:
-        return value, d_x, kernel, None, AdamState(count, mu_kernel, nu_kernel, None, None)
-    return value, d_x, kernel, new_bias, AdamState(count, mu_kernel, nu_kernel, mu_bias, nu_bias)
+        return value, of_x, kernel, None, AdamState(count, mu_kernel, nu_kernel, None, None)
+    return value, of_x, kernel, new_bias, AdamState(count, mu_kernel, nu_kernel, mu_bias, nu_bias)
 
 
 def fan_in_sgd_step(
@@ -125,7 +129,8 @@ def fan_in_sgd_step(
     first_label: ArrayLike = 0,
     num_labels: int | None = None,
     sparse: SparseInputs | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
+    wants_d_x: bool = True,
+) -> tuple[Array, Array | None, Array, Array | None]:
     """One step of SGD without momentum on `fan_in_loss`, in one sweep over the labels.
 
     `kernel -= learning_rate * gradient`, and the same for the bias: no moments, and the kernel's gradient is
@@ -145,10 +150,11 @@ def fan_in_sgd_step(
       step: uint32 or int32 scalar, the number of the step; each must have its own.
       first_label: integer scalar, the number of the first label where these are a part of `num_labels`, so
         that their weights are rounded as in the whole layer.
+      wants_d_x: as for `fan_in_adam_step`.
 
     Returns:
-      The loss (of the weights before the step), its gradient with respect to x [B, D], the new kernel and
-      bias.
+      The loss (of the weights before the step), its gradient with respect to x [B, D], or None unless
+      `wants_d_x`, the new kernel and bias.
 
     Raises:
       TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
@@ -161,7 +167,7 @@ def fan_in_sgd_step(
     x, _, _, _, kernel, _, bias, _ = inputs
     rate, key = check_rate(learning_rate), rounding_key(seed, step, first_label)
     operands = _native.varying(*inputs, rate, key)
-    results = [jax.ShapeDtypeStruct((), jnp.float32), *(_like(a) for a in (x, kernel, bias))]
+    results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), _like(kernel), _like(bias)]
     value, d_x, kernel, bias = _native.call(
         "xla_ops.fan_in_step.sgd",
         results,
@@ -169,7 +175,7 @@ def fan_in_sgd_step(
         aliases={4: 2, 6: 3},
         **attributes,
     )
-    return value, d_x, kernel, bias if has_bias else None
+    return value, d_x if wants_d_x else None, kernel, bias if has_bias else None
 
 
 def _like(array: Array) -> jax.ShapeDtypeStruct:

@@ -70,6 +70,11 @@ def check_sparse(sparse: SparseInputs | None, x: Array) -> tuple[tuple[Array, Ar
     return (rows, columns, _constant(values)), np.int64(sparse.num_columns)
 
 
+def gradient_of(x: Array, wanted: bool) -> jax.ShapeDtypeStruct:
+    """The result of a handler for the gradient of x [B, D]: of no elements where nobody asks for it."""
+    return jax.ShapeDtypeStruct(x.shape if wanted else (0, 0), x.dtype)
+
+
 def with_sparse(x: ArrayLike, sparse: SparseInputs | None) -> Array:
     """All inputs [..., D + C] in one array, for references."""
     x = jnp.asarray(x)

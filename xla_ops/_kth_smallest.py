@@ -19,7 +19,7 @@ _HANDLER = "xla_ops.kth_smallest"
 def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
     """The k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
 
-    On a CPU, two counting passes over x, without temporaries; elsewhere `kth_smallest_magnitude_reference`.
+    Two counting passes over x on a CPU, three on a GPU, without temporaries of its size.
 
     Args:
       x: array of any shape, float32 or bfloat16, without NaN.
@@ -42,15 +42,22 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
         return kth_smallest_magnitude_reference(x, k, axes=axes)
     _native.register()
 
-    def native(x):
+    def native(x, workspace=()):
         mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(x).manual_axis_type
         whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
-        result = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole, manual_axis_type=axis_type)
-        return jax.ffi.ffi_call(_HANDLER, result, vmap_method="sequential")(x, k=np.int64(k))
+        types = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=axis_type)
+            for shape, dtype in [((), jnp.float32), *workspace]
+        ]
+        return jax.ffi.ffi_call(_HANDLER, types, vmap_method="sequential")(x, k=np.int64(k))[0]
 
     def on_any_platform(x):
-        reference = functools.partial(kth_smallest_magnitude_reference, k=k)
-        return (jax.lax.platform_dependent(x, cpu=native, default=reference),)
+        if (cuda := _native.cuda()) is None:
+            reference = functools.partial(kth_smallest_magnitude_reference, k=k)
+            return (jax.lax.platform_dependent(x, cpu=native, default=reference),)
+        size = cuda.workspace_bytes(_HANDLER, x.dtype == jnp.bfloat16, *[0] * 7)
+        on_cuda = functools.partial(native, workspace=[((size,), jnp.uint8)])
+        return (jax.lax.platform_dependent(x, cuda=on_cuda, default=native),)
 
     return partitioned(_HANDLER, [jax.ShapeDtypeStruct((), jnp.float32)], lambda _: on_any_platform, x)[0]
 

@@ -1,71 +1,344 @@
-"""Times `xla_ops.fan_in_matmul` on a GPU at the size of Amazon-670K, against floors and other formulations.
+"""Times what users run on a GPU at the size of Amazon-670K, beside floors and other formulations.
 
-For each shape: ours forward, and both gradients together at three densities of the gradient of the logits;
-then forward alone and forward with gradients, of ours and of the formulations of `measure.problems`
-(plain gathers, BCOO and BCSR, which use cuSPARSE), and of a dense layer with as many multiplications.
+For each op, shape, dtype and density of the gradient of the logits a row: ours, and, at one shape of each op,
+other ways to compute the same in JAX. An op in place (`adam_step`, `sgd_step`, `dense_step`) goes on from its
+last result; its rate is so low that the density stays. `training_step` is a step of `Trainer`, as `run` takes
+it, with a penultimate layer of --inputs units.
 
-A floor is the time that moving the bytes takes at the least, whichever takes longer: each operand and
-result once through memory, at the bandwidth of a copy measured here; or the rows that the connections
-gather, out of the second-level cache or, where a tile of the features fits in there, out of shared memory,
-at bandwidths that --l2_tb_per_second and --shared_tb_per_second assume.
+Floors are those of `experiments.measure.gpu_floors`, at the bandwidth of a copy that is measured here, and at
+those of the second-level cache and of shared memory that flags assume.
 """
 
 import functools
 import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax import Array
+from scipy import stats
 
-from xla_ops import fan_in_matmul
+import xla_ops
+from sparse_xmc.losses import squared_hinge
 
-from .. import prepare, program
-from . import clock, environment, problems
-from .ops import PASSES, compile_contenders, speedup
-from .problems import Contender, Problem, Shape
+from .. import program
+from . import clock, environment, gpu_floors, problems, workloads
+from .gpu_floors import Bandwidths
+from .ops import compile_contenders
+from .problems import Shape
 
-BATCHES = (32, 128, 512)
-INPUTS = (768, 32_768)
+OPS = (
+    "forward",
+    "gradients",
+    "loss",
+    "adam_step",
+    "sgd_step",
+    "top_k",
+    "dense_step",
+    "kth_smallest",
+    "training_step",
+)
+BATCHES = (32, 256)
+INPUTS = (32_768, 768)
 FAN_INS = (32, 64)
+DENSITIES = (1.0, 0.1, 0.01, 0.0)
 DTYPES = ("float32", "bfloat16")
-DENSITIES = (1.0, 0.1, 0.01)
+_K = 5
+_RATE = 1e-6
+_POSITIVES = 8  # of an example
 _COPY_BYTES = 1 << 30
-_CALLS_PER_ROUND = 5
-_TILE = 32  # examples in a tile of the kernels
+_CALLS_PER_ROUND = 10
 
 
-class Bandwidths(NamedTuple):
-    """In bytes per second. `shared_bytes` is the most shared memory that a block can have."""
+class Case(NamedTuple):
+    """What a row is of. `dtype` is that of the weights; of `dense_step`, of the moments."""
 
-    memory: float
-    l2: float
-    shared: float
-    shared_bytes: int
+    op: str
+    shape: Shape
+    dtype: str
+    index_dtype: str
+
+    @property
+    def mode(self) -> str:
+        """How `training_step` trains."""
+        return "adam" if self.dtype == "float32" else "lean"
 
 
-def memory_bytes(shape: Shape, dtype) -> int:
-    """The bytes of the operands and the result of the forward pass, each once."""
-    value, index = jnp.dtype(dtype).itemsize, 2 if shape.inputs <= 65_536 else 4
-    connections = shape.labels * shape.fan_in
-    return (
-        connections * (value + index) + (shape.labels + shape.batch * (shape.inputs + shape.labels)) * value
+def _case(op: str, shape: Shape, dtype: str = "float32") -> Case:
+    return Case(op, shape, dtype, xla_ops.index_dtype(shape.inputs).__name__)
+
+
+def cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
+    """All cases; the first values are the usual ones, and of the others one is changed at a time."""
+    for op, n, dtype in itertools.product(OPS, inputs, DTYPES):
+        if op == "adam_step" and dtype != "float32":
+            continue
+        shape = Shape(labels, n, fan_ins[0], batches[0])
+        if op in ("dense_step", "kth_smallest"):
+            yield _case(op, shape, dtype)
+            continue
+        densities = {"forward": (1.0,), "top_k": (1.0,), "training_step": (1.0, 0.0)}.get(op, DENSITIES)
+        yield from (_case(op, shape._replace(density=d), dtype) for d in densities)
+        if op == "training_step":
+            continue
+        shape = shape._replace(density=1.0 if 0.01 not in densities else 0.01)
+        yield from (_case(op, shape._replace(batch=b), dtype) for b in batches[1:])
+        yield from (_case(op, shape._replace(fan_in=f), dtype) for f in fan_ins[1:])
+        if n == inputs[0]:
+            yield Case(op, shape, dtype, "int32")
+
+
+def quick_cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
+    """A case or two of each op."""
+    shape = Shape(labels, inputs[0], fan_ins[0], batches[0])
+    low, small = shape._replace(density=0.01), shape._replace(inputs=inputs[-1])
+    yield from (_case("forward", s, dtype) for s, dtype in ((shape, "float32"), (small, "bfloat16")))
+    yield from (_case("gradients", s, dtype) for s in (shape, low) for dtype in DTYPES)
+    yield _case("gradients", small)
+    yield _case("loss", low)
+    yield from (_case("adam_step", s) for s in (shape, low))
+    yield from (_case(op, low, "bfloat16") for op in ("sgd_step", "top_k", "dense_step", "kth_smallest"))
+    yield from (_case("training_step", shape._replace(density=d)) for d in (1.0, 0.0))
+
+
+# ---- ours ----
+
+
+class Arrays(NamedTuple):
+    """A layer and a batch, on the device."""
+
+    x: Array
+    kernel: Array
+    indices: Array
+    bias: Array
+    positives: Array
+    dy: Array
+
+
+def make_arrays(case: Case) -> Arrays:
+    """Normal logits, whose mean gives the gradient of the squared hinge its density; so is that of `dy`."""
+    labels, inputs, fan_in, batch, density = case.shape
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def normal(key, shape, scale):
+        return (scale * jax.random.normal(key, shape)).astype(case.dtype)
+
+    # A negative with logit s has a gradient where s > -1.
+    mean = -1 + float(stats.norm.ppf(np.clip(density, 1e-9, 0.9999999)))
+    positives = jax.random.randint(next(keys), (batch, _POSITIVES), 0, labels)
+    return Arrays(
+        x=normal(next(keys), (batch, inputs), 1.0),
+        kernel=normal(next(keys), (labels, fan_in), fan_in**-0.5),
+        indices=jax.random.randint(next(keys), (labels, fan_in), 0, inputs).astype(case.index_dtype),
+        bias=jnp.full(labels, mean, case.dtype),
+        positives=_distinct(positives),
+        dy=jnp.where(
+            jax.random.bernoulli(next(keys), density, (batch, labels)),
+            normal(next(keys), (batch, labels), 1.0),
+            jnp.zeros((), case.dtype),
+        ),
     )
 
 
-def gathered_bytes(shape: Shape, dtype) -> int:
-    """The bytes of features that the connections read: a run of the batch each."""
-    return shape.labels * shape.fan_in * shape.batch * jnp.dtype(dtype).itemsize
+def _distinct(positives: Array) -> Array:
+    ordered = jnp.sort(positives, axis=1)
+    return ordered.at[:, 1:].set(jnp.where(ordered[:, 1:] == ordered[:, :-1], -1, ordered[:, 1:]))
 
 
-def floor_seconds(shape: Shape, dtype, bandwidths: Bandwidths) -> float:
-    """The least time of the forward pass; that of both gradients is counted as twice as long."""
-    tile_bytes = (shape.inputs + 1) * _TILE * jnp.dtype(dtype).itemsize
-    cache = bandwidths.shared if tile_bytes <= bandwidths.shared_bytes else bandwidths.l2
-    return max(memory_bytes(shape, dtype) / bandwidths.memory, gathered_bytes(shape, dtype) / cache)
+def _gradients(x, kernel, indices, bias, dy):
+    _, vjp = jax.vjp(lambda x, kernel, bias: xla_ops.fan_in_matmul(x, kernel, indices, bias), x, kernel, bias)
+    return vjp(dy)  # nothing of this needs the result, so that XLA leaves the forward pass out
+
+
+def _in_place(step: Callable, *state) -> Callable[[], Any]:
+    """A function of no arguments that goes on from its last result; `step` returns (the rest, new state)."""
+    compiled = jax.jit(step, donate_argnums=tuple(range(len(state))))
+    held = [state]
+
+    def call():
+        rest, held[0] = compiled(*held[0])
+        return rest, held[0]
+
+    return call
+
+
+def our_call(case: Case) -> Callable[[], Any]:
+    """The op as a function of no arguments."""
+    if case.op == "dense_step":
+        return _dense_step(case, xla_ops.dense_adam_step)
+    if case.op == "training_step":
+        return _training_step(case)
+    x, kernel, indices, bias, positives, dy = make_arrays(case)
+    match case.op:
+        case "forward":
+            return functools.partial(jax.jit(xla_ops.fan_in_matmul), x, kernel, indices, bias)
+        case "gradients":
+            return functools.partial(jax.jit(_gradients), x, kernel, indices, bias, dy)
+        case "loss":
+            loss = jax.jit(jax.value_and_grad(xla_ops.fan_in_loss, argnums=(0, 1, 3)))
+            return functools.partial(loss, x, kernel, indices, bias, positives)
+        case "adam_step":
+            # Moments are not 0, as under way in training.
+            state = xla_ops.adam_init(kernel, bias)
+            state = jax.tree.map(lambda a: a + jnp.asarray(1e-8, a.dtype) if a.ndim else a + 1000, state)
+
+            def adam(kernel, bias, state):
+                loss, d_x, *new = xla_ops.fan_in_adam_step(x, kernel, indices, bias, positives, state, _RATE)
+                return (loss, d_x), tuple(new)
+
+            return _in_place(adam, kernel, bias, state)
+        case "sgd_step":
+
+            def sgd(kernel, bias, step):
+                options = {"seed": 1, "step": step}
+                loss, d_x, *new = xla_ops.fan_in_sgd_step(
+                    x, kernel, indices, bias, positives, _RATE, **options
+                )
+                return (loss, d_x), (*new, step + 1)
+
+            return _in_place(sgd, kernel, bias, jnp.int32(0))
+        case "top_k":
+            return functools.partial(
+                jax.jit(xla_ops.fan_in_top_k, static_argnums=4), x, kernel, indices, bias, _K
+            )
+        case "kth_smallest":
+            kth = jax.jit(xla_ops.kth_smallest_magnitude, static_argnums=1)
+            return functools.partial(kth, kernel, kernel.size // 10)
+    raise ValueError(f"no such op: {case.op!r}")
+
+
+def _dense_step(case: Case, update: Callable) -> Callable[[], Any]:
+    """Updates a kernel [features, D] in place, D the inputs of the output layer."""
+    features, width, batch = workloads.NUM_FEATURES, case.shape.inputs, case.shape.batch
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy = jax.random.normal(keys[0], (batch, features)), jax.random.normal(keys[1], (batch, width))
+    kernel = jax.random.normal(keys[2], (features, width))
+    state = xla_ops.dense_adam_init(kernel, jnp.dtype(case.dtype))
+
+    def step(kernel, state):
+        return (), update(x, dy, kernel, state, _RATE)
+
+    return _in_place(step, kernel, state)
+
+
+def _training_step(case: Case, *arguments: str) -> Callable[[], Any]:
+    labels, width, fan_in, batch, density = case.shape
+    network = workloads.NETWORKS[0]._replace(labels=labels, penultimate=width, fan_in=fan_in)
+    trainer = network.trainer(
+        case.mode, f"--batch_size={batch}", f"--output_bias={-2.0 if density == 0 else 0.0}"
+    )
+    batches = workloads.make_batches(labels, network.labels_per_point, network.features, count=4, size=batch)
+    step = workloads.stepper(trainer, batches, _RATE)
+    jax.block_until_ready(step())  # the first is followed by a rewiring
+    return step
+
+
+# ---- others ----
+
+
+def other_calls(case: Case) -> dict[str, Callable[[], Any]]:
+    """Other formulations of what `our_call` does, by name."""
+    if case.op in ("forward", "gradients"):
+        problem = problems.fan_in_matmul(case.shape, jnp.dtype(case.dtype), np.random.default_rng(0))
+        compiled, _ = compile_contenders(problem)
+        wanted = "forward" if case.op == "forward" else "forward+backward"
+        ours = next(iter(problem.contenders))
+        return {
+            name if case.op == "forward" else f"{name}, with the forward pass": call
+            for (name, pass_name), call in compiled.items()
+            if pass_name == wanted and (name != ours or case.op == "gradients")
+        } | {"dense layer of as many products": _dense_layer(case)}
+    if case.op == "dense_step":
+        return {"product, then update": _dense_step(case, _dense_adam)}
+    if case.op not in ("loss", "top_k"):
+        return {}
+    x, kernel, indices, bias, positives, _ = make_arrays(case)
+    if case.op == "top_k":
+
+        def top_k(x, kernel, indices, bias):
+            return jax.lax.top_k(xla_ops.fan_in_matmul(x, kernel, indices, bias), _K)
+
+        return {"fan_in_matmul, then top_k": functools.partial(jax.jit(top_k), x, kernel, indices, bias)}
+
+    def loss(x, kernel, bias):
+        logits = xla_ops.fan_in_matmul(x, kernel, indices, bias)
+        return squared_hinge(logits.astype(jnp.float32), positives)
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    return {"fan_in_matmul, then the loss": functools.partial(gradients, x, kernel, bias)}
+
+
+def _dense_layer(case: Case) -> Callable[[], Any]:
+    """A product with as many multiplications, and, for gradients, both of its gradients."""
+    labels, _, fan_in, batch, _ = case.shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, dy = (
+        jax.random.normal(key, shape, case.dtype)
+        for key, shape in zip(keys, ((batch, fan_in), (labels, fan_in), (batch, labels)), strict=True)
+    )
+    if case.op == "forward":
+        return functools.partial(jax.jit(lambda x, kernel: x @ kernel.T), x, kernel)
+    return functools.partial(jax.jit(lambda x, kernel, dy: (dy @ kernel, dy.T @ x)), x, kernel, dy)
+
+
+def _dense_adam(x, dy, kernel, state, rate):
+    """`xla_ops.dense_adam_step` as XLA does it, and without stochastic rounding."""
+    gradient, count = x.T @ dy, state.count + 1
+    mu = 0.9 * state.mu.astype(jnp.float32) + 0.1 * gradient
+    nu = 0.999 * state.nu.astype(jnp.float32) + 0.001 * gradient**2
+    steps = count.astype(jnp.float32)
+    update = mu / (1 - 0.9**steps) / (jnp.sqrt(nu / (1 - 0.999**steps)) + 1e-7)
+    state = xla_ops.DenseAdamState(count, mu.astype(state.mu.dtype), nu.astype(state.nu.dtype))
+    return kernel - rate * update, state
+
+
+# ---- rows ----
+
+
+def traffic(case: Case) -> gpu_floors.Traffic:
+    """What the op moves at the least."""
+    if case.op == "dense_step":
+        return gpu_floors.dense_step_traffic(workloads.NUM_FEATURES, case.shape.inputs, case.dtype)
+    if case.op == "training_step":
+        return gpu_floors.training_step_traffic(workloads.NUM_FEATURES, case.shape, case.mode)
+    return gpu_floors.traffic(case.op, case.shape, case.dtype, case.index_dtype)
+
+
+def row_of(case: Case, bandwidths: Bandwidths, rounds: int, *, others: bool) -> dict:
+    """Times one case; the row is ready for JSON."""
+    floors = gpu_floors.floor_seconds(traffic(case), case.shape.inputs, case.dtype, bandwidths)
+    head = {"op": case.op, **case.shape._asdict(), "dtype": case.dtype, "indices": case.index_dtype}
+    row = {**head, "floors_seconds": floors}
+    try:
+        call = our_call(case)
+        row["seconds"] = clock.median_seconds(call, rounds, calls_per_round=_CALLS_PER_ROUND)
+        row["over_floor"] = row["seconds"] / floors["floor"]
+        del call  # what it holds
+        if others:
+            failures: dict[str, str] = {}
+            times = clock.interleaved_times(other_calls(case), rounds, seconds=3, failures=failures)
+            row["others_seconds"] = {name: float(np.median(t)) for name, t in times.items()} | failures
+    except Exception as error:  # such as no memory left: the other cases still count
+        row["failed"] = clock.reason(error)
+    return row
+
+
+def table_row(row: dict) -> str:
+    """One row for the terminal, in ms."""
+    what = f"{row['op']:14}{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['density']:5} "
+    what += f"{row['dtype']:9}{row['indices']:7}{row['floors_seconds']['floor'] * 1e3:9.3f}"
+    if "failed" in row:
+        return f"{what} {row['failed']}"
+    times = f"{row['seconds'] * 1e3:9.3f} {row['over_floor']:6.2f}"
+    ran = {name: s for name, s in row.get("others_seconds", {}).items() if isinstance(s, float)}
+    fastest = min(ran, key=lambda name: ran[name], default=None)
+    return f"{what}{times}" + (f"   {ran[fastest] * 1e3:.3f} {fastest}" if fastest else "")
 
 
 def copy_bytes_per_second(rounds: int, size: int = _COPY_BYTES) -> float:
@@ -74,90 +347,15 @@ def copy_bytes_per_second(rounds: int, size: int = _COPY_BYTES) -> float:
     return 2 * size / clock.median_seconds(call, rounds, calls_per_round=_CALLS_PER_ROUND)
 
 
-def _gradients(x, kernel, indices, bias, dy):
-    _, vjp = jax.vjp(lambda x, kernel: fan_in_matmul(x, kernel, indices, bias), x, kernel)
-    return vjp(dy)  # nothing of this needs the result, so that XLA leaves the forward pass out
-
-
-def _dense(x, kernel, bias):
-    return jnp.matmul(x[:, : kernel.shape[1]], kernel.T, preferred_element_type=x.dtype) + bias[None]
-
-
-def measure(shape: Shape, dtype: str, bandwidths: Bandwidths, rounds: int) -> dict:
-    """Times one shape; the returned row is ready for JSON."""
-    rng = np.random.default_rng(0)
-    problem = problems.fan_in_matmul(shape, jnp.dtype(dtype), rng)
-    x, kernel, bias = problem.values
-    cotangent = problem.cotangent
-    assert cotangent is not None  # only losses have none
-    (indices,) = next(iter(problem.contenders.values())).constants
-    floor = floor_seconds(shape, dtype, bandwidths)
-
-    def median(function, *arguments):
-        call = functools.partial(jax.jit(function), *arguments)
-        return clock.median_seconds(call, rounds, calls_per_round=_CALLS_PER_ROUND)
-
-    forward = median(fan_in_matmul, x, kernel, indices, bias)
-    gradients = {}
-    for density in DENSITIES:
-        kept = jax.random.bernoulli(jax.random.key(0), density, cotangent.shape)
-        dy = jnp.where(kept, cotangent, jnp.zeros_like(cotangent))
-        gradients[str(density)] = median(_gradients, x, kernel, indices, bias, dy)
-    contenders = _time_all(problem, rounds)
-    dense = _time_all(problem._replace(contenders={"dense": Contender(_dense, ())}), rounds)
-    return {
-        **shape._asdict(),
-        "dtype": dtype,
-        "indices": indices.dtype.name,
-        "memory_bytes": memory_bytes(shape, dtype),
-        "gathered_bytes": gathered_bytes(shape, dtype),
-        "floor_seconds": floor,
-        "forward_seconds": forward,
-        "forward_over_floor": forward / floor,
-        "gradients_seconds": gradients,
-        "gradients_over_twice_the_floor": {d: s / (2 * floor) for d, s in gradients.items()},
-        "contenders": contenders,
-        "speedup": speedups(contenders),
-        "dense_layer_of_equal_flops": dense["dense"],
-    }
-
-
-def _time_all(problem: Problem, rounds: int) -> dict[str, dict[str, float | str]]:
-    """The seconds of each contender's passes, or why there are none."""
-    compiled, failures = compile_contenders(problem)
-    times = clock.interleaved_times(compiled, rounds, calls_per_round=_CALLS_PER_ROUND, failures=failures)
-    outcomes = {key: float(np.median(t)) for key, t in times.items()} | failures
-    return {name: {p: outcomes[name, p] for p in PASSES} for name in problem.contenders}
-
-
-def speedups(contenders: dict[str, dict[str, float | str]]) -> dict:
-    """For each pass, the fastest contender other than the first, which is ours, over ours."""
-    ours = next(iter(contenders))
-    found = {}
-    for pass_name in contenders[ours]:
-        ran = {name: s for name, of in contenders.items() if isinstance(s := of[pass_name], float)}
-        if over := speedup(ours, ran):
-            found[pass_name] = over
-    return found
-
-
-def table_row(row: dict) -> str:
-    """One row for the terminal."""
-    gradients = " ".join(f"{s * 1e3:8.3f}" for s in row["gradients_seconds"].values())
-    speedup = "".join(f"  {s['ratio']:.1f}x {s['over']}" for s in row["speedup"].values())
-    forward = f"{row['floor_seconds'] * 1e3:8.3f} {row['forward_seconds'] * 1e3:8.3f}"
-    return (
-        f"{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['dtype']:9}{forward} {gradients}{speedup}"
-    )
-
-
 def _define_flags() -> None:
-    flags.DEFINE_integer("labels", prepare.DATASETS["Amazon-670K"].labels, "Number of labels.", lower_bound=1)
+    flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
     flags.DEFINE_multi_integer("batch", list(BATCHES), "Examples in the batch.")
-    flags.DEFINE_multi_integer("inputs", list(INPUTS), "Input features.")
-    flags.DEFINE_multi_integer("fan_in", list(FAN_INS), "Connections per label.")
-    flags.DEFINE_float("l2_tb_per_second", 5.0, "Assumed: what an H100's second-level cache delivers.")
-    flags.DEFINE_float("shared_tb_per_second", 28.0, "Assumed: what an H100's shared memory delivers.")
+    flags.DEFINE_multi_integer("inputs", list(INPUTS), "Inputs of the output layer.")
+    flags.DEFINE_multi_integer("connections", list(FAN_INS), "Connections per label.")
+    flags.DEFINE_multi_enum("op", list(OPS), list(OPS), "What to time.")
+    flags.DEFINE_bool("quick", False, "A row or two of each op, without other formulations.")
+    flags.DEFINE_float("l2_tb_per_second", 5.5, "Assumed: what an H100's second-level cache delivers.")
+    flags.DEFINE_float("shared_tb_per_second", 29.6, "Assumed: what an H100's shared memory delivers.")
     flags.DEFINE_integer("shared_kib", 227, "Shared memory that a block can have.")
     flags.DEFINE_integer("copy_bytes", _COPY_BYTES, "The size of the array that is copied.")
     flags.DEFINE_integer("rounds", 7, "Rounds of each measurement.", lower_bound=1)
@@ -175,16 +373,19 @@ def main() -> None:
     )
     rows: list[dict] = []
     report = {"bytes_per_second": bandwidths._asdict(), "rows": rows, "environment": environment.describe()}
-    densities = " ".join(f"at {d:5}" for d in DENSITIES)
-    print(f"ms: batch inputs fan-in dtype  floor  forward  gradients {densities}")
-    for inputs, batch, fan_in, dtype in itertools.product(values.inputs, values.batch, values.fan_in, DTYPES):
-        shape = Shape(values.labels, inputs, fan_in, batch)
-        try:
-            row = measure(shape, dtype, bandwidths, values.rounds)
-            print(table_row(row), flush=True)
-        except Exception as error:  # such as no memory left: the other shapes still count
-            row = {**shape._asdict(), "dtype": dtype, "failed": clock.reason(error)}
-            print(row, flush=True)
+    print(
+        "op, batch, inputs, connections, density, dtype, indices; ms: floor, ours, in floors, fastest other"
+    )
+    chosen = quick_cases if values.quick else cases
+    first = set()  # cases of an op and a dtype: the first one is beside others
+    for case in chosen(values.labels, values.batch, values.inputs, values.connections):
+        if case.op not in values.op:
+            continue
+        row = row_of(
+            case, bandwidths, values.rounds, others=not values.quick and (case.op, case.dtype) not in first
+        )
+        first.add((case.op, case.dtype))
+        print(table_row(row), flush=True)
         rows.append(row)
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -232,6 +232,7 @@ class FixedFanInHead(LayeredHead):
         own = self.own_positives(inputs.positives)
         arguments = (inputs.x.astype(kernel.dtype), kernel, layer.indices[...], bias, own)
         options: dict[str, Any] = {"loss": training.loss, "num_labels": self.labels_of_all, "sparse": words}
+        options["wants_d_x"] = inputs.wants_d_x
         rate = training.output_rate * inputs.learning_rate
         mu, nu = {}, {}
         if training.output_optimizer == "adam":
@@ -250,7 +251,7 @@ class FixedFanInHead(LayeredHead):
         layer.kernel.set_value(kernel)
         if layer.bias is not None:
             layer.bias.set_value(bias)
-        return loss, d_x.astype(inputs.x.dtype), (mu, nu)
+        return loss, jnp.zeros(0) if d_x is None else d_x.astype(inputs.x.dtype), (mu, nu)
 
     def check_rewiring(self, config):
         if (self.num_words or self.reads_features) and config.growth != "active":

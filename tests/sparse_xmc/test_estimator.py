@@ -86,6 +86,7 @@ def test_matrices(features, labels):
     assert predicted.dtype == (object if labels == "names" else np.int64)
 
 
+@pytest.mark.bit_for_bit
 @pytest.mark.parametrize("convert", [np.asarray, scipy.sparse.csr_array])
 @pytest.mark.parametrize("penultimate", [0, 32])
 def test_the_scale_of_features_does_not_matter(convert, penultimate):
@@ -110,6 +111,7 @@ def test_conventions_of_scikit_learn():
         classifier.set_params(fanin=3)
 
 
+@pytest.mark.bit_for_bit
 def test_the_same_seed_gives_the_same_classifier():
     texts, labels = make_points()
     options = SMALL | {"epochs": 3}

@@ -80,6 +80,7 @@ def test_validation_is_recorded():
     assert {name: records[-1][name] for name in metrics} == metrics
 
 
+@pytest.mark.bit_for_bit
 @pytest.mark.parametrize(("schedule", "stopped_after"), [("linear", 7), ("plateau", 10), ("plateau", 13)])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, schedule, stopped_after):
     train, validation = make_dataset(), make_dataset(seed=5)
@@ -180,6 +181,7 @@ def test_progress_is_a_line_for_each_epoch(capsys):
     assert math.isfinite(records[0]["seconds"])
 
 
+@pytest.mark.bit_for_bit
 def test_it_stops_when_asked_and_goes_on(tmp_path):
     whole = new_trainer(epochs=3)
     expected = fit(whole, make_dataset())

@@ -83,6 +83,7 @@ def test_moments_are_zeroed_where_a_connection_moves(labels):
         np.testing.assert_array_equal(a, np.where(moved, 0, b))
 
 
+@pytest.mark.plan_for_cpus
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rewiring_in_place_makes_nothing_of_the_layers_size_but_the_mask(dtype):
     @functools.partial(jax.jit, donate_argnums=(1, 2, 3, 4))
@@ -206,6 +207,7 @@ def test_labels_of_the_batch_move_to_inputs_active_in_their_points(fan_in, in_fe
     np.testing.assert_array_equal(results[3][1] == 0, moved)
 
 
+@pytest.mark.plan_for_cpus
 @pytest.mark.parametrize(("dtype", "mask"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
 def test_moving_in_place_towards_active_inputs_copies_no_layer(dtype, mask):
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2, 3))

@@ -60,12 +60,14 @@ def call(program, directory, op, arrays, results, device, *more):
 
     Returns `results`, which are given as (name, shape, dtype).
     """
-    call_for_workspace(program, directory, op, arrays, device, *more)
+    call_for_counts(program, directory, op, arrays, device, *more)
     return [np.fromfile(directory / name, dtype).reshape(shape) for name, shape, dtype in results]
 
 
-def call_for_workspace(program, directory, op, arrays, device, *more):
-    """The same, but returns how many bytes of workspace the launcher took, all that it was given."""
+def call_for_counts(program, directory, op, arrays, device, *more):
+    """The same, but returns the bytes of workspace that the launcher took, all that it was given, and how
+    often threads added to floats atomically.
+    """
     sparse = arrays.get("sparse")
     arrays = {name: a for name, a in arrays.items() if name != "sparse"}
     arrays |= dict.fromkeys(("rows", "columns", "values")) if sparse is None else vars(sparse)
@@ -78,7 +80,7 @@ def call_for_workspace(program, directory, op, arrays, device, *more):
     numbers = map(str, [batch, in_features, labels, fan_in, columns, *device, *more])
     finished = subprocess.run([program, op, directory, *dtypes, *numbers], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    return int(finished.stdout)
+    return tuple(map(int, finished.stdout.split()))
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +109,7 @@ SHAPES = pytest.mark.parametrize(
     [
         (1, 7, 1, 1),
         (31, 50, 67, 3),
+        (3, 20, 67, 5),  # three weights are left when all fours have been taken
         (32, 33, 64, 32),
         (33, 64, 129, 64),
         (257, 40, 70, 33),
@@ -141,7 +144,8 @@ def check_workspaces(program, tmp_path, problem, sparse=None):
         entries = () if sparse is None else (sparse.rows, sparse.columns, sparse.values)
         columns = None if sparse is None else sparse.num_columns
         asked = _native.cuda_workspace(f"xla_ops.{op}", results, columns, problem.x, *entries, problem.kernel)
-        assert call_for_workspace(program, tmp_path, op, arrays, SMALL, *more) == asked.size
+        taken, _ = call_for_counts(program, tmp_path, op, arrays, SMALL, *more)
+        assert taken == asked.size
 
 
 NEEDS_CUDA = pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
@@ -243,12 +247,56 @@ def test_matmul_with_zero_gradients(run, dtype, is_zero):
 
 
 @DTYPE
-def test_gradients_with_vector_atomics(run_with_vector_atomics, dtype):
-    problem = matmul.make_problem(70, 40, 130, 35, dtype=dtype)
+@pytest.mark.parametrize("fan_in", [8, 35])
+def test_gradients_with_vector_atomics(run_with_vector_atomics, dtype, fan_in):
+    problem = matmul.make_problem(70, 40, 130, fan_in, dtype=dtype)
+    check_matmul(run_with_vector_atomics, problem, SMALL)
+    problem.dy[np.random.default_rng(0).random(problem.dy.shape) < 0.9] = 0
     check_matmul(run_with_vector_atomics, problem, SMALL)
     problem = loss_test.make_problem(70, 40, 130, 35, dtype=dtype)
     results = check_loss(run_with_vector_atomics, problem, "squared_hinge", SMALL)
     loss_test.assert_matches_brute_force(results, problem, "squared_hinge")
+
+
+@DTYPE
+def test_only_where_there_is_a_gradient_is_anything_added(
+    program, program_with_vector_atomics, tmp_path, dtype
+):
+    problem = matmul.make_problem(33, 20, 70, 9, dtype=dtype)
+    problem = problem._replace(indices=problem.indices.astype(np.int64).clip(0, 19).astype(np.int32))
+    problem.dy[:] = 0
+    problem.dy[13, 66] = problem.dy[15, 66] = problem.dy[32, 66] = (
+        1  # in a quad of one tile, and in another tile
+    )
+    for which, quad in ((program, 4), (program_with_vector_atomics, 1)):
+        _, additions = call_for_counts(which, tmp_path, "fan_in_matmul.gradients", problem._asdict(), SMALL)
+        assert additions == 2 * 9 * quad
+
+
+@DTYPE
+@pytest.mark.parametrize("fan_in", [9, 40])
+def test_without_the_gradient_of_x(program, tmp_path, dtype, fan_in):
+    problem = loss_test.make_problem(70, 20, 130, fan_in, dtype=dtype)
+    arrays = problem._asdict() | {"dy": np.ones((70, 130), dtype), "rates": np.ones(3, np.float32)}
+    arrays["key"] = np.zeros(4, np.uint32)
+    names = ["kernel", "bias"]
+    for op, *more in (
+        ("fan_in_matmul.gradients",),
+        ("fan_in_loss.gradients", 0, problem.positives.shape[1]),
+        ("fan_in_step.sgd", 0, problem.positives.shape[1]),
+    ):
+        kinds = [f"{name}.new" if "step" in op else f"d_{name}" for name in names]
+        results = [
+            (kind, getattr(problem, name).shape, dtype) for kind, name in zip(kinds, names, strict=True)
+        ]
+        (tmp_path / "no_d_x").unlink(missing_ok=True)
+        expected = call(program, tmp_path, op, arrays, results, SMALL, *more)
+        (tmp_path / "no_d_x").touch()
+        for a, b in zip(call(program, tmp_path, op, arrays, results, SMALL, *more), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        (d_x,) = call(program, tmp_path, op, arrays, [("d_x", problem.x.shape, dtype)], SMALL, *more)
+        assert np.isnan(d_x.astype(np.float32)).all()  # as it was
+        assert call_for_counts(program, tmp_path, op, arrays, SMALL, *more)[1] == 0
 
 
 # ---- fan_in_loss ----
@@ -544,7 +592,7 @@ def check_top_k(run, problem, k, labels_at_once, device=SMALL, sparse=None):
     )
 
 
-@pytest.mark.parametrize("labels_at_once", [100, 1000])
+@pytest.mark.parametrize("labels_at_once", [100, 3000])
 @pytest.mark.parametrize(
     ("batch", "in_features", "labels", "fan_in", "k"),
     [
@@ -554,6 +602,8 @@ def check_top_k(run, problem, k, labels_at_once, device=SMALL, sparse=None):
         (3, 64, 700, 64, 690),
         (3, 5, 400, 100, 64),
         (2, 5, 70, 3, 0),
+        (3, 5, 2600, 3, 40),  # in parts
+        (1, 20, 1700, 2, 900),  # of fewer labels than are looked for
         (5, 1, 130, 3, 130),
         (0, 5, 10, 3, 4),
     ],
@@ -605,6 +655,26 @@ def test_nan_and_minus_infinity_are_never_chosen(run):
         scores, labels = check_top_k(run, problem, 5, labels_at_once)
         np.testing.assert_array_equal(labels, [[150, 60, 7, -1, -1]] * 2)
         np.testing.assert_array_equal(scores, np.float32([[np.inf, 2, -3e38, -np.inf, -np.inf]] * 2))
+
+
+# ---- kth_smallest ----
+
+
+@DTYPE
+@pytest.mark.parametrize("size", [1, 1000, 5000])
+def test_kth_smallest_is_that_of_a_sort(run, dtype, size):
+    rng = np.random.default_rng(size)
+    x = (rng.normal(size=(1, size)) * 10.0 ** rng.integers(-40, 38, (1, size))).astype(dtype)
+    x[0, rng.random(size) < 0.2] = x[0, 0]  # ties
+    x[0, size // 2 :: 7] = 0
+    x[0, 1:3] = -np.inf
+    problem = matmul.make_problem(1, 1, 1, 1, dtype=dtype)
+    ordered = np.sort(np.abs(x.astype(np.float32)), axis=None)
+    for k in {1, 2, size // 3, size - 1, size} - {0}:
+        k = min(k, size)
+        arrays = {**problem._asdict(), "x": x}
+        (result,) = run("kth_smallest", arrays, [("result", (), np.float32)], SMALL, k)
+        assert result == ordered[k - 1]
 
 
 # ---- sparse inputs ----

@@ -10,7 +10,7 @@ import pytest
 
 REPORT = Path(__file__).parents[2] / "xla_ops" / "_cuda_resources.txt"
 ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"}  # and what newer compilers know
-KERNELS = {"pack", "unpack", "forward", "gradients", "loss", "mean", "merge", "sort", "adam"}
+KERNELS = {"pack", "unpack", "forward", "gradients", "loss", "mean", "merge", "sort", "adam", "count", "find"}
 KERNELS |= {"mark", "number", "starts", "add", "round"}  # of sparse inputs
 LARGEST_STATIC_SHARED = 48 << 10
 

@@ -217,6 +217,24 @@ def test_workspaces_of_sparse_inputs_stay_small():
         )
 
 
+def test_a_driver_that_is_too_old_is_told_from_other_errors():
+    insufficient_driver, invalid_value = 35, 1  # of cudaError_t
+    found = r"(there is no driver|the driver is for CUDA \d+\.\d)"
+    built = r"xla_ops was built with CUDA \d+\.\d, which needs a driver for it"
+    pattern = rf"{built}, but {found}\. Update the driver, .* CUDA_HOME"
+    assert re.fullmatch(pattern, _native.cuda().error_message(insufficient_driver))
+    assert _native.cuda().error_message(invalid_value) == "CUDA: invalid argument"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kth_smallest_takes_no_more_on_cuda_for_more_weights(dtype):
+    x = jax.ShapeDtypeStruct((3_000_000, 64), dtype)
+    text = lower(lambda x: xla_ops.kth_smallest_magnitude(x, 1000), x, platform="cuda")
+    (line,) = calls(text).values()
+    (size,) = re.findall(r"tensor<(\d+)xui8>", line)
+    assert int(size) < 100_000
+
+
 # ---- what a handler says of itself: structs of XLA's c_api.h ----
 
 
@@ -262,6 +280,5 @@ def traits(capsule) -> int:
 
 def test_handlers_are_compatible_with_command_buffers():
     compatible = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
-    assert {n: traits(c) for n, c in _native.cuda().registrations().items()} == dict.fromkeys(
-        HANDLERS, compatible
-    )
+    found = {name: traits(capsule) for name, capsule in _native.cuda().registrations().items()}
+    assert found == dict.fromkeys([*HANDLERS, "xla_ops.kth_smallest"], compatible)

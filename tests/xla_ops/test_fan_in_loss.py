@@ -241,6 +241,15 @@ def test_gradients_match_finite_differences(loss):
     check_grads(scaled, (x, kernel, bias), order=1, modes=["rev"], eps=1e-2, rtol=1e-2)
 
 
+def assert_same(results, expected):
+    """Bit for bit, but for the gradient of x on a GPU, whose sums are taken in any order."""
+    for number, (a, b) in enumerate(zip(results, expected, strict=True)):
+        if number == 1 and jax.default_backend() != "cpu":
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
 @LOSS
 def test_positives_count_once_and_only_in_range(loss):
     problem = make_problem(3, 9, 10, 4)
@@ -248,8 +257,7 @@ def test_positives_count_once_and_only_in_range(loss):
         positives=np.array([[7, 7, 7, -1], [10, 2, -(2**31), 2], [-5, 11, 2**31 - 1, -1]], np.int32)
     )
     meant = problem._replace(positives=np.array([[7], [2], [-1]], np.int32))
-    for ours, theirs in zip(run(*listed, loss), run(*meant, loss), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same(run(*listed, loss), run(*meant, loss))
 
 
 @LOSS
@@ -258,8 +266,7 @@ def test_no_positives_at_all(loss):
     padded = problem._replace(positives=np.full((17, 3), -1, np.int32))
     without = problem._replace(positives=np.zeros((17, 0), np.int32))
     assert_matches_brute_force(run(*padded, loss), padded, loss)
-    for ours, theirs in zip(run(*without, loss), run(*padded, loss), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same(run(*without, loss), run(*padded, loss))
 
 
 @LOSS
@@ -403,10 +410,11 @@ def test_gradients_scale_with_the_cotangent(dtype):
     problem = make_problem(7, 12, 10, 4, dtype=dtype)
     once = jax.grad(lambda x: fan_in_loss(x, *problem[1:]))(problem.x)
     thrice = jax.grad(lambda x: 3 * fan_in_loss(x, *problem[1:]))(problem.x)
-    tolerance = 2 * jnp.finfo(dtype).eps
-    np.testing.assert_allclose(
-        thrice.astype(jnp.float32), 3 * once.astype(jnp.float32), rtol=float(tolerance)
-    )
+    tolerance = 2 * float(jnp.finfo(dtype).eps)
+    once = 3 * once.astype(jnp.float32)
+    # On a GPU both are sums that are taken in any order.
+    reordered = 0 if jax.default_backend() == "cpu" else tolerance * float(jnp.abs(once).max())
+    np.testing.assert_allclose(thrice.astype(jnp.float32), once, rtol=tolerance, atol=reordered)
 
 
 @pytest.mark.parametrize(

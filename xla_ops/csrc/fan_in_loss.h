@@ -28,7 +28,7 @@ auto bind_fan_in_loss_value(Context&& context) {
 template <typename Context>
 auto bind_fan_in_loss_gradients(Context&& context) {
   return bind_fan_in_loss_value(std::move(context))
-      .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
+      .template Ret<ffi::AnyBuffer>()   // d_x [B, D], or [0, 0] for none
       .template Ret<ffi::AnyBuffer>()   // d_kernel [L, F]
       .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0]
 }
@@ -44,7 +44,7 @@ inline ffi::Error check_fan_in_loss_value(const InputBuffers& in, const ffi::Any
 inline ffi::Error check_fan_in_loss_gradients(const Shape& s, const ffi::AnyBuffer& bias, const ffi::AnyBuffer& d_x,
                                               const ffi::AnyBuffer& d_kernel, const ffi::AnyBuffer& d_bias) {
   const ffi::DataType type = bias.element_type();
-  XLA_OPS_RETURN_IF_ERROR(check("d_x", d_x, type, {s.batch, s.in_features}));
+  XLA_OPS_RETURN_IF_ERROR(check_d_x(d_x, type, s));
   XLA_OPS_RETURN_IF_ERROR(check("d_kernel", d_kernel, type, {s.labels, s.fan_in}));
   return check("d_bias", d_bias, type, {bias.dimensions()[0]});
 }

@@ -35,7 +35,7 @@ auto bind_fan_in_matmul_gradients(Context&& context) {
       .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
       .template Arg<ffi::AnyBuffer>()   // indices [L, F]
       .template Arg<ffi::AnyBuffer>()   // dy [B, L]
-      .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
+      .template Ret<ffi::AnyBuffer>()   // d_x [B, D], or [0, 0] for none
       .template Ret<ffi::AnyBuffer>()   // d_kernel [L, F]
       .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0] for none
 }
@@ -46,7 +46,7 @@ inline ffi::Error check_fan_in_matmul_gradients(const InputBuffers& in, const ff
                                                 const ffi::AnyBuffer& d_bias, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, d_bias, s));
   XLA_OPS_RETURN_IF_ERROR(check("dy", dy, in.x.element_type(), {s->batch, s->labels}));
-  XLA_OPS_RETURN_IF_ERROR(check("d_x", d_x, in.x.element_type(), {s->batch, s->in_features}));
+  XLA_OPS_RETURN_IF_ERROR(check_d_x(d_x, in.x.element_type(), *s));
   return check("d_kernel", d_kernel, in.x.element_type(), {s->labels, s->fan_in});
 }
 

@@ -31,7 +31,7 @@ auto bind_fan_in_step_adam(Context&& context) {
       .template Attr<float>("b2")
       .template Attr<float>("epsilon")
       .template Ret<ffi::AnyBuffer>()   // loss []
-      .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
+      .template Ret<ffi::AnyBuffer>()   // d_x [B, D], or [0, 0] for none
       .template Ret<ffi::AnyBuffer>()   // kernel, and so on: the arguments, updated in place
       .template Ret<ffi::AnyBuffer>()   // bias
       .template Ret<ffi::AnyBuffer>()   // first moment of the kernel
@@ -52,7 +52,7 @@ auto bind_fan_in_step_sgd(Context&& context) {
       .template Attr<int64_t>("loss")   // 0: squared hinge, 1: binary cross-entropy
       .template Attr<int64_t>("num_labels")  // that the loss is a mean over
       .template Ret<ffi::AnyBuffer>()   // loss []
-      .template Ret<ffi::AnyBuffer>()   // d_x [B, D]
+      .template Ret<ffi::AnyBuffer>()   // d_x [B, D], or [0, 0] for none
       .template Ret<ffi::AnyBuffer>()   // kernel, updated in place
       .template Ret<ffi::AnyBuffer>();  // bias, updated in place
 }
@@ -68,7 +68,7 @@ struct StepBuffers {
 inline ffi::Error check_fan_in_step(const StepBuffers& b, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(read_layer(b.in, b.kernel, b.indices, b.bias, s));
   XLA_OPS_RETURN_IF_ERROR(check_loss(b.positives, b.loss, b.num_labels, b.mean, s));
-  XLA_OPS_RETURN_IF_ERROR(check("d_x", b.d_x, b.in.x.element_type(), {s->batch, s->in_features}));
+  XLA_OPS_RETURN_IF_ERROR(check_d_x(b.d_x, b.in.x.element_type(), *s));
   XLA_OPS_RETURN_IF_ERROR(check_aliased("kernel", b.kernel, b.new_kernel));
   return check_aliased("bias", b.bias, b.new_bias);
 }

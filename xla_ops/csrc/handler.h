@@ -88,10 +88,16 @@ inline ffi::Error check_aliased(const char* name, const ffi::AnyBuffer& before, 
   return ffi::Error::InvalidArgument(std::string(name) + " must be updated in place: its result must alias it");
 }
 
-// What stands for no bias is an array of no elements.
+// What stands for no bias, or for no gradient of x, is an array of no elements.
 template <typename T>
 T* optional_data(const ffi::AnyBuffer& buffer) {
   return buffer.element_count() ? data<T>(buffer) : nullptr;
+}
+
+// Checks the gradient of x, [batch, in_features]; [0, 0] stands for one that nobody asks for.
+inline ffi::Error check_d_x(const ffi::AnyBuffer& d_x, ffi::DataType type, const Shape& s) {
+  if (d_x.element_type() == type && has_shape(d_x, {0, 0})) return ffi::Error::Success();
+  return check("d_x", d_x, type, {s.batch, s.in_features});
 }
 
 // The operands that hold the inputs of a batch: dense ones, and sparse ones behind them.

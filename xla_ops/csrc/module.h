@@ -13,6 +13,7 @@
 #include "fan_in_matmul.h"
 #include "fan_in_step.h"
 #include "fan_in_top_k.h"
+#include "kth_smallest.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla_ops {
@@ -20,10 +21,10 @@ namespace xla_ops {
 using Handlers = std::map<std::string, XLA_FFI_Handler*>;
 
 // Sets `ffi_version`, the version of XLA's FFI that the handlers were built for, and `registrations()`, which maps
-// the names of the handlers to capsules: those that all platforms have, and `more`.
-inline void export_handlers(pybind11::module_& m, const Handlers& more = {}) {
+// the names of the handlers to capsules.
+inline void export_handlers(pybind11::module_& m) {
   m.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  Handlers handlers = {
+  const Handlers handlers = {
       {"xla_ops.dense_step.adam", dense_step_adam},
       {"xla_ops.fan_in_matmul.forward", fan_in_matmul_forward},
       {"xla_ops.fan_in_matmul.gradients", fan_in_matmul_gradients},
@@ -32,8 +33,8 @@ inline void export_handlers(pybind11::module_& m, const Handlers& more = {}) {
       {"xla_ops.fan_in_step.adam", fan_in_step_adam},
       {"xla_ops.fan_in_step.sgd", fan_in_step_sgd},
       {"xla_ops.fan_in_top_k", fan_in_top_k},
+      {"xla_ops.kth_smallest", kth_smallest},
   };
-  handlers.insert(more.begin(), more.end());
   m.def("registrations", [handlers] {
     pybind11::dict capsules;
     for (const auto& [name, handler] : handlers) {

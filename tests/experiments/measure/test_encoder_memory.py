@@ -55,6 +55,7 @@ def test_the_plan_is_of_arguments_and_temporaries():
     assert row["temporary_bytes"] > parts["encoder"]  # gradients and more
 
 
+@pytest.mark.plan_for_cpus
 def test_remat_takes_less():
     shape = TINY._replace(batch=64, tokens=16)
     network = PretrainedConfig("bert", 50, 16, 4, 2, 64, max_position_embeddings=16)

@@ -30,7 +30,8 @@ def test_memory_counts_the_state_and_the_loss_falls(mode):
     expected = weights * (2 + value + moments) + dense * (4 + {"adam": 8, "lean": 4}[mode])
     assert expected <= record["state_bytes"] < 1.1 * expected + 20_000
     assert record["bytes"] == sum(record[f"{p}_bytes"] for p in ("state", "temporary", "scratch"))
-    assert record["scratch_bytes"] >= 4 * 33 * 256
+    if jax.default_backend() == "cpu":  # on a GPU it is among XLA's temporaries
+        assert record["scratch_bytes"] >= 4 * 33 * 256
     assert record["last_loss"] < 0.95 * record["first_loss"]
     line = memory_line({**TINY._asdict(), "mode": mode, **json.loads(json.dumps(record))})
     assert "paper 1.00 GB" in line

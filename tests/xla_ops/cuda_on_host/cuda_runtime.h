@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define __host__
 #define __device__
@@ -65,6 +66,9 @@ struct Device {
 };
 extern Device device;
 
+// How many instructions of threads have added floats to memory atomically.
+extern int64_t additions;
+
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 // Waits for all threads of the block. Returns whether any of them passed true.
@@ -95,8 +99,8 @@ template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return attributes->sharedSizeBytes = 0, cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {  // less would be less for others
+  return bytes == cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
@@ -154,14 +158,17 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 
 template <typename T>
 T atomicAdd(T* p, T value) {
+  if (std::is_same_v<T, float>) ++cuda_on_host::additions;
   const T before = *p;
   *p += value;
   return before;
 }
 
 inline float4 atomicAdd(float4* p, float4 value) {
-  return make_float4(atomicAdd(&p->x, value.x), atomicAdd(&p->y, value.y), atomicAdd(&p->z, value.z),
-                     atomicAdd(&p->w, value.w));
+  ++cuda_on_host::additions;
+  const float4 before = *p;
+  p->x += value.x, p->y += value.y, p->z += value.z, p->w += value.w;
+  return before;
 }
 template <typename T>
 T atomicOr(T* p, T value) {

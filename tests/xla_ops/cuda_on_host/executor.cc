@@ -16,6 +16,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_host {
 
 Device device;
+int64_t additions = 0;
 
 namespace {
 

@@ -6,7 +6,8 @@
 // DTYPE is that of the moments, and L, F are the kernel's shape.
 // Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
 // sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
-// many bytes of workspace the launcher took.
+// many bytes of workspace the launcher took, and how often threads added to floats atomically. Where there is a file
+// "no_d_x", d_x is not asked for.
 
 #include <cstdio>
 #include <cstdlib>
@@ -48,6 +49,7 @@ struct Call {
   std::vector<int64_t> more;
 
   std::string path(const char* name) const { return directory + "/" + name; }
+  bool without_d_x() const { return std::ifstream(path("no_d_x")).good(); }
 };
 
 // An operand, exactly as long as its file.
@@ -96,6 +98,7 @@ class Result {
     std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(data_.get()), count_ * sizeof(T));
   }
   T* get() const { return data_.get(); }
+  T* unless(bool left_out) const { return left_out ? nullptr : data_.get(); }
 
  private:
   std::string path_;
@@ -133,7 +136,7 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const Operand<T> dy(call, "dy");
     const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
-    return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(), d_x.get(),
+    return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(), d_x.unless(call.without_d_x()),
                                    d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
@@ -148,7 +151,7 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_loss_gradients(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
-                                 positives.get(), width, value.get(), d_x.get(), d_kernel.get(),
+                                 positives.get(), width, value.get(), d_x.unless(call.without_d_x()), d_kernel.get(),
                                  bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
@@ -162,15 +165,19 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     if (call.op == "fan_in_step.sgd") {
       const Operand<uint32_t> key(call, "key");
       return fan_in_sgd_step(nullptr, workspace, s, loss, inputs, w.get(), indices, b.get(), positives.get(), width,
-                             rates.get(), key.get(), value.get(), d_x.get());
+                             rates.get(), key.get(), value.get(), d_x.unless(call.without_d_x()));
     }
     if constexpr (std::is_same_v<T, float>) {
       const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"), mu_bias(call, "mu_bias"),
           nu_bias(call, "nu_bias");
       return fan_in_adam_step(nullptr, workspace, s, loss, inputs, {w.get(), mu_kernel.get(), nu_kernel.get()},
                               indices, {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
-                              {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.get());
+                              {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.unless(call.without_d_x()));
     }
+  }
+  if (call.op == "kth_smallest") {
+    const Result<float> result(call, "result", 1);
+    return kth_smallest(nullptr, workspace, x.get(), x.count(), call.more.at(0), result.get());
   }
   if (call.op == "fan_in_top_k") {
     const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
@@ -195,7 +202,7 @@ int main(int, char** argv) {
   call.more.assign(numbers.begin() + 8, numbers.end());
   const bool is_float32 = std::string(argv[3]) == "float32";
   if (call.op == "dense_step.adam") {
-    std::printf("0\n");
+    std::printf("0 0\n");
     return is_float32 ? run_dense_adam<float>(call) : run_dense_adam<bfloat16>(call);
   }
   const auto run_with = [&](Workspace& workspace) {
@@ -205,6 +212,7 @@ int main(int, char** argv) {
   run_with(none);
   HostWorkspace workspace(none.taken());
   const cudaError_t status = run_with(workspace);
-  std::printf("%lld\n", static_cast<long long>(workspace.taken()));
+  std::printf("%lld %lld\n", static_cast<long long>(workspace.taken()),
+              static_cast<long long>(cuda_on_host::additions));
   return status;
 }

@@ -43,7 +43,8 @@ class Gradients {
 };
 
 // One thread's part of the labels, [begin, end). rows_of(run, tile, label, n, rows) fills in the gradient of the logits
-// of n labels, and returns the mask of those that have any; the gradient of the packed input is added to d_packed.
+// of n labels, and returns the mask of those that have any; the gradient of the packed input is added to d_packed,
+// unless that is null.
 //
 // Tiles are on the inside, so that the sink gets a run's gradients summed over the batch, but a run is long enough to
 // pay for bringing a tile's features into the cache.
@@ -67,7 +68,7 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>
         const int64_t label = first + done, n = std::min(kBlock, labels - done);
         const uint64_t mask = rows_of(run, tile, label, n, rows);
         row_kernels().sums(rows, mask, tile.width, d_bias.get() + done);
-        run.gradients(tile, label, rows, mask, d_packed + tile.offset);
+        run.gradients(tile, label, rows, mask, d_packed ? d_packed + tile.offset : nullptr);
       }
     }
     run.finish_gradients();
@@ -75,22 +76,22 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>
   }
 }
 
-// d_x [batch, in_features], and everything else into the sinks. make_rows() and make_sink() are called once per
+// d_x [batch, in_features], unless that is null, and everything else into the sinks. make_rows() and make_sink() are called once per
 // part; the rows come back, for what they have counted.
 template <typename T, typename I, typename MakeRows, typename MakeSink>
 auto backward(xla::ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed,
               const MakeRows& make_rows, const MakeSink& make_sink, T* d_x) {
   const Shape& s = layer.shape;
   const Parts parts(s, std::max<int64_t>(1, std::min(pool.num_threads(), worthwhile_copies(s))));
-  const Buffer<float> d_packed = allocate<float>(parts.count * tiles.elements);
+  const Buffer<float> d_packed = d_x ? allocate<float>(parts.count * tiles.elements) : nullptr;
   std::vector<decltype(make_rows())> rows(parts.count, make_rows());
   parallel_for(pool, parts.count, [&](int64_t p) {
-    float* d = d_packed.get() + p * tiles.elements;
-    std::memset(d, 0, tiles.elements * sizeof(float));
+    float* const d = d_x ? d_packed.get() + p * tiles.elements : nullptr;
+    if (d) std::memset(d, 0, tiles.elements * sizeof(float));
     auto sink = make_sink();
     backward_part(layer, tiles, packed, parts.begin(p), parts.end(p), rows[p], sink, d);
   });
-  unpack_sum(pool, tiles, d_packed.get(), parts.count, d_x);
+  if (d_x) unpack_sum(pool, tiles, d_packed.get(), parts.count, d_x);
   return rows;
 }
 

@@ -63,7 +63,7 @@ ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& k
     const Packed<T> packed(pool, tiles, inputs_of<T>(in));
     const auto sorted = by_label(data<int32_t>(positives), s.batch, positives.dimensions()[1], s.labels);
     const LossRows rows(s, static_cast<Loss>(loss), sorted);
-    *data<float>(mean) = d ? gradients(pool, layer, tiles, packed, rows, data<T>(d->x), data<T>(d->kernel),
+    *data<float>(mean) = d ? gradients(pool, layer, tiles, packed, rows, optional_data<T>(d->x), data<T>(d->kernel),
                                        optional_data<T>(d->bias))
                            : value(pool, layer, tiles, packed, rows);
   });

@@ -84,7 +84,7 @@ ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuf
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
     gradients(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), nullptr}, inputs_of<T>(in), data<T>(dy),
-              data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
+              optional_data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 

@@ -71,7 +71,7 @@ void step(ffi::ThreadPool& pool, const Shape& s, const StepBuffers& a, const Wei
   const auto sums = backward(
       pool, layer, tiles, packed,
       [&] { return LossRows(s, static_cast<Loss>(a.loss), sorted); },
-      [&] { return Update<Weights>(s, kernel, bias); }, data<T>(a.d_x));
+      [&] { return Update<Weights>(s, kernel, bias); }, optional_data<T>(a.d_x));
   *data<float>(a.mean) = mean_loss(sums, s);
 }
 

@@ -1,12 +1,11 @@
 // The k-th smallest magnitude of an array, from counts of the values of its bits: their order is that of magnitudes.
 
-#include "kth_smallest.h"
+#include "../kth_smallest.h"
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "../handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -57,11 +56,8 @@ float kth(ffi::ThreadPool& pool, const T* x, int64_t n, int64_t k) {
 }
 
 ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result) {
-  XLA_OPS_RETURN_IF_ERROR(check("result", *result, ffi::F32, {}));
+  XLA_OPS_RETURN_IF_ERROR(check_kth_smallest(x, k, *result));
   const int64_t n = x.element_count();
-  if (k < 1 || k > n) {
-    return ffi::Error::InvalidArgument("k must be in 1.." + std::to_string(n) + ", got " + std::to_string(k));
-  }
   return guarded([&] {
     switch (x.element_type()) {
       case ffi::F32: *data<float>(*result) = kth(pool, data<float>(x), n, k); return ffi::Error::Success();
@@ -74,10 +70,6 @@ ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<f
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kth_smallest, impl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()  // x, of any shape
-                                  .Attr<int64_t>("k")
-                                  .Ret<ffi::AnyBuffer>());  // float32 []
+                              bind_kth_smallest(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

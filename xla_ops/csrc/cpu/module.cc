@@ -6,11 +6,10 @@
 #include <string>
 
 #include "kernels.h"
-#include "kth_smallest.h"
 #include "packed.h"
 
 PYBIND11_MODULE(_cpu, m) {
-  xla_ops::export_handlers(m, {{"xla_ops.kth_smallest", xla_ops::kth_smallest}});
+  xla_ops::export_handlers(m);
   m.def("peak_scratch_bytes", [] { return xla_ops::scratch().peak.load(); });
   m.def("isa", [] { return xla_ops::isa().name; });
   m.def("select_isa", [](const std::string& name) {

@@ -287,17 +287,19 @@ class Run {
     std::fill_n(d_weights_.get(), lists_.first[count_], 0.0f);
   }
 
-  // Adds to d_kernel and d_packed, from the rows of a mask of labels from `label`.
+  // Adds to d_kernel and, unless it is null, d_packed, from the rows of a mask of labels from `label`.
   void gradients(const Tile& tile, int64_t label, const float* rows, uint64_t mask, float* d_packed) const {
     const T *kernel = layer_.kernel + label * fan_in(), *packed = packed_.of(tile);
     if (packed_.has_sparse()) {
       listed_kernels<T>().kernel_grad(packed, lists(label), tile.width, rows, mask, d_weights_.get());
-      listed_kernels<T>().input_grad(rows, mask, lists(label), tile.width, d_packed);
+      if (d_packed) listed_kernels<T>().input_grad(rows, mask, lists(label), tile.width, d_packed);
     } else {
       const int64_t in_features = packed_.in_features();
       plain().kernel_grad(packed, in_features, tile.width, rows, mask, indices(label), fan_in(),
                           d_kernel_ + (label - first_) * fan_in());
-      plain().input_grad(rows, mask, in_features, tile.width, kernel, indices(label), fan_in(), d_packed);
+      if (d_packed) {
+        plain().input_grad(rows, mask, in_features, tile.width, kernel, indices(label), fan_in(), d_packed);
+      }
     }
   }
 

@@ -8,8 +8,10 @@
 // A block of threads has one group of lanes for each of its labels. A lane holds 16 bytes of a row: a group is 8
 // lanes with 4 examples each in float32, 4 lanes with 8 examples each in bfloat16. Connections are brought into
 // shared memory, 32 of each label at a time, by all threads together: so indices and weights are read in order
-// whatever the fan-in is, and all at once, which hides how far away they are. Where there are sparse inputs, the
-// connections that read nothing of the tile go behind the others of their label, and are left out from there on.
+// whatever the fan-in is, and all at once, which hides how far away they are. Where a label has no more than that,
+// they stay there for all that is done with the block, and so do the sums of their gradients. Where there are sparse
+// inputs, the connections that read nothing of the tile go behind the others of their label, and are left out from
+// there on.
 
 #ifndef XLA_OPS_CSRC_CUDA_DEVICE_CUH_
 #define XLA_OPS_CSRC_CUDA_DEVICE_CUH_
@@ -34,6 +36,7 @@ struct Group {
   static constexpr int kValues = 16 / sizeof(T);        // of a row, in a lane
   static constexpr int kLanes = kTile / kValues;        // that share a label
   static constexpr int kThreads = kLabels * kLanes;     // in a block
+  static constexpr int kQuads = kValues / 4;            // of a lane's examples, which are added at once
 };
 
 // Rows that a lane asks for before it uses the first: with all threads of a processor that is 64 KB under way.
@@ -75,8 +78,21 @@ __device__ inline void unpack(const uint4& raw, float (&v)[8]) {
   }
 }
 
+// Four at once, from an address that is a multiple of their size.
+struct alignas(8) bfloat16x4 {
+  bfloat16 values[4];
+};
+__device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ inline void set4(float* p, const float4& v) { *reinterpret_cast<float4*>(p) = v; }
+__device__ inline void set4(bfloat16* p, const float4& v) {
+  bfloat16x4 four;
+  set(four.values, v.x), set(four.values + 1, v.y), set(four.values + 2, v.z), set(four.values + 3, v.w);
+  *reinterpret_cast<bfloat16x4*>(p) = four;
+}
+
 // Loads of what is read once, and is not to push features out of the cache.
 __device__ inline float load_once(const float* p) { return __ldcs(p); }
+__device__ inline float4 load4_once(const float* p) { return __ldcs(reinterpret_cast<const float4*>(p)); }
 __device__ inline float load_once(const bfloat16* p) {
   return to_float(bfloat16{__ldcs(reinterpret_cast<const uint16_t*>(p))});
 }
@@ -186,13 +202,6 @@ __device__ int32_t load_index(const Layer<T>& layer, int64_t at) {
                                  : __ldcs(static_cast<const int32_t*>(layer.indices.data) + at);
 }
 
-template <typename T>
-__device__ Connection load_connection(const Layer<T>& layer, int64_t at) {
-  const int64_t index = load_index(layer, at);
-  const bool inside = index >= 0 && index < layer.shape.in_features;
-  return {static_cast<int32_t>(inside ? index : layer.shape.in_features), load_once(layer.kernel + at)};
-}
-
 // The row of an input, dense or sparse: the zero row if the tile has no such.
 template <typename T>
 __device__ int32_t row_of(const Layer<T, true>& layer, const Word* words, int32_t first, int32_t index) {
@@ -207,7 +216,7 @@ __device__ int32_t row_of(const Layer<T, true>& layer, const Word* words, int32_
 // row behind the others.
 template <typename T>
 __device__ void stage(const Layer<T, true>& layer, const Features<T, true>& features, const LabelBlock& labels,
-                      int64_t f, Staged<true>& staged) {
+                      int f, Staged<true>& staged) {
   static_assert(kConnections == kWarp, "a lane has one connection");
   constexpr int kWarps = Group<T>::kThreads / kWarp, kStagedAtOnce = 2;
   const int lane = threadIdx.x % kWarp;
@@ -245,28 +254,44 @@ __device__ void stage(const Layer<T, true>& layer, const Features<T, true>& feat
 // Brings the block's connections from number `f` on into shared memory. What is past the last connection, or the
 // last label, is filled with connections to the zero row. To be called by all threads of a block.
 template <typename T>
-__device__ void stage(const Layer<T>& layer, const Features<T, false>&, const LabelBlock& labels, int64_t f,
+__device__ void stage(const Layer<T>& layer, const Features<T, false>&, const LabelBlock& labels, int f,
                       Staged<false>& staged) {
-  __syncthreads();  // what is in there may still be in use
+  constexpr int kRows = Group<T>::kThreads / kConnections, kStagedAtOnce = 4;
   const int column = threadIdx.x % kConnections;
+  __syncthreads();  // what is in there may still be in use
+#pragma unroll 1  // more at once do not fit in the registers
+  for (int first = threadIdx.x / kConnections; first < kLabels; first += kStagedAtOnce * kRows) {
+    int32_t indices[kStagedAtOnce];
+    float weights[kStagedAtOnce];
 #pragma unroll
-  for (int row = threadIdx.x / kConnections; row < kLabels; row += Group<T>::kThreads / kConnections) {
-    Connection c{static_cast<int32_t>(layer.shape.in_features), 0};
-    if (row < labels.size && f + column < layer.shape.fan_in) {
-      c = load_connection(layer, (labels.first + row) * layer.shape.fan_in + f + column);
+    for (int i = 0; i < kStagedAtOnce; ++i) {  // all are asked for before the first is used
+      const int label = first + i * kRows;
+      const bool inside = label < labels.size && f + column < layer.shape.fan_in;
+      const int64_t at = (labels.first + label) * layer.shape.fan_in + f + column;
+      indices[i] = inside ? load_index(layer, at) : -1;
+      weights[i] = inside ? load_once(layer.kernel + at) : 0;
     }
-    staged.connections[row * kStagedStride + column] = c;
+#pragma unroll
+    for (int i = 0; i < kStagedAtOnce; ++i) {
+      const bool inside = indices[i] >= 0 && indices[i] < layer.shape.in_features;
+      const int32_t row = inside ? indices[i] : static_cast<int32_t>(layer.shape.in_features);
+      staged.connections[(first + i * kRows) * kStagedStride + column] = {row, weights[i]};
+    }
   }
   __syncthreads();
 }
 
+// Whether all connections of a label are staged at once.
+template <typename T>
+__device__ bool all_staged(const Layer<T>& layer) { return layer.shape.fan_in <= kConnections; }
+
 // The number of staged connections that a label has from number `f` on.
 template <typename T>
-__device__ int staged_connections(const Layer<T>& layer, int64_t f, const Staged<false>&, int) {
-  return static_cast<int>(min(int64_t{kConnections}, layer.shape.fan_in - f));
+__device__ int staged_connections(const Layer<T>& layer, int f, const Staged<false>&, int) {
+  return min(kConnections, static_cast<int>(layer.shape.fan_in) - f);
 }
 template <typename T>
-__device__ int staged_connections(const Layer<T>&, int64_t, const Staged<true>& staged, int label) {
+__device__ int staged_connections(const Layer<T>&, int, const Staged<true>& staged, int label) {
   return staged.counts[label];
 }
 
@@ -293,15 +318,16 @@ __device__ void load_rows(const T* tile, const Connection* connections, int lane
 }
 
 // The logits of this thread's label, for its examples of the tile: of `features`, which is the tile's, in global
-// or shared memory. To be called by all threads of a block.
+// or shared memory. `there` says that all of the label's connections are staged already. To be called by all threads
+// of a block.
 template <bool kInShared, typename T, bool kSparse>
 __device__ void logits(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features, const LabelBlock& labels,
-                       Staged<kSparse>& staged, float (&sum)[Group<T>::kValues]) {
+                       Staged<kSparse>& staged, bool there, float (&sum)[Group<T>::kValues]) {
   const int label = my_label<T>(), lane = my_lane<T>();
   const float bias = layer.bias && label < labels.size ? to_float(layer.bias[labels.first + label]) : 0;
   for (float& s : sum) s = bias;
-  for (int64_t f = 0; f < layer.shape.fan_in; f += kConnections) {
-    stage(layer, features, labels, f, staged);
+  for (int f = 0; f < layer.shape.fan_in; f += kConnections) {
+    if (!there) stage(layer, features, labels, f, staged);
     const Connection* mine = staged.connections + label * kStagedStride;
     const int count = staged_connections(layer, f, staged, label);
 #pragma unroll 1  // more rows at once do not fit in the registers
@@ -339,8 +365,9 @@ __device__ float sum_to_own_lane(float (&values)[kCount], int lane) {
 }
 
 // Sums of d_x for a tile are [D, kTile] like its features, but within a row they are in the order in which a warp adds
-// to them: what one instruction adds for a label is contiguous. From compute capability 9.0 on that is 16 bytes of
-// each lane, before it is one value of each. To be used by device code only, where the two are told apart.
+// to them: what one instruction adds for a label is contiguous, so that it touches whole sectors of 32 bytes. From
+// compute capability 9.0 on that is 16 bytes of each lane, before it is one value of each. To be used by device code
+// only, where the two are told apart.
 #ifndef XLA_OPS_VECTOR_ATOMICS
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define XLA_OPS_VECTOR_ATOMICS 1
@@ -353,53 +380,63 @@ __device__ float sum_to_own_lane(float (&values)[kCount], int lane) {
 template <typename T>
 __device__ int sum_position(int example) {
   const int lane = example / Group<T>::kValues, value = example % Group<T>::kValues;
-  return XLA_OPS_VECTOR_ATOMICS ? example : value * Group<T>::kLanes + lane;
+  constexpr int kAdded = XLA_OPS_VECTOR_ATOMICS ? 4 : 1;  // values of a lane at once
+  return (value / kAdded * Group<T>::kLanes + lane) * kAdded + value % kAdded;
 }
 
-// row[b] += weight * dy[b], for this lane's examples b.
+// row[b] += weight * dy[b], for those of this lane's examples b whose quad has a gradient.
 template <typename T>
-__device__ void add_to_sums(float* row, int lane, float weight, const float (&dy)[Group<T>::kValues]) {
-#if XLA_OPS_VECTOR_ATOMICS
+__device__ void add_to_sums(float* row, int lane, float weight, const float (&dy)[Group<T>::kValues],
+                            const bool (&nonzero)[Group<T>::kQuads]) {
 #pragma unroll
-  for (int v = 0; v < Group<T>::kValues; v += 4) {
-    atomicAdd(reinterpret_cast<float4*>(row + lane * Group<T>::kValues + v),
-              make_float4(weight * dy[v], weight * dy[v + 1], weight * dy[v + 2], weight * dy[v + 3]));
-  }
+  for (int q = 0; q < Group<T>::kQuads; ++q) {
+    if (!nonzero[q]) continue;
+    const float* d = dy + 4 * q;
+#if XLA_OPS_VECTOR_ATOMICS
+    atomicAdd(reinterpret_cast<float4*>(row) + q * Group<T>::kLanes + lane,
+              make_float4(weight * d[0], weight * d[1], weight * d[2], weight * d[3]));
 #else
 #pragma unroll
-  for (int v = 0; v < Group<T>::kValues; ++v) atomicAdd(row + v * Group<T>::kLanes + lane, weight * dy[v]);
+    for (int v = 0; v < 4; ++v) atomicAdd(row + (4 * q + v) * Group<T>::kLanes + lane, weight * d[v]);
 #endif
+  }
 }
 
 // Adds one tile's part of the gradients, given dy, those of this thread's label for its examples (0 where there is
 // no such label or example):
 //   sums[label, f] (+)= sum_b dy[b] * x[b, index], for the labels of the block: added to only if `add`.
-//   sums_of_d_x[index, b] += kernel[label, f] * dy[b], atomically.
-// Returns false, and does nothing, if all gradients of the block are 0. A label whose gradients are all 0 costs no
-// row of features or of d_x. To be called by all threads of a block.
+//   sums_of_d_x[index, b] += kernel[label, f] * dy[b], atomically, unless it is null.
+// Returns false, and does nothing, if all gradients of the block are 0. A lane whose gradients are all 0 costs no part
+// of a row of features, or of d_x. `there` says that all of the label's connections are staged already. To be called
+// by all threads of a block.
 template <typename T, bool kSparse>
 __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features,
                               const LabelBlock& labels, const float (&dy)[Group<T>::kValues], bool add,
-                              Staged<kSparse>& staged, float* sums, float* sums_of_d_x) {
+                              Staged<kSparse>& staged, bool there, float* sums, float* sums_of_d_x) {
   constexpr int kLanes = Group<T>::kLanes, kValues = Group<T>::kValues;
   constexpr int kRows = kSparse ? kAtOnce / 2 : kAtOnce;  // more would spill where there are sparse inputs
   const int label = my_label<T>(), lane = my_lane<T>();
-  bool nonzero = false;
-  for (float d : dy) nonzero |= d != 0;
-  const unsigned nonzero_lanes = __ballot_sync(kAllLanes, nonzero);
-  if (!__syncthreads_or(nonzero_lanes != 0)) return false;
-  const bool label_nonzero = (nonzero_lanes >> (threadIdx.x % kWarp - lane)) & ((1u << kLanes) - 1);
+  bool nonzero[Group<T>::kQuads], lane_nonzero = false;
+#pragma unroll
+  for (int q = 0; q < Group<T>::kQuads; ++q) {
+    nonzero[q] = dy[4 * q] != 0 || dy[4 * q + 1] != 0 || dy[4 * q + 2] != 0 || dy[4 * q + 3] != 0;
+    lane_nonzero |= nonzero[q];
+  }
+  const bool warp_nonzero = __ballot_sync(kAllLanes, lane_nonzero) != 0;
+  if (!__syncthreads_or(warp_nonzero)) return false;
 
   if constexpr (kSparse) {  // connections that are left out write no sums
     if (!add) {
 #pragma unroll 1
       for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += Group<T>::kThreads) sums[i] = 0;
-      add = true;  // `stage` waits for all threads
+      add = true;
+      __syncthreads();
     }
   }
-  for (int64_t f = 0; f < layer.shape.fan_in; f += kConnections) {
-    stage(layer, features, labels, f, staged);
-    if (add && nonzero_lanes == 0) continue;
+  float* const sums_of_label = sums + label * layer.shape.fan_in;
+  for (int f = 0; f < layer.shape.fan_in; f += kConnections) {
+    if (!there) stage(layer, features, labels, f, staged);
+    if (add && !warp_nonzero) continue;
     const Connection* mine = staged.connections + label * kStagedStride;
     const int count = staged_connections(layer, f, staged, label);
     int most = count;  // of the labels of the warp, whose lanes add up together
@@ -410,7 +447,7 @@ __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, 
 #pragma unroll 1
     for (int c = 0; c < most; c += kRows) {
       float products[kRows] = {};
-      if (label_nonzero && (!kSparse || c < count)) {
+      if (lane_nonzero && (!kSparse || c < count)) {
         uint4 rows[kRows];
         load_rows<false>(features.rows, mine + c, lane, rows);
 #pragma unroll
@@ -420,14 +457,15 @@ __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, 
           const Connection connection = mine[c + i];
 #pragma unroll
           for (int v = 0; v < kValues; ++v) products[i] = fmaf(dy[v], x[v], products[i]);
-          if (connection.row < layer.shape.in_features) {
-            add_to_sums<T>(sums_of_d_x + static_cast<int64_t>(connection.row) * kTile, lane, connection.weight, dy);
+          if (sums_of_d_x && connection.row < layer.shape.in_features) {
+            add_to_sums<T>(sums_of_d_x + static_cast<int64_t>(connection.row) * kTile, lane, connection.weight, dy,
+                           nonzero);
           }
         }
       }
       const float sum = sum_to_own_lane<kLanes>(products, lane);
       if (label < labels.size && lane < kRows && c + lane < count) {
-        float& total = sums[label * layer.shape.fan_in + f + number_of(staged, label, c + lane)];
+        float& total = sums_of_label[f + number_of(staged, label, c + lane)];
         total = add ? total + sum : sum;
       }
     }
@@ -435,19 +473,46 @@ __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, 
   return true;
 }
 
-// Calls take(number of the weight, its gradient) for the kernel's weights of a block of labels: the gradients are
-// `sums`, or 0 if there are none. To be called by all threads of a block.
-template <typename T, typename Fn>
-__device__ void for_each_kernel_gradient(const Layer<T>& layer, const LabelBlock& labels, bool any, const float* sums,
-                                         Fn&& take) {
+// Where a block of threads sums the gradient of the kernel, of its labels [label, f].
+struct SharedSums {
+  alignas(16) float values[kLabels * kConnections];
+};
+template <typename T>
+__device__ float* sums_of(const Layer<T>& layer, SharedSums& shared, float* of_blocks) {
+  return all_staged(layer) ? shared.values : of_blocks + int64_t{blockIdx.x} * kLabels * layer.shape.fan_in;
+}
+
+// Calls sink.kernel(number of the first, their gradients) for four of the kernel's weights of a block of labels, or
+// sink.kernel(number of the weight, its gradient) for each of the last ones. The gradients are `sums`, or 0 if there
+// are none. To be called by all threads of a block.
+template <typename T, typename Sink>
+__device__ void take_kernel_gradients(const Layer<T>& layer, const LabelBlock& labels, bool any, const float* sums,
+                                      const Sink& sink) {
   __syncthreads();  // sums were written by other threads
-  const int64_t first = labels.first * layer.shape.fan_in;
+  const int64_t count = labels.size * layer.shape.fan_in;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += blockDim.x) {
-    take(first + i, any ? sums[i] : 0);
+  for (int64_t i = 4 * int64_t{threadIdx.x}; i < count; i += 4 * int64_t{Group<T>::kThreads}) {
+    const float4 d = any ? *reinterpret_cast<const float4*>(sums + i) : make_float4(0, 0, 0, 0);
+    const int64_t first = labels.first * layer.shape.fan_in;
+    if (i + 4 <= count) {
+      sink.kernel(first + i, d);
+    } else {  // fewer than 64 labels
+      sink.kernel(first + i, d.x);
+      if (i + 1 < count) sink.kernel(first + i + 1, d.y);
+      if (i + 2 < count) sink.kernel(first + i + 2, d.z);
+    }
   }
   __syncthreads();  // before they are written again
 }
+
+// A sink that writes the kernel's gradient [L, F].
+template <typename T>
+struct WriteKernel {
+  T* d_kernel;
+
+  __device__ void kernel(int64_t i, float d) const { set(d_kernel + i, d); }
+  __device__ void kernel(int64_t i, const float4& d) const { set4(d_kernel + i, d); }
+};
 
 // Calls take(label, gradient of its bias), which is the sum of `sum` over the lanes of the label's group. To be
 // called by all threads of a block.

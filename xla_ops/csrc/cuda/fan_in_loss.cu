@@ -7,11 +7,9 @@ namespace xla_ops::cuda {
 namespace {
 
 template <typename T>
-struct WriteGradients {
-  T* d_kernel;  // [L, F]
-  T* d_bias;    // [L], or null
+struct WriteGradients : WriteKernel<T> {
+  T* d_bias;  // [L], or null
 
-  __device__ void kernel(int64_t i, float d) const { set(d_kernel + i, d); }
   __device__ void bias(int64_t label, float d) const { set(d_bias + label, d); }
   __device__ bool has_bias() const { return d_bias != nullptr; }
 };
@@ -23,8 +21,13 @@ __global__ void __launch_bounds__(kMeanThreads)
   __shared__ double sums[kMeanThreads];
   double total = 0;
   for (int64_t i = threadIdx.x; i < count; i += kMeanThreads) total += totals[i];
-  total = sum_of_block(total, sums);
-  if (threadIdx.x == 0) *mean = static_cast<float>(total / divisor);
+  sums[threadIdx.x] = total;
+  __syncthreads();
+  for (unsigned half = kMeanThreads / 2; half > 0; half /= 2) {  // in the same order whenever it runs
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *mean = static_cast<float>(sums[0] / divisor);
 }
 
 }  // namespace
@@ -47,7 +50,7 @@ cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, con
                                   const int32_t* positives, int64_t width, float* value, T* d_x, T* d_kernel,
                                   T* d_bias) {
   return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width},
-                     WriteGradients<T>{d_kernel, d_bias}, value, d_x);
+                     WriteGradients<T>{{d_kernel}, d_bias}, value, d_x);
 }
 
 #define XLA_OPS_INSTANTIATE(T)                                                                                        \

@@ -27,9 +27,11 @@ __device__ inline void mark_positives(const Positives& positives, const Examples
   __syncthreads();  // the last tile's may still be in use
   for (int i = threadIdx.x; i < kLabels; i += blockDim.x) bits[i] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int b = threadIdx.x / kWarp; b < examples.size; b += blockDim.x / kWarp) {
     const int32_t* row = positives.labels + (examples.first + b) * positives.width;
-    for (int64_t i = threadIdx.x % kWarp; i < positives.width; i += kWarp) {
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < positives.width; i += kWarp) {
       const int64_t label = row[i] - labels.first;
       if (label >= 0 && label < labels.size) atomicOr(bits + label, 1u << b);
     }
@@ -50,25 +52,14 @@ __device__ inline Term term(Loss loss, float margin) {
   return {fmaxf(-margin, 0) + log1pf(expf(-fabsf(margin))), -1 / (1 + expf(margin))};
 }
 
-// The sum of `value` over the block's threads, in the same order whenever it runs, for thread 0.
-template <int kThreads>
-__device__ double sum_of_block(double value, double (&sums)[kThreads]) {
-  sums[threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    __syncthreads();
-  }
-  return sums[0];
-}
-
 // What the pass does besides adding up the loss. A sink is what becomes of the gradients of kernel and bias: it has
-// kernel(number of the weight, gradient), bias(label, gradient), and whether there is a bias.
+// kernel(number of the weight, gradient), the same for four weights at once, bias(label, gradient), and whether there
+// is a bias.
 template <typename Sink>
 struct Backward {
   float scale;            // of the mean
   float* sums_of_blocks;  // temporary, [blocks of threads, kLabels, F]
-  float* d_packed;        // [tiles, D, kTile], added to
+  float* d_packed;        // [tiles, D, kTile], added to, or null
   Sink sink;
 };
 struct NoGradients {};
@@ -79,25 +70,23 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T, kSparse> laye
                                                     double* __restrict__ totals, const Backward<Sink> out) {
   constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
   constexpr int kValues = Group<T>::kValues, kThreads = Group<T>::kThreads;
-  union Shared {
-    Staged<kSparse> staged;
-    double sums[kThreads];
-  };
-  __shared__ Shared shared;
+  __shared__ Staged<kSparse> staged;
   __shared__ uint32_t positive_bits[kLabels];
+  __shared__ double losses[kThreads / kWarp];  // of each warp: a register that lives so long is one too many
+  __shared__ std::conditional_t<kGradients, SharedSums, char> shared_sums;
   const int label = my_label<T>(), lane = my_lane<T>();
-  double total = 0;
+  const bool first_of_warp = threadIdx.x % kWarp == 0;
+  if (first_of_warp) losses[threadIdx.x / kWarp] = 0;
 
   for_each_item(layer.blocks(), [&](int64_t block) {
     const LabelBlock labels(layer, block);
-    float* const sums = out.sums_of_blocks + int64_t{blockIdx.x} * kLabels * layer.shape.fan_in;
     bool any = false;
     float d_bias = 0;
     for (int64_t tile = 0; tile < layer.tiles(); ++tile) {
       const Examples examples(layer.shape.batch, tile);
       mark_positives(positives, examples, labels, positive_bits);
       float s[kValues];  // logits, and then their gradients
-      logits<false>(layer, layer.tile(tile), labels, shared.staged, s);
+      logits<false>(layer, layer.tile(tile), labels, staged, !kSparse && tile > 0 && all_staged(layer), s);
       const uint32_t bits = positive_bits[label] >> (lane * kValues);
       float value = 0;
 #pragma unroll
@@ -109,27 +98,33 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T, kSparse> laye
         s[v] = inside ? sign * t.slope * out.scale : 0;
         d_bias += s[v];
       }
-      total += value;
+#pragma unroll
+      for (int other = kWarp / 2; other > 0; other /= 2) value += __shfl_xor_sync(kAllLanes, value, other);
+      if (first_of_warp) losses[threadIdx.x / kWarp] += value;
       if constexpr (kGradients) {
-        any |= add_gradients(layer, layer.tile(tile), labels, s, any, shared.staged, sums,
-                             out.d_packed + tile * layer.shape.in_features * kTile);
+        float* const d_packed = out.d_packed ? out.d_packed + tile * layer.shape.in_features * kTile : nullptr;
+        any |= add_gradients(layer, layer.tile(tile), labels, s, any, staged, all_staged(layer),
+                             sums_of(layer, shared_sums, out.sums_of_blocks), d_packed);
       }
     }
     if constexpr (kGradients) {
       const Sink& sink = out.sink;
-      for_each_kernel_gradient(layer, labels, any, sums, [&](int64_t i, float d) { sink.kernel(i, d); });
+      take_kernel_gradients(layer, labels, any, sums_of(layer, shared_sums, out.sums_of_blocks), sink);
       if (sink.has_bias()) for_each_bias_gradient<T>(labels, d_bias, [&](int64_t i, float d) { sink.bias(i, d); });
     }
   });
-  __syncthreads();  // the sums go where connections may be in use
-  total = sum_of_block(total, shared.sums);
-  if (threadIdx.x == 0) totals[blockIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double total = 0;
+    for (const double loss_of_warp : losses) total += loss_of_warp;
+    totals[blockIdx.x] = total;
+  }
 }
 
 // *mean = the sum of totals / divisor.
 cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count, double divisor, float* mean);
 
-// The whole pass: the loss and, unless the sink is NoGradients, d_x.
+// The whole pass: the loss and, unless the sink is NoGradients, or d_x null, d_x.
 template <typename T, typename Sink>
 cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
                      const T* kernel, Indices indices, const T* bias, const Positives& positives, const Sink& sink,
@@ -143,20 +138,20 @@ cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, 
   if constexpr (kGradients) {
     out.sums_of_blocks = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
     out.d_packed = workspace.take<float>(sums_count(s));
+    if (!d_x) out.d_packed = nullptr;
   }
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
 
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(plain)));
-  if constexpr (kGradients) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, out.d_packed, sums_count(s)));
+  if (out.d_packed) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, out.d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(dispatch(plain, packed.map, [&](const auto& layer) {
     return launch(loss_kernel<T, std::decay_t<decltype(layer)>::kHasSparse, Sink>, most_sharers(plain),
                   Group<T>::kThreads, 0, stream, layer, loss, positives, totals, out);
   }));
   const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.mean_labels);
   XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, most_sharers(plain), divisor, value));
-  if constexpr (kGradients) return unpack_sums(stream, s, out.d_packed, d_x);
-  return cudaSuccess;
+  return out.d_packed ? unpack_sums(stream, s, out.d_packed, d_x) : cudaSuccess;
 }
 
 }  // namespace xla_ops::cuda

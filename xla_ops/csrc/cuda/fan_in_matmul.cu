@@ -52,7 +52,7 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
       features.rows = copy;
     }
     float sum[Group<T>::kValues];
-    logits<kInShared>(layer, features, labels, shared.staged, sum);
+    logits<kInShared>(layer, features, labels, shared.staged, false, sum);
     __syncthreads();  // all are done with the connections, in whose place the logits go
 #pragma unroll
     for (int v = 0; v < Group<T>::kValues; ++v) {
@@ -77,7 +77,8 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
     LabelTile dy;
   };
   __shared__ Shared shared;
-  float* const sums = sums_of_blocks + int64_t{blockIdx.x} * kLabels * layer.shape.fan_in;
+  __shared__ SharedSums shared_sums;
+  float* const sums = sums_of(layer, shared_sums, sums_of_blocks);
 
   for_each_item(layer.blocks(), [&](int64_t block) {
     const LabelBlock labels(layer, block);
@@ -99,10 +100,10 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
         mine[v] = shared.dy[my_lane<T>() * Group<T>::kValues + v][my_label<T>()];
         bias_sum += mine[v];
       }
-      any |= add_gradients(layer, layer.tile(tile), labels, mine, any, shared.staged, sums,
-                           d_packed + tile * layer.shape.in_features * kTile);
+      any |= add_gradients(layer, layer.tile(tile), labels, mine, any, shared.staged, false, sums,
+                           d_packed ? d_packed + tile * layer.shape.in_features * kTile : nullptr);
     }
-    for_each_kernel_gradient(layer, labels, any, sums, [&](int64_t i, float d) { set(d_kernel + i, d); });
+    take_kernel_gradients(layer, labels, any, sums, WriteKernel<T>{d_kernel});
     if (d_bias) for_each_bias_gradient<T>(labels, bias_sum, [&](int64_t i, float d) { set(d_bias + i, d); });
   });
 }
@@ -144,16 +145,17 @@ cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, c
                                     const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias) {
   const Packed<T> packed = take_packed(workspace, s, inputs);
   const Layer<T> plain{s, packed.rows, kernel, indices, nullptr};
-  float* const d_packed = workspace.take<float>(sums_count(s));
+  float* d_packed = workspace.take<float>(sums_count(s));
+  if (!d_x) d_packed = nullptr;
   float* const sums = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, d_packed, sums_count(s)));
+  if (d_packed) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(dispatch(plain, packed.map, [&](const auto& layer) {
     return launch(gradients_kernel<T, std::decay_t<decltype(layer)>::kHasSparse>, most_sharers(plain),
                   Group<T>::kThreads, 0, stream, layer, dy, sums, d_packed, d_kernel, d_bias);
   }));
-  return unpack_sums(stream, s, d_packed, d_x);
+  return d_packed ? unpack_sums(stream, s, d_packed, d_x) : cudaSuccess;
 }
 
 #define XLA_OPS_INSTANTIATE(T)                                                                                \

@@ -17,15 +17,33 @@ struct SgdUpdate {
   const uint32_t* key;
 
   __device__ void kernel(int64_t i, float d) const { update(weights + i, first_label() * fan_in + i, d); }
+  __device__ void kernel(int64_t i, const float4& d) const {
+    if (d.x == 0 && d.y == 0 && d.z == 0 && d.w == 0) return;
+    if constexpr (std::is_same_v<T, float>) {
+      const float rate = load_here(learning_rate);
+      const float4 w = load4(weights + i);
+      set4(weights + i, make_float4(d.x != 0 ? w.x - rate * d.x : w.x, d.y != 0 ? w.y - rate * d.y : w.y,
+                                    d.z != 0 ? w.z - rate * d.z : w.z, d.w != 0 ? w.w - rate * d.w : w.w));
+    } else {
+      // One after the other: the random bits of all at once take too many registers.
+#pragma unroll 1
+      for (int v = 0; v < 4; ++v) kernel(i + v, v < 2 ? (v == 0 ? d.x : d.y) : (v == 2 ? d.z : d.w));
+    }
+  }
   __device__ void bias(int64_t label, float d) const {
     update(biases + label, num_labels * fan_in + first_label() + label, d);  // after those of the kernel
   }
   __device__ bool has_bias() const { return biases != nullptr; }
-  __device__ int64_t first_label() const { return __ldg(key + 3); }
+  __device__ int64_t first_label() const { return load_here(key + 3); }
 
   __device__ void update(T* w, int64_t position, float d) const {
-    if (d != 0) set(w, to_float(*w) - __ldg(learning_rate) * d, rounding_bits(RoundingKey(key), position));
+    if (d == 0) return;
+    const RoundingKey rounding(load_here(key), load_here(key + 1), load_here(key + 2));
+    set(w, to_float(*w) - load_here(learning_rate) * d, rounding_bits(rounding, position));
   }
+  // A load that stays where it is: in a register throughout the pass over the labels the value would be one too many.
+  template <typename Value>
+  __device__ static Value load_here(const Value* p) { return *static_cast<const volatile Value*>(p); }
 };
 
 struct AdamUpdate {
@@ -33,6 +51,16 @@ struct AdamUpdate {
   AdamRates rates;
 
   __device__ void kernel(int64_t i, float d) const { update(weights, i, d); }
+  __device__ void kernel(int64_t i, const float4& d) const {
+    const AdamStep step(rates);
+    // All are asked for before the first is used.
+    const float4 w = load4(weights.w + i), mu = load4_once(weights.mu + i), nu = load4_once(weights.nu + i);
+    const AdamValues a = step({w.x, mu.x, nu.x}, d.x), b = step({w.y, mu.y, nu.y}, d.y),
+                     c = step({w.z, mu.z, nu.z}, d.z), e = step({w.w, mu.w, nu.w}, d.w);
+    set4(weights.w + i, make_float4(a.w, b.w, c.w, e.w));
+    set4(weights.mu + i, make_float4(a.mu, b.mu, c.mu, e.mu));
+    set4(weights.nu + i, make_float4(a.nu, b.nu, c.nu, e.nu));
+  }
   __device__ void bias(int64_t label, float d) const { update(biases, label, d); }
   __device__ bool has_bias() const { return biases.w != nullptr; }
 

@@ -1,8 +1,10 @@
 // The k best labels of each example, streaming over the labels: logits exist for a number of labels at a time.
 //
-// Each example has a list of candidates, at first empty. Labels whose logits are above its worst are appended; then
-// the list is cut down to the k best. A candidate is one whole number that orders as (score, lower label), and no
-// two are the same: so the set that is kept, and its order in the end, do not depend on the order of appending.
+// Each example has a list of candidates, at first empty, for each part of the labels that exist at a time: a batch of
+// few examples has many parts, so that there is work for all of the device. Labels whose logits are above a list's worst
+// are appended; then it is cut down to the k best; in the end the lists of an example become one. A candidate is one
+// whole number that orders as (score, lower label), and no two are the same: so the set that is kept, and its order in
+// the end, depend neither on the order of appending nor on the parts.
 
 #include "device.cuh"
 #include "fan_in_matmul.cuh"
@@ -32,13 +34,19 @@ __device__ inline int32_t label_of(uint64_t candidate) {
   return candidate == 0 ? -1 : static_cast<int32_t>(0xffffffff - static_cast<uint32_t>(candidate));
 }
 
-// The lists of all examples.
+// The lists of all examples. That of a part has room for k candidates and the labels of the part.
 struct Lists {
-  int64_t capacity;
-  uint64_t* candidates;  // [B, capacity]
-  uint32_t* counts;      // [B], at most k between kernels
-  uint64_t* bounds;      // [B], no candidate that is not above this can be among the k best
+  int64_t parts, labels, k;  // labels of a part, but for the last ones
+  int64_t capacity;          // of all lists of an example
+  uint64_t* candidates;      // [B, capacity]
+  uint32_t* counts;          // [B, parts], at most k between kernels
+  uint64_t* bounds;          // [B, parts], no candidate that is not above this can be among the k best
+
+  __device__ uint64_t* list(int64_t example, int64_t part) const {
+    return candidates + example * capacity + part * (k + labels);
+  }
 };
+constexpr int64_t kLists = 256;  // that a batch has at least, where there are labels enough
 
 // Where one list is worked on.
 struct Work {
@@ -96,12 +104,14 @@ __device__ inline void keep(uint64_t* list, uint32_t count, uint64_t bound, Work
 __global__ void __launch_bounds__(kThreads) merge_kernel(int64_t batch, int64_t first, int64_t labels, int64_t stride,
                                                          const float* __restrict__ logits, uint32_t k, Lists lists) {
   __shared__ Work work;
-  for_each_item(batch, [&](int64_t example) {
-    uint64_t* const list = lists.candidates + example * lists.capacity;
-    const uint64_t bound = lists.bounds[example];
-    if (threadIdx.x == 0) work.count = lists.counts[example];
+  for_each_item(batch * lists.parts, [&](int64_t item) {
+    const int64_t example = item / lists.parts, part = item % lists.parts;
+    uint64_t* const list = lists.list(example, part);
+    const uint64_t bound = lists.bounds[item];
+    if (threadIdx.x == 0) work.count = lists.counts[item];
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < labels; i += kThreads) {
+    const int64_t end = min(labels, (part + 1) * lists.labels);
+    for (int64_t i = part * lists.labels + threadIdx.x; i < end; i += kThreads) {
       const uint64_t c = candidate(logits[example * stride + i], first + i);
       if (c > bound) list[atomicAdd(&work.count, 1u)] = c;
     }
@@ -110,20 +120,45 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(int64_t batch, int64_t 
     if (count > k) {
       const uint64_t new_bound = bound_of_best(list, count, k, work);
       keep(list, count, new_bound, work);
-      if (threadIdx.x == 0) lists.bounds[example] = new_bound;
+      if (threadIdx.x == 0) lists.bounds[item] = new_bound;
     }
-    if (threadIdx.x == 0) lists.counts[example] = work.count;
+    if (threadIdx.x == 0) lists.counts[item] = work.count;
     __syncthreads();
   });
 }
 
-// Sorts each list, of which the first `size`, a power of 2 and at least k, are used (a bitonic sort), and writes it.
+// Makes one list of all of an example, in the place of the first, and returns how many candidates it has: at most k. To
+// be called by all threads of a block.
+__device__ inline uint32_t join(const Lists& lists, int64_t example, Work& work) {
+  uint64_t* const list = lists.list(example, 0);
+  uint32_t count = lists.counts[example * lists.parts];
+  for (int64_t part = 1; part < lists.parts; ++part) {
+    const uint64_t* const from = lists.list(example, part);
+    const uint32_t more = lists.counts[example * lists.parts + part];
+    for (uint32_t first = 0; first < more; first += kThreads) {
+      const uint32_t i = first + threadIdx.x;
+      const uint64_t c = i < more ? from[i] : 0;
+      __syncthreads();  // what was read may be written over: there are no more than k of each list before
+      if (i < more) list[count + i] = c;
+    }
+    count += more;
+  }
+  __syncthreads();
+  if (count <= lists.k) return count;
+  const uint32_t k = static_cast<uint32_t>(lists.k);
+  keep(list, count, bound_of_best(list, count, k, work), work);
+  return k;
+}
+
+// Sorts the lists of each example, of which the first `size`, a power of 2 and at least k, are used (a bitonic sort), and
+// writes them.
 __global__ void __launch_bounds__(kThreads)
     sort_kernel(int64_t batch, int64_t k, int64_t size, Lists lists, float* __restrict__ scores,
                 int32_t* __restrict__ labels) {
+  __shared__ Work work;
   for_each_item(batch, [&](int64_t example) {
-    uint64_t* const list = lists.candidates + example * lists.capacity;
-    for (int64_t i = lists.counts[example] + threadIdx.x; i < size; i += kThreads) list[i] = 0;
+    uint64_t* const list = lists.list(example, 0);
+    for (int64_t i = join(lists, example, work) + threadIdx.x; i < size; i += kThreads) list[i] = 0;
     __syncthreads();
     for (int64_t run = 2; run <= size; run *= 2) {
       for (int64_t step = run / 2; step > 0; step /= 2) {
@@ -153,15 +188,19 @@ cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape&
   int64_t size = 1;
   while (size < k) size *= 2;
   const int64_t stride = std::min(s.labels, labels_at_once);
-  const int64_t capacity = std::max(k + stride, size);
+  // As many lists as a batch of kLists has at the most: the workspace grows no faster than the batch.
+  const int64_t parts = std::max<int64_t>(
+      1, std::min(kLists / std::max<int64_t>(1, s.batch), stride / kThreads));
+  const int64_t of_part = ceil_div(stride, parts);
+  const int64_t capacity = std::max(parts * k + stride, size);
   const Packed<T> packed = take_packed(workspace, s, inputs);
   float* const logits = workspace.take<float>(s.batch * stride);
-  const Lists lists{capacity, workspace.take<uint64_t>(s.batch * capacity), workspace.take<uint32_t>(s.batch),
-                    workspace.take<uint64_t>(s.batch)};
+  const Lists lists{parts, of_part, k, capacity, workspace.take<uint64_t>(s.batch * capacity),
+                    workspace.take<uint32_t>(s.batch * parts), workspace.take<uint64_t>(s.batch * parts)};
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.counts, s.batch));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.bounds, s.batch));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.counts, s.batch * parts));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.bounds, s.batch * parts));
   for (int64_t first = 0; first < s.labels; first += stride) {
     const int64_t count = std::min(stride, s.labels - first);
     const Indices of_these{static_cast<const char*>(indices.data) + first * s.fan_in * (indices.is_uint16 ? 2 : 4),
@@ -169,7 +208,7 @@ cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape&
     const Shape part{s.batch, s.in_features, count, s.fan_in};
     const Layer<T> layer{part, packed.rows, kernel + first * s.fan_in, of_these, bias ? bias + first : nullptr};
     XLA_OPS_RETURN_IF_CUDA_ERROR(write_logits(stream, layer, packed.map, logits, stride));
-    XLA_OPS_RETURN_IF_CUDA_ERROR(launch(merge_kernel, s.batch, kThreads, 0, stream, s.batch, first, count, stride,
+    XLA_OPS_RETURN_IF_CUDA_ERROR(launch(merge_kernel, s.batch * parts, kThreads, 0, stream, s.batch, first, count, stride,
                                         logits, static_cast<uint32_t>(k), lists));
   }
   return launch(sort_kernel, s.batch, kThreads, 0, stream, s.batch, k, size, lists, scores, labels);

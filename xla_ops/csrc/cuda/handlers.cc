@@ -19,6 +19,7 @@
 #include "../fan_in_step.h"
 #include "../fan_in_top_k.h"
 #include "../handler.h"
+#include "../kth_smallest.h"
 #include "kernels.h"
 
 namespace xla_ops {
@@ -26,9 +27,13 @@ namespace {
 
 using WorkspaceResult = ffi::Result<ffi::AnyBuffer>;
 
+std::string version_string(int version) {
+  return "CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 ffi::Error error_of(cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal, std::string("CUDA: ") + cudaGetErrorString(status));
+  return ffi::Error(ffi::ErrorCode::kInternal, error_message(status));
 }
 
 // Calls fn(T*, workspace) with a null pointer of the type that x holds, and turns the CUDA error that it
@@ -79,7 +84,7 @@ ffi::Error gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuff
   return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
     using T = std::remove_pointer_t<decltype(t)>;
     return cuda::fan_in_matmul_gradients(stream, workspace, s, inputs_of<T>(in), data<const T>(kernel),
-                                         indices_of(indices), data<const T>(dy), data<T>(*d_x), data<T>(*d_kernel),
+                                         indices_of(indices), data<const T>(dy), optional_data<T>(*d_x), data<T>(*d_kernel),
                                          optional_data<T>(*d_bias));
   });
 }
@@ -115,7 +120,7 @@ ffi::Error loss_gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::An
     return cuda::fan_in_loss_gradients(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
                                        data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
                                        data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value),
-                                       data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
+                                       optional_data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
   });
 }
 
@@ -134,7 +139,7 @@ ffi::Error sgd_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, 
     return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in), data<T>(kernel),
                                  indices_of(indices), optional_data<T>(bias), data<const int32_t>(positives),
                                  positives.dimensions()[1], data<const float>(learning_rate),
-                                 data<const uint32_t>(key), data<float>(*mean), data<T>(*d_x));
+                                 data<const uint32_t>(key), data<float>(*mean), optional_data<T>(*d_x));
   });
 }
 
@@ -158,7 +163,8 @@ ffi::Error adam_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x,
         stream, workspace, s, static_cast<Loss>(loss), inputs_of<float>(in),
         {data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel)}, indices_of(indices),
         {optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias)}, data<const int32_t>(positives),
-        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean), data<float>(*d_x));
+        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean),
+        optional_data<float>(*d_x));
   });
 }
 
@@ -200,6 +206,16 @@ ffi::Error dense_adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
   });
 }
 
+ffi::Error kth_impl(cudaStream_t stream, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result,
+                    WorkspaceResult buffer) {
+  XLA_OPS_RETURN_IF_ERROR(check_kth_smallest(x, k, *result));
+  return dispatch(x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    cuda::Workspace workspace(buffer->untyped_data(), static_cast<int64_t>(buffer->size_bytes()));
+    return error_of(cuda::kth_smallest(stream, workspace, data<const T>(x), x.element_count(), k, data<float>(*result)));
+  });
+}
+
 // What a launcher takes if it has no workspace.
 template <typename T>
 int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t entries, int64_t num_columns) {
@@ -225,6 +241,8 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
     cuda::fan_in_adam_step(nullptr, none, s, Loss{}, of_floats, {}, indices, {}, labels, 0, {}, scores, scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
     cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), inputs, in, indices, in, scores, labels);
+  } else if (handler == "xla_ops.kth_smallest") {
+    cuda::kth_smallest(nullptr, none, in, 0, 0, scores);
   } else if (handler != "xla_ops.dense_step.adam") {  // which has no temporaries
     throw std::invalid_argument("no such handler: " + handler);
   }
@@ -234,6 +252,16 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
 auto stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 }  // namespace
+
+std::string error_message(int status) {
+  const auto error = static_cast<cudaError_t>(status);
+  if (error != cudaErrorInsufficientDriver) return std::string("CUDA: ") + cudaGetErrorString(error);
+  int driver = 0;  // where there is none
+  cudaDriverGetVersion(&driver);
+  const std::string found = driver == 0 ? "there is no driver" : "the driver is for " + version_string(driver);
+  return "xla_ops was built with " + version_string(CUDART_VERSION) + ", which needs a driver for it, but " + found +
+         ". Update the driver, or rebuild with its toolkit: set CUDA_HOME";
+}
 
 int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k, int64_t entries,
                         int64_t num_columns) {
@@ -252,5 +280,6 @@ XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, adam_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, sgd_impl);
 XLA_OPS_DEFINE_HANDLER(fan_in_top_k, top_k_impl);
 XLA_OPS_DEFINE_HANDLER(dense_step_adam, dense_adam_impl);
+XLA_OPS_DEFINE_HANDLER(kth_smallest, kth_impl);
 
 }  // namespace xla_ops

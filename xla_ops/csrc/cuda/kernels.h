@@ -76,12 +76,13 @@ template <typename T>
 cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
                                   const T* kernel, Indices indices, const T* bias, T* y);
 
-// d_x [B, D], d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
+// d_x [B, D] unless that is null, d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
 template <typename T>
 cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
                                     const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias);
 
-// value = the mean loss against positives [B, width]; the gradients of all but the positives.
+// value = the mean loss against positives [B, width]; the gradients of all but the positives, without d_x if that is
+// null.
 template <typename T>
 cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                               const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
@@ -114,6 +115,10 @@ template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
                          const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores,
                          int32_t* labels);
+
+// result = the k-th smallest |x|, k from 1, of n without NaN.
+template <typename T>
+cudaError_t kth_smallest(cudaStream_t stream, Workspace& workspace, const T* x, int64_t n, int64_t k, float* result);
 
 }  // namespace xla_ops::cuda
 

@@ -24,13 +24,18 @@ __device__ void for_each_item(int64_t items, Fn&& fn) {
 template <typename Kernel, typename... Args>
 cudaError_t launch(Kernel kernel, int64_t items, int threads, size_t shared_bytes, cudaStream_t stream, Args... args) {
   if (items == 0) return cudaSuccess;
-  if (shared_bytes > 0) {
-    XLA_OPS_RETURN_IF_CUDA_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                      static_cast<int>(shared_bytes)));
-  }
   int device, processors, blocks_per_processor;
   XLA_OPS_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
+  if (shared_bytes > 0) {
+    // The most that there is, whatever this launch takes: a launch in another thread is not to find less than it set.
+    int most;
+    cudaFuncAttributes attributes;
+    XLA_OPS_RETURN_IF_CUDA_ERROR(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    XLA_OPS_RETURN_IF_CUDA_ERROR(cudaFuncGetAttributes(&attributes, kernel));
+    XLA_OPS_RETURN_IF_CUDA_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                      most - static_cast<int>(attributes.sharedSizeBytes)));
+  }
   XLA_OPS_RETURN_IF_CUDA_ERROR(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   XLA_OPS_RETURN_IF_CUDA_ERROR(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel, threads, shared_bytes));

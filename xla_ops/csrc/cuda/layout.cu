@@ -84,6 +84,7 @@ cudaError_t pack(cudaStream_t stream, const Shape& s, const Inputs<T>& inputs, c
   if (inputs.columns > 0 && std::max(dense + sparse, s.in_features + inputs.columns) > INT32_MAX) {
     return cudaErrorInvalidValue;  // a Connection could not tell them apart
   }
+  if (s.fan_in > INT32_MAX - kConnections) return cudaErrorInvalidValue;  // kernels count connections in 32 bits
   const int64_t items = tiles * ceil_div(s.in_features + 1, kTile);
   XLA_OPS_RETURN_IF_CUDA_ERROR(launch(pack_kernel<T>, items, kThreads, 0, stream, s, inputs.x, packed.rows));
   if (inputs.columns == 0) return cudaSuccess;

@@ -34,7 +34,8 @@ constexpr int kRun = 128;
 constexpr int kCounters = 16;
 
 struct RoundingKey {
-  __device__ explicit RoundingKey(const uint32_t* key) : seed{__ldg(key), __ldg(key + 1)}, step(__ldg(key + 2)) {}
+  __device__ RoundingKey(uint32_t seed0, uint32_t seed1, uint32_t step) : seed{seed0, seed1}, step(step) {}
+  __device__ explicit RoundingKey(const uint32_t* key) : RoundingKey(__ldg(key), __ldg(key + 1), __ldg(key + 2)) {}
   uint32_t seed[2], step;
 };
 

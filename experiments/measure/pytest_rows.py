@@ -1,0 +1,48 @@
+"""A plugin of pytest that writes each test's outcome as it comes, so that a run that is cut short has some.
+
+    python -m pytest -p experiments.measure.pytest_rows --rows=FILE
+
+appends to FILE a line of JSON for each test: its name, its outcome (passed, skipped or failed), its seconds,
+and why it was skipped or failed.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+_MESSAGE_CHARACTERS = 400
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --rows."""
+    parser.addoption("--rows", help="File that each test's outcome is appended to.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Listens in the process that has all reports, which is not one of pytest-xdist's workers."""
+    if config.getoption("rows") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Rows(Path(config.getoption("rows"))))
+
+
+class _Rows:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            self._write(report, report.duration)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.passed:
+            self._write(report, 0.0)
+
+    def _write(self, report: pytest.TestReport | pytest.CollectReport, seconds: float) -> None:
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 2)}
+        if report.skipped and isinstance(report.longrepr, tuple):
+            row["why"] = report.longrepr[2].removeprefix("Skipped: ")
+        elif not report.passed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            row["why"] = (crash.message if crash else str(report.longrepr))[:_MESSAGE_CHARACTERS]
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
