@@ -8,13 +8,14 @@ writes all of it as JSON. Labels that the model does not know are left out, and 
 import json
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
 from sparse_xmc.data.files import write_text
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.mesh import make_mesh, parse_mesh
 from sparse_xmc.saving import SavedModel
 
+from . import program
 from .datasets import load_points
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
@@ -26,11 +27,8 @@ _MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as 
 _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 
 
-def main(argv):
+def main():
     """Evaluates."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
     mesh = None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value))
     saved = SavedModel.load(_WORKDIR.value, _ENCODER.value, mesh)
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
@@ -54,4 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.start(main)

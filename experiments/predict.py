@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from sparse_xmc import XMCClassifier
 from sparse_xmc.data import iterate_xmc_text
@@ -25,6 +25,7 @@ from sparse_xmc.data.files import read_text_lines
 from sparse_xmc.data.storage import check_finite, open_npy
 from sparse_xmc.mesh import make_mesh, parse_mesh
 
+from . import program
 from .datasets import printable
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
@@ -41,11 +42,8 @@ _THRESHOLD = flags.DEFINE_float(
 _POINTS_AT_ONCE = 1024
 
 
-def main(argv):
+def main():
     """Predicts."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
     classifier = XMCClassifier.load(
         _WORKDIR.value,
         encoder=_ENCODER.value,
@@ -97,4 +95,4 @@ def line(names: np.ndarray, columns: dict[str, np.ndarray]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.start(main)

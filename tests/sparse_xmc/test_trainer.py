@@ -55,7 +55,7 @@ def test_the_precision_of_dense_products_is_that_of_jax():
     # On a GPU the default rounds float32 to TF32; docs/gpu.md says why it is left so.
     for precision, expected in (("default", "DEFAULT"), ("highest", "HIGHEST")):
         with jax.default_matmul_precision(precision):
-            text = new_trainer().lower_step(one_batch()).as_text()
+            text = new_trainer().trace(one_batch())["step"].lower().as_text()
         products = [line for line in text.splitlines() if "dot_general" in line]
         assert products
         assert all(f"precision = [{expected}, {expected}]" in line for line in products)
@@ -65,7 +65,8 @@ def test_the_precision_of_dense_products_is_that_of_jax():
 def test_nothing_computes_the_gradient_of_features_that_nothing_is_trained_in(optimizer):
     for penultimate, left_out in ((0, True), (24, False)):
         model = make_model(penultimate=penultimate, fan_in=4)
-        text = new_trainer(model=model, output_optimizer=optimizer).lower_step(one_batch()).as_text()
+        trainer = new_trainer(model=model, output_optimizer=optimizer)
+        text = trainer.trace(one_batch())["step"].lower().as_text()
         assert ("tensor<0x0xf32>" in text) == left_out
 
 
