@@ -127,6 +127,10 @@ class Tokenizer:
             raise ValueError(f"{file}: no such file; a directory with a fast tokenizer has one")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            tokenizer.no_padding()
+            ids = tokenizer.encode("a \u2603").ids  # fails where there is no token for what is unknown
+            if (largest := max([0, *ids, *tokenizer.get_vocab().values()])) > np.iinfo(np.int32).max:
+                raise ValueError(f"expected ids below 2^31, got {largest}")
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"{file}: not a tokenizer: {error}") from error
         return cls(tokenizer, max_length=max_length)

@@ -307,7 +307,7 @@ def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None
         return pooling, normalize
     if unknown := sorted({*kinds} - {"Transformer", "Pooling", "Normalize"}):
         file = directory / "modules.json"
-        raise ValueError(f"{file}: {', '.join(unknown)} not known here; a pooling that is given does without")
+        raise ValueError(f"{file}: {_some(unknown)} not known here; a pooling that is given does without")
     file = directory / kinds.get("Pooling", "1_Pooling") / "config.json"
     values = _read_json(file, default={_POOLING_KEYS["mean"]: True})
     modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
@@ -344,7 +344,9 @@ def require_one_of(what: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def _some(problems: list[str]) -> str:
-    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+    """The first of them, in one line whatever the names in them."""
+    some = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+    return " ".join("; ".join(some).split())
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
