@@ -106,8 +106,9 @@ def main() -> int:
         reports = sorted(reports_directory.iterdir())
         for report in reports:
             print(report.read_text(errors="replace"))
-    print(f"{arguments.sanitizer}: {len(reports)} report(s), pytest ended with {status}")
-    return 1 if reports or status else 0
+    fault = bool(reports or status)
+    print(f"{arguments.sanitizer}: {'faults, see above' if fault else 'no faults'}")
+    return int(fault)
 
 
 if __name__ == "__main__":
