@@ -12,25 +12,20 @@ from absl import flags
 
 from sparse_xmc.data.files import write_text
 from sparse_xmc.evaluation import evaluate, evaluate_groups
-from sparse_xmc.mesh import make_mesh, parse_mesh
-from sparse_xmc.saving import SavedModel
 
-from . import program
+from . import program, trained
 from .datasets import load_points
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
+flags.adopt_module_key_flags(trained)  # so that --help shows them
 _TEST = flags.DEFINE_string("test", None, "The points: .tsv or the repository's .txt.", required=True)
 _FEATURES = flags.DEFINE_string("test_features", None, "Their dense features, .npy float32 [N, D].")
 _FILTER = flags.DEFINE_string("test_filter", None, "Labels to leave out: lines of `row label`.")
-_ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
-_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for experiments.run.")
 _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 
 
 def main():
     """Evaluates."""
-    mesh = None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value))
-    saved = SavedModel.load(_WORKDIR.value, _ENCODER.value, mesh)
+    saved = trained.load().saved_
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics
     weights = None if statistics is None else statistics.inv_propensities

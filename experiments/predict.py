@@ -23,15 +23,12 @@ from sparse_xmc import XMCClassifier
 from sparse_xmc.data import iterate_xmc_text
 from sparse_xmc.data.files import read_text_lines
 from sparse_xmc.data.storage import check_finite, open_npy
-from sparse_xmc.mesh import make_mesh, parse_mesh
 
-from . import program
+from . import program, trained
 from .datasets import printable
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
+flags.adopt_module_key_flags(trained)  # so that --help shows them
 _INPUT = flags.DEFINE_string("input", "/dev/stdin", "The file of points; texts also from standard input.")
-_ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
-_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for experiments.run.")
 _K = flags.DEFINE_integer("k", 5, "How many labels, at most.", lower_bound=1)
 _FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "How labels are printed.")
 _PROBABILITIES = flags.DEFINE_bool("probabilities", False, "Print how likely each label is right, too.")
@@ -44,14 +41,11 @@ _POINTS_AT_ONCE = 1024
 
 def main():
     """Predicts."""
-    classifier = XMCClassifier.load(
-        _WORKDIR.value,
-        encoder=_ENCODER.value,
-        mesh=None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value)),
-    )
+    classifier = trained.load()
     calibration = classifier.saved_.calibration
     if _PROBABILITIES.value and calibration is None:
-        raise ValueError(f"{_WORKDIR.value}: the model has no probabilities: it had no validation points")
+        workdir = flags.FLAGS.workdir
+        raise ValueError(f"{workdir}: the model has no probabilities: it had no validation points")
     k = min(_K.value, classifier.n_labels_)
     for points in read_points(classifier, _INPUT.value):
         names, scores = classifier.predict(points, k=k)

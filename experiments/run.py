@@ -35,6 +35,7 @@ from sparse_xmc.heads import HEADS
 from sparse_xmc.mesh import connect, make_mesh, parse_mesh
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.modules import count_parameters
 from sparse_xmc.planning import check_memory, plan_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import (
@@ -200,7 +201,7 @@ def main():
     if start is not None:
         saved.start_from(start)
         del start
-    _say(f"{sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param))):,} parameters")
+    _say(f"{count_parameters(model):,} parameters")
     trainer = Trainer(model, training, seed=FLAGS.seed)
     records = workdir / "metrics.jsonl"
     with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:

@@ -40,15 +40,14 @@ class Calibration:
     @classmethod
     def fit(cls, model: Classifier, points: Dataset, *, batch_size: int = 256) -> "Calibration":
         """That of a classifier, by points that it was not trained on, with their labels."""
-        scores, right = [np.zeros((0, 1))], [np.zeros((0, 1), bool)]
+        scores, right = [], []
         k = min(_RANKS, points.num_labels)
         for rows, its_scores, labels in predict(model, points, k, batch_size=batch_size):
-            scores.append(its_scores.astype(np.float64).reshape(-1, 1))
-            right.append(is_listed(labels, points.labels[rows]).reshape(-1, 1))
-        of_all, are_right = np.concatenate(scores)[:, 0], np.concatenate(right)[:, 0]
-        if not of_all.size:
+            scores.append(its_scores.ravel())
+            right.append(is_listed(labels, points.labels[rows]).ravel())
+        if not scores:
             raise ValueError("calibration needs at least one point that was held out")
-        fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(of_all, are_right)
+        fitted = IsotonicRegression().fit(np.concatenate(scores).astype(np.float64), np.concatenate(right))
         return cls(fitted.X_thresholds_, fitted.y_thresholds_)
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:

@@ -4,8 +4,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import jax
-from flax import nnx
+from sparse_xmc.modules import count_parameters
 
 if TYPE_CHECKING:
     from sparse_xmc.saving import SavedModel
@@ -29,7 +28,7 @@ def model_card(
       metrics: its metrics on test points.
     """
     config = saved.config
-    parameters = sum(array.size for array in jax.tree.leaves(nnx.state(saved.model, nnx.Param)))
+    parameters = count_parameters(saved.model)
     takes = "texts, by their words"
     if saved.pretrained is not None:
         takes = "texts, by their words and a pretrained encoder"

@@ -33,6 +33,11 @@ def parameters_of(module: nnx.Module) -> dict[str, nnx.Param]:
     return {path_name(path): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)}
 
 
+def count_parameters(module: nnx.Module) -> int:
+    """How many numbers its parameters have."""
+    return sum(parameter.size for parameter in parameters_of(module).values())
+
+
 def path_name(path: Iterable[Any]) -> str:
     """A path in a module as one name, such as "output.kernel"."""
     return ".".join(map(str, path))

@@ -1,5 +1,6 @@
 """Settings for the whole suite: JAX at its strictest, on several devices, and reproducible examples."""
 
+import gc
 import os
 
 # XLA reads this once, before the first import of jax. JAX_PLATFORMS stays the user's, as do other XLA flags.
@@ -24,6 +25,21 @@ jax.config.update(
 # Compilation makes the first example of a shape slow, hence no deadline.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """A compiled program takes some ten mappings of memory, and a process may have 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture
+def standard_promotion():
+    """For what strict promotion forbids: Optax's Adam promotes an integer, JAX's attention bfloat16."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,12 +18,7 @@ ROOT = Path(__file__).parents[1]
 SIZES = {"670_091": "200", "32_768": "64", "fan_in=32": "fan_in=8"}
 TEXTS = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def blocks_of(path):

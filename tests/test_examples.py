@@ -5,7 +5,6 @@ import json
 import runpy
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,12 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "text_to_labels.ipynb"
 SIZES = {"fan_in": 8, "penultimate": 64, "embedding": 16, "epochs": 1, "batch_size": 32, "max_length": 12}
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def code_cells():

@@ -5,6 +5,7 @@ import re
 
 _CALL = re.compile(r'"xla_ops\.(fan_in_[\w.]+)", operand_layout_constraints=\{(.*?)\}, \w+=')
 _SHAPE = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+_WITHOUT_GRADIENTS = ("fan_in_matmul.forward", "fan_in_loss.value", "fan_in_top_k")
 _LANES = 16  # a batch is filled up to a multiple of these
 
 
@@ -23,6 +24,6 @@ def scratch_bytes(program: str) -> int:
         entries = 0 if "," in rows[2] else int(rows[2])  # without sparse inputs the kernel comes next
         examples = -(-batch // _LANES) * _LANES
         packed = (in_features + 1 + entries) * examples * int(x[1]) // 8
-        sums = 0 if name in ("fan_in_matmul.forward", "fan_in_loss.value", "fan_in_top_k") else os.cpu_count()
-        most = max(most, packed + 4 * (sums or 0) * (in_features + 1) * examples)
+        sums = 0 if name in _WITHOUT_GRADIENTS else os.cpu_count() or 1  # of d_x, by each thread
+        most = max(most, packed + 4 * sums * (in_features + 1) * examples)
     return most

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +71,12 @@ class Trainer:
         self.fused = jax.default_backend() in xla_ops.platforms() if fused is None else fused
         self.num_labels = model.head.num_labels
         self._graphdef, _ = split(model, nnx.Param)
-        self._step = Step(self._graphdef, config, seed, encoder_optimizer, self.fused)
-        self.state: State = self._step.init(model)
+        step = Step(self._graphdef, config, seed, encoder_optimizer, self.fused)
+        self.state: State = step.init(model)
         self.mesh = model.head.mesh
-        self._train, self._rewire, self._fill_up = _TRAIN, _REWIRE, _FILL_UP
-        if self.mesh is not None:
+        if self.mesh is None:
+            self._programs = _programs(step)
+        else:
             if config.batch_size % data_size(self.mesh):
                 raise ValueError(
                     f"batch_size must be a multiple of the mesh's data axis, {data_size(self.mesh)}, "
@@ -84,9 +85,7 @@ class Trainer:
             self.state = place(self.state, self.mesh)
             shardings = jax.tree.map(lambda array: array.sharding, self.state)
             everywhere = NamedSharding(self.mesh, PartitionSpec())
-            self._train = _jit(Step.train, out_shardings=(shardings, everywhere))
-            self._rewire = _jit(Step.rewire, out_shardings=shardings)
-            self._fill_up = _jit(Step.fill_up, out_shardings=shardings)
+            self._programs = _compiled(step, shardings, (shardings, everywhere))
 
     @property
     def head(self) -> Head:
@@ -108,7 +107,7 @@ class Trainer:
         _check_positives(np.asarray(batch.positives), self.num_labels)
         batch = place_batch(batch, self.mesh)
         rate, step = np.float32(learning_rate), np.int32(self.step)
-        self.state, loss = self._train(self._step, self.state, batch, rate, step)
+        self.state, loss = self._programs.train(self.state, batch, rate, step)
         self.step += 1
         interval = self.config.rewire_interval
         if interval != -1 and self.step % interval == 1 % interval:
@@ -118,9 +117,9 @@ class Trainer:
     def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
         """The programs for batches like this one, not run: "step", and "rewiring" if there is any."""
         batch = place_batch(batch, self.mesh)
-        programs = {"step": self._train.trace(self._step, self.state, batch, np.float32(0), np.int32(0))}
+        programs = {"step": self._programs.train.trace(self.state, batch, np.float32(0), np.int32(0))}
         if self.config.rewire.fraction:
-            programs["rewiring"] = self._rewire.trace(self._step, self.state, batch, np.int32(0))
+            programs["rewiring"] = self._programs.rewire.trace(self.state, batch, np.int32(0))
         return programs
 
     def rewire(self, batch: Batch) -> None:
@@ -131,7 +130,7 @@ class Trainer:
         """
         if self.config.rewire.fraction:
             batch = place_batch(batch, self.mesh)
-            self.state = self._rewire(self._step, self.state, batch, np.int32(self.step))
+            self.state = self._programs.rewire(self.state, batch, np.int32(self.step))
 
     def array_not_finite(self) -> str | None:
         """The name of an array of the state that has a value that is not finite, or None."""
@@ -144,7 +143,7 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Goes on from a state that was saved, on whatever mesh."""
-        self.state = state if self.mesh is None else self._fill_up(self._step, state)
+        self.state = state if self.mesh is None else self._programs.fill_up(state)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
@@ -164,13 +163,28 @@ class Trainer:
             yield self.train_step(batch, learning_rate(i))
 
 
-def _jit(function: Callable, **options: Any) -> Any:
-    """A function of a `Step`, which is static, and of a state, which is donated."""
-    return jax.jit(function, static_argnums=0, donate_argnums=1, **options)
+class _Programs(NamedTuple):
+    """What a `Step` does, compiled. Each is a function of a state, which is donated, and of more."""
+
+    train: Any
+    rewire: Any
+    fill_up: Any
 
 
-# Trainers of the same kind, one that plans its memory among them, share what is compiled.
-_TRAIN, _REWIRE, _FILL_UP = _jit(Step.train), _jit(Step.rewire), _jit(Step.fill_up)
+def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
+    """The programs, with the shardings of the state that they return, and of what training returns."""
+    return _Programs(
+        jax.jit(step.train, donate_argnums=0, out_shardings=trained),
+        jax.jit(step.rewire, donate_argnums=0, out_shardings=state),
+        jax.jit(step.fill_up, donate_argnums=0, out_shardings=state),
+    )
+
+
+@functools.lru_cache(maxsize=2)  # what is compiled is freed with the last trainer that uses it
+def _programs(step: Step) -> _Programs:
+    """The programs of a step: trainers of the same kind, one that plans its memory among them, share them."""
+    return _compiled(step)
+
 
 _OF_ADAMW = {"encoder_rate": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
 

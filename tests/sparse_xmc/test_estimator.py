@@ -17,12 +17,7 @@ WORDS = ["apple", "brook", "cloud", "dune", "ember", "fern", "grove", "heath"]
 DENSE = {"penultimate": 32, "fan_in": 8, "epochs": 80, "batch_size": 8}
 SMALL = DENSE | {"embedding": 16}
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def make_points(size=60, seed=0):

@@ -13,12 +13,7 @@ from sparse_xmc.data.batches import Batches
 from sparse_xmc.evaluation import evaluate
 from sparse_xmc.train import Callback, Checkpoints, GradientDensity, Progress, RecordFile, Stopped
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def make_dataset(size=40, seed=0):

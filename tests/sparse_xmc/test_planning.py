@@ -26,12 +26,7 @@ from sparse_xmc.data.batches import Batches
 from sparse_xmc.heads import DenseConfig, FixedFanInConfig
 from sparse_xmc.planning import check_memory, plan_memory
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def points(labels, features=24, size=32, *, sparse=False):

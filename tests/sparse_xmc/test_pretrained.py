@@ -30,13 +30,6 @@ def poolings(family):
     return ["mean", "cls"] if family == "distilbert" else ["mean", "cls", "pooler"]
 
 
-@pytest.fixture
-def standard_promotion():
-    """JAX's attention promotes bfloat16, and Optax's Adam an integer, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 CASES = [(family, pooling) for family in FAMILIES for pooling in poolings(family)]
 
 

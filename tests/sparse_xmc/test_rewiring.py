@@ -19,12 +19,7 @@ from sparse_xmc.heads.rewiring import (
 )
 from sparse_xmc.layers import FixedFanInLinear
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def random_layer(labels=300, fan_in=8, in_features=50, seed=0):

@@ -29,12 +29,7 @@ from sparse_xmc.modules import in_evaluation, parameters_of
 
 NEVER = RewireConfig(fraction=0)
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def new_trainer(kind="fixed_fan_in", *, seed=0, model=None, **options):

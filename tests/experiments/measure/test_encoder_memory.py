@@ -19,12 +19,7 @@ TINY = encoder_memory.Shape(
 )
 NETWORK = PretrainedConfig("bert", 50, 16, 1, 2, 32, max_position_embeddings=16)
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_nothing_is_allocated_and_the_parts_are_those_of_real_arrays(monkeypatch):

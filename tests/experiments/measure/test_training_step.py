@@ -14,12 +14,7 @@ from experiments.measure.workloads import MODES, Network
 
 TINY = Network("tiny", 1000, 4, 256, 1.0, features=96)
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.mark.parametrize("mode", MODES)

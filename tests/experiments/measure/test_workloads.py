@@ -1,6 +1,5 @@
 """What the measurements have in common: settings from flags, networks, trainers."""
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -10,12 +9,7 @@ from experiments.measure.workloads import MODES, NETWORKS, SCALES, make_batches,
 from sparse_xmc.heads import DenseConfig, FixedFanInConfig
 from sparse_xmc.train import TrainingConfig
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_settings_are_those_of_a_run_with_these_arguments():
