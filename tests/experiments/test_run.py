@@ -58,7 +58,7 @@ def tsv(tmp_path_factory):
 def finished(tsv, tmp_path_factory):
     """The working directory of a run that ended, its flags and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
-    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--seed=4", "--epochs=20", "--rewire_interval=7"]
+    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--seed=4", "--epochs=8", "--rewire_interval=7"]
     flags += ["--validation_fraction=0.2", "--output_bias=-1", "--checkpoint_minutes=0"]
     return workdir, flags, output_of(*flags)
 
@@ -180,7 +180,7 @@ def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
     text = (first / "flags.cfg").read_text().replace("--schedule=plateau", "--schedule=linear")
     (tmp_path / "flags.cfg").write_text(text)
     (tmp_path / "result.json").touch()
-    linear = [f"--flagfile={tmp_path / 'flags.cfg'}", f"--workdir={tmp_path}", "--epochs=21"]
+    linear = [f"--flagfile={tmp_path / 'flags.cfg'}", f"--workdir={tmp_path}", "--epochs=9"]
     assert "more cannot follow; choose another --workdir, or --init_from this one" in error_of(*linear)
 
 

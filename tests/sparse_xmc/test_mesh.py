@@ -218,20 +218,27 @@ def make_trainer(dataset, mesh, *, dropout=0.2, **options):
     return config, Trainer(model, TrainingConfig(**settings | options), seed=1)
 
 
+def fit_fifty_steps(dataset, mesh):
+    """The trained model, and the records of its epochs."""
+    _, trainer = make_trainer(dataset, mesh, epochs=5)
+    with jax.numpy_dtype_promotion("standard"):
+        records = fit(trainer, dataset, dataset)
+    assert trainer.step == 50
+    return trainer.model, records
+
+
+@pytest.fixture(scope="module")
+def on_one_device(dataset):
+    return fit_fifty_steps(dataset, None)
+
+
 class TestTraining:
     @MESHES
-    def test_fifty_steps_are_those_of_one_device(self, dataset, mesh):
-        records, trainers = [], []
-        for where in (None, mesh):
-            _, trainer = make_trainer(dataset, where, epochs=5)
-            with jax.numpy_dtype_promotion("standard"):
-                records.append(fit(trainer, dataset, dataset))
-            trainers.append(trainer)
-        assert trainers[0].step == 50
-        for ours, theirs in zip(*records, strict=True):
+    def test_fifty_steps_are_those_of_one_device(self, dataset, on_one_device, mesh):
+        (one, expected), (sharded, records) = on_one_device, fit_fifty_steps(dataset, mesh)
+        for ours, theirs in zip(records, expected, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
             assert ours["p@5"] == pytest.approx(theirs["p@5"], abs=0.01)
-        one, sharded = (trainer.model for trainer in trainers)
         assert_same_weights(one.head, sharded.head)
         for (_, _, ranking), (_, _, of_mesh) in zip(
             predict(one, dataset, 5, batch_size=24), predict(sharded, dataset, 5, batch_size=24), strict=True
@@ -260,7 +267,7 @@ class TestTraining:
             make_trainer(dataset, (2, 1), batch_size=7)
 
     def test_checkpoints_go_on_on_any_mesh(self, dataset, tmp_path):
-        meshes = [None, (1, 2), (2, 4), (1, 1), (1, 8), None]
+        meshes = [None, (2, 4), (1, 8), None]
         with jax.numpy_dtype_promotion("standard"):
             for epochs, mesh in enumerate(meshes, 1):
                 _, trainer = make_trainer(dataset, mesh, epochs=len(meshes))

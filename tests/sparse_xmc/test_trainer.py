@@ -1,5 +1,6 @@
 """Training step by step: against plain Optax, and the rules of rewiring. See also test_fused_and_optax.py."""
 
+import gc
 import weakref
 
 import jax
@@ -122,6 +123,19 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit():
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
+
+
+def test_what_is_compiled_is_freed_with_its_trainer():
+    def compiled_steps():
+        gc.collect()
+        modules = [module for e in jax.devices()[0].client.live_executables() for module in e.hlo_modules()]
+        return [module.name for module in modules].count("jit_train")
+
+    before = compiled_steps()
+    for seed in range(5):
+        trainer = new_trainer(seed=seed)
+        trainer.train_step(one_batch(), 0.1)
+    assert 1 <= compiled_steps() <= before + 2  # the last two kinds are kept for the next trainer
 
 
 def test_layers_learn_at_their_own_rates():
