@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,18 @@ def check_finite(path: str | os.PathLike, matrix: np.ndarray) -> None:
             )
 
 
+def seal(directory: Path, names: Sequence[str]) -> None:
+    """Records the checksums of files in a directory, for `check_sealed`."""
+    files.write_text(directory / _CHECKSUMS, json.dumps(files.checksums(directory, names)))
+
+
+def check_sealed(directory: Path, names: Sequence[str]) -> None:
+    """Raises OSError, ValueError or TypeError if files are not as they were when the directory was sealed."""
+    recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
+    if wrong := files.differing_file(directory, recorded, names):
+        raise ValueError(f"{wrong} since it was saved")
+
+
 def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> None:
     """Writes a CSR matrix as `data.npy`, `indices.npy`, `indptr.npy` and `shape.json`, with checksums.
 
@@ -67,7 +80,7 @@ def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> No
     for name in _ARRAYS:
         np.save(directory / f"{name}.npy", getattr(matrix, name))
     (directory / "shape.json").write_text(json.dumps(matrix.shape))
-    files.write_text(directory / _CHECKSUMS, json.dumps(files.checksums(directory, _FILES)))
+    seal(directory, _FILES)
 
 
 def load_csr(directory: str | os.PathLike) -> scipy.sparse.csr_array:
@@ -84,9 +97,7 @@ def load_csr(directory: str | os.PathLike) -> scipy.sparse.csr_array:
     """
     directory = Path(directory)
     try:
-        recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
-        if wrong := files.differing_file(directory, recorded, _FILES):
-            raise ValueError(f"{wrong} since it was saved")
+        check_sealed(directory, _FILES)
         shape = tuple(json.loads((directory / "shape.json").read_text()))
         arrays = tuple(open_npy(directory / f"{name}.npy") for name in _ARRAYS)
         return scipy.sparse.csr_array(arrays, shape=shape, copy=False)

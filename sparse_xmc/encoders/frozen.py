@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sparse_xmc.data import files
+from sparse_xmc.data import files, storage
 from sparse_xmc.data.tokens import Tokenizer, TokenLists, Tokens
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import resolve_pooling, weight_files
 from sparse_xmc.modules import in_evaluation
 
 _SHORT = 32  # tokens
+_EMBEDDINGS = "embeddings.npy"
 _VERSION = 1  # of what is computed: a higher one leaves older files behind
 
 
@@ -100,6 +101,9 @@ def cached_embeddings(
 
     Returns:
       float32 [N, E], memory-mapped, read-only.
+
+    Raises:
+      ValueError: there are no texts, or what is in the cache is not as it was written.
     """
     if not len(texts):
         raise ValueError("there are no texts to embed")
@@ -111,10 +115,15 @@ def cached_embeddings(
         token_lists = Tokenizer.from_directory(directory, max_length=max_length)(texts)
         with files.new_directory(target) as scratch:
             shape = (len(texts), encoder.features)
-            out = np.lib.format.open_memmap(scratch / "embeddings.npy", "w+", np.float32, shape)
+            out = np.lib.format.open_memmap(scratch / _EMBEDDINGS, "w+", np.float32, shape)
             embed(encoder, token_lists, batch_size=batch_size, out=out)
             out.flush()
-    return np.load(target / "embeddings.npy", mmap_mode="r")
+            storage.seal(scratch, [_EMBEDDINGS])
+    try:
+        storage.check_sealed(target, [_EMBEDDINGS])
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{target}: not the embeddings that were kept there; delete it: {error}") from error
+    return storage.open_npy(target / _EMBEDDINGS)
 
 
 def fingerprint(

@@ -20,7 +20,7 @@ from sparse_xmc.saving import SavedModel
 ROOT = Path(experiments.__file__).parents[1]
 SECONDS = 240  # of each process, whatever happens
 SMALL = ["--embedding=16", "--penultimate=24", "--fan_in=6", "--direct=3", "--batch_size=8"]
-SMALL += ["--learning_rate=0.01", "--output_bias=-1", "--schedule=linear", "--checkpoint_minutes=0"]
+SMALL += ["--learning_rate=0.01", "--output_bias=-1", "--schedule=linear"]
 SMALL += ["--rewire_growth=active", "--rewire_fraction=0.2", "--rewire_interval=7"]
 
 
@@ -123,7 +123,7 @@ def test_processes_train_what_one_trains(request, data, alone, tmp_path):
 @pytest.mark.parametrize("data", ["text"], indirect=True)
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(data, alone, tmp_path):
     workdir = tmp_path / "run"
-    flags = [*data, "--epochs=4", f"--workdir={workdir}"]
+    flags = [*data, "--epochs=4", f"--workdir={workdir}", "--checkpoint_minutes=0"]
     processes = start(2, 1, [*flags, "--mesh=label:2"])
     latest, deadline = workdir / "checkpoints" / "latest", time.monotonic() + SECONDS
     try:

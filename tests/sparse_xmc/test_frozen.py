@@ -85,6 +85,20 @@ def test_cache_is_reused(directory, tmp_path, monkeypatch):
         cached_embeddings(directory, TEXTS[::-1], tmp_path / "cache", max_length=8)
 
 
+@pytest.mark.parametrize("name", ["embeddings.npy", "checksums.json"])
+def test_a_damaged_cache_is_an_error(directory, tmp_path, name):
+    cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
+    (entry,) = (tmp_path / "cache").iterdir()
+    content = (entry / name).read_bytes()
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[: len(content) // 2], None):
+        if damaged is None:
+            (entry / name).unlink()
+        else:
+            (entry / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{entry}: not the embeddings that were kept there; delete it"):
+            cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
+
+
 def test_an_interrupted_run_leaves_nothing(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("sparse_xmc.encoders.frozen.embed", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
