@@ -434,10 +434,10 @@ def report_label_scale(results: list[dict], out: Path) -> None:
         "# Label scale",
         markdown(lines),
         "![label_scale](label_scale.png)",
-        "Peak memory and the time of a step against the number of labels, on synthetic points; hollow marks "
-        "are the paper's memory of the same systems. Each part of a step is timed with all before it: "
-        "features, with the loss, with gradients, with the update. Unless it says all, nearly no logit has a "
-        "gradient.",
+        "Peak memory and the median time of a step against the number of labels, on synthetic points; bars "
+        "are quartiles, hollow marks the paper's memory of the same systems. Each part of a step is timed "
+        "with all before it: features, with the loss, with gradients, with the update. Unless it says all, "
+        "nearly no logit has a gradient.",
         "\n".join(provenance(finished)),
     ]
     (out / "label_scale.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
@@ -450,27 +450,25 @@ def report_label_scale(results: list[dict], out: Path) -> None:
 def _draw_label_scale(results: list[dict]) -> Figure:
     """Memory, with a line at 4 GiB and the paper's rows of the same systems, and time, by number of labels.
 
-    A colour is a system, named at the end of its line. Where a system was measured more than once, bars are
-    the standard deviation.
+    A colour is a system, named at the end of its line. Bars of a time go from the first quartile of the steps
+    to the third.
     """
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
     cells = dict.fromkeys(result["cell"] for result in results)
     colors = {cell: f"C{i}" for i, cell in enumerate(cells)}
     for cell, color in colors.items():
-        by_labels = collections.defaultdict(list)
-        for result in results:
-            if result["cell"] == cell:
-                sizes = result["peak_memory_bytes"] / 2**30, result["seconds"]["step"]
-                by_labels[result["scale"]["labels"]].append(sizes)
-        for i, axes in enumerate((memory, seconds)):
-            values = [np.array(repeats)[:, i] for repeats in by_labels.values()]
-            means = [repeats.mean() for repeats in values]
-            bars = [repeats.std(ddof=1) if len(repeats) > 1 else np.nan for repeats in values]
-            axes.errorbar(list(by_labels), means, yerr=bars, color=color, marker="o", markersize=4, capsize=3)
+        ours = [result for result in results if result["cell"] == cell]
+        labels = [result["scale"]["labels"] for result in ours]
+        gib = [result["peak_memory_bytes"] / 2**30 for result in ours]
+        first, median, third = np.transpose([result["seconds_quartiles"]["step"] for result in ours])
+        style = {"color": color, "marker": "o", "markersize": 4}
+        memory.plot(labels, gib, **style)
+        seconds.errorbar(labels, median, yerr=(median - first, third - median), capsize=3, **style)
+        for axes, values in ((memory, gib), (seconds, median)):
             axes.annotate(
                 _words(cell),
-                (list(by_labels)[-1], means[-1]),
+                (labels[-1], values[-1]),
                 xytext=(7, 0),
                 textcoords="offset points",
                 color=color,
@@ -478,10 +476,10 @@ def _draw_label_scale(results: list[dict]) -> Figure:
                 annotation_clip=False,
             )
     for (_, cell), row in read_reported().items():
-        gib = float(row["peak_memory_gib"])
-        if cell in colors and gib > 0:  # a row that was published as 0.0 has no place on this axis
-            labels = prepare.DATASETS[row["dataset"]].labels
-            memory.plot(labels, gib, color=colors[cell], marker="o", linestyle="", markerfacecolor="none")
+        published = float(row["peak_memory_gib"])
+        if cell in colors and published > 0:  # one of 0.0 has no place on this axis
+            at = prepare.DATASETS[row["dataset"]].labels
+            memory.plot(at, published, color=colors[cell], marker="o", linestyle="", markerfacecolor="none")
     memory.axhline(_FOUR_GB, color="grey", linestyle="--", linewidth=1)
     memory.annotate("4 GiB", (1e4, _FOUR_GB), xytext=(0, 4), textcoords="offset points", color="grey")
     memory.set_ylabel("peak memory of a training step, GiB")

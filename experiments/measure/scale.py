@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from sparse_xmc.data.batches import Batch
@@ -71,8 +72,11 @@ def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.per
         reason = f"does not fit: needs {needed:.1f} GiB, of which {available:.1f} are available"
         return report | {"failed": reason, "environment": environment.describe()}
 
-    def median(call: Callable[[], Any]) -> float:
-        return clock.median_seconds(call, None, seconds=seconds, at_least=3, clock=now)
+    quartiles = {}
+
+    def take(name: str, call: Callable[[], Any]) -> None:
+        rounds = clock.interleaved_times({name: call}, None, seconds=seconds, at_least=3, clock=now)
+        quartiles[name] = np.quantile(rounds[name], (0.25, 0.5, 0.75)).tolist()
 
     def start(*more: str) -> tuple[Trainer, Callable[[], Any]]:
         """A trainer, and its step, which has been compiled and once been followed by a rewiring."""
@@ -81,26 +85,29 @@ def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.per
         jax.block_until_ready(step())
         return trainer, step
 
-    times, densities = {}, {}
+    densities = {}
     batches = make_batches(scale.labels, scale.labels_per_point, count=_BATCHES)
     memory = PeakMemory()
     trainer, step = start(*_ALL_GRADIENTS)
-    times["step, all gradients"] = median(step)
+    take("step, all gradients", step)
     report |= {"peak_memory_bytes": memory.bytes(), "peak_memory_measured_as": memory.method}
     densities["step, all gradients"] = gradient_density(trainer.model, batches, settings.training.loss)
 
     del trainer, step
     trainer, step = start(*_FEW_GRADIENTS)
-    times["step"] = median(step)
+    take("step", step)
     densities["step"] = gradient_density(trainer.model, batches, settings.training.loss)
 
-    times["rewiring"] = median(functools.partial(_rewire, trainer, batches[0]))
+    take("rewiring", functools.partial(_rewire, trainer, batches[0]))
     parts = _parts(trainer.model, batches[0], settings.training.loss)
     del trainer, step  # the moments make room for the gradients
-    times |= {name: median(part) for name, part in parts.items()}
+    for name, part in parts.items():
+        take(name, part)
+    times = {name: median for name, (_, median, _) in quartiles.items()}
     steps = scale.points / BATCH_SIZE
     return report | {
         "seconds": times,
+        "seconds_quartiles": quartiles,
         "gradient_density": densities,
         "epoch_seconds": steps * (times["step"] + times["rewiring"] / _STEPS_PER_REWIRING),
         "environment": environment.describe(),

@@ -37,6 +37,7 @@ def test_a_report_has_memory_times_and_densities(cell):
     assert report["peak_memory_measured_as"].startswith("peak resident size")
     assert report["seconds"].keys() == set(tables._PARTS)
     assert set(report["seconds"].values()) == {1.0}
+    assert report["seconds_quartiles"] == {part: [1.0, 1.0, 1.0] for part in tables._PARTS}
     assert report["gradient_density"]["step, all gradients"] > 0.99
     assert report["gradient_density"]["step"] < 0.2
     steps = 3200 / 32
@@ -79,6 +80,7 @@ def make_report(labels, cell, gib):
         "peak_memory_bytes": int(gib * 2**30),
         "peak_memory_measured_as": "peak",
         "seconds": dict.fromkeys(tables._PARTS, 0.5),
+        "seconds_quartiles": {part: [0.4, 0.5, 0.7] for part in tables._PARTS},
         "epoch_seconds": 90.0,
         "environment": {
             "cpu": "a processor",
@@ -122,13 +124,12 @@ def test_the_papers_memory_of_the_same_systems_is_beside_ours():
     assert [text.get_text() for text in memory.texts] == ["dense", "4 GiB"]
 
 
-def test_repeated_measurements_have_bars():
-    reports = [make_report(10**4, "dense", gib) for gib in (1, 3)] + [make_report(10**5, "dense", 5)]
-    memory = tables._draw_label_scale(reports).axes[0]
-    ours, caps = memory.containers[0], memory.containers[0].lines[1]
-    np.testing.assert_array_equal(ours.lines[0].get_ydata(), [2, 5])
-    assert caps[0].get_ydata()[0] == pytest.approx(2 - 2**0.5)
-    assert np.isnan(caps[0].get_ydata()[1])
+def test_bars_of_times_are_quartiles():
+    reports = [make_report(labels, "dense", 1) for labels in (10**4, 10**5)]
+    line, caps, _ = tables._draw_label_scale(reports).axes[1].containers[0]
+    np.testing.assert_array_equal(line.get_ydata(), [0.5, 0.5])
+    for cap, expected in zip(caps, (0.4, 0.7), strict=True):
+        assert list(cap.get_ydata()) == pytest.approx([expected, expected])
 
 
 def test_no_results_is_an_error(tmp_path):
