@@ -81,18 +81,15 @@ def outcome(workdir: Path) -> dict:
     """What must be the same: results without times, metrics by epoch, and the bytes of the model's files."""
     result = json.loads((workdir / "result.json").read_text())
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    latest, best = (
-        sorted(p.name for p in (workdir / "checkpoints" / n).glob("*")) for n in ("latest", "best")
-    )
+    checkpoints = workdir / "checkpoints"
     return {
         **{name: result[name] for name in ("test", "train", "epochs", "model", "training")},
         "metrics": [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines],
         "weights": weights(workdir),
         "files": sorted(path.name for path in workdir.iterdir()),
-        "latest": latest,
-        "best": len(
-            best
-        ),  # whose numbers count saves: one is made again after a kill between it and the next
+        "latest": sorted(path.name for path in (checkpoints / "latest").iterdir()),
+        # Their numbers count saves: one is made again after a kill between it and the next of the latest.
+        "best": len([*(checkpoints / "best").iterdir()]),
     }
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import scipy.sparse
@@ -31,10 +30,7 @@ TEXTS = ["a small cat", "a big cat", "a small dog", "a big dog"] * 4
 LABELS = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 4
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture

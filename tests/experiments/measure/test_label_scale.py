@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,11 +21,12 @@ ROOT = Path(experiments.__file__).parents[1]
 SMALL = Scale("small", 1000, 2.0, 3200)
 
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
 @pytest.fixture(autouse=True)
 def root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
-        yield
 
 
 @pytest.mark.parametrize("cell", ["dense", "bottleneck_64", "fixed_fan_in_32", "unstructured_32"])
