@@ -47,7 +47,7 @@ UNSEEN = ["libjax_common.so", "_multiarray_umath"]
 
 
 def build(sanitizer: str, tree: Path) -> None:
-    """Copies xla_ops and the tests to `tree`, and builds the CPU module there."""
+    """Copies xla_ops, the tests and what they use to `tree`, and builds the CPU module there."""
     unwanted = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("xla_ops", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=unwanted)
@@ -72,6 +72,7 @@ def build(sanitizer: str, tree: Path) -> None:
     subprocess.run(install, env=environment, check=True)
     for module in (tree / "built" / "xla_ops").glob("_cpu*"):
         shutil.copy(module, tree / "xla_ops")
+    shutil.copytree(ROOT / "sparse_xmc", tree / "sparse_xmc", ignore=unwanted)  # one test has a layer
 
 
 def runtime(library: str) -> str:
