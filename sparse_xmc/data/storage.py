@@ -62,9 +62,13 @@ def seal(directory: Path, names: Sequence[str]) -> None:
 
 
 def check_sealed(directory: Path, names: Sequence[str]) -> None:
-    """Raises OSError, ValueError or TypeError if files are not as they were when the directory was sealed."""
-    recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
-    if wrong := files.differing_file(directory, recorded, names):
+    """Raises ValueError if files are not as they were when the directory was sealed, and says which."""
+    try:
+        recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
+        wrong = files.differing_file(directory, recorded, names)
+    except (OSError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if wrong:
         raise ValueError(f"{wrong} since it was saved")
 
 

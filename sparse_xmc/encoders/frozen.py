@@ -121,7 +121,7 @@ def cached_embeddings(
             storage.seal(scratch, [_EMBEDDINGS])
     try:
         storage.check_sealed(target, [_EMBEDDINGS])
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{target}: not the embeddings that were kept there; delete it: {error}") from error
     return storage.open_npy(target / _EMBEDDINGS)
 

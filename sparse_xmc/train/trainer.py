@@ -180,7 +180,7 @@ def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
     )
 
 
-@functools.lru_cache(maxsize=2)  # what is compiled is freed with the last trainer that uses it
+@functools.lru_cache(maxsize=2)  # the others are freed with the last trainer that uses them
 def _programs(step: Step) -> _Programs:
     """The programs of a step: trainers of the same kind, one that plans its memory among them, share them."""
     return _compiled(step)

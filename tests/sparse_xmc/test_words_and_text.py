@@ -29,7 +29,6 @@ SIZES = {"fan_in": 4, "penultimate": 8, "embedding": 4, "epochs": 2, "batch_size
 TEXTS = ["a small cat", "a big cat", "a small dog", "a big dog"] * 4
 LABELS = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 4
 
-
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
