@@ -87,7 +87,7 @@ def partitioned(
 
     def partition(mesh, operands, wanted):
         axes = cut.axes(operands, wanted)
-        on_device = _vmap(functools.partial(_on_device, cut, call, axes), mapped)
+        on_device = _under_no_mesh(_vmap(functools.partial(_on_device, cut, call, axes), mapped))
         return mesh, on_device, *(shardings(mesh, axes, d) for d in (cut.result_dims, cut.operand_dims))
 
     def infer(mesh, operands, _):  # asked for where Shardy is switched off
@@ -126,6 +126,20 @@ def _once(handler, function):
         raise ValueError(f"xla_ops.{_OPS.get(handler, op)} has no derivatives")
 
     return once
+
+
+def _under_no_mesh(function):
+    """The function of one device, traced under an empty abstract mesh.
+
+    jax 0.10 traces it so by itself. jax 0.12 traces it under the caller's mesh, whose axes of type Explicit would
+    give its arrays, which are shards already, sharding types of the whole.
+    """
+
+    def traced(*operands):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return function(*operands)
+
+    return traced
 
 
 def _vmap(function, mapped):
