@@ -19,15 +19,17 @@ import csv
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import app, flags
-from matplotlib.figure import Figure
 
 from sparse_xmc.metrics import LABEL_GROUPS
 
 from . import prepare, program, sweep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
 END_TO_END = PAPER.with_name("end_to_end.csv")
@@ -261,7 +263,19 @@ def draw(rows: list[Row], prefix: str, out: Path) -> list[Path]:
     return paths
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _new_figure(**options: Any) -> "Figure":
+    """Return an empty figure of matplotlib, which is an optional dependency and is imported here only."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "pictures need matplotlib: pip install 'sparse-xmc[experiments]', "
+            "or in a clone pip install -e '.[experiments]'"
+        ) from error
+    return Figure(**options)
+
+
+def _save(figure: "Figure", path: Path) -> Path:
     # Without the version of matplotlib in it, equal pictures are equal files.
     figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
     return path
@@ -285,12 +299,12 @@ def _draw_curves(axes, rows: list[Row], name: str, scale: float = 1) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_memory(rows: list[Row]) -> Figure | None:
+def _draw_memory(rows: list[Row]) -> "Figure | None":
     """P@k against peak memory; the paper's in hollow marks."""
     rows = [row for row in rows if row.results or row.paper]
     if not rows:
         return None
-    figure = Figure(figsize=(15, 4.5))
+    figure = _new_figure(figsize=(15, 4.5))
     (memory,) = (column for column in COLUMNS if column.title.startswith("memory"))
     for axes, column in zip(figure.subplots(1, 3), COLUMNS[:3], strict=True):
         for i, row in enumerate(rows):
@@ -309,11 +323,11 @@ def _draw_memory(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def _draw_epochs(rows: list[Row]) -> Figure | None:
+def _draw_epochs(rows: list[Row]) -> "Figure | None":
     """P@k on the validation points after each epoch."""
     if not rows:
         return None
-    figure = Figure(figsize=(15, 4.5))
+    figure = _new_figure(figsize=(15, 4.5))
     for axes, k in zip(figure.subplots(1, 3), (1, 3, 5), strict=True):
         _draw_curves(axes, rows, f"p@{k}", scale=100)
         axes.set_ylabel(f"validation P@{k}, %")
@@ -321,12 +335,12 @@ def _draw_epochs(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def _draw_density(rows: list[Row]) -> Figure | None:
+def _draw_density(rows: list[Row]) -> "Figure | None":
     """The part of the logits with a gradient after each epoch."""
     rows = [row for row in rows if "gradient_density" in row.results[0]["history"][0]]
     if not rows:
         return None
-    figure = Figure(figsize=(7, 4.5))
+    figure = _new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
     _draw_curves(axes, rows, "gradient_density")
     axes.set(yscale="log", ylabel="logits with a gradient, as a part of all")
@@ -334,11 +348,11 @@ def _draw_density(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def _draw_groups(rows: list[Row]) -> Figure | None:
+def _draw_groups(rows: list[Row]) -> "Figure | None":
     """P@1 among head, middle and tail labels."""
     if not rows:
         return None
-    figure = Figure(figsize=(10, 4.5))
+    figure = _new_figure(figsize=(10, 4.5))
     axes = figure.subplots()
     width = 0.9 / len(rows)
     for i, row in enumerate(rows):
@@ -447,13 +461,13 @@ def report_label_scale(results: list[dict], out: Path) -> None:
     _save(_draw_label_scale(finished), out / "label_scale.png")
 
 
-def _draw_label_scale(results: list[dict]) -> Figure:
+def _draw_label_scale(results: list[dict]) -> "Figure":
     """Memory, with a line at 4 GiB and the paper's rows of the same systems, and time, by number of labels.
 
     A colour is a system, named at the end of its line. Bars of a time go from the first quartile of the steps
     to the third.
     """
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = _new_figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
     cells = dict.fromkeys(result["cell"] for result in results)
     colors = {cell: f"C{i}" for i, cell in enumerate(cells)}

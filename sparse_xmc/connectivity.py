@@ -14,7 +14,7 @@ _AT_ONCE = 1 << 17
 
 def row_keys(key: Array, first: ArrayLike, rows: int) -> Array:
     """A random key for each of so many rows from the row `first`: its own wherever it is drawn for."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows, dtype=jnp.int32))
 
 
 def redraw(
@@ -51,7 +51,7 @@ def redraw(
     rows, fan_in = indices.shape
 
     def draw(keys):
-        drawn = jax.vmap(lambda key: jax.random.randint(key, (fan_in,), 0, in_features))(keys)
+        drawn = jax.vmap(lambda key: jax.random.randint(key, (fan_in,), 0, in_features, jnp.int32))(keys)
         return drawn.astype(indices.dtype)
 
     def conflicts(indices):
@@ -120,8 +120,10 @@ def draw_coordinates(key: Array, connections: int, labels: int, in_features: int
       int32 [N, 2]: the label and the input of each connection.
     """
     label_key, input_key = jax.random.split(key)
-    label = jax.random.randint(label_key, (connections,), 0, labels)
-    return jnp.stack([label, jax.random.randint(input_key, (connections,), 0, in_features)], axis=1)
+    label = jax.random.randint(label_key, (connections,), 0, labels, jnp.int32)
+    return jnp.stack(
+        [label, jax.random.randint(input_key, (connections,), 0, in_features, jnp.int32)], axis=1
+    )
 
 
 def blank(shape: tuple[int, ...], dtype, first: ArrayLike) -> Array:
@@ -151,7 +153,7 @@ def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         first = jnp.minimum(i * rows, total - rows)
         blocks = tuple(jax.lax.dynamic_slice_in_dim(a, first, rows) for a in arrays)
         blocks = [jax.lax.bitcast_convert_type(b, d) for b, d in zip(blocks, dtypes, strict=True)]
-        blocks = function(first, first + jnp.arange(rows) >= i * rows, tuple(blocks))
+        blocks = function(first, first + jnp.arange(rows, dtype=jnp.int32) >= i * rows, tuple(blocks))
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(a, _as_integers(block), first, axis=0)
             for a, block in zip(arrays, blocks, strict=True)

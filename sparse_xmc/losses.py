@@ -42,7 +42,7 @@ class Loss:
         """
         batch, labels = logits.shape
         positives = jnp.where(positives < 0, labels, positives)  # a negative index would count from the end
-        rows = jnp.arange(batch)[:, None]
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
         of_positives = self.of_positive(jnp.asarray(logits).at[rows, positives].get(mode="clip"))
         losses = self.of_negative(logits).at[rows, positives].set(of_positives, mode="drop")
         return jnp.sum(losses) / batch / labels  # their product may be beyond int32

@@ -115,16 +115,7 @@ def check_memory(
 
 def abstract_trainer(config: ClassifierConfig, training: TrainingConfig) -> Trainer:
     """A trainer whose state is shapes. It cannot step; its programs can be traced."""
-    made = []
-
-    def make():
-        made.append(Trainer(config.make(rngs=nnx.Rngs(0)), training))
-        return made[0].state
-
-    state = jax.eval_shape(make)
-    (trainer,) = made
-    trainer.state = state  # in place of the tracers that were there meanwhile
-    return trainer
+    return Trainer(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))), training)
 
 
 def state_parts(trainer: Trainer) -> dict[str, int]:

@@ -3,15 +3,22 @@
 import gc
 import importlib.metadata
 import os
+from collections.abc import Iterator
 
-# XLA reads XLA_FLAGS once, before the first import of jax. JAX_PLATFORMS and other XLA flags are left to the user.
-# Most of the suite's time goes into compiling programs that run once. XLA compiles them in less than half the time
-# without optimisation and, up to jaxlib 0.10, with its older code generator. An XLA that does not know a flag aborts
-# the process, and jaxlib 0.12 no longer knows this one.
-_flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")])
+# XLA reads XLA_FLAGS once, before the first import of jax. JAX_PLATFORMS and other XLA flags are left to the
+# user. Most of the suite's time goes into compiling programs that run once. XLA compiles them in less than half
+# the time without optimisation and, up to jaxlib 0.10, with its older code generator. jaxlib 0.12 no longer knows
+# the flag for that, and XLA aborts the process at a flag that it does not know.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false"
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
+        else "",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 # On a GPU: leave memory to the programs that tests start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -44,6 +51,13 @@ def standard_promotion():
     """For what strict promotion forbids: Optax's Adam promotes an integer, JAX's attention bfloat16."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(params=[False, True], ids=["x32", "x64"], scope="module")
+def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Runs a test with 32-bit and with 64-bit default types, as `JAX_ENABLE_X64` sets them."""
+    with jax.enable_x64(request.param):
+        yield request.param
 
 
 def pytest_configure(config: pytest.Config) -> None:

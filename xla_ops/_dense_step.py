@@ -80,7 +80,7 @@ def dense_adam_step(
     for name, moment in (("mu", mu), ("nu", nu)):
         check_shape(f"state.{name}", moment, kernel.shape, "that of the kernel")
     rates, key = adam_rates(learning_rate, count, b1, b2), rounding_key(seed, count)
-    before = jnp.zeros(0) if before is None else jnp.asarray(before)
+    before = jnp.zeros(0, jnp.float32) if before is None else jnp.asarray(before)
     operands = _native.varying(x, kernel, dy, mu, nu, rates, key, before)
     kernel, mu, nu = _native.call(
         "xla_ops.dense_step.adam",

@@ -74,7 +74,9 @@ def fan_in_loss_reference(
 ) -> Array:
     """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
     logits = fan_in_matmul_reference(x, kernel, indices, bias, sparse=sparse).astype(jnp.float32)
-    is_positive = jnp.any(positives[:, :, None] == jnp.arange(kernel.shape[0])[None, None], axis=1)
+    is_positive = jnp.any(
+        positives[:, :, None] == jnp.arange(kernel.shape[0], dtype=positives.dtype)[None, None], axis=1
+    )
     margin = jnp.where(is_positive, logits, -logits)
     count = x.shape[0] * (kernel.shape[0] if num_labels is None else num_labels)
     if loss == "squared_hinge":

@@ -89,7 +89,7 @@ def fan_in_adam_step(
     count, moments = next_step(state, AdamState), []
     for name in ("mu_kernel", "nu_kernel", "mu_bias", "nu_bias"):
         moment = getattr(state, name)
-        moment = jnp.zeros(0) if moment is None else jnp.asarray(moment)
+        moment = jnp.zeros(0, jnp.float32) if moment is None else jnp.asarray(moment)
         layer_array = name.split("_")[1]
         check_dtype(f"state.{name}", moment, [jnp.float32])
         check_shape(f"state.{name}", moment, shapes[layer_array], f"that of the {layer_array}")

@@ -131,8 +131,8 @@ def _once(handler, function):
 def _under_no_mesh(function):
     """The function of one device, traced under an empty abstract mesh.
 
-    jax 0.10 traces it so by itself. jax 0.12 traces it under the caller's mesh, whose axes of type Explicit would
-    give its arrays, which are shards already, sharding types of the whole.
+    jax 0.10 traces it so by itself. jax 0.12 traces it under the caller's mesh, where axes of type Explicit
+    would give its arrays, which are shards already, sharding types of the whole.
     """
 
     def traced(*operands):

@@ -156,6 +156,6 @@ def _bytes_per_weight(trainer: Trainer, layer: str) -> tuple[int, int]:
 
 
 def _product_flops_per_second(now: clock.Clock, size: int = 2048) -> float:
-    a = jnp.ones((size, size))
+    a = jnp.ones((size, size), jnp.float32)
     times = clock.interleaved_times({"product": functools.partial(jax.jit(jnp.matmul), a, a)}, 5, clock=now)
     return 2 * size**3 / min(times["product"])

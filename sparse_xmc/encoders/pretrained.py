@@ -146,7 +146,7 @@ class PretrainedEncoder(nnx.Module):
         x = x.astype(jnp.float32)
         if self.pooling == "cls":
             return x[:, 0]
-        used = jnp.arange(x.shape[1])[None] < lengths[:, None]
+        used = jnp.arange(x.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
         total = jnp.sum(x, axis=1, where=used[:, :, None])
         return total / jnp.maximum(lengths, 1)[:, None].astype(jnp.float32)
 

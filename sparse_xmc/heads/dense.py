@@ -86,7 +86,7 @@ class DenseHead(LayeredHead):
         for block in label_blocks(self.num_labels):
             logits = hidden @ kernel[:, block]
             logits = logits if bias is None else logits + bias[...][None, block]
-            yield logits, jnp.arange(block.start, block.stop)
+            yield logits, jnp.arange(block.start, block.stop, dtype=jnp.int32)
 
     def step_output(self, inputs, moments, training):
         if training.output_optimizer != "adam":

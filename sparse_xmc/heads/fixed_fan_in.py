@@ -202,7 +202,7 @@ class FixedFanInHead(LayeredHead):
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
         inputs = self.output_inputs(x)
         for block in label_blocks(self.num_labels):
-            labels = jnp.arange(block.start, block.stop)
+            labels = jnp.arange(block.start, block.stop, dtype=jnp.int32)
             yield self.logits_of(inputs, block.start, block.stop - block.start), labels
 
     def output_inputs(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:
@@ -251,7 +251,7 @@ class FixedFanInHead(LayeredHead):
         layer.kernel.set_value(kernel)
         if layer.bias is not None:
             layer.bias.set_value(bias)
-        return loss, jnp.zeros(0) if d_x is None else d_x.astype(inputs.x.dtype), (mu, nu)
+        return loss, jnp.zeros(0, jnp.float32) if d_x is None else d_x.astype(inputs.x.dtype), (mu, nu)
 
     def check_rewiring(self, config):
         if (self.num_words or self.reads_features) and config.growth != "active":

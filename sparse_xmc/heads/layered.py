@@ -95,7 +95,7 @@ class LayeredHead(Head):
         return jax.lax.top_k(self(x).astype(jnp.float32), k)
 
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
-        yield self(x), jnp.arange(self.num_labels)
+        yield self(x), jnp.arange(self.num_labels, dtype=jnp.int32)
 
     # ---- training ----
 

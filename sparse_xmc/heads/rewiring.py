@@ -94,7 +94,7 @@ def rewire(
         threshold = kth_smallest_magnitude(kernel, k + padding * fan_in, axes=part.axes)
     moved = jnp.abs(kernel.astype(jnp.float32)) < threshold
     if part is not None:
-        moved &= (first + jnp.arange(kernel.shape[0]) < num_labels)[:, None]
+        moved &= (first + jnp.arange(kernel.shape[0], dtype=jnp.int32) < num_labels)[:, None]
 
     def move(moved, kernel, indices, moments):
         def block(row, fresh, blocks):
@@ -202,12 +202,13 @@ def _best_words(words: SparseInputs, batch: int, count: int) -> tuple[Array, Arr
     rows, columns = jnp.asarray(words.rows), jnp.asarray(words.columns)
     values = jnp.asarray(words.values).astype(jnp.float32)
     inside = (rows >= 0) & (rows < batch)
-    means = jnp.zeros(words.num_columns).at[columns].add(jnp.where(inside, values, 0)) / batch
+    means = jnp.zeros(words.num_columns, jnp.float32).at[columns].add(jnp.where(inside, values, 0)) / batch
     excess = values - means[columns]
     rows, negative, columns = jax.lax.sort((jnp.where(inside, rows, batch), -excess, columns), num_keys=2)
-    starts = jnp.searchsorted(rows, jnp.arange(batch))
-    at = starts[:, None] + jnp.arange(count)[None, :]
-    own = rows.at[at].get(mode="fill", fill_value=batch) == jnp.arange(batch)[:, None]
+    points = jnp.arange(batch, dtype=jnp.int32)
+    starts = jnp.searchsorted(rows, points)
+    at = starts[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    own = rows.at[at].get(mode="fill", fill_value=batch) == points[:, None]
     return jnp.where(own, -negative.at[at].get(mode="clip"), -jnp.inf), columns.at[at].get(mode="clip")
 
 

@@ -261,7 +261,7 @@ def _inputs(head, static, x):
 def _logits_of_rows(head, static, inputs, start):
     """The logits of so many of each device's labels from `start` on, and their numbers."""
     (rows,) = static
-    return head.logits_of(inputs, start, rows), head.first_label() + start + jnp.arange(rows)
+    return head.logits_of(inputs, start, rows), head.first_label() + start + jnp.arange(rows, dtype=jnp.int32)
 
 
 def _step(head, static, inputs, moments):
@@ -277,7 +277,9 @@ def _fill_up(head, static):
     """Takes the labels beyond the last out of the loss and of every ranking."""
     assert head.part is not None
     assert head.output.bias is not None
-    real = head.part.first(head.num_labels) + jnp.arange(head.num_labels) < head.part.num_labels
+    real = (
+        head.part.first(head.num_labels) + jnp.arange(head.num_labels, dtype=jnp.int32) < head.part.num_labels
+    )
     kernel, bias = head.output.kernel, head.output.bias
     kernel.set_value(jnp.where(real[:, None], kernel[...], 0).astype(kernel.dtype))
     bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))

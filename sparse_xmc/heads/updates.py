@@ -101,8 +101,9 @@ def step_dense(
     mu: dict[str, Array] = {}
     nu: dict[str, Array] = {}
     kernel = layer.kernel[...]
-    d_x = d_y @ kernel.T if inputs.wants_d_x else jnp.zeros(0)
+    d_x = d_y @ kernel.T if inputs.wants_d_x else jnp.zeros(0, jnp.float32)
     layer.kernel.set_value(step(inputs.x, kernel, f"{name}.kernel", before=d_x))
     if layer.bias is not None:  # a bias is the kernel of an input of ones
-        layer.bias.set_value(step(jnp.ones((len(inputs.x), 1)), layer.bias[...], f"{name}.bias"))
+        ones = jnp.ones((len(inputs.x), 1), jnp.float32)
+        layer.bias.set_value(step(ones, layer.bias[...], f"{name}.bias"))
     return d_x, (mu, nu)

@@ -49,9 +49,15 @@ class Step:
     fused: bool
 
     def init(self, model: Classifier) -> State:
-        """The state before the first step."""
+        """The state before the first step: arrays, or shapes if the model's parameters are shapes."""
+        graphdef, state = nnx.split(model)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+            return jax.eval_shape(lambda state: self._init(nnx.merge(graphdef, state)), state)
+        return self._init(model)
+
+    def _init(self, model: Classifier) -> State:
         tables = tables_of(model.encoder)
-        squares = {path: jnp.zeros(table.embedding.shape[0]) for path, table in tables}
+        squares = {path: jnp.zeros(table.embedding.shape[0], jnp.float32) for path, table in tables}
         moments = model.head.init_moments(self.config)
         return _state(model, moments, self.optimizer.init(nnx.state(model.encoder, _OPTAX)), squares)
 

@@ -51,6 +51,7 @@ def assert_equal(state, other):
         np.testing.assert_array_equal(a, b, strict=True)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches, kind):

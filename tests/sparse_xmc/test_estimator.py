@@ -42,6 +42,7 @@ def fitted():
         return XMCClassifier(**SMALL).fit(*make_points())
 
 
+@pytest.mark.usefixtures("x64")
 def test_texts_and_names(fitted):
     texts, labels = make_points(20, seed=1)
     assert fitted.n_labels_ == 8
@@ -64,6 +65,7 @@ def test_labels_that_fit_has_not_seen_are_wrong(fitted):
     assert fitted.score(texts, [[*names, "ELSE"] for names in labels]) == fitted.score(texts, labels)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("features", ["dense", "csr_array", "csr_matrix", "coo"])
 @pytest.mark.parametrize("labels", ["dense", "csr_matrix", "names"])
 def test_matrices(features, labels):
@@ -116,6 +118,7 @@ def test_the_same_seed_gives_the_same_classifier():
     assert np.any(first.scores != other.scores)
 
 
+@pytest.mark.usefixtures("x64")
 def test_saved_classifiers_come_back(fitted, tmp_path):
     texts, labels = make_points(20, seed=1)
     fitted.save(tmp_path / "model")

@@ -30,6 +30,7 @@ def beside_words(model, features):
     return Classifier(JointEncoder(encoder, DenseFeatures(features, rngs=nnx.Rngs(0))), model.head)
 
 
+@pytest.mark.usefixtures("x64")
 def test_a_process_without_this_library_predicts_the_same(tmp_path):
     of_words = make_random_model(bag_of_words=True, direct=2)
     models = {

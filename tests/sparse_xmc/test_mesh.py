@@ -328,6 +328,7 @@ def test_saved_models_are_loaded_on_any_mesh(dataset, tmp_path):
             assert_same_weights(loaded.model.head, trainer.model.head, exactly=True)
 
 
+@pytest.mark.usefixtures("x64")
 def test_the_estimator_on_a_mesh(tmp_path):
     texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
     labels = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 5

@@ -54,6 +54,7 @@ def test_the_weakest_connections_move_and_no_others(config, labels):
     np.testing.assert_array_equal(new_kernel, np.where(moved, 0, kernel) if config.zero_weights else kernel)
 
 
+@pytest.mark.usefixtures("x64")
 def test_the_papers_choices_allow_repeats_and_ours_do_not():
     kernel, indices, in_features = random_layer(labels=2000, fan_in=8, in_features=10)
 
@@ -159,6 +160,7 @@ def moved_towards_active_inputs(kernel, indices, x, positives, k):
     return indices, moved
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("fan_in", "in_features", "fraction", "k"),
@@ -294,6 +296,7 @@ def train(model, optimizer, x):
 X = np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("tx", "count"),
     [

@@ -25,6 +25,7 @@ def assert_equal(model, other):
         np.testing.assert_array_equal(a, b, strict=True)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("bag_of_words", [False, True])
 def test_models_round_trip(tmp_path, kind, bag_of_words):
@@ -40,6 +41,7 @@ def test_models_round_trip(tmp_path, kind, bag_of_words):
     np.testing.assert_array_equal(loaded.model(inputs), model(inputs))
 
 
+@pytest.mark.usefixtures("x64")
 def test_encoders_round_trip(tmp_path):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
     loaded = SavedModel.load(tmp_path)

@@ -34,6 +34,7 @@ def expected_of(tx, kernel, steps, rate):
     return kernel, state
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_adam_is_that_of_optax(instruction_set, shape, dtype):
@@ -81,6 +82,7 @@ def check_rounding(shape, step):
     np.testing.assert_array_equal(actual, (sums & 0xFFFF0000).view(np.float32))
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits(instruction_set, shape):
     def adam(x, dy, kernel, mu, nu, b1, b2, seed, number):

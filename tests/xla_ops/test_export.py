@@ -20,6 +20,7 @@ def save(path, weights=WEIGHTS):
     xla_ops.save_exported(path, logits, weights, jax.ShapeDtypeStruct((batch, 3), jnp.float32))
 
 
+@pytest.mark.usefixtures("x64")
 def test_round_trip(tmp_path):
     save(tmp_path / "program")
     run = xla_ops.load_exported(tmp_path / "program")

@@ -189,6 +189,7 @@ def test_several_runs_of_labels(labels, fan_in, dtype, loss):
     assert_matches_brute_force(run(*problem, loss), problem, loss)
 
 
+@pytest.mark.usefixtures("x64")
 @LOSS
 def test_worked_example(loss):
     # Logits [[0.5, 2], [-0.5, 2]]; the first point has label 0, the second none.
@@ -204,6 +205,7 @@ def test_worked_example(loss):
         np.testing.assert_allclose(value, (0.4740769842 + 2.1269280110) / 2, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 @LOSS
 def test_reference_matches_brute_force(loss):
     problem = make_problem(33, 50, 70, 9)
@@ -215,6 +217,7 @@ def test_reference_matches_brute_force(loss):
     assert_matches_brute_force([value, *gradients], problem, loss)
 
 
+@pytest.mark.usefixtures("x64")
 @LOSS
 def test_equals_the_loss_of_fan_in_matmul(loss):
     # The loss on logits takes positives that are distinct and in range.
@@ -405,6 +408,7 @@ def assert_all_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_scale_with_the_cotangent(dtype):
     problem = make_problem(7, 12, 10, 4, dtype=dtype)
@@ -453,6 +457,7 @@ def test_eval_shape(dtype):
         assert (gradient.shape, gradient.dtype) == (argument.shape, dtype)
 
 
+@pytest.mark.usefixtures("x64")
 def test_export_round_trip():
     pytest.importorskip("flatbuffers", reason="jax needs it to serialize")
     (batch,) = jax.export.symbolic_shape("batch")
@@ -584,6 +589,7 @@ def test_handler_checks_arguments_itself(changes, loss, message):
         jax.block_until_ready(call(x, *no_sparse, *others, **attributes))
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("cut", [1, 64, 70, 129])
 def test_losses_of_parts_of_the_labels_add_up(loss, cut):

@@ -145,6 +145,7 @@ def test_all_uint16_indices_are_in_range_of_65536_features(instruction_set, dtyp
     assert_matches_brute_force(run_jit(*problem), problem)
 
 
+@pytest.mark.usefixtures("x64")
 def test_reference_matches_brute_force():
     problem = make_problem(33, 50, 70, 9)
     assert_matches_brute_force(with_gradients(fan_in_matmul_reference)(*problem), problem)
@@ -169,6 +170,7 @@ def test_gradients_match_finite_differences(batch):
     )
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3), (1, 1, 4), (0,), (2, 0, 3)])
 def test_leading_dimensions(lead):
     problem = make_problem(int(np.prod(lead)), 9, 6, 4)
@@ -258,6 +260,7 @@ def assert_all_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "axes",
     [
@@ -314,6 +317,7 @@ def loss(x, kernel, indices, bias, dy):
     return jnp.sum(fan_in_matmul(x, kernel, indices, bias) ** 2 * dy)
 
 
+@pytest.mark.usefixtures("x64")
 def test_vmap_of_grad_is_a_loop():
     gradient = jax.grad(loss, (0, 1, 3))
     axes = (0, None, None, None, 0)
@@ -322,6 +326,7 @@ def test_vmap_of_grad_is_a_loop():
     assert_all_close(jax.vmap(gradient, axes)(*arguments), jax.tree.map(lambda *a: jnp.stack(a), *each))
 
 
+@pytest.mark.usefixtures("x64")
 def test_checkpoint_changes_nothing():
     gradient = jax.grad(jax.checkpoint(loss), (0, 1, 3))
     assert_all_close(jax.jit(gradient)(*PROBLEM), jax.grad(loss, (0, 1, 3))(*PROBLEM))
@@ -336,6 +341,7 @@ def test_eval_shape(dtype):
         assert (gradient.shape, gradient.dtype) == (argument.shape, dtype)
 
 
+@pytest.mark.usefixtures("x64")
 def test_export_round_trip():
     pytest.importorskip("flatbuffers", reason="jax needs it to serialize")
     (batch,) = jax.export.symbolic_shape("batch")
@@ -364,6 +370,7 @@ def test_sharded_arguments():
     assert_matches_brute_force(run_jit(*sharded), problem)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_batch_over_devices(check_vma):
     mesh = jax.make_mesh((len(jax.devices()),), ("i",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -40,6 +40,7 @@ def loss_and_gradients(x, kernel, indices, bias, positives, loss):
 # ---- Adam ----
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -89,6 +90,7 @@ def test_adam_needs_float32_and_moments_that_fit():
 # ---- SGD ----
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -351,6 +353,7 @@ def test_over_devices_each_takes_a_step_of_its_own(optimizer):
         np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("cut", [1, 37, 64, 101])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd float32", "sgd bfloat16"])
 def test_steps_of_parts_of_the_labels_are_those_of_the_whole(instruction_set, optimizer, cut):

@@ -79,11 +79,13 @@ def test_several_runs_of_labels(batch):
     assert_same(top_k(*problem, 20), brute_force(*problem, 20))
 
 
+@pytest.mark.usefixtures("x64")
 def test_reference_matches_brute_force():
     problem = make_problem(20, 30, 150, 5)
     assert_same(fan_in_top_k_reference(*problem, 60), brute_force(*problem, 60))
 
 
+@pytest.mark.usefixtures("x64")
 def test_random_scores(instruction_set):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(70, 40)).astype(np.float32), rng.normal(size=(1000, 8)).astype(np.float32)
@@ -138,6 +140,7 @@ def test_no_input_features():
     assert_same(top_k(x[:, :0], kernel, indices, bias, 3), brute_force(x[:, :0], kernel, indices, bias, 3))
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,), (2, 0, 3)])
 @pytest.mark.parametrize("k", [0, 4])
 def test_leading_dimensions(lead, k):

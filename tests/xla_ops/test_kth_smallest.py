@@ -22,6 +22,7 @@ def test_kth_smallest_magnitude_is_that_of_a_sort(values, data):
     assert kth_smallest_magnitude_reference(jnp.array(x), k) == expected
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kth_smallest_magnitude_with_ties_and_low_precision(dtype):
     x = jnp.array([[3, -1, 1], [0, -2, 1]], dtype)
@@ -45,6 +46,7 @@ def test_bad_arguments_are_named():
             kth_smallest_magnitude(jnp.ones(3), k)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_parts_on_several_devices(dtype):

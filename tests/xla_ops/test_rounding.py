@@ -25,6 +25,7 @@ def expected_of(x, positions):
     return ((x.view(np.uint32) + random.reshape(x.shape)) >> 16).astype(np.uint16)
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("shape", "options"),
     [

@@ -184,6 +184,7 @@ def test_several_runs_of_labels(instruction_set, dtype):
     top_k_test.assert_same(top_k(*problem[:4], 9, sparse=sparse), top_k_test.brute_force(*full[:4], 9))
 
 
+@pytest.mark.usefixtures("x64")
 @DTYPE
 @pytest.mark.parametrize("dense", [0, 9])
 def test_references(dtype, dense):
@@ -293,6 +294,7 @@ STEPS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.usefixtures("x64")
 @STEPS
 def test_adam_is_that_of_optax(instruction_set, shape, dense, loss):
     problem = loss_test.make_problem(*shape, with_bias=shape[0] != 5)
@@ -320,6 +322,7 @@ def test_adam_is_that_of_optax(instruction_set, shape, dense, loss):
     )
 
 
+@pytest.mark.usefixtures("x64")
 @STEPS
 @DTYPE
 def test_sgd(instruction_set, shape, dense, loss, dtype):
@@ -375,6 +378,7 @@ def test_jit_changes_nothing():
     assert_all_close(jax.jit(every_op)(*arguments), every_op(*arguments))
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("axes", ["all", "x and entries", "x", "entries", "values", "kernel"])
 def test_vmap_is_a_loop(axes):
     batched = {

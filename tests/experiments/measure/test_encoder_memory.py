@@ -26,7 +26,7 @@ def test_nothing_is_allocated_and_the_parts_are_those_of_real_arrays(monkeypatch
     trainer = encoder_memory.abstract_trainer(TINY, NETWORK, "float32", False)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainer.state))
     parts = planning.state_parts(trainer)
-    monkeypatch.setattr(jax, "eval_shape", lambda function: function())
+    monkeypatch.setattr(nnx, "eval_shape", lambda function: function())
     real = encoder_memory.abstract_trainer(TINY, NETWORK, "float32", False)
     assert planning.state_parts(real) == parts
     arrays = [a for a in jax.tree.leaves(real.state) if isinstance(a, jax.Array)]

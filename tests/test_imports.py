@@ -1,0 +1,96 @@
+"""Imports: optional dependencies are optional, and light commands stay light."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("xla_ops", "sparse_xmc", "experiments")
+# Names of packages on PyPI whose modules have another name.
+MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
+# What takes longest to import.
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "scipy", "sklearn", "numpy", "matplotlib"}
+
+
+def imports_at_start_up(source: str) -> set[str]:
+    """Return the top-level names of absolute imports that run when a module is imported."""
+    found = set()
+    nodes = list(ast.parse(source).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def test_imports_at_start_up_are_found_wherever_they_run():
+    source = """
+import a.b
+from c.d import e
+from . import f
+if TYPE_CHECKING:
+    import g
+else:
+    import h
+try:
+    import i
+except ImportError:
+    pass
+class C:
+    import j
+    def method(self):
+        import k
+"""
+    assert imports_at_start_up(source) == {"a", "c", "h", "i", "j"}
+
+
+def test_only_required_dependencies_are_imported_at_start_up():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    allowed = {MODULES.get(name, name).replace("-", "_") for name in required}
+    allowed |= {*PACKAGES, *sys.stdlib_module_names}
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    paths.remove(ROOT / "experiments" / "measure" / "pytest_rows.py")  # a plugin, loaded by pytest alone
+    assert len(paths) > 80
+    wrong = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in paths
+        for name in imports_at_start_up(path.read_text()) - allowed
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import sparse_xmc", "from experiments import cli; cli.main()"],
+    ids=["import sparse_xmc", "sparse-xmc --help"],
+)
+def test_light_starts_import_nothing_heavy(code):
+    code += "\nimport sys; print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(done.stderr.split())
+    assert "sparse_xmc" in loaded or "experiments.cli" in loaded
+    assert not loaded & HEAVY
+    assert len(loaded) < 250
+
+
+def test_tables_say_how_to_get_matplotlib(monkeypatch):
+    from experiments import tables
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'sparse-xmc\[experiments\]'"):
+        tables._new_figure()
