@@ -18,7 +18,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
 JAXLIB_HEADERS = f"{jaxlib.__path__[0]}/include"
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-psabi", "-pthread"]
+# Python's own flags have -g; debug information would be 15 of 16 MB, and holds paths of the build machine.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-psabi", "-pthread"]
 
 # One binary serves every machine: kernels.cc is compiled once per entry, and isa.cc picks at run time.
 ISA_FLAGS = {"baseline": []}
@@ -68,6 +69,13 @@ def find_nvcc():
 
 class BuildExt(build_ext):
     """Builds the CPU module, whose kernels are compiled per instruction set, and the CUDA module."""
+
+    def build_extensions(self):
+        """Builds the extension modules, without the RPATH that some builds of Python add when they link."""
+        for name in ("linker_so", "linker_so_cxx"):
+            if command := getattr(self.compiler, name, None):
+                setattr(self.compiler, name, [flag for flag in command if not flag.startswith("-Wl,-rpath")])
+        super().build_extensions()
 
     def build_extension(self, ext):
         """Builds one extension module."""
