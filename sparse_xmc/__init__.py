@@ -1,7 +1,7 @@
 """Extreme multi-label classification with sparse output layers, in JAX and Flax.
 
-`__init__.pyi` lists the public names. Each is imported when it is first used, so that `import sparse_xmc` does
-not load JAX.
+`__init__.pyi` lists the public names. Each is imported when it is first used, so that `import sparse_xmc`
+does not load JAX.
 """
 
 import lazy_loader

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 
 # XLA reads XLA_FLAGS once, before the first import of jax. JAX_PLATFORMS and other XLA flags are left to the
-# user. Most of the suite's time goes into compiling programs that run once. XLA compiles them in less than half
-# the time without optimisation and, up to jaxlib 0.10, with its older code generator. jaxlib 0.12 no longer knows
-# the flag for that, and XLA aborts the process at a flag that it does not know.
+# user. Most of the suite's time goes into compiling programs that run once. XLA compiles them in less than
+# half the time without optimisation and, up to jaxlib 0.10, with its older code generator. jaxlib 0.12 does
+# not know the flag for that, and XLA aborts the process at a flag that it does not know.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -56,3 +58,22 @@ def test_a_wheel_has_the_programs_and_their_files_within_sparse_xmc(tmp_path):
     assert (tmp_path / "xla_ops" / "py.typed").exists()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"sparse-xmc": "sparse_xmc.experiments.cli:main"}
+
+
+def test_a_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    for name in ("sparse_xmc", "xla_ops", "experiments", "tests"):
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results")
+        )
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", f"--dist-dir={out}"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=source)
+    assert finished.returncode == 0, finished.stderr
+    (path,) = out.iterdir()
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "xla_ops/csrc/cpu/kernels.cc", "sparse_xmc/__init__.pyi", "LICENSE"} <= names
+    assert {"experiments/data/wordnet/train.tsv.xz", "experiments/flags/quickstart.cfg"} <= names
+    assert not [name for name in names if name.startswith("tests")]
