@@ -233,16 +233,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, batches, caplog, damage, 
         assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}
 
 
-def change_digit(content):
-    return content.replace('"label_rows": 30', '"label_rows": 31').replace(
-        '"num_labels": 30', '"num_labels": 20'
-    )
-
-
 @pytest.mark.parametrize(
     "damage",
     [
-        change_digit,
+        lambda content: content.replace('"num_labels": 30', '"num_labels": 31'),
         lambda content: content.replace("files", "fi1es"),
         lambda content: content.replace("sha256", "sha255"),
         lambda content: content[:-1],
