@@ -84,10 +84,11 @@ class LabelStatistics:
           ValueError: the file is not one of such statistics; the message names it.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 weights, groups = arrays["inv_propensities"], arrays["groups"]
         except Exception as error:  # NumPy raises what zipfile, zlib and its parser of headers raise
-            raise ValueError(f"{path}: not the statistics of labels: {error}") from error
+            reason = " ".join(str(error).split())  # some are paragraphs
+            raise ValueError(f"{path}: not the statistics of labels: {reason}") from error
         for name, array, dtype in (("inv_propensities", weights, "float64"), ("groups", groups, "int8")):
             if array.dtype != dtype or array.shape != (weights.size,):
                 raise ValueError(f"{path}: {name} must be {dtype} [L], got {array.dtype} {list(array.shape)}")

@@ -190,12 +190,7 @@ class SavedModel:
                     f"{directory / name}: not there; is this the directory of a saved model?"
                 )
         check_files(directory, files)
-        try:
-            fields = json.loads(files[CONFIG].read_bytes())
-            rows = fields.pop(_LABEL_ROWS, None)
-            config = ClassifierConfig.from_json(fields)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{files[CONFIG]}: not the configuration of a classifier: {error}") from error
+        config, rows = read_config(files[CONFIG])
         texts = TextEncoder.load(files[TEXT_ENCODER]) if TEXT_ENCODER in files else None
         labels = LabelEncoder.load(files[LABELS]) if LABELS in files else None
         calibration = Calibration.load(files[CALIBRATION]) if CALIBRATION in files else None
@@ -223,11 +218,6 @@ class SavedModel:
         for name, what, actual, expected in sizes:
             if actual is not None and actual != expected:
                 raise ValueError(f"{files[name]}: has {actual} {what}, but the model {expected}")
-        if rows is not None and (type(rows) is not int or rows < config.num_labels):
-            raise ValueError(
-                f"{files[CONFIG]}: label_rows must be at least the number of labels, {config.num_labels}, "
-                f"got {rows!r}"
-            )
         if mesh is None:
             model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
         else:
@@ -236,6 +226,25 @@ class SavedModel:
             model = nnx.merge(graphdef, shapes_of(state))
         weights = load_weights(files[MODEL], model, label_rows=rows)
         return cls(config, weights, texts, labels, pretrained, calibration, statistics, parameters)
+
+
+def read_config(path: Path) -> tuple[ClassifierConfig, int | None]:
+    """Reads `model.json`: the configuration, and how many rows arrays by label had on a mesh, or None.
+
+    Raises:
+      ValueError: the file is not such a configuration; the message names it.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+        rows = fields.pop(_LABEL_ROWS, None)
+        config = ClassifierConfig.from_json(fields)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: not the configuration of a classifier: {error}") from error
+    if rows is not None and (type(rows) is not int or rows < config.num_labels):
+        raise ValueError(
+            f"{path}: label_rows must be at least the number of labels, {config.num_labels}, got {rows!r}"
+        )
+    return config, rows
 
 
 def _read_parameters(path: Path) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def new_path(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             side.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError) and error.filename is None:  # as of NumPy
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
 
 
