@@ -108,9 +108,9 @@ def link_files(workdir: Path) -> Path:
     outside = workdir.with_name(f"{workdir.name} outside")
     outside.write_text("mine")
     workdir.mkdir()
-    for name in ("flags.cfg", "metrics.jsonl", "labels.txt", "label_statistics.npz", "model.json"):
+    partial = [".flags.cfg.partial", ".metrics.jsonl.partial"]  # where these are before they are whole
+    for name in ("flags.cfg", "metrics.jsonl", "labels.txt", "label_statistics.npz", "model.json", *partial):
         (workdir / name).symlink_to(outside)
-        (workdir / f".{name}.partial").symlink_to(outside)
     return outside
 
 

@@ -81,14 +81,24 @@ def new_path(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             side.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # as of NumPy
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if isinstance(error, OSError) and error.errno is None:  # as of NumPy
+            raise OSError(f"{path}: {error}") from error
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields a binary file that takes the place of `path` as `new_path` says, once it is on the disk."""
+    """Yields a binary file that takes the place of `path` as `new_path` says, once it is on the disk.
+
+    A device or a pipe is written to directly.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
     with new_path(path) as side, open(side, "xb") as file:  # "x" follows no link
         yield file
         file.flush()
