@@ -11,9 +11,7 @@ from sparse_xmc.memory_limits import memory_left
 MB = 1_000_000
 V2 = "31 22 0:27 {root} {mount} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = "36 25 0:31 {root} {mount} rw,nosuid shared:16 - cgroup cgroup rw,memory\n"
-OTHER = (
-    "35 25 0:30 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
-)
+OTHER = "35 25 0:30 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n22 1 8:1 / / rw - ext4 /dev/sda rw\n"
 
 
 def tree(directory, groups, mounts, **files):
