@@ -6,11 +6,13 @@ is no such file: then it is this package's, wherever that is installed.
 """
 
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 _COMMENTS = ("#", "//")
+_DEEPEST, _MOST = 32, 1000  # flagfiles within each other, and in all
 
 
 def find(path: str) -> Path:
@@ -38,13 +40,18 @@ def find_named(name: str, directory: str) -> Path:
     raise FileNotFoundError(f"{name}: no such file; {like}")
 
 
-def expand(arguments: Sequence[str], within: tuple[Path, ...] = ()) -> list[str]:
+def expand(arguments: Sequence[str]) -> list[str]:
     """Arguments with the lines of a flagfile in the place of each `--flagfile=FILE`, in flagfiles too.
 
     Raises:
       FileNotFoundError: there is no such flagfile.
-      ValueError: a flagfile names itself.
+      ValueError: flagfiles include each other in a circle, too deeply or too often.
     """
+    return _expand(arguments, (), itertools.count(1))
+
+
+def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[int]) -> list[str]:
+    """Expands the arguments in the innermost of nested flagfiles; `count` numbers all that are read."""
     expanded: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -54,10 +61,18 @@ def expand(arguments: Sequence[str], within: tuple[Path, ...] = ()) -> list[str]
         if flag not in ("--flagfile", "-flagfile"):
             expanded.append(argument)
             continue
-        path = find_named(name if is_one else next(remaining, ""), "flags")
+        path = find_named(name if is_one else next(remaining, ""), "flags").resolve()
         if path in within:
-            raise ValueError(f"{path}: a flagfile within itself")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            circle = " -> ".join(map(str, (*within[within.index(path) :], path)))
+            raise ValueError(f"{path}: a flagfile within itself: {circle}")
+        if len(within) == _DEEPEST:
+            raise ValueError(f"{path}: flagfiles within each other must be at most {_DEEPEST} deep")
+        if next(count) > _MOST:
+            raise ValueError(f"{path}: expected at most {_MOST} flagfiles in all, each as often as included")
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from error
         settings = [line for line in lines if line and not line.startswith(_COMMENTS)]
-        expanded += expand(settings, (*within, path))
+        expanded += _expand(settings, (*within, path), count)
     return expanded

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from sparse_xmc.calibration import Calibration
 from sparse_xmc.data import Dataset
-from sparse_xmc.data.files import write_text
+from sparse_xmc.data.files import open_no_follow, write_text
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
@@ -357,7 +357,7 @@ def _flag_lines() -> list[str]:
 
 def _lock(workdir: Path) -> IO:
     """Takes a working directory for this process; the file that is returned holds it."""
-    file = open(workdir / ".lock", "w")  # noqa: SIM115
+    file = open(workdir / ".lock", "w", opener=open_no_follow)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -40,6 +40,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from sparse_xmc.data.files import open_no_follow, write_text
 from sparse_xmc.heads import HEADS
 
 from . import flagfiles, program, reflection, run
@@ -194,14 +195,14 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
                 print(f"    {failure.splitlines()[-1]}")
                 continue
         result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text((workdir / "result.json").read_text())
+        write_text(result, (workdir / "result.json").read_text())
     return failures
 
 
 def _run(command: list[str], log: Path) -> str | None:
     """Runs a command to its end; returns the last lines of its output if it failed."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as output:
+    with open(log, "a", encoding="utf-8", opener=open_no_follow) as output:
         output.write(f"$ {shlex.join(command)}\n")
         output.flush()
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
+from sparse_xmc.data.files import new_file, new_path, write_text
 from sparse_xmc.metrics import LABEL_GROUPS
 
 from . import prepare, program, sweep
@@ -207,7 +208,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     names = ["data", "cell", "seeds"]
     for column in COLUMNS:
         names += [column.reported, f"{column.reported}_std", f"{column.reported}_paper"]
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with new_path(path) as side, open(side, "x", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         for row in rows:
@@ -276,8 +277,11 @@ def _new_figure(**options: Any) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    # Without the version of matplotlib in it, equal pictures are equal files.
-    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
+    with new_file(path) as file:
+        # Without the version of matplotlib in it, equal pictures are equal files.
+        figure.savefig(
+            file, format=path.suffix[1:], dpi=100, bbox_inches="tight", metadata={"Software": None}
+        )
     return path
 
 
@@ -407,8 +411,8 @@ def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
             text.append(f"![{path.stem}]({path.name})\n\n{_CAPTIONS[path.stem.rpartition('_')[2]]}")
     notes = provenance(result for row in rows for result in row.results)
     text.append("\n".join(["P@k in percent, on the test points.", "", *notes]))
-    (out / f"{name}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    (out / f"{name}.tex").write_text("\n".join(tex) + "\n", encoding="utf-8")
+    write_text(out / f"{name}.md", "\n\n".join(text) + "\n")
+    write_text(out / f"{name}.tex", "\n".join(tex) + "\n")
     write_csv(out / f"{name}.csv", rows)
 
 
@@ -454,9 +458,9 @@ def report_label_scale(results: list[dict], out: Path) -> None:
         "nearly no logit has a gradient.",
         "\n".join(provenance(finished)),
     ]
-    (out / "label_scale.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    (out / "label_scale.tex").write_text(latex(lines) + "\n", encoding="utf-8")
-    with open(out / "label_scale.csv", "w", encoding="utf-8", newline="") as file:
+    write_text(out / "label_scale.md", "\n\n".join(text) + "\n")
+    write_text(out / "label_scale.tex", latex(lines) + "\n")
+    with new_path(out / "label_scale.csv") as side, open(side, "x", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
     _save(_draw_label_scale(finished), out / "label_scale.png")
 

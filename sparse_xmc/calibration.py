@@ -74,6 +74,6 @@ class Calibration:
             within = np.isfinite(scores).all() and probabilities.min() >= 0 and probabilities.max() <= 1
             if not (of_both and ascending and within):
                 raise ValueError("expected ascending scores and as many ascending probabilities")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: not a calibration: {error}") from error
         return cls(scores, probabilities)

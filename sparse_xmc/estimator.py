@@ -14,7 +14,6 @@ from flax import nnx
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
-from sparse_xmc.data.files import write_text
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
@@ -26,8 +25,6 @@ from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import Progress, Trainer, fit
-
-_PARAMETERS = "estimator.json"
 
 Matrix: TypeAlias = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
 Features: TypeAlias = Sequence[str] | Matrix
@@ -233,11 +230,9 @@ class XMCClassifier(BaseEstimator):
 
     def save(self, directory: str | os.PathLike) -> None:
         """Saves the trained classifier in a directory, which `load` and `experiments.predict` read."""
-        self._fitted.save(directory)
         own = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
-        parameters = json.dumps(own, indent=2, default=os.fspath)
-        if jax.process_index() == 0:
-            write_text(Path(directory) / _PARAMETERS, parameters + "\n")
+        parameters = json.loads(json.dumps(own, default=os.fspath))
+        dataclasses.replace(self._fitted, parameters=parameters).save(directory)
 
     @classmethod
     def load(
@@ -258,10 +253,11 @@ class XMCClassifier(BaseEstimator):
           FileNotFoundError: the directory lacks a part of it.
           ValueError: the parts do not fit each other.
         """
-        saved, path = SavedModel.load(directory, encoder, mesh), Path(directory) / _PARAMETERS
+        saved = SavedModel.load(directory, encoder, mesh)
         try:
-            classifier = cls(**json.loads(path.read_text())) if path.exists() else cls()
-        except (TypeError, ValueError) as error:
+            classifier = cls(**saved.parameters or {})
+        except TypeError as error:
+            path = Path(directory) / "estimator.json"
             raise ValueError(f"{path}: not the parameters of a classifier: {error}") from error
         classifier.mesh = mesh
         if encoder is not None:

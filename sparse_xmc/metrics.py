@@ -6,12 +6,13 @@ accumulated batch by batch, so their memory does not grow with the number of poi
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, issparse
+
+from sparse_xmc.data.files import new_file
 
 # The constants (a, b) of `inverse_propensities` that Jain et al. (2016) fitted to each family of data sets.
 PROPENSITY_CONSTANTS = {"wikipedia": (0.5, 0.4), "amazon": (0.6, 2.6), "default": (0.55, 1.5)}
@@ -72,7 +73,7 @@ class LabelStatistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes them as `.npz`."""
-        with open(path, "wb") as file:
+        with new_file(path) as file:
             np.savez(file, inv_propensities=self.inv_propensities, groups=self.groups)
 
     @classmethod
@@ -80,13 +81,26 @@ class LabelStatistics:
         """Reads what `save` wrote.
 
         Raises:
-          ValueError: they are none.
+          ValueError: the file is not one of such statistics; the message names it.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(arrays["inv_propensities"], arrays["groups"])
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not the statistics of labels: {error}") from error
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                weights, groups = arrays["inv_propensities"], arrays["groups"]
+        except Exception as error:  # NumPy raises what zipfile, zlib and its parser of headers raise
+            reason = " ".join(str(error).split())  # some are paragraphs
+            raise ValueError(f"{path}: not the statistics of labels: {reason}") from error
+        for name, array, dtype in (("inv_propensities", weights, "float64"), ("groups", groups, "int8")):
+            if array.dtype != dtype or array.shape != (weights.size,):
+                raise ValueError(f"{path}: {name} must be {dtype} [L], got {array.dtype} {list(array.shape)}")
+        last = len(LABEL_GROUPS) - 1
+        for name, array, expected, is_right in (
+            ("inv_propensities", weights, "finite", np.isfinite(weights)),
+            ("groups", groups, f"in 0..{last}", (groups >= 0) & (groups <= last)),
+        ):
+            if not is_right.all():
+                label = int(is_right.argmin())
+                raise ValueError(f"{path}: {name} must be {expected}, got {array[label]} of label {label}")
+        return cls(weights, groups)
 
 
 class RankingMetrics:

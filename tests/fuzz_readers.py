@@ -10,6 +10,7 @@ file of the moment, should a reader kill the process, take more than 10 s, or mo
 import argparse
 import contextlib
 import faulthandler
+import json
 import logging
 import random
 import re
@@ -27,9 +28,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments import prepare
-from sparse_xmc import data
+from sparse_xmc import data, saving
+from sparse_xmc.calibration import Calibration
+from sparse_xmc.data import files
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders import pretrained_files
+from sparse_xmc.metrics import LabelStatistics
 
 CORPUS = Path(__file__).with_name("corpus")
 _SECONDS_PER_FILE, _MORE_MEMORY, _LARGEST_FILE, _LARGEST_KEPT = 10, 1 << 30, 1 << 17, 1 << 12
@@ -55,7 +59,8 @@ def filter(path):
 def texts(path):
     names, of_points = data.read_tsv(path)
     assert len(names) == len(of_points)
-    data.write_tsv(path.with_name("again.tsv"), names, of_points)
+    with link(path.with_name("again.tsv")):
+        data.write_tsv(path.with_name("again.tsv"), names, of_points)
     assert data.read_tsv(path.with_name("again.tsv")) == (names, of_points)
 
 
@@ -122,11 +127,51 @@ def tokenizer(path):
     assert len(lists) == 2
 
 
+def record(path):
+    fields = files.read_sealed_json(path)
+    with link(path.with_name("again.json")):
+        files.write_sealed_json(path.with_name("again.json"), fields)
+    assert files.read_sealed_json(path.with_name("again.json")) == fields
+
+
+def settings(path):
+    config, rows = saving.read_config(path)
+    assert rows is None or rows >= config.num_labels > 0
+    assert type(config).from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def statistics(path):
+    found = LabelStatistics.load(path)
+    assert len(found.groups) == len(found.inv_propensities)
+    with link(path.with_name("again.npz")):
+        found.save(path.with_name("again.npz"))
+    again = LabelStatistics.load(path.with_name("again.npz"))
+    np.testing.assert_array_equal(again.inv_propensities, found.inv_propensities)
+
+
+def calibration(path):
+    found = Calibration.load(path)
+    assert ((found(np.linspace(-2, 2, 9)) >= 0) & (found(np.linspace(-2, 2, 9)) <= 1)).all()
+
+
+@contextlib.contextmanager
+def link(path):
+    """A symbolic link at a path that is written meanwhile, to a file that must stay as it is."""
+    target = path.with_name("not to be written")
+    target.write_text("mine")
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    yield
+    assert target.read_text() == "mine"
+    assert not path.is_symlink()
+
+
 READERS = {
     reader.__name__: reader
     for reader in (
         *(points, labels, filter, texts, features, cache, words, names, raw),
         *(config, modules, model, tokenizer),
+        *(record, settings, statistics, calibration),
     )
 }
 _WITH_LINES = ("points", "labels", "filter", "texts", "names", "raw")  # of which errors name the line
@@ -203,7 +248,7 @@ def change(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 # ---- the search ----
 
-_OURS = tuple(str(Path(module.__file__).parent) for module in (data, pretrained_files, prepare))
+_OURS = tuple(str(Path(module.__file__).parent) for module in (data, pretrained_files, prepare, saving))
 
 
 def traced(run: Callable[[], object]) -> set:
@@ -274,7 +319,7 @@ def main():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + _MORE_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    directory = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    directory = Path(tempfile.mkdtemp(prefix="fuzz-[1]-"))
     print(f"files are in {directory}", flush=True)
     end = time.monotonic() + flags.seconds
     found = fuzz(flags.readers, random.Random(flags.seed), directory, lambda _: time.monotonic() < end)

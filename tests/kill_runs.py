@@ -3,9 +3,11 @@
     python -m tests.kill_runs --minutes=60
 
 One run is left alone first. Each of the others is killed (SIGKILL, sometimes SIGTERM) several times: at a
-random moment of the time that a run takes, or shortly after a save has begun. In the end its weights must be
-those of the run that was left alone, bit for bit, its metrics the same, and nothing may be left over. Where
-one differs the exit status is 1, and the directory is kept.
+random moment of the time that a run takes, or shortly after a save has begun. Between two starts the record
+of its last checkpoint is sometimes damaged. Working directories have brackets in their names, and symbolic
+links where files are written. In the end its weights must be those of the run that was left alone, bit for
+bit, its metrics the same, nothing may be left over, and no link may have been followed. Where one differs the
+exit status is 1, and the directory is kept.
 """
 
 import argparse
@@ -87,7 +89,8 @@ def outcome(workdir: Path) -> dict:
         "metrics": [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines],
         "weights": weights(workdir),
         "files": sorted(path.name for path in workdir.iterdir()),
-        "latest": sorted(path.name for path in (checkpoints / "latest").iterdir()),
+        # A record that was damaged stays until its checkpoint is too old.
+        "latest": sorted(p.name for p in (checkpoints / "latest").iterdir() if p.suffix != ".damaged"),
         # Their numbers count saves: one is made again after a kill between it and the next of the latest.
         "best": len([*(checkpoints / "best").iterdir()]),
     }
@@ -98,6 +101,28 @@ def weights(workdir: Path) -> dict[str, bytes]:
     model = SavedModel.load(workdir).model
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Not(nnx.RngState)))
     return {jax.tree_util.keystr(path): np.asarray(array).tobytes() for path, array in leaves}
+
+
+def link_files(workdir: Path) -> Path:
+    """Puts links where a run writes, to a file that must stay as it is; returns that file."""
+    outside = workdir.with_name(f"{workdir.name} outside")
+    outside.write_text("mine")
+    workdir.mkdir()
+    partial = [".flags.cfg.partial", ".metrics.jsonl.partial"]  # where these are before they are whole
+    for name in ("flags.cfg", "metrics.jsonl", "labels.txt", "label_statistics.npz", "model.json", *partial):
+        (workdir / name).symlink_to(outside)
+    return outside
+
+
+def damage_record(workdir: Path, rng: random.Random) -> bool:
+    """Changes a byte of the last checkpoint's record, if there is a checkpoint before it."""
+    records = sorted((workdir / "checkpoints" / "latest").glob("*.json"), key=lambda path: int(path.stem))
+    if len(records) < 2:
+        return False
+    content = bytearray(records[-1].read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    records[-1].write_bytes(content)
+    return True
 
 
 def trial(flags: list[str], workdir: Path, seconds: float, kills: int, rng: random.Random) -> list[str]:
@@ -111,6 +136,8 @@ def trial(flags: list[str], workdir: Path, seconds: float, kills: int, rng: rand
         done.append(f"{number.name} {after:.3f} s {'into a save' if in_save else 'after the start'}")
         if not in_time:
             break
+        if rng.random() < 0.3 and damage_record(workdir, rng):
+            done.append("a record damaged")
     finish(flags)
     return done
 
@@ -134,12 +161,15 @@ def main() -> None:
         finish([*flags, f"--workdir={directory / schedule}"])
         whole[schedule] = (flags, time.monotonic() - started, outcome(directory / schedule))
     while time.monotonic() < end:
-        workdir = directory / f"run_{count}"
+        workdir = directory / f"run=[{count}]"
+        outside = link_files(workdir)
         flags, seconds, expected = whole[SCHEDULES[count % 2]]
         done = trial(flags, workdir, seconds, rng.randint(1, 6), rng)
         found = outcome(workdir)
         if different := [name for name in expected if found[name] != expected[name]]:
             sys.exit(f"{workdir}: {', '.join(different)} differ after {'; '.join(done)}")
+        if outside.read_text() != "mine":
+            sys.exit(f"{outside} was written to, through a link in {workdir}")
         shutil.rmtree(workdir)
         count, kills = count + 1, kills + len(done)
         print(f"{count} runs, {kills} kills: all ended alike; last {'; '.join(done)}", flush=True)

@@ -3,23 +3,25 @@
 import contextlib
 import gzip
 import hashlib
+import json
 import lzma
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
 def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
     """Opens a file for reading ("rb") or writing ("wb"), through gzip or xz if it is named `.gz` or `.xz`.
 
-    Writing the same bytes twice gives identical files.
+    A file is written as by `new_file`. Writing the same bytes twice gives identical files.
     """
     suffix = Path(path).suffix
-    with open(path, mode) as raw:
+    with new_file(path) if mode == "wb" else open(path, mode) as raw:
         if suffix == ".gz":
             # gzip.open would store the name and the time in the header.
             with gzip.GzipFile(filename="", mode=mode, fileobj=raw, mtime=0) as file:
@@ -60,15 +62,92 @@ def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path}:{number}: not UTF-8: {error}") from error
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file of UTF-8 text, in place of one that is there: at any time it is one or the other."""
+@contextlib.contextmanager
+def new_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a path to write to, which is renamed to `path` when the block ends without an exception.
+
+    At any time `path` is the file that was there or the new one. A symbolic link at `path` is replaced; the
+    file that it points to stays as it is.
+
+    Raises:
+      OSError: the file cannot be written; the error has a path.
+    """
     path = Path(path)
     side = path.with_name(f".{path.name}.partial")
-    with open(side, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    try:
+        side.unlink(missing_ok=True)  # a killed process left it, or it is a link
+        yield side
+        os.replace(side, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            side.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is None:  # as of NumPy
+            raise OSError(f"{path}: {error}") from error
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Yields a binary file that takes the place of `path` as `new_path` says, once it is on the disk.
+
+    A device or a pipe is written to directly.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    with new_path(path) as side, open(side, "xb") as file:  # "x" follows no link
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(side, path)
+
+
+def open_no_follow(path: str, flags: int) -> int:
+    """Opens a file as `os.open` does, but no symbolic link: an opener for `open`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file of UTF-8 text, as by `new_file`."""
+    content = text.encode()
+    with new_file(path) as file:
+        file.write(content)
+
+
+def write_sealed_json(path: str | os.PathLike, fields: dict[str, Any]) -> None:
+    """Writes a JSON object with the SHA-256 of its fields, for `read_sealed_json`."""
+    write_text(path, json.dumps(fields | {"sha256": _digest(fields)}))
+
+
+def read_sealed_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the fields that `write_sealed_json` wrote.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: its content is not as it was written; the message names the file.
+    """
+    try:
+        fields = dict(json.loads(Path(path).read_bytes()))
+        if fields.pop("sha256", None) != _digest(fields):
+            raise ValueError("the content does not match its checksum")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    return fields
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a directory with all that is in it, if there is one; follows no link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
@@ -90,8 +169,12 @@ def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
 
 
 def differing_file(directory: Path, expected: dict[str, str], parts: Iterable[str] = ("",)) -> str:
-    """What is not as `checksums` found it, in words; "" if nothing."""
-    actual = checksums(directory, parts)
+    """Which file is not as `checksums` found it, in words; "" if none."""
+    return difference(expected, checksums(directory, parts))
+
+
+def difference(expected: dict[str, str], actual: dict[str, str]) -> str:
+    """Which file differs in two results of `checksums`, in words; "" if none."""
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
             return f"{name} is missing"

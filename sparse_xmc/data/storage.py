@@ -82,8 +82,9 @@ def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> No
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name in _ARRAYS:
-        np.save(directory / f"{name}.npy", getattr(matrix, name))
-    (directory / "shape.json").write_text(json.dumps(matrix.shape))
+        with files.new_file(directory / f"{name}.npy") as file:
+            np.save(file, getattr(matrix, name))
+    files.write_text(directory / "shape.json", json.dumps(matrix.shape))
     seal(directory, _FILES)
 
 

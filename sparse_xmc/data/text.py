@@ -104,7 +104,8 @@ class LabelEncoder:
       names: list of the L names.
 
     Raises:
-      ValueError: a name appears twice.
+      ValueError: a name appears twice, or cannot be a line of a UTF-8 file: it is empty, or has a line break
+        or a lone surrogate.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -112,6 +113,14 @@ class LabelEncoder:
         self._ids = {name: label for label, name in enumerate(self.names)}
         if len(self._ids) < len(self.names):
             raise ValueError("a label name appears twice")
+        for name in self.names:
+            if not name or "\n" in name or "\r" in name:
+                raise ValueError(f"label names must be non-empty and without line breaks, got {name!r}")
+            if not name.isascii():
+                try:
+                    name.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"label names must be encodable in UTF-8, got {name!r}") from error
 
     @classmethod
     def fit(cls, label_lists: Iterable[Iterable[str]], min_count: int = 1) -> "LabelEncoder":
@@ -136,16 +145,7 @@ class LabelEncoder:
         return scipy.sparse.csr_array((np.ones(len(indices), bool), indices, indptr), shape=shape)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the names as UTF-8 text, one a line; the first line is label 0.
-
-        Raises:
-          ValueError: a name is empty or contains a line break; nothing is written then.
-        """
-        for label, name in enumerate(self.names):
-            if not name or "\n" in name or "\r" in name:
-                raise ValueError(
-                    f"{path}:{label + 1}: expected a non-empty name without line breaks, got {name!r}"
-                )
+        """Writes the names as UTF-8 text, one a line; the first line is label 0."""
         files.write_text(path, "".join(f"{name}\n" for name in self.names))
 
     @classmethod

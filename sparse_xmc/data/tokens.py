@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sparse_xmc.data import files
+
 Array = np.ndarray | jax.Array
 
 _NARROWEST = 16
@@ -149,4 +151,4 @@ class Tokenizer:
         """Writes `tokenizer.json`, which `from_directory` reads again, with `max_length`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save(str(directory / "tokenizer.json"))
+        files.write_text(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))

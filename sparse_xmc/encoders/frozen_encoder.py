@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_xmc.data.files import write_text
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen import cached_embeddings, embed, fingerprint
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
@@ -69,7 +70,7 @@ class FrozenEncoder:
             "max_length": self._max_length,
             "fingerprint": self._fingerprint,
         }
-        Path(path).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(state, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike, directory: str | os.PathLike | None = None) -> "FrozenEncoder":
@@ -85,7 +86,7 @@ class FrozenEncoder:
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
             before, max_length, known = state["directory"], state["max_length"], state["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved FrozenEncoder: {error!r}") from error
         directory = before if directory is None else directory
         try:

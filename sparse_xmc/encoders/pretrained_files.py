@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_xmc.data.files import new_path, write_text
 from sparse_xmc.settings import check, setting
 
 POOLINGS = ("mean", "cls", "pooler")
@@ -272,7 +273,8 @@ def write_parameters(directory: Path, config: PretrainedConfig, parameters: Mapp
         names = tensor_names(path, config)
         for name, part in zip(names, np.split(value, len(names), axis=-1), strict=True):
             tensors[name] = np.ascontiguousarray(part.T if path.endswith(".kernel") else part)
-    _safetensors().numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with new_path(directory / "model.safetensors") as file:
+        _safetensors().numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _safetensors() -> Any:
@@ -363,4 +365,4 @@ def _read_json(path: Path, default: Any = None) -> Any:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")

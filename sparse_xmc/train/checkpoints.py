@@ -1,10 +1,9 @@
 """Checkpoints of a training run, by Orbax: all that it needs to go on as if it had never stopped."""
 
-import json
+import contextlib
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from sparse_xmc.data.files import checksums, differing_file, write_text
+from sparse_xmc.data.files import checksums, differing_file, read_sealed_json, remove, write_sealed_json
 from sparse_xmc.heads import Head
-from sparse_xmc.saving import check_sizes, shapes_of
 from sparse_xmc.train.trainer import Trainer
+from sparse_xmc.weights import check_sizes, reading, shapes_of, writing
 
 _KEPT = 2
 _log = logging.getLogger(__name__)
@@ -79,6 +78,24 @@ class Checkpoints:
         number = max(self._best.numbers(), default=0) + 1
         self._best.save(number, _weights(trainer.state), {}, trainer.head)
 
+    def replace_lost_best(self, trainer: Trainer) -> bool:
+        """Saves the present weights as the best, with a warning, if these are damaged or missing.
+
+        Returns:
+          Whether it did.
+        """
+        try:
+            is_there = next(self._best.intact(), None) is not None
+        except ValueError:
+            is_there = False
+        if not is_there:
+            _log.warning(
+                "%s: the best weights so far are lost; those of the latest checkpoint take their place",
+                self._best.directory,
+            )
+            self.save_best(trainer)
+        return not is_there
+
     def restore_best(self, trainer: Trainer) -> None:
         """Puts the best weights back; the moments stay as they are."""
         for number in self._best.intact():
@@ -103,23 +120,23 @@ class _Numbered:
 
     def numbers(self) -> list[int]:
         """Those of all checkpoints, ascending."""
-        return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdigit())
+        return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdecimal())
 
     def restore(self, number: int, shapes: Any) -> tuple[Any, dict]:
         """The state of these shapes, and the progress."""
         state = ocp.args.StandardRestore(shapes, strict=False)
-        with _orbax(shapes) as orbax:
+        with reading(self.directory) as directory, _orbax(shapes) as orbax:
             args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
-            restored = orbax.restore(self.directory / str(number), args=args)
+            restored = orbax.restore(directory / str(number), args=args)
         return restored["state"], restored["progress"]
 
     def check(self, number: int, expected: Any, head: Head) -> None:
         """Raises ValueError unless a checkpoint is of a model with the sizes of this state and its head."""
-        path, record = self.directory / str(number), json.loads(self._record(number).read_text())
+        path, record = self.directory / str(number), self._read_record(number)
         if record["num_labels"] != head.num_labels:
             raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")
-        with _orbax(expected) as orbax:
-            metadata = orbax.metadata(path).item_metadata["state"]
+        with reading(self.directory) as directory, _orbax(expected) as orbax:
+            metadata = orbax.metadata(directory / str(number)).item_metadata["state"]
         check_sizes(metadata, expected, path, head, record["label_rows"])
 
     def save(self, number: int, state: Any, progress: dict, head: Head) -> None:
@@ -127,19 +144,19 @@ class _Numbered:
         if number in self.numbers():
             return
         path = self.directory / str(number)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         try:
-            progress_args = ocp.args.JsonSave(progress)
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=progress_args)
-            with _orbax(state) as orbax:
-                orbax.save(path, args=args, force=True)  # over what a killed process left
+            with writing(path) as target, _orbax(state) as orbax:
+                orbax.save(target, args=args)
+                check_sizes(orbax.metadata(target).item_metadata["state"], state, path)
             if jax.process_index() == 0:
-                record = {"num_labels": head.num_labels, "label_rows": head.label_rows}
-                write_text(self._record(number), json.dumps(record | {"files": checksums(path)}))
-        except Exception as error:  # of many types, by what failed
-            reason = str(error).partition("\n")[0][:300] or type(error).__name__
+                sizes = {"num_labels": head.num_labels, "label_rows": head.label_rows}
+                write_sealed_json(self._record(number), sizes | {"files": checksums(path)})
+        except OSError as error:
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             kept = self.numbers()
             before = f"that of step {kept[-1]} is still there" if kept else "there is none before it"
-            raise OSError(f"{path}: the checkpoint could not be written: {reason}; {before}") from error
+            raise OSError(f"{text}; {before}") from None
         self.tidy()
 
     def tidy(self) -> None:
@@ -149,12 +166,10 @@ class _Numbered:
             return
         for path in sorted(self.directory.iterdir(), key=Path.is_dir):
             number = path.name.partition(".")[0]
-            if not number.isdigit() or number in kept:
+            if not number.isdecimal() or number in kept:
                 continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                remove(path)
 
     def intact(self) -> Iterator[int]:
         """Yields the numbers of checkpoints whose files are as they were written, the latest first.
@@ -167,9 +182,9 @@ class _Numbered:
         for number in reversed(numbers):
             path = self.directory / str(number)
             try:
-                wrong = differing_file(path, json.loads(self._record(number).read_text())["files"])
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                wrong = f"{self._record(number)}: {error}"
+                wrong = differing_file(path, self._read_record(number)["files"])
+            except (OSError, ValueError) as error:
+                wrong = str(error)
             if not wrong:
                 found = True
                 if jax.process_index() == 0:
@@ -179,7 +194,7 @@ class _Numbered:
                 yield number
             else:
                 damaged.append(self._record(number))
-                _log.warning("%s is damaged (%s): the checkpoint before it is used", path, wrong)
+                _log.warning("%s is damaged (%s), and is not used", path, wrong)
         if numbers and not found:
             raise ValueError(
                 f"{self.directory}: all checkpoints are damaged: {wrong}; remove them to start anew"
@@ -187,6 +202,18 @@ class _Numbered:
 
     def _record(self, number: int) -> Path:
         return self.directory / f"{number}.json"
+
+    def _read_record(self, number: int) -> dict[str, Any]:
+        """The record beside a checkpoint.
+
+        Raises:
+          OSError: it cannot be read.
+          ValueError: it is damaged, or lacks a field.
+        """
+        record = read_sealed_json(self._record(number))
+        if missing := sorted({"num_labels", "label_rows", "files"} - record.keys()):
+            raise ValueError(f"{self._record(number)}: expected a field {missing[0]!r}, got none")
+        return record
 
 
 def _orbax(state: Any) -> ocp.Checkpointer:

@@ -101,6 +101,8 @@ def fit(
             raise ValueError(f"the checkpoint is of a run with {was}, not {now}; choose another directory")
         records, part = progress["records"], _Part(**progress["part"])
         schedule = SCHEDULES[config.schedule](**progress["schedule"])
+        if schedule.keeps_best and records and checkpoints.replace_lost_best(trainer):
+            schedule.forget_best()
     saved = time.monotonic()
 
     def pause(settle: Callable[[], None], agree: bool = True, at_end: bool = False) -> bool:

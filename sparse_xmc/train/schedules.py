@@ -33,6 +33,9 @@ class Schedule(abc.ABC):
     def update(self, metric: float) -> None:  # noqa: B027 (not every schedule asks)
         """Takes the validation P@3 at the end of an epoch."""
 
+    def forget_best(self) -> None:  # noqa: B027
+        """Has the next epoch count as the best so far, as the weights of the best are lost."""
+
     @property
     def should_stop(self) -> bool:
         """Whether to train no further."""
@@ -84,6 +87,10 @@ class Plateau(Schedule):
         if self.epochs_since_halving >= 2:
             self.learning_rate = max(self.learning_rate / 2, min(self.learning_rate, 1e-4))
             self.epochs_since_halving = 0
+
+    def forget_best(self) -> None:
+        """Has the next epoch count as the best so far."""
+        self.best = -math.inf
 
     @property
     def should_stop(self) -> bool:

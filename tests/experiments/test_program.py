@@ -106,8 +106,31 @@ def test_flagfiles_by_name_within_others_and_from_any_directory(tmp_path, monkey
     (tmp_path / "experiments" / "own.cfg").write_text("--seed=2")
     assert flagfiles.expand(["--flagfile=dense"]) == ["--head=bottleneck", "--seed=2"]  # a path comes first
     (tmp_path / "experiments" / "own.cfg").write_text("--flagfile=dense")
-    with pytest.raises(ValueError, match="dense: a flagfile within itself"):
+    with pytest.raises(
+        ValueError, match=r"dense: a flagfile within itself: \S+dense -> \S+own.cfg -> \S+dense$"
+    ):
         flagfiles.expand(["--flagfile=dense"])
+
+
+def test_flagfiles_are_bounded_in_depth_and_number(tmp_path):
+    def write(number, times):
+        following = f"--flagfile={tmp_path / str(number + 1)}\n"
+        (tmp_path / str(number)).write_text(f"--seed={number}\n" + times * following)
+
+    for number in range(1200):
+        write(number, times=1)
+    with pytest.raises(ValueError, match=r"/32: flagfiles within each other must be at most 32 deep"):
+        flagfiles.expand([f"--flagfile={tmp_path / '0'}"])
+    status, _, errors = run(f"--flagfile={tmp_path / '0'}")
+    assert (status, len(errors)) == (2, 1)
+    for number in range(14):
+        write(number, times=2)
+    (tmp_path / "14").write_text("--seed=14\n")
+    with pytest.raises(ValueError, match=r"expected at most 1000 flagfiles in all"):
+        flagfiles.expand([f"--flagfile={tmp_path / '0'}"])
+    (tmp_path / "14").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"/14: not UTF-8"):
+        flagfiles.expand([f"--flagfile={tmp_path / '14'}"])
 
 
 def test_names_of_flagfiles_are_unique():

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kill_runs
@@ -131,8 +132,13 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
     # It has its flags from the finished one's flags.cfg, which therefore must repeat it.
     first, *_ = finished
     flags = [f"--flagfile={first / 'flags.cfg'}", f"--workdir={tmp_path / 'first'}"]
-    for seconds in (0.0, 0.01):
-        assert kill_runs.kill(flags, tmp_path / "first", seconds, True, signal.SIGKILL)
+    assert kill_runs.kill(flags, tmp_path / "first", 0.0, True, signal.SIGKILL)
+    process, latest = kill_runs.start(flags), tmp_path / "first" / "checkpoints" / "latest"
+    while not list(latest.glob("*.json")):  # until there is a whole checkpoint
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
     assert not (tmp_path / "first" / "result.json").exists()
     assert "going on after " in kill_runs.finish(flags)
     assert kill_runs.outcome(tmp_path / "first") == kill_runs.outcome(first)
@@ -218,6 +224,52 @@ def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_pa
     again.kill()
     again.wait()
     again.stdout.close()
+
+
+def test_a_directory_with_brackets_is_one_like_others(tsv, tmp_path):
+    workdir = tmp_path / "runs" / "lr=[1,2]"
+    flags = [
+        *tsv,
+        *SMALL,
+        f"--workdir={workdir}",
+        "--epochs=8",
+        "--schedule=linear",
+        "--checkpoint_minutes=0",
+    ]
+    process = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch   2 "):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    printed = output_of(*flags)
+    assert "going on after " in printed
+    assert f"wrote {workdir / 'result.json'}" in printed
+    (tmp_path / "texts.txt").write_text("word3 word5\n")
+    predict = [sys.executable, "-m", "experiments.predict", f"--workdir={workdir}"]
+    command = [*predict, f"--input={tmp_path / 'texts.txt'}", "--k=2"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(finished.stdout.split("\t")) == 4
+
+
+def test_links_in_the_directory_of_a_run_are_not_followed(tsv, tmp_path):
+    outside, workdir = tmp_path / "outside", tmp_path / "run"
+    outside.write_text("mine")
+    workdir.mkdir()
+    names = ["flags.cfg", "metrics.jsonl", "result.json", "labels.txt", "label_statistics.npz"]
+    for name in [*names, *(f".{name}.partial" for name in names)]:
+        if name != "result.json":  # which would be a run that is finished
+            (workdir / name).symlink_to(outside)
+    flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=1", "--schedule=linear"]
+    output_of(*flags)
+    assert outside.read_text() == "mine"
+    assert result(workdir)["epochs"] == 1
+    (workdir / "result.json").unlink()
+    (workdir / ".lock").unlink()
+    (workdir / ".lock").symlink_to(outside)
+    assert error_of(*flags) == f"error: {workdir / '.lock'}: Too many levels of symbolic links"
+    assert outside.read_text() == "mine"
 
 
 def test_two_runs_are_not_at_work_in_one_directory(tsv, tmp_path):

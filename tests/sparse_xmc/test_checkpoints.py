@@ -1,4 +1,6 @@
 import dataclasses
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from small_models import config_of, make_model
 from sparse_xmc import RewireConfig, Trainer, TrainingConfig
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
+from sparse_xmc.data.files import read_sealed_json, write_sealed_json
 from sparse_xmc.heads import HEADS
 from sparse_xmc.train import Checkpoints
 
@@ -229,6 +232,92 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, batches, caplog, damage, 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_latest(restored, {"epochs": 2})
         assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.replace('"num_labels": 30', '"num_labels": 31'),
+        lambda content: content.replace("files", "fi1es"),
+        lambda content: content.replace("sha256", "sha255"),
+        lambda content: content[:-1],
+        lambda content: "[" * 20_000,
+        lambda content: "[]",
+        lambda content: "3",
+        lambda content: "",
+        lambda content: content + "\udcff",
+    ],
+)
+def test_a_checkpoint_with_a_damaged_record_is_passed_over(tmp_path, batches, caplog, damage):
+    save_twice(tmp_path, batches)
+    record = tmp_path / "latest" / "10.json"
+    damaged = damage(record.read_text())
+    assert damaged != record.read_text()
+    record.write_bytes(damaged.encode(errors="surrogateescape"))
+    restored = new_trainer(seed=7)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(restored) == {"epochs": 1}
+    (warning,) = caplog.messages
+    assert re.search(r"latest/10 is damaged \(\S+/latest/10\.json: damaged: ", warning)
+
+
+def test_a_record_without_a_field_is_no_record(tmp_path, batches, caplog):
+    save_twice(tmp_path, batches)
+    record = tmp_path / "latest" / "10.json"
+    fields = read_sealed_json(record)
+    del fields["files"]
+    write_sealed_json(record, fields)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(new_trainer()) == {"epochs": 1}
+    assert "10.json: expected a field 'files', got none" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b", "a*b", "a?b", "{a,b}", "ä [b]/c"])
+def test_directories_of_any_name(tmp_path, batches, name):
+    Checkpoints(tmp_path / "a-b").save_latest(new_trainer(kind="dense"), {"epochs": "of another"})
+    trainer = save_twice(tmp_path / name, batches)
+    restored = new_trainer(seed=7)
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save_best(trainer)
+        assert checkpoints.restore_latest(restored) == {"epochs": 2}
+        assert_equal(restored.state, trainer.state)
+        checkpoints.restore_best(restored)
+    assert_equal(restored.state, trainer.state)
+    assert {path.name for path in (tmp_path / name / "latest").iterdir()} == {"5", "5.json", "10", "10.json"}
+
+
+def test_links_are_replaced_and_not_followed(tmp_path, batches):
+    outside, latest = tmp_path / "outside", tmp_path / "checkpoints" / "latest"
+    (outside / "state").mkdir(parents=True)
+    (outside / "file").write_text("mine")
+    latest.mkdir(parents=True)
+    for name in ("10", "10.orbax-checkpoint-tmp", "1"):
+        (latest / name).symlink_to(outside)
+    for name in (".10.json.partial", ".5.json.partial"):
+        (latest / name).symlink_to(outside / "file")
+    trainer = save_twice(tmp_path / "checkpoints", batches)
+    assert sorted(path.name for path in outside.rglob("*")) == ["file", "state"]
+    assert (outside / "file").read_text() == "mine"
+    restored = new_trainer(seed=7)
+    assert Checkpoints(tmp_path / "checkpoints").restore_latest(restored) == {"epochs": 2}
+    assert_equal(restored.state, trainer.state)
+
+
+@pytest.mark.parametrize("damage", [lambda best: flip(some_file(best / "1")), shutil.rmtree])
+def test_lost_best_weights_are_replaced_by_those_of_the_latest(tmp_path, batches, caplog, damage):
+    trainer = new_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_best(trainer)
+        assert not checkpoints.replace_lost_best(trainer)
+    assert not caplog.messages
+    damage(tmp_path / "best")
+    train(trainer, batches, [0])
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.replace_lost_best(trainer)
+        assert caplog.messages[-1].endswith("those of the latest checkpoint take their place")
+        restored = new_trainer(seed=7)
+        checkpoints.restore_best(restored)
+    assert_equal(restored.state["params"], trainer.state["params"])
 
 
 def test_one_without_its_checksums_was_being_written(tmp_path, batches, caplog):

@@ -1,6 +1,7 @@
 """XMCClassifier as scikit-learn's users meet it."""
 
 import collections
+import dataclasses
 import itertools
 import json
 
@@ -128,7 +129,10 @@ def test_saved_classifiers_come_back(fitted, tmp_path):
     for a, b in zip(loaded.predict(texts), fitted.predict(texts), strict=True):
         np.testing.assert_array_equal(a, b)
     assert loaded.score(texts, labels) == fitted.score(texts, labels)
-    (tmp_path / "model" / "estimator.json").write_text(json.dumps({"fanin": 3}))
+    (tmp_path / "model" / "estimator.json").write_text(json.dumps(fitted.get_params() | {"epochs": 9}))
+    with pytest.raises(ValueError, match=r"model: the saved model is damaged: estimator\.json has changed"):
+        XMCClassifier.load(tmp_path / "model")
+    dataclasses.replace(fitted.saved_, parameters={"fanin": 3}).save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"estimator\.json: not the parameters of a classifier: .*fanin"):
         XMCClassifier.load(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match=r"nowhere/model\.json: not there"):

@@ -139,6 +139,24 @@ def test_plateau_ends_with_the_best_weights(tmp_path):
     np.testing.assert_array_equal(trainer.model.head.output.kernel[...], seen[first["epoch"]])
 
 
+def test_lost_best_weights_are_noticed_before_training_goes_on(tmp_path, caplog):
+    train, validation = make_dataset(), make_dataset(seed=5)
+    options = {"schedule": "plateau", "epochs": 6, "learning_rate": 0.03}
+    saving = {"checkpoint_minutes": 0.0, "callbacks": [Log(last=12)]}  # it stops in the third of the epochs
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyboardInterrupt):
+        fit(new_trainer(**options), train, validation, checkpoints=checkpoints, **saving)
+    for file in (tmp_path / "best").glob("*.json"):
+        file.write_text("{}")
+    trainer, log = new_trainer(**options), Log()
+    with Checkpoints(tmp_path) as checkpoints:
+        records = fit(trainer, train, validation, checkpoints=checkpoints, callbacks=[log])
+    assert "best: the best weights so far are lost" in caplog.text
+    assert log.events[0] == ("start", 2, 5)
+    # The best of the epochs since is what it ends with.
+    best = max(records[2:], key=lambda record: record["p@3"])
+    assert evaluate(trainer.model, validation, batch_size=8)["p@3"] == pytest.approx(best["p@3"], abs=5e-5)
+
+
 def test_plateau_needs_validation_and_checkpoints(tmp_path):
     for options in ({}, {"validation": make_dataset()}):
         with pytest.raises(

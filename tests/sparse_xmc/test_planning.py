@@ -155,12 +155,10 @@ def test_devices_of_a_machine_share_its_memory_and_the_labels(monkeypatch):
     assert of_four.parts["head"] == -(-5001 // 4) * (8 * 4 + 8 * 2 + 4)
 
 
-def test_a_containers_limit_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(planning, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
+def test_limits_of_the_process_count(monkeypatch):
+    monkeypatch.setattr(planning, "memory_left", lambda: 4_000_000)
     assert planning._available(None) == (4_000_000, "this machine")
-    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(planning, "memory_left", lambda: None)
     assert planning._available(None)[0] > 4_000_000
 
 

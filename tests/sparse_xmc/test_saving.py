@@ -1,8 +1,17 @@
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
 import json
+import os
+import resource
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from small_models import config_of, make_inputs, make_model
@@ -12,7 +21,9 @@ from sparse_xmc.data import LabelEncoder, TextEncoder
 from sparse_xmc.heads import HEADS
 from sparse_xmc.heads.unstructured import UnstructuredLinear
 from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.saving import SavedModel, load_weights, save_weights
+from sparse_xmc.weights import write_weights
 
 WORDS = TextEncoder([f"word{i}" for i in range(12)], np.ones(12, np.float32))
 NAMES = LabelEncoder([f"label {i}" for i in range(30)])
@@ -63,7 +74,7 @@ def test_a_missing_part_is_an_error(tmp_path, part):
 
 def test_parts_that_do_not_fit_are_errors(tmp_path, monkeypatch):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
-    monkeypatch.setattr(saving, "_check_files", lambda directory: None)  # which would have seen all of it
+    monkeypatch.setattr(saving, "check_files", lambda *arguments: None)  # which would have seen all of it
     LabelEncoder(NAMES.names[1:]).save(tmp_path / "labels.txt")
     with pytest.raises(ValueError, match=r"labels\.txt: has 29 labels, but the model 30"):
         SavedModel.load(tmp_path)
@@ -72,9 +83,207 @@ def test_parts_that_do_not_fit_are_errors(tmp_path, monkeypatch):
     (tmp_path / "model.json").write_text(json.dumps(config | {"num_features": 13}))
     with pytest.raises(ValueError, match=r"text_encoder\.json: has 12 words, but the model 13"):
         SavedModel.load(tmp_path)
-    (tmp_path / "model.json").write_text("{")
-    with pytest.raises(ValueError, match=r"model\.json: not the configuration of a classifier"):
+    for text in ("{", "[" * 20_000):
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(ValueError, match=r"model\.json: not the configuration of a classifier"):
+            SavedModel.load(tmp_path)
+    for rows in (29, "30"):
+        (tmp_path / "model.json").write_text(json.dumps(config | {"label_rows": rows}))
+        with pytest.raises(ValueError, match=rf"model\.json: label_rows must be .*, 30, got {rows!r}"):
+            SavedModel.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "groups", "message"),
+    [
+        (np.ones(29), np.zeros(29, np.int8), "has 29 labels, but the model 30"),
+        (np.ones(30), np.zeros(29, np.int8), r"groups must be int8 \[L\], got int8 \[29\]"),
+        (
+            np.ones((30, 2)),
+            np.zeros(30, np.int8),
+            r"inv_propensities must be float64 \[L\], got .* \[30, 2\]",
+        ),
+        (np.ones(()), np.zeros(1, np.int8), r"inv_propensities must be float64 \[L\], got float64 \[\]"),
+        (np.ones(30, np.float32), np.zeros(30, np.int8), "inv_propensities must be float64"),
+        (np.r_[np.ones(29), np.nan], np.zeros(30, np.int8), "must be finite, got nan of label 29"),
+        (np.ones(30), np.r_[np.zeros(2), 3, np.zeros(27)].astype(np.int8), r"in 0\.\.2, got 3 of label 2"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_an_error(tmp_path, weights, groups, message):
+    statistics = LabelStatistics(weights, groups)
+    SavedModel(config_of(), make_model(), label_statistics=statistics).save(tmp_path)  # checksums are right
+    with pytest.raises(ValueError, match=rf"label_statistics\.npz: .*{message}"):
         SavedModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY", b"not a file of NumPy"])
+def test_other_files_are_no_statistics(tmp_path, content):
+    (tmp_path / "file.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.npz: not the statistics of labels"):
+        LabelStatistics.load(tmp_path / "file.npz")
+
+
+@pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b", "a*b", "a?b", "{a,b}", "ä [b]/c"])
+def test_directories_of_any_name(tmp_path, name):
+    other = tmp_path / "a-b"  # "a*b" and "a?b" are patterns that this one is like
+    SavedModel(config_of(labels=29), make_model(labels=29)).save(other)
+    directory, model = tmp_path / name, make_model(seed=3)
+    for _ in range(2):
+        SavedModel(config_of(), model).save(directory)
+    assert_equal(SavedModel.load(directory).model, model)
+    for _ in range(2):
+        save_weights(directory / "we[i]ghts", model)
+    assert_equal(load_weights(directory / "we[i]ghts", make_model()), model)
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"README.md", "checksums.json", "model", "model.json", "we[i]ghts"}
+
+
+def test_links_are_replaced_and_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "checksums.json").write_text("mine")
+    directory = tmp_path / "saved"
+    directory.mkdir()
+    links = [
+        *("labels.txt", ".labels.txt.partial", "label_statistics.npz", ".label_statistics.npz.partial"),
+        *("model.json", "text_encoder.json", "checksums.json", "README.md.partial", ".README.md.partial"),
+    ]
+    for name in links:
+        (directory / name).symlink_to(outside)
+    for name in ("model", ".new_model", ".new_model.partial"):
+        (directory / name).symlink_to(tmp_path / "others")
+    statistics = LabelStatistics(np.ones(30), np.zeros(30, np.int8))
+    config, model = config_of(bag_of_words=True), make_model(bag_of_words=True)
+    SavedModel(config, model, WORDS, NAMES, label_statistics=statistics).save(directory)
+    assert outside.read_text() == (tmp_path / "others" / "checksums.json").read_text() == "mine"
+    assert SavedModel.load(directory).label_encoder.names == NAMES.names
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_at(monkeypatch, step):
+    """Has the process do no more to files from a step on; returns how many steps there have been."""
+    steps = []
+
+    def watched(function):
+        def call(*arguments, **options):
+            steps.append(function)
+            if len(steps) > step:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    return steps
+
+
+def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch):
+    names = [f"label {i}" for i in range(30)]
+    old = SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES)
+    statistics = LabelStatistics(np.ones(30), np.zeros(30, np.int8))
+    new = SavedModel(
+        *(config_of("dense", bag_of_words=True), make_model("dense", bag_of_words=True), WORDS),
+        label_statistics=statistics,
+        parameters={"seed": 3},
+    )
+    weights = {id(saved.model): tmp_path / f"weights-{i}" for i, saved in enumerate((old, new))}
+    for saved in (old, new):
+        write_weights(weights[id(saved.model)], saved.model)
+    # In place of Orbax, for speed. Checksums are compared when a model is loaded.
+    copy = shutil.copytree
+    monkeypatch.setattr(saving, "write_weights", lambda path, model: copy(weights[id(model)], path))
+    monkeypatch.setattr(saving, "load_weights", lambda path, model, label_rows: model)
+    kinds, step, ended = [], 0, False
+    while not ended:
+        directory = tmp_path / f"{step}"
+        directory.mkdir()
+        (directory / "result.json").write_text("of the run")
+        old.save(directory)
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            try:
+                new.save(directory)
+                ended = True
+            except Killed:
+                pass
+        for _ in range(2):  # a reader changes nothing
+            loaded = SavedModel.load(directory)
+            kinds.append(type(loaded.config.head).__name__)
+            is_new = loaded.config == new.config
+            assert loaded.config == (new if is_new else old).config
+            assert (loaded.label_encoder is None) == is_new
+            assert (loaded.label_statistics is not None) == is_new
+            assert loaded.parameters == ({"seed": 3} if is_new else None)
+        old.save(directory)  # and the next save is as if nothing had happened
+        assert SavedModel.load(directory).label_encoder.names == names
+        assert {path.name for path in directory.iterdir()} == {
+            *("README.md", "checksums.json", "labels.txt", "model", "model.json", "result.json"),
+            "text_encoder.json",
+        }
+        step += 1
+    assert kinds == sorted(kinds, reverse=True)  # first the old one, then the new one
+    assert 10 < kinds.count("DenseConfig") < len(kinds) - 10
+
+
+def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path, monkeypatch, capsys):
+    SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    statistics = LabelStatistics(np.ones(30), np.zeros(30, np.int8))
+    new = SavedModel(config_of(), make_model(), label_statistics=statistics)
+
+    def is_full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for where, name in ((np, "savez"), (ocp.Checkpointer, "save"), (os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, is_full)
+            with pytest.raises(OSError, match="No space left on device") as raised:
+                new.save(tmp_path)
+        assert str(tmp_path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert SavedModel.load(tmp_path).label_encoder.names == NAMES.names
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        dataclasses.replace(new, parameters={"seed": object()}).save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_fails_in_the_midst_of_writing_is_one_error_and_no_traceback(tmp_path, capfd):
+    with resource_limit(1 << 16), pytest.raises(OSError, match=r"weights: could not be written: .") as raised:
+        write_weights(tmp_path / "weights", nnx.Linear(300, 300, rngs=nnx.Rngs(0)))
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@contextlib.contextmanager
+def resource_limit(size):
+    """Files have at most so many bytes: to write more fails as it does on a full disk."""
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_threads_save_and_load_at_once(tmp_path):
+    models = [SavedModel(config_of(), make_model(seed=seed)) for seed in range(4)]
+
+    def save_and_load(number):
+        models[number].save(tmp_path / str(number))
+        return SavedModel.load(tmp_path / str(number)).model
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for saved, loaded in zip(models, pool.map(save_and_load, range(4)), strict=True):
+            assert_equal(loaded, saved.model)
 
 
 def test_weights_of_a_users_own_module_round_trip(tmp_path):

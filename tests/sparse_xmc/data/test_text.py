@@ -144,11 +144,18 @@ class TestLabelEncoder:
         with pytest.raises(ValueError, match="a label name appears twice"):
             text.LabelEncoder(["a", "b", "a"])
 
-    @pytest.mark.parametrize("name", ["", "a\nb", "a\r"])
-    def test_refuses_to_save(self, tmp_path, name):
-        with pytest.raises(ValueError, match=r"labels\.txt:2: expected a non-empty name without line breaks"):
-            text.LabelEncoder(["x", name]).save(tmp_path / "labels.txt")
-        assert not (tmp_path / "labels.txt").exists()
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("", "must be non-empty and without line breaks, got ''"),
+            ("a\nb", r"without line breaks, got 'a\\nb'"),
+            ("a\r", "without line breaks"),
+            ("a\udc80", r"must be encodable in UTF-8, got 'a\\udc80'"),
+        ],
+    )
+    def test_refuses_names_that_cannot_be_saved(self, name, message):
+        with pytest.raises(ValueError, match=message):
+            text.LabelEncoder(["x", name])
 
     @pytest.mark.parametrize(
         ("content", "fault"),
