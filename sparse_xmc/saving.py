@@ -35,6 +35,7 @@ _LABEL_ROWS = "label_rows"  # of the weights, where a mesh has filled them up
 FROZEN, TOKENIZER = "frozen_encoder.json", "tokenizer.json"
 CALIBRATION, LABEL_STATISTICS = "calibration.json", "label_statistics.npz"
 CARD = "README.md"
+PARAMETERS = "estimator.json"
 
 
 @dataclasses.dataclass
@@ -50,6 +51,7 @@ class SavedModel:
         the weights; or the tokenizer of one that is part of the classifier; or None.
       calibration: from scores to probabilities, or None.
       label_statistics: what evaluation needs to know of the training points' labels, or None.
+      parameters: the parameters of the `XMCClassifier` that it is part of, as an object for JSON, or None.
     """
 
     config: ClassifierConfig
@@ -59,6 +61,7 @@ class SavedModel:
     pretrained: FrozenEncoder | Tokenizer | None = None
     calibration: Calibration | None = None
     label_statistics: LabelStatistics | None = None
+    parameters: dict[str, Any] | None = None
 
     def points(self, texts: Sequence[str]) -> Dataset:
         """Points without labels, for prediction.
@@ -90,7 +93,9 @@ class SavedModel:
 
         Raises:
           ValueError: the directory is that of a pretrained encoder, whose tokenizer would be lost.
+          TypeError: `parameters` is not an object for JSON. Nothing is written then.
         """
+        parameters = None if self.parameters is None else json.dumps(self.parameters, indent=2) + "\n"
         directory = Path(directory)
         if (directory / "config.json").exists():
             raise ValueError(f"{directory} is the directory of a pretrained encoder; choose another")
@@ -113,6 +118,10 @@ class SavedModel:
             (directory / TOKENIZER).unlink(missing_ok=True)
             if isinstance(self.pretrained, Tokenizer):
                 self.pretrained.save(directory)
+            if parameters is None:
+                (directory / PARAMETERS).unlink(missing_ok=True)
+            else:
+                write_text(directory / PARAMETERS, parameters)
             config = self.config.to_json() | {_LABEL_ROWS: self.model.head.label_rows}
             write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
         save_weights(directory / MODEL, self.model)
@@ -192,6 +201,12 @@ class SavedModel:
         calibration = Calibration.load(path) if path.exists() else None
         path = directory / LABEL_STATISTICS
         statistics = LabelStatistics.load(path) if path.exists() else None
+        path, parameters = directory / PARAMETERS, None
+        if path.exists():
+            try:
+                parameters = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path}: not the parameters of a classifier: {error}") from error
         pretrained: FrozenEncoder | Tokenizer | None = None
         if (directory / FROZEN).exists():
             pretrained = FrozenEncoder.load(directory / FROZEN, encoder)
@@ -220,7 +235,7 @@ class SavedModel:
             graphdef, state = nnx.split(config.make(mesh=mesh, rngs=nnx.Rngs(0)))
             model = nnx.merge(graphdef, shapes_of(state))
         weights = load_weights(directory / MODEL, model, label_rows=rows)
-        return cls(config, weights, texts, labels, pretrained, calibration, statistics)
+        return cls(config, weights, texts, labels, pretrained, calibration, statistics, parameters)
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
