@@ -254,9 +254,7 @@ class XMCClassifier(BaseEstimator):
           FloatingPointError: a score is not finite.
         """
         points = self._points(X)
-        if k is None:
-            k = min(_DEFAULT_K, self.n_labels_)
-        check_k(k, self.n_labels_)
+        k = number_to_rank(k, self.n_labels_)
         labels, scores = np.zeros((len(points), k), np.int64), np.zeros((len(points), k), np.float32)
         for rows, its_scores, its_labels in predict(self.saved_.model, points, k):
             labels[rows], scores[rows] = its_labels, its_scores
@@ -364,10 +362,17 @@ class XMCClassifier(BaseEstimator):
         return Dataset(points, scipy.sparse.csr_array((points.shape[0], self.n_labels_), dtype=bool))
 
 
-def check_k(k: Any, num_labels: int) -> None:
-    """Raises ValueError unless k is a number of labels that can be ranked."""
+def number_to_rank(k: int | None, num_labels: int) -> int:
+    """How many labels to rank: k, or by default 5, or all where there are fewer.
+
+    Raises:
+      ValueError: k is not a whole number between 1 and the number of labels.
+    """
+    if k is None:
+        return min(_DEFAULT_K, num_labels)
     if not isinstance(k, int | np.integer) or not 1 <= k <= num_labels:
         raise ValueError(f"k must be between 1 and the number of labels, {num_labels}, got {k!r}")
+    return int(k)
 
 
 def _draw_seed() -> int:

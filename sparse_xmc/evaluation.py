@@ -71,7 +71,13 @@ def evaluate(
 
     Labels that the data set excludes are left out of the ranking; ranks beyond the number of labels count as
     misses.
+
+    Raises:
+      ValueError: the data set has no points.
+      FloatingPointError: a score is not finite.
     """
+    if not len(dataset):
+        raise ValueError("expected at least one point to evaluate on, got none")
     metrics = RankingMetrics(ks=ks, inv_propensities=inv_propensities)
     for points, labels in _rankings(model, dataset, max(ks), batch_size):
         metrics.update(labels, dataset.labels[points])

@@ -48,12 +48,14 @@ class FrozenEncoder:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """The embeddings float32 [N, E] of N texts; memory-mapped where they are kept."""
-        if self._cache_dir is not None:
+        if self._cache_dir is not None and len(texts):
             return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
         return self.embed(texts)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The same, computed now and kept nowhere."""
+        if not len(texts):
+            return np.zeros((0, self.features), np.float32)
         encoder, tokenizer = self._loaded
         return embed(encoder, tokenizer(texts))
 

@@ -105,6 +105,13 @@ class TestFrozen:
         assert expected.shape == (16, cached.features)
         assert any((tmp_path / "cache").iterdir())
 
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_no_texts(self, directory, tmp_path, trainable):
+        options = {"encoder": directory, "encoder_trainable": trainable, "cache_dir": tmp_path}
+        classifier = XMCClassifier(**options, **SIZES).fit(TEXTS, LABELS)
+        assert classifier.predict([], k=2).labels.shape == (0, 2)
+        assert FrozenEncoder(directory, cache_dir=tmp_path)([]).shape == (0, small_encoders.WIDTH)
+
     def test_a_classifier_is_saved_without_the_weights_and_finds_them_again(self, directory, tmp_path):
         classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
         assert classifier.saved_.config.text_features == small_encoders.WIDTH
