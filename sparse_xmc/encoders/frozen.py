@@ -32,7 +32,8 @@ def embed(
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
       token_lists: the texts.
-      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, lest batches outgrow caches.
+      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, lest batches outgrow caches. Of
+        fewer texts, it is the next power of two.
       out: float32 [N, E], where the result goes; None for a new array.
 
     Returns:
@@ -48,6 +49,7 @@ def embed(
         features = jax.eval_shape(functools.partial(_encode, graphdef), state, tokens).shape[1]
         out = np.empty((len(order), features), np.float32)
     hidden = not sys.stderr.isatty()
+    batch_size = min(batch_size, 1 << max(0, len(order) - 1).bit_length())  # batches are filled up
     waiting: list[tuple[np.ndarray, jax.Array]] = []
     with tqdm(total=len(order), desc="embedding", unit=" texts", leave=False, disable=hidden) as bar:
         start = 0
