@@ -84,11 +84,12 @@ class XMCClassifier(BaseEstimator):
       encoder: the directory of a pretrained encoder of texts, as Hugging Face saves it, whose embeddings are
         features beside the words; None for words alone.
       encoder_trainable: whether it is trained too, which takes a GPU; otherwise each text is embedded once.
-      max_length: how many tokens of a text it reads.
+      max_length: how many tokens of a text it reads. More than the `max_seq_length` in the directory gives a
+        warning.
       cache_dir: where a frozen encoder's embeddings are kept for the next `fit` on the same texts, if
         anywhere.
       mesh: the devices to split the labels over, as of `sparse_xmc.mesh.make_mesh`; None for one device.
-        It is not saved: `load` takes another.
+        It is not saved: `load` takes another. A classifier with a mesh cannot be pickled.
       seed: of everything random, in 0..2^32-1; the same seed on the same machine gives the same classifier.
         None draws one from the operating system.
       verbose: whether to show progress.
@@ -335,6 +336,15 @@ class XMCClassifier(BaseEstimator):
         self.n_features_in_ = saved.config.num_features
         names = saved.label_encoder
         self.classes_ = np.arange(self.n_labels_) if names is None else np.array(names.names, object)
+
+    def __getstate__(self):
+        model_mesh = self.saved_.model.head.mesh if hasattr(self, "saved_") else None
+        if self.mesh is not None or model_mesh is not None:
+            raise TypeError(
+                "an XMCClassifier with a mesh cannot be pickled or copied, as devices belong to a process; "
+                "use save and load, or mesh=None"
+            )
+        return super().__getstate__()
 
     @property
     def _fitted(self) -> SavedModel:

@@ -16,7 +16,12 @@ from tqdm import tqdm
 from sparse_xmc.data import files, storage
 from sparse_xmc.data.tokens import Tokenizer, TokenLists, Tokens
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
-from sparse_xmc.encoders.pretrained_files import resolve_pooling, weight_files
+from sparse_xmc.encoders.pretrained_files import (
+    PretrainedConfig,
+    resolve_length,
+    resolve_pooling,
+    weight_files,
+)
 from sparse_xmc.modules import in_evaluation
 
 _SHORT = 32  # tokens
@@ -96,7 +101,7 @@ def cached_embeddings(
 
     Args:
       directory: see `PretrainedEncoder.from_directory`, as for `pooling`, `normalize` and `dtype`; and
-        `Tokenizer.from_directory`, as for `max_length`.
+        `FrozenEncoder`, as for `max_length`.
       texts: the texts.
       cache_dir: made where it is missing.
       batch_size: how many texts are encoded at once.
@@ -109,6 +114,8 @@ def cached_embeddings(
     """
     if not len(texts):
         raise ValueError("there are no texts to embed")
+    config = PretrainedConfig.from_file(Path(directory) / "config.json")
+    max_length = resolve_length(Path(directory), max_length, config)
     pooling, normalize = resolve_pooling(Path(directory), pooling, normalize)
     settings = {"pooling": pooling, "normalize": normalize, "dtype": dtype}
     target = Path(cache_dir) / fingerprint(directory, texts, max_length=max_length, **settings)

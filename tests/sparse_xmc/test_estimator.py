@@ -4,6 +4,7 @@ import collections
 import copy
 import itertools
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import CountVectorizer
 
 from sparse_xmc import XMCClassifier
+from sparse_xmc.mesh import make_mesh
 
 WORDS = ["apple", "brook", "cloud", "dune", "ember", "fern", "grove", "heath"]
 DENSE = {"penultimate": 32, "fan_in": 8, "epochs": 80, "batch_size": 8}
@@ -340,6 +342,25 @@ def test_no_points(kind):
 def test_texts_without_a_common_word():
     with pytest.raises(ValueError, match="no word is in 2 of the 2 texts"):
         XMCClassifier().fit(["a b", "c d"], [["x"], ["y"]])
+
+
+def test_classifiers_are_pickled_unless_they_are_on_a_mesh(fitted):
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.predict(TEXTS).scores, fitted.predict(TEXTS).scores)
+    on_mesh = XMCClassifier(mesh=make_mesh(label=2), **SMALL | {"epochs": 1})
+    assert clone(on_mesh).mesh is on_mesh.mesh
+    message = "with a mesh cannot be pickled or copied, .*; use save and load, or mesh=None"
+    with pytest.raises(TypeError, match=message):
+        pickle.dumps(on_mesh)
+    on_mesh.fit(*make_points()).set_params(mesh=None)
+    with pytest.raises(TypeError, match=message):
+        pickle.dumps(on_mesh)
+
+
+def test_a_batch_size_above_the_number_of_points():
+    texts, labels = make_points(40)
+    classifier = XMCClassifier(**SMALL | {"batch_size": 10**9, "epochs": 1}).fit(texts, labels)
+    assert classifier.predict(texts).labels.shape == (40, 5)
 
 
 def test_data_frames_and_columns():
