@@ -28,11 +28,11 @@ def _uniform(
 
     What a row is depends on the key and its number alone; `first` is that of the first.
     """
-    return _uniform_of(tuple(shape), dtype)(key, bound, first)
+    return _uniform_of(tuple(shape), jnp.dtype(dtype))(key, bound, first)
 
 
 @functools.lru_cache(maxsize=8)  # jit by itself would keep the programs for all shapes
-def _uniform_of(shape: tuple[int, ...], dtype: DTypeLike) -> Callable[..., Array]:
+def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array]:
     """The compiled `_uniform` for a shape: a function of the key, the bound and `first`."""
 
     def uniform(key, bound, first):
