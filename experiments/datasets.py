@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,8 @@ def load(
     if not _is_text(train):
         unseen = np.setdiff1d(splits.test.labels.indices, splits.train.labels.indices)
         splits = dataclasses.replace(splits, unseen_labels=len(unseen))
+    _check_not_empty(train, splits.train)
+    _check_not_empty(test, splits.test)
     for what in ("num_features", "num_labels"):
         ours, theirs = getattr(splits.train, what), getattr(splits.test, what)
         if ours != theirs:
@@ -138,6 +141,7 @@ def load_points(
         raise ValueError(f"{path}: the model takes {takes}, got {given}")
     if saved.label_encoder is not None:
         names, texts = read_tsv(path)
+        _check_not_empty(path, texts)
         labels = saved.label_encoder(names)
         unknown = sum(len(set(of_point)) for of_point in names) - labels.nnz
         points = dataclasses.replace(saved.points(texts), labels=labels)
@@ -147,7 +151,14 @@ def load_points(
             ours, theirs = getattr(config, what), getattr(points, what)
             if ours != theirs:
                 raise ValueError(f"{features or path}: {what} is {theirs}, but the model's {ours}")
+    _check_not_empty(path, points)
     return _exclude(points, filter, saved.label_encoder), unknown
+
+
+def _check_not_empty(path: str, points: Sized) -> None:
+    """Raises ValueError, naming the file, if there are no points."""
+    if not len(points):
+        raise ValueError(f"{path}: expected points, got none")
 
 
 def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -> Dataset:
@@ -172,6 +183,8 @@ def _is_text(path: str) -> bool:
 def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | Tokenizer | None) -> Splits:
     train_labels, train_texts = read_tsv(train)
     test_labels, test_texts = read_tsv(test)
+    _check_not_empty(train, train_texts)
+    _check_not_empty(test, test_texts)
     labels = LabelEncoder.fit(train_labels)
     try:
         texts = TextEncoder.fit(train_texts, ngrams=ngrams)

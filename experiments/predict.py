@@ -62,9 +62,9 @@ def main():
 def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
     """Yields the points of a file, some at a time, as the classifier takes them."""
     if classifier.saved_.text_encoder is not None:
-        texts = (text for _, text in read_text_lines(path))
-        if re.search(r"\.tsv(\.gz|\.xz)?$", path):
-            texts = (text.partition("\t")[2] for text in texts)
+        lines = read_text_lines(path)
+        is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
+        texts = (_behind_tab(path, *line) if is_tsv else line[1] for line in lines)
         yield from iter(lambda: list(itertools.islice(texts, _POINTS_AT_ONCE)), [])
     elif classifier.saved_.config.bag_of_words:
         for dataset in iterate_xmc_text(path, _POINTS_AT_ONCE):
@@ -75,6 +75,13 @@ def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
             points = np.asarray(matrix[start : start + _POINTS_AT_ONCE])
             check_finite(path, points)
             yield points
+
+
+def _behind_tab(path: str, number: int, line: str) -> str:
+    _, tab, text = line.partition("\t")
+    if not tab:
+        raise ValueError(f"{path}:{number}: expected 'label|label|...<TAB>text', got no tab in {line[:40]!r}")
+    return text
 
 
 def line(names: np.ndarray, columns: dict[str, np.ndarray]) -> str:

@@ -1,6 +1,7 @@
 """Random connections: for each output (label), F distinct inputs; or anywhere between the two."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,6 @@ def redraw(
     return jax.lax.while_loop(lambda s: s[2].any(), draw_again, (0, indices, conflicts(indices)))[1]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="distinct")
 def draw_connections(
     key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True, first: ArrayLike = 0
 ) -> Array:
@@ -90,20 +90,30 @@ def draw_connections(
     Returns:
       [L, F], uint16 for D <= 65,536, else int32.
     """
-    (indices,) = update_in_blocks(
-        lambda row, fresh, arrays: (
-            redraw(
-                key,
-                arrays[0],
-                jnp.ones(arrays[0].shape, bool),
-                in_features,
-                distinct=distinct,
-                first=first + row,
+    return _drawing(labels, fan_in, in_features, distinct)(key, first)
+
+
+@functools.lru_cache(maxsize=8)  # jit by itself would keep the programs for all sizes
+def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Callable[..., Array]:
+    """The compiled `draw_connections` for these sizes: a function of the key and of `first`."""
+
+    def draw_connections(key, first):
+        (indices,) = update_in_blocks(
+            lambda row, fresh, arrays: (
+                redraw(
+                    key,
+                    arrays[0],
+                    jnp.ones(arrays[0].shape, bool),
+                    in_features,
+                    distinct=distinct,
+                    first=first + row,
+                ),
             ),
-        ),
-        (blank((labels, fan_in), index_dtype(in_features), first),),
-    )
-    return indices
+            (blank((labels, fan_in), index_dtype(in_features), first),),
+        )
+        return indices
+
+    return jax.jit(draw_connections)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

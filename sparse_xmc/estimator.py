@@ -1,11 +1,9 @@
 """The classifier after scikit-learn's conventions: texts or features in, labels out."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,19 +14,20 @@ from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
+from sparse_xmc.data.validation import Features, LabelMatrix, Labels, read_labels, read_points, to_binary
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.model_files import PARAMETERS
 from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
+from sparse_xmc.settings import LARGEST_SEED, check, check_seed, setting
 from sparse_xmc.train import Progress, Trainer, fit
 
-Matrix: TypeAlias = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
-Features: TypeAlias = Sequence[str] | Matrix
-Labels: TypeAlias = Sequence[Iterable[str]] | Matrix
+_DEFAULT_K = 5
 
 
 class Predictions(NamedTuple):
@@ -42,6 +41,30 @@ class Predictions(NamedTuple):
 
     labels: np.ndarray
     scores: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameters:
+    """The parameters of an `XMCClassifier` but for its mesh: checked, and of types that JSON has."""
+
+    fan_in: int | None = setting(None, at_least=1, or_else=(None,))
+    penultimate: int | None = setting(None, at_least=0, or_else=(None,))
+    embedding: int | None = setting(None, at_least=1, or_else=(None,))
+    dropout: float | None = setting(None, at_least=0, below=1, or_else=(None,))
+    epochs: int | None = setting(None, at_least=1, or_else=(None,))
+    batch_size: int | None = setting(None, at_least=1, or_else=(None,))
+    learning_rate: float | None = setting(None, above=0, or_else=(None,))
+    ngrams: int | None = setting(None, at_least=1, or_else=(None,))
+    min_df: int = setting(2, at_least=1)
+    encoder: str | None = None
+    encoder_trainable: bool = False
+    max_length: int = setting(64, at_least=1)
+    cache_dir: str | None = None
+    seed: int | None = setting(0, at_least=0, at_most=LARGEST_SEED, or_else=(None,))
+    verbose: bool = False
+
+    def __post_init__(self):
+        check(self)
 
 
 class XMCClassifier(BaseEstimator):
@@ -62,12 +85,14 @@ class XMCClassifier(BaseEstimator):
       encoder: the directory of a pretrained encoder of texts, as Hugging Face saves it, whose embeddings are
         features beside the words; None for words alone.
       encoder_trainable: whether it is trained too, which takes a GPU; otherwise each text is embedded once.
-      max_length: how many tokens of a text it reads.
+      max_length: how many tokens of a text it reads. More than the `max_seq_length` in the directory gives a
+        warning.
       cache_dir: where a frozen encoder's embeddings are kept for the next `fit` on the same texts, if
         anywhere.
       mesh: the devices to split the labels over, as of `sparse_xmc.mesh.make_mesh`; None for one device.
-        It is not saved: `load` takes another.
-      seed: of everything random; the same seed on the same machine gives the same classifier.
+        It is not saved: `load` takes another. A classifier with a mesh cannot be pickled.
+      seed: of everything random, in 0..2^32-1; the same seed on the same machine gives the same classifier.
+        None draws one from the operating system.
       verbose: whether to show progress.
 
     Attributes:
@@ -76,6 +101,7 @@ class XMCClassifier(BaseEstimator):
       n_features_in_: the number of features, of words for texts.
       saved_: the `SavedModel`: the Flax module with its configuration and what encodes text.
       history_: a record for each epoch.
+      seed_: the seed that `fit` used: `seed`, or the one that was drawn.
 
     Example:
       >>> from sparse_xmc import XMCClassifier
@@ -103,7 +129,7 @@ class XMCClassifier(BaseEstimator):
         max_length: int = 64,
         cache_dir: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         verbose: bool = False,
     ):
         self.fan_in = fan_in
@@ -126,48 +152,63 @@ class XMCClassifier(BaseEstimator):
     def fit(self, X: Features, y: Labels) -> "XMCClassifier":
         """Trains the classifier, anew if it was trained before.
 
+        X and y are not written to.
+
         Args:
-          X: N texts (a sequence of str), or features [N, D]: an array, or a sparse matrix, such as TF-IDF.
-          y: the labels: for each point the names of its labels, or a matrix [N, L], sparse or not, whose
-            nonzero elements are a point's labels.
+          X: N texts: an iterable of str, such as a list or a column of a data frame; or features [N, D]: an
+            array, a sparse matrix, such as TF-IDF, or a data frame of numbers.
+          y: the labels: for each point an iterable of the names of its labels; or a matrix [N, L], sparse or
+            not, whose nonzero elements are a point's labels; or a data frame of numbers [N, L] likewise,
+            whose columns are named as the labels are, or by the numbers 0..L-1.
 
         Returns:
           Itself.
 
         Raises:
-          ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
+          ValueError, TypeError: X or y is none of these, X is not finite, they do not fit each other, or a
+            parameter is out of range.
           MemoryError: training would take more memory than there is; see `plan_memory`.
         """
-        texts = _texts(X)
-        if self.encoder_trainable and self.encoder is None:
+        parameters = self._checked_parameters()
+        seed = _draw_seed() if parameters.seed is None else parameters.seed
+        if parameters.encoder_trainable and parameters.encoder is None:
             raise ValueError("encoder_trainable=True needs an encoder")
-        text_encoder, pretrained, trained, encoded, ngrams = None, None, None, None, 1
-        if texts is None:
-            if self.encoder is not None:
-                raise ValueError("encoder is for texts, but X is a matrix")
-            features = _features(X)
-        else:
-            ngrams = ngrams_for(texts) if self.ngrams is None else self.ngrams
-            text_encoder = TextEncoder.fit(texts, ngrams=ngrams, min_df=self.min_df)
-            features = text_encoder(texts)
+        points = read_points(X)
         labels, label_encoder = _encode_labels(y)
-        if texts is not None and self.encoder is not None:
-            pretrained, trained = open_pretrained(
-                self.encoder,
-                trainable=self.encoder_trainable,
-                max_length=self.max_length,
-                cache_dir=self.cache_dir,
-                remat=True,
+        num_points = len(points) if isinstance(points, list) else points.shape[0]
+        if num_points != labels.shape[0]:
+            raise ValueError(
+                f"X and y must be of the same points, got {num_points} in X and {labels.shape[0]} in y"
             )
-            encoded = pretrained(texts)
+        if not num_points or not labels.nnz:
+            raise ValueError(f"expected points with labels, got {num_points} points and {labels.nnz} labels")
+        text_encoder, pretrained, trained, encoded, ngrams = None, None, None, None, 1
+        if not isinstance(points, list):
+            if parameters.encoder is not None:
+                raise ValueError("encoder is for texts, but X is a matrix")
+            features = points
+        else:
+            ngrams = ngrams_for(points) if parameters.ngrams is None else parameters.ngrams
+            text_encoder = TextEncoder.fit(points, ngrams=ngrams, min_df=parameters.min_df)
+            features = text_encoder(points)
+            if parameters.encoder is not None:
+                pretrained, trained = open_pretrained(
+                    parameters.encoder,
+                    trainable=parameters.encoder_trainable,
+                    max_length=parameters.max_length,
+                    cache_dir=parameters.cache_dir,
+                    remat=True,
+                )
+                encoded = pretrained(points)
         train = Dataset(features, labels, encoded=encoded)
-        if not len(train) or not labels.nnz:
-            raise ValueError(f"expected points with labels, got {len(train)} points and {labels.nnz} labels")
-        training = training_for(train, **self._given("epochs", "batch_size", "learning_rate"))
-        if self.embedding is not None and not train.is_sparse:
-            raise ValueError(f"embedding={self.embedding} is for texts and sparse features, but X is dense")
-        sizes = sizes_for(train, **self._given("embedding", "penultimate", "fan_in"))
-        dropout = dropout_for(train, ngrams) if self.dropout is None else self.dropout
+        given = {name: value for name, value in vars(parameters).items() if value is not None}
+        training = training_for(train, **_only(given, "epochs", "batch_size", "learning_rate"))
+        if parameters.embedding is not None and not train.is_sparse:
+            raise ValueError(
+                f"embedding={parameters.embedding} is for texts and sparse features, but X is dense"
+            )
+        sizes = sizes_for(train, **_only(given, "embedding", "penultimate", "fan_in"))
+        dropout = dropout_for(train, ngrams) if parameters.dropout is None else parameters.dropout
         config = ClassifierConfig(
             num_features=train.num_features,
             num_labels=train.num_labels,
@@ -183,31 +224,31 @@ class XMCClassifier(BaseEstimator):
             **ClassifierConfig.beside_words(pretrained, trained),
         )
         scale = 1.0
-        if texts is None:  # of texts it is right as it is
+        if text_encoder is None:  # of texts it is right as it is
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
         check_memory(config, training, train, mesh=self.mesh)
-        model = config.make(
-            train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(self.seed)
-        )
-        trainer = Trainer(model, training, seed=self.seed)
-        history = fit(trainer, train, callbacks=[Progress()] if self.verbose else [])
+        model = config.make(train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(seed))
+        trainer = Trainer(model, training, seed=seed)
+        history = fit(trainer, train, callbacks=[Progress()] if parameters.verbose else [])
         saved = SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained)
         if len(train) > 2:
             saved.label_statistics = LabelStatistics.of(labels)
         self._set_fitted(saved)
-        self.history_ = history
+        self.history_, self.seed_ = history, seed
         return self
 
-    def _given(self, *names: str) -> dict[str, Any]:
-        """Those of the parameters that are not left to be chosen."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def _checked_parameters(self) -> _Parameters:
+        """Raises ValueError if a parameter has a value that it does not take."""
+        values = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
+        paths = {name: os.fspath(v) for name, v in values.items() if isinstance(v, os.PathLike)}
+        return _Parameters(**values | paths | {"verbose": bool(self.verbose)})
 
-    def predict(self, X: Features, k: int = 5) -> Predictions:
+    def predict(self, X: Features, k: int | None = None) -> Predictions:
         """The k best labels of each point with their scores.
 
         Args:
-          X: as for `fit`.
-          k: how many labels, at most `n_labels_`.
+          X: as for `fit`. Of no points, the results have the shape [0, k].
+          k: how many labels, at most `n_labels_`; by default 5, or all where there are fewer.
 
         Raises:
           NotFittedError: `fit` has not been called.
@@ -215,23 +256,43 @@ class XMCClassifier(BaseEstimator):
           FloatingPointError: a score is not finite.
         """
         points = self._points(X)
-        if not 1 <= k <= self.n_labels_:
-            raise ValueError(f"k must be between 1 and the number of labels, {self.n_labels_}, got {k}")
+        k = number_to_rank(k, self.n_labels_)
         labels, scores = np.zeros((len(points), k), np.int64), np.zeros((len(points), k), np.float32)
         for rows, its_scores, its_labels in predict(self.saved_.model, points, k):
             labels[rows], scores[rows] = its_labels, its_scores
         return Predictions(self.classes_[labels], scores)
 
     def score(self, X: Features, y: Labels) -> float:
-        """P@1: the part of the points whose best label is right; labels that `fit` has not seen never are."""
+        """P@1: the part of the points whose best label is right; labels that `fit` has not seen never are.
+
+        Args:
+          X: as for `fit`, at least one point.
+          y: as for `fit`.
+
+        Raises:
+          NotFittedError: `fit` has not been called.
+          ValueError, TypeError: X or y is not what the classifier was trained on, or X has no points.
+        """
+        points = self._points(X)
         labels, _ = _encode_labels(y, self._fitted.label_encoder, self.n_labels_)
-        points = dataclasses.replace(self._points(X), labels=labels)
-        return evaluate(self._fitted.model, points, ks=(1,))["p@1"]
+        if len(points) != labels.shape[0]:
+            raise ValueError(
+                f"X and y must be of the same points, got {len(points)} in X and {labels.shape[0]} in y"
+            )
+        if not len(points):
+            raise ValueError("X must have at least one point to score, got none")
+        return evaluate(self._fitted.model, dataclasses.replace(points, labels=labels), ks=(1,))["p@1"]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Saves the trained classifier in a directory, which `load` and `experiments.predict` read."""
-        own = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
-        parameters = json.loads(json.dumps(own, default=os.fspath))
+        """Saves the trained classifier in a directory, which `load` and `experiments.predict` read.
+
+        Raises:
+          NotFittedError: `fit` has not been called.
+          ValueError: a parameter has been set to a value that it does not take. Nothing is written then.
+        """
+        parameters = dataclasses.asdict(self._checked_parameters())
+        if hasattr(self, "seed_"):
+            parameters["seed_"] = self.seed_
         dataclasses.replace(self._fitted, parameters=parameters).save(directory)
 
     @classmethod
@@ -254,10 +315,15 @@ class XMCClassifier(BaseEstimator):
           ValueError: the parts do not fit each other.
         """
         saved = SavedModel.load(directory, encoder, mesh)
+        parameters = dict(saved.parameters or {})
+        seed = parameters.pop("seed_", None)
         try:
-            classifier = cls(**saved.parameters or {})
-        except TypeError as error:
-            path = Path(directory) / "estimator.json"
+            classifier = cls(**parameters)
+            classifier._checked_parameters()
+            if seed is not None:
+                classifier.seed_ = check_seed(seed)
+        except (TypeError, ValueError) as error:
+            path = Path(directory) / PARAMETERS
             raise ValueError(f"{path}: not the parameters of a classifier: {error}") from error
         classifier.mesh = mesh
         if encoder is not None:
@@ -272,6 +338,15 @@ class XMCClassifier(BaseEstimator):
         names = saved.label_encoder
         self.classes_ = np.arange(self.n_labels_) if names is None else np.array(names.names, object)
 
+    def __getstate__(self):
+        model_mesh = self.saved_.model.head.mesh if hasattr(self, "saved_") else None
+        if self.mesh is not None or model_mesh is not None:
+            raise TypeError(
+                "an XMCClassifier with a mesh cannot be pickled or copied, as devices belong to a process; "
+                "use save and load, or mesh=None"
+            )
+        return super().__getstate__()
+
     @property
     def _fitted(self) -> SavedModel:
         if not hasattr(self, "saved_"):
@@ -280,81 +355,82 @@ class XMCClassifier(BaseEstimator):
 
     def _points(self, X: Features) -> Dataset:
         """Points whose labels do not matter."""
-        saved, texts = self._fitted, _texts(X)
-        if (texts is None) != (saved.text_encoder is None):
+        saved, points = self._fitted, read_points(X)
+        config = saved.config
+        if isinstance(points, list) and not points and saved.text_encoder is None:
+            empty = np.zeros((0, config.num_features), np.float32)
+            points = scipy.sparse.csr_array(empty) if config.bag_of_words else empty
+        if isinstance(points, list) != (saved.text_encoder is not None):
             expected, got = ("features", "texts") if saved.text_encoder is None else ("texts", "features")
             raise TypeError(f"X must be {expected}, as the classifier was trained on, got {got}")
-        if texts is not None:
-            return saved.points(texts)
-        features = _features(X)
-        if features.shape[1] != self.n_features_in_:
-            raise ValueError(f"X must have {self.n_features_in_} features, got {features.shape[1]}")
-        if scipy.sparse.issparse(features) != saved.config.bag_of_words:
-            expected = "sparse" if saved.config.bag_of_words else "dense"
+        if isinstance(points, list):
+            return saved.points(points)
+        if points.shape[1] != self.n_features_in_:
+            raise ValueError(f"X must have {self.n_features_in_} features, got {points.shape[1]}")
+        if scipy.sparse.issparse(points) != config.bag_of_words:
+            expected = "sparse" if config.bag_of_words else "dense"
             raise TypeError(f"X must be {expected}, as the classifier was trained on, got {type(X).__name__}")
-        return Dataset(features, scipy.sparse.csr_array((features.shape[0], self.n_labels_), dtype=bool))
+        return Dataset(points, scipy.sparse.csr_array((points.shape[0], self.n_labels_), dtype=bool))
 
 
-def _texts(X: Any) -> list[str] | None:
-    """X as texts, or None if it is a matrix."""
-    if scipy.sparse.issparse(X) or (isinstance(X, np.ndarray) and X.dtype.kind not in "OUS"):
-        return None
-    if isinstance(X, str):
-        raise TypeError("X must be a sequence of texts, got a single str")
-    if hasattr(X, "columns"):
-        raise TypeError("X must be texts or a matrix, got a data frame: give one column, or to_numpy()")
-    texts = list(X)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"X must be texts or a matrix; point {i} is {text!r}, a {type(text).__name__}")
-    return texts
+def number_to_rank(k: int | None, num_labels: int) -> int:
+    """How many labels to rank: k, or by default 5, or all where there are fewer.
+
+    Raises:
+      ValueError: k is not a whole number between 1 and the number of labels.
+    """
+    if k is None:
+        return min(_DEFAULT_K, num_labels)
+    if not isinstance(k, int | np.integer) or not 1 <= k <= num_labels:
+        raise ValueError(f"k must be between 1 and the number of labels, {num_labels}, got {k!r}")
+    return int(k)
 
 
-def _features(X: Any) -> np.ndarray | scipy.sparse.csr_array:
-    """A matrix as float32, dense or CSR."""
-    if X.ndim != 2:
-        raise ValueError(f"X must have shape [N, D], got {list(X.shape)}")
-    if not scipy.sparse.issparse(X):
-        features = np.asarray(X, np.float32)
-        _check_finite("X", features)
-        return features
-    features = scipy.sparse.csr_array(X, dtype=np.float32)
-    features.sum_duplicates()
-    _check_finite("X", features.data)
-    return features
+def _draw_seed() -> int:
+    """A seed from the operating system's entropy."""
+    return int(np.random.SeedSequence().generate_state(1)[0])
 
 
-def _check_finite(name: str, values: np.ndarray) -> None:
-    for block in np.array_split(values, max(1, len(values) // 4096)):  # which may be memory-mapped
-        if not np.isfinite(block).all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
+def _only(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
 
 
 def _encode_labels(
-    y: Any, encoder: LabelEncoder | None = None, num_labels: int | None = None
+    y: Labels, encoder: LabelEncoder | None = None, num_labels: int | None = None
 ) -> tuple[scipy.sparse.csr_array, LabelEncoder | None]:
-    """The label matrix bool [N, L], and what names its labels; `num_labels` are those of a classifier."""
-    if scipy.sparse.issparse(y) or (isinstance(y, np.ndarray) and y.dtype.kind in "biuf"):
-        if y.ndim != 2:
-            raise ValueError(f"y must have shape [N, L], or be names for each point, got {list(y.shape)}")
-        if num_labels is not None and (encoder is not None or y.shape[1] != num_labels):
+    """The label matrix bool [N, L], and the encoder that names its labels.
+
+    Args:
+      y: as for `XMCClassifier.fit`.
+      encoder, num_labels: those of a trained classifier; both None for one that is to be trained.
+    """
+    labels = read_labels(y)
+    if isinstance(labels, LabelMatrix):
+        matrix, names = labels
+        if names is not None and encoder is not None:
+            return _reorder(matrix, names, encoder), encoder
+        if names is not None and num_labels is None:
+            return matrix, LabelEncoder(names)
+        shape = list(matrix.shape)
+        if num_labels is not None and (encoder is not None or shape[1] != num_labels):
             expected = "names" if encoder is not None else f"a matrix [N, {num_labels}]"
-            raise ValueError(f"y must be {expected}, got a matrix {list(y.shape)}")
-        _check_finite("y", y.data if scipy.sparse.issparse(y) else y)
-        labels = scipy.sparse.csr_array(y != 0)
-        labels.sum_duplicates()
-        labels.eliminate_zeros()
-        return labels, None
-    y = list(y)
-    for i, names in enumerate(y):
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(
-                f"y must have a sequence of names (str) for each point, got {names!r} for point {i}"
-            )
-        for name in names:
-            if not name or "\n" in name or "\r" in name:
-                raise ValueError(f"labels must not be empty or have line breaks, got {name!r} for point {i}")
+            raise ValueError(f"y must be {expected}, got a matrix {shape}")
+        return matrix, None
+    if not labels and encoder is None:  # of no points there is nothing else to say
+        return scipy.sparse.csr_array((0, num_labels or 0), dtype=bool), None
     if num_labels is not None and encoder is None:
         raise ValueError("y must be a matrix, as the classifier was trained with, got names")
-    encoder = encoder or LabelEncoder.fit(y)
-    return encoder(y), encoder
+    encoder = encoder or LabelEncoder.fit(labels)
+    return encoder(labels), encoder
+
+
+def _reorder(
+    matrix: scipy.sparse.csr_array, columns: list[str], encoder: LabelEncoder
+) -> scipy.sparse.csr_array:
+    """The matrix with the columns of the encoder's labels; others are dropped."""
+    ids = {name: label for label, name in enumerate(encoder.names)}
+    known = [(column, ids[name]) for column, name in enumerate(columns) if name in ids]
+    ones = np.ones(len(known), bool)
+    rows, labels = np.array(known, np.int64).reshape(-1, 2).T
+    selection = scipy.sparse.csr_array((ones, (rows, labels)), shape=(len(columns), len(encoder.names)))
+    return to_binary(matrix @ selection)

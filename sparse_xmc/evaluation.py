@@ -1,6 +1,7 @@
 """Ranking metrics of a model on a data set, its predictions, and the density of its gradient."""
 
 import functools
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,9 +22,35 @@ from sparse_xmc.modules import in_evaluation
 CANDIDATES = 100
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _top_k(graphdef, state, inputs, k):
-    return nnx.merge(graphdef, state).top_k(inputs, k)
+class _Ranking:
+    """The compiled programs that rank labels for classifiers of one structure: one for each shape and k."""
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        def top_k(state, inputs, k):
+            return nnx.merge(graphdef, state).top_k(inputs, k)
+
+        self.top_k = jax.jit(top_k, static_argnums=2)
+
+
+# Programs are shared by classifiers of the same structure, and freed with the last of them. The two used last
+# are kept besides: each `Trainer.model` is a new object.
+_of_structure: weakref.WeakValueDictionary[nnx.GraphDef, _Ranking] = weakref.WeakValueDictionary()
+_of_classifier: weakref.WeakKeyDictionary[Classifier, _Ranking] = weakref.WeakKeyDictionary()
+
+
+@functools.lru_cache(maxsize=2)
+def _ranking_of(graphdef: nnx.GraphDef) -> _Ranking:
+    ranking = _of_structure.get(graphdef)
+    if ranking is None:
+        ranking = _of_structure[graphdef] = _Ranking(graphdef)
+    return ranking
+
+
+def _ranking(model: Classifier) -> tuple[_Ranking, nnx.State]:
+    """The programs that rank the labels of a classifier, and the state that they take."""
+    graphdef, state = nnx.split(in_evaluation(model))
+    ranking = _of_classifier[model] = _ranking_of(graphdef)
+    return ranking, state
 
 
 def predict(
@@ -40,13 +67,13 @@ def predict(
     Raises:
       FloatingPointError: a score is not finite.
     """
-    graphdef, state = nnx.split(in_evaluation(model))
+    ranking, state = _ranking(model)
     mesh = model.head.mesh
     batches = Batches(dataset, batch_size, own_rows=own_rows(mesh))
     for points, batch in batches.to_predict(multiple_of=data_size(mesh)):
         inputs = place_batch(batch, mesh).inputs
         count = points.stop - points.start
-        scores, labels = (np.asarray(array)[:count] for array in _top_k(graphdef, state, inputs, k))
+        scores, labels = (np.asarray(array)[:count] for array in ranking.top_k(state, inputs, k))
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
             raise FloatingPointError(f"the scores of point {points.start + row} are not finite")
@@ -55,8 +82,8 @@ def predict(
 
 def trace_top_k(model: Classifier, inputs: Any) -> jax.stages.Traced:
     """The program that ranks a batch of inputs when a model is evaluated, not run; both may be abstract."""
-    graphdef, state = nnx.split(in_evaluation(model))
-    return _top_k.trace(graphdef, state, inputs, min(5, model.head.num_labels))
+    ranking, state = _ranking(model)
+    return ranking.top_k.trace(state, inputs, min(5, model.head.num_labels))
 
 
 def evaluate(
@@ -71,7 +98,13 @@ def evaluate(
 
     Labels that the data set excludes are left out of the ranking; ranks beyond the number of labels count as
     misses.
+
+    Raises:
+      ValueError: the data set has no points.
+      FloatingPointError: a score is not finite.
     """
+    if not len(dataset):
+        raise ValueError("expected at least one point to evaluate on, got none")
     metrics = RankingMetrics(ks=ks, inv_propensities=inv_propensities)
     for points, labels in _rankings(model, dataset, max(ks), batch_size):
         metrics.update(labels, dataset.labels[points])

@@ -9,7 +9,7 @@ from flax import nnx
 
 from sparse_xmc.data.batches import BagOfWords, WordsAndText
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder
-from sparse_xmc.estimator import XMCClassifier
+from sparse_xmc.estimator import XMCClassifier, number_to_rank
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation, split
 from sparse_xmc.saving import SavedModel
@@ -17,7 +17,7 @@ from xla_ops import save_exported
 
 
 def export_predict(
-    model: Classifier | SavedModel | XMCClassifier, path: str | os.PathLike, k: int = 5
+    model: Classifier | SavedModel | XMCClassifier, path: str | os.PathLike, k: int | None = None
 ) -> None:
     """Saves the ranking of a trained classifier for processes that have JAX and `xla_ops`, and no more.
 
@@ -36,7 +36,7 @@ def export_predict(
     Args:
       model: the classifier. Of other encoders than these inputs are not known: see `xla_ops.save_exported`.
       path: a new directory.
-      k: how many labels, at most L.
+      k: how many labels, at most L; by default 5, or all where there are fewer.
 
     Raises:
       FileExistsError: there is something at the path.
@@ -57,8 +57,7 @@ def export_predict(
         model = model._fitted
     if isinstance(model, SavedModel):
         model = model.model
-    if not 1 <= k <= model.head.num_labels:
-        raise ValueError(f"k must be between 1 and the number of labels, {model.head.num_labels}, got {k}")
+    k = number_to_rank(k, model.head.num_labels)
     if model.head.mesh is not None:
         raise ValueError("a classifier on a mesh is not exported: save it, and load it without one")
     graphdef, (random, weights) = split(in_evaluation(model), nnx.RngState)

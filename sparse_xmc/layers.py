@@ -21,7 +21,6 @@ class Connectivity(nnx.Variable):
     """Which inputs each output reads. Not an `nnx.Param`, so gradients and optimizers pass it by."""
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _uniform(
     key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: ArrayLike, first: ArrayLike = 0
 ) -> Array:
@@ -29,13 +28,22 @@ def _uniform(
 
     What a row is depends on the key and its number alone; `first` is that of the first.
     """
+    return _uniform_of(tuple(shape), jnp.dtype(dtype))(key, bound, first)
 
-    def draw(row, fresh, blocks):
-        keys = row_keys(key, first + row, blocks[0].shape[0])
-        values = jax.vmap(lambda key: jax.random.uniform(key, shape[1:], jnp.float32, -1, 1))(keys)
-        return ((bound * values).astype(dtype),)
 
-    return update_in_blocks(draw, (blank(shape, dtype, first),))[0]
+@functools.lru_cache(maxsize=8)  # jit by itself would keep the programs for all shapes
+def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array]:
+    """The compiled `_uniform` for a shape: a function of the key, the bound and `first`."""
+
+    def uniform(key, bound, first):
+        def draw(row, fresh, blocks):
+            keys = row_keys(key, first + row, blocks[0].shape[0])
+            values = jax.vmap(lambda key: jax.random.uniform(key, shape[1:], jnp.float32, -1, 1))(keys)
+            return ((bound * values).astype(dtype),)
+
+        return update_in_blocks(draw, (blank(shape, dtype, first),))[0]
+
+    return jax.jit(uniform)
 
 
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array, issparse
 
 from sparse_xmc.data.files import new_file
+from sparse_xmc.data.validation import to_binary
 
 # The constants (a, b) of `inverse_propensities` that Jain et al. (2016) fitted to each family of data sets.
 PROPENSITY_CONSTANTS = {"wikipedia": (0.5, 0.4), "amazon": (0.6, 2.6), "default": (0.55, 1.5)}
@@ -263,13 +264,10 @@ def label_groups(labels: csr_array) -> np.ndarray:
 
 
 def _binary_csr(matrix: csr_array, name: str) -> csr_array:
-    """Returns a boolean copy with sorted columns, without duplicates or stored zeros."""
+    """A matrix as bool with sorted columns, no duplicates and no stored zeros; it is not changed."""
     if not issparse(matrix) or matrix.format != "csr" or matrix.ndim != 2:
         raise ValueError(f"{name}: expected a two-dimensional CSR matrix, got {type(matrix).__name__}")
-    matrix = matrix.astype(bool)
-    matrix.sum_duplicates()
-    matrix.eliminate_zeros()
-    return matrix
+    return to_binary(matrix)
 
 
 def is_listed(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:

@@ -5,6 +5,8 @@ import math
 import numbers
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
+
 
 def setting(
     default: Any,
@@ -42,12 +44,15 @@ _HOLDS = {
 def check(settings: Any) -> None:
     """Raises ValueError if a field has a value that its type or its `setting` does not allow, naming it.
 
-    A whole number of another type, such as NumPy's, becomes an int, and where a float is expected a float.
-    To be called by `__post_init__`.
+    Scalars of NumPy become those of Python; a whole number becomes a float where a float is expected. To be
+    called by `__post_init__`.
     """
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if isinstance(value, np.generic):  # JSON has no scalars of NumPy
+            value = value.item()
+            object.__setattr__(settings, field.name, value)
         kinds = get_args(hints[field.name]) or (hints[field.name],)
         allowed = field.metadata.get("or_else", ())
         if any(value is other or (type(value) is type(other) and value == other) for other in allowed):
@@ -67,9 +72,24 @@ def check(settings: Any) -> None:
         if not fits or not all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
             what = "a whole number" if float not in kinds else "a finite number"
             if bounds:
-                what = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+                what = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
             besides = "".join(f", or {other}" for other in allowed)
             if fits or float in kinds:
                 raise ValueError(f"{field.name} must be {what}{besides}, got {value!r}")
             raise ValueError(f"{field.name} must be a whole number, {what}{besides}, got {value!r}")
         object.__setattr__(settings, field.name, int(value) if float not in kinds else float(value))
+
+
+LARGEST_SEED = 2**32 - 1  # of the ops, which round stochastically by it, and of NumPy
+
+
+def check_seed(seed: Any) -> int:
+    """A seed as an int.
+
+    Raises:
+      ValueError: it is not a whole number in 0..2^32-1.
+    """
+    is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not is_whole or not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed must be a whole number between 0 and {LARGEST_SEED}, got {seed!r}")
+    return int(seed)

@@ -52,6 +52,9 @@ def load_exported(path: str | os.PathLike) -> Callable:
     It is compiled when it is called with inputs of new sizes: where these are symbols, few sizes are better
     than many. Files of one version of JAX are read by later ones for half a year.
 
+    The program in the file is run as it is, with the rights of this process, and nothing checks what it does:
+    load files of authors whom you would trust to give you code, from places where others cannot write.
+
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: the program is not for this process' platform, or the files are not of one program.

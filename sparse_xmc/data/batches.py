@@ -66,7 +66,7 @@ class Batches:
 
     Args:
       dataset: the points.
-      batch_size: B.
+      batch_size: B; of fewer points, it is their number.
       own_rows: from B to bool [B], which rows of a batch this process needs: of dense features and encoded
         texts no others are read, and are 0. None for all.
     """
@@ -81,7 +81,8 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._dataset = dataset
-        self.batch_size = batch_size
+        self._most = batch_size
+        self.batch_size = batch_size = min(batch_size, max(1, len(dataset)))
         self._own_rows = own_rows
         self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
         if not isinstance(dataset.features, np.ndarray):
@@ -118,11 +119,11 @@ class Batches:
         """The same in shapes that are few over data sets of any size and density.
 
         Batches are filled up with their last point to a power of two, or to B, and to a multiple of
-        `multiple_of`; entries of bags to a power of two.
+        `multiple_of`; entries of bags to 16, 64, 256, ... times the number of points, on average.
         """
         for points in self._slices():
             rows = np.arange(points.start, points.stop)
-            size = min(self.batch_size, _power_of_two(len(rows)))
+            size = min(self._most, _power_of_two(len(rows)))
             size += -size % multiple_of
             yield points, self._batch(np.pad(rows, (0, size - len(rows)), mode="edge"), of_any=True)
 
@@ -162,9 +163,9 @@ class Batches:
         return rows
 
     def _bags(self, features: scipy.sparse.csr_array, of_any: bool) -> BagOfWords:
-        unit = max(16, _power_of_two(features.nnz)) if of_any else self._entries
-        padding = -features.nnz % unit if features.nnz else unit
         size = features.shape[0]
+        unit = _capacity(features.nnz, size) if of_any else self._entries
+        padding = -features.nnz % unit if features.nnz else unit
         rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(features.indptr))
         return BagOfWords(
             rows=np.pad(rows, (0, padding), constant_values=size),
@@ -172,6 +173,14 @@ class Batches:
             weights=np.pad(features.data, (0, padding)),
             num_examples=size,
         )
+
+
+def _capacity(entries: int, rows: int) -> int:
+    """The room for the entries of so many bags: a power of 4, at least 16, times their number."""
+    capacity = 16 * rows
+    while capacity < entries:
+        capacity *= 4
+    return capacity
 
 
 def _power_of_two(size: int) -> int:

@@ -57,10 +57,17 @@ class TextEncoder:
           max_features: if given, keep only this many words, those with the highest total count.
 
         Raises:
-          ValueError: no word is left.
+          TypeError: `texts` is a single str.
+          ValueError: there are no texts, or no word is left.
         """
+        texts = _list_of(texts)
+        if not texts:
+            raise ValueError("expected texts to learn words from, got none")
         vectorizer = _new_vectorizer(ngrams, min_df=min_df, max_features=max_features)
-        vectorizer.fit(texts)
+        try:
+            vectorizer.fit(texts)
+        except ValueError as error:  # the advice in it is about parameters that are not here
+            raise ValueError(f"no word is in {min_df} of the {len(texts)} texts") from error
         return cls(vectorizer.get_feature_names_out(), vectorizer.idf_)
 
     @property
@@ -70,6 +77,9 @@ class TextEncoder:
 
     def __call__(self, texts: Iterable[str]) -> scipy.sparse.csr_array:
         """Returns the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
+        texts = _list_of(texts)
+        if not texts:  # scikit-learn refuses to transform nothing
+            return scipy.sparse.csr_array((0, self.vocabulary_size), dtype=np.float32)
         return scipy.sparse.csr_array(self._vectorizer.transform(texts))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -165,6 +175,12 @@ class LabelEncoder:
                 )
             line_of[name] = number
         return cls(line_of)
+
+
+def _list_of(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError("texts must be an iterable of str, got a single str")
+    return list(texts)
 
 
 def _new_vectorizer(ngrams: int, **options) -> TfidfVectorizer:

@@ -16,7 +16,12 @@ from tqdm import tqdm
 from sparse_xmc.data import files, storage
 from sparse_xmc.data.tokens import Tokenizer, TokenLists, Tokens
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
-from sparse_xmc.encoders.pretrained_files import resolve_pooling, weight_files
+from sparse_xmc.encoders.pretrained_files import (
+    PretrainedConfig,
+    resolve_length,
+    resolve_pooling,
+    weight_files,
+)
 from sparse_xmc.modules import in_evaluation
 
 _SHORT = 32  # tokens
@@ -32,7 +37,8 @@ def embed(
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
       token_lists: the texts.
-      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, lest batches outgrow caches.
+      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, lest batches outgrow caches. Of
+        fewer texts, it is the next power of two.
       out: float32 [N, E], where the result goes; None for a new array.
 
     Returns:
@@ -48,6 +54,7 @@ def embed(
         features = jax.eval_shape(functools.partial(_encode, graphdef), state, tokens).shape[1]
         out = np.empty((len(order), features), np.float32)
     hidden = not sys.stderr.isatty()
+    batch_size = min(batch_size, 1 << max(0, len(order) - 1).bit_length())  # batches are filled up
     waiting: list[tuple[np.ndarray, jax.Array]] = []
     with tqdm(total=len(order), desc="embedding", unit=" texts", leave=False, disable=hidden) as bar:
         start = 0
@@ -94,7 +101,7 @@ def cached_embeddings(
 
     Args:
       directory: see `PretrainedEncoder.from_directory`, as for `pooling`, `normalize` and `dtype`; and
-        `Tokenizer.from_directory`, as for `max_length`.
+        `FrozenEncoder`, as for `max_length`.
       texts: the texts.
       cache_dir: made where it is missing.
       batch_size: how many texts are encoded at once.
@@ -107,6 +114,8 @@ def cached_embeddings(
     """
     if not len(texts):
         raise ValueError("there are no texts to embed")
+    config = PretrainedConfig.from_file(Path(directory) / "config.json")
+    max_length = resolve_length(Path(directory), max_length, config)
     pooling, normalize = resolve_pooling(Path(directory), pooling, normalize)
     settings = {"pooling": pooling, "normalize": normalize, "dtype": dtype}
     target = Path(cache_dir) / fingerprint(directory, texts, max_length=max_length, **settings)

@@ -13,7 +13,11 @@ from sparse_xmc.data.files import write_text
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen import cached_embeddings, embed, fingerprint
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
-from sparse_xmc.encoders.pretrained_files import PretrainedConfig
+from sparse_xmc.encoders.pretrained_files import (
+    PretrainedConfig,
+    resolve_length,
+    warn_of_unused_settings,
+)
 
 
 class FrozenEncoder:
@@ -21,7 +25,8 @@ class FrozenEncoder:
 
     Args:
       directory: see `PretrainedEncoder.from_directory`.
-      max_length: how many tokens of a text are read; None for as many as the tokenizer is set to.
+      max_length: how many tokens of a text are read; None for the `max_seq_length` of
+        `sentence_bert_config.json`, or without it as many as the tokenizer is set to.
       cache_dir: where embeddings are kept for later runs; None to compute them each time.
 
     Attributes:
@@ -39,22 +44,23 @@ class FrozenEncoder:
         cache_dir: str | os.PathLike | None = None,
     ):
         self._directory = Path(directory)
-        self._max_length = max_length
+        warn_of_unused_settings(self._directory, max_length)
         self._cache_dir = cache_dir
         config = PretrainedConfig.from_file(self._directory / "config.json")
-        if max_length is not None:
-            _check_length(max_length, config, directory)
+        self._max_length = resolve_length(self._directory, max_length, config)
         self.features = config.hidden_size
         self._fingerprint = fingerprint(self._directory, [])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """The embeddings float32 [N, E] of N texts; memory-mapped where they are kept."""
-        if self._cache_dir is not None:
+        if self._cache_dir is not None and len(texts):
             return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
         return self.embed(texts)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The same, computed now and kept nowhere."""
+        if not len(texts):
+            return np.zeros((0, self.features), np.float32)
         encoder, tokenizer = self._loaded
         return embed(encoder, tokenizer(texts))
 
@@ -120,12 +126,11 @@ def open_pretrained(
     """
     if not trainable:
         return FrozenEncoder(directory, max_length=max_length, cache_dir=cache_dir), None
-    tokenizer = Tokenizer.from_directory(directory, max_length=max_length)
+    warn_of_unused_settings(Path(directory), max_length)
     encoder = PretrainedEncoder.from_directory(directory, dtype=jnp.dtype(dtype), remat=remat)
-    _check_length(tokenizer.max_length, encoder.config, directory)
+    length = resolve_length(Path(directory), max_length, encoder.config)
+    tokenizer = Tokenizer.from_directory(directory, max_length=length)
+    resolve_length(
+        Path(directory), tokenizer.max_length, encoder.config
+    )  # that of tokenizer.json may be more
     return tokenizer, encoder
-
-
-def _check_length(max_length: int, config: PretrainedConfig, directory: str | os.PathLike) -> None:
-    if max_length > config.max_length:
-        raise ValueError(f"max_length must be at most {config.max_length} for {directory}, got {max_length}")

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,59 @@ def write_pooling(directory: Path, pooling: str, normalize: bool, features: int)
     values |= {} if pooling in _POOLING_KEYS else {"pooling_mode": pooling}
     (directory / "1_Pooling").mkdir(exist_ok=True)
     _write_json(directory / "1_Pooling" / "config.json", values)
+
+
+# ---- sentence_bert_config.json and config_sentence_transformers.json, of the same library ----
+
+
+def resolve_length(directory: Path, max_length: int | None, config: PretrainedConfig) -> int | None:
+    """The number of tokens that are read of a text; None if neither the caller nor the directory says.
+
+    Args:
+      directory: the encoder's. Without `max_length`, it is `max_seq_length` of sentence_bert_config.json.
+      max_length: the caller's choice, or None.
+      config: the network, which may take fewer.
+
+    Raises:
+      ValueError: `max_length` is more than the network takes, or the file is not readable.
+    """
+    if max_length is None:
+        length = _max_seq_length(directory)
+        return None if length is None else min(length, config.max_length)
+    if max_length > config.max_length:
+        raise ValueError(f"max_length must be at most {config.max_length} for {directory}, got {max_length}")
+    return max_length
+
+
+def _max_seq_length(directory: Path) -> int | None:
+    file = directory / "sentence_bert_config.json"
+    length = _read_json(file, default={}).get("max_seq_length")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        raise ValueError(f"{file}: max_seq_length must be a whole number above 0, got {length!r}")
+    return length
+
+
+def warn_of_unused_settings(directory: Path, max_length: int | None) -> None:
+    """Warns of settings of sentence-transformers that are not followed: its limit of the length, and prompts.
+
+    Args:
+      directory: the encoder's.
+      max_length: the number of tokens that are read of a text; None for the encoder's own.
+    """
+    limit = _max_seq_length(directory)
+    if limit is not None and max_length is not None and max_length > limit:
+        warnings.warn(
+            f"max_length={max_length} is above the max_seq_length of the encoder in {directory}, {limit}",
+            stacklevel=3,
+        )
+    file = directory / "config_sentence_transformers.json"
+    prompts = _read_json(file, default={}).get("prompts")
+    if isinstance(prompts, dict) and (names := [name for name, prompt in prompts.items() if prompt]):
+        warnings.warn(
+            f"{file}: the prompts {', '.join(map(str, names))} are not applied; put the one that "
+            "the encoder needs in front of each text",
+            stacklevel=3,
+        )
 
 
 # ---- all of them ----

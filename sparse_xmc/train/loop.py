@@ -75,13 +75,16 @@ def fit(
       "learning_rate" (at its start), the metrics on the validation points, and what callbacks entered.
 
     Raises:
-      ValueError: the schedule needs validation points or checkpoints, or the latest checkpoint is of a run
-        with other settings; more epochs are none if the schedule can go on.
+      ValueError: there are no points, the schedule needs validation points or checkpoints, or the latest
+        checkpoint is of a run with other settings; more epochs are none if the schedule can go on.
       FloatingPointError: the loss, or before a checkpoint a weight, is not finite; the message says which,
         where, and of what points the inputs are not finite. Checkpoints have only what was finite.
       Stopped: `should_stop` said so; the state after the last step has been saved.
     """
     config = trainer.config
+    for name, points in (("train", train), ("validation", validation)):
+        if points is not None and not len(points):
+            raise ValueError(f"{name} must have at least one point, got none")
     schedule = SCHEDULES[config.schedule].start(config.learning_rate, config.epochs)
     if schedule.keeps_best and (validation is None or checkpoints is None):
         raise ValueError(

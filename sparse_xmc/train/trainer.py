@@ -17,6 +17,7 @@ from sparse_xmc.heads import Head
 from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import key_path_names, path_name, split
+from sparse_xmc.settings import check_seed
 from sparse_xmc.train.config import TrainingConfig
 from sparse_xmc.train.step import State, Step, check_parts
 
@@ -32,7 +33,7 @@ class Trainer:
     Args:
       model: the classifier; its arrays are donated to the first step, so use `Trainer.model` afterwards.
       config: how to train.
-      seed: of the order of the points, of rewiring, and of stochastic rounding.
+      seed: of the order of the points, of rewiring, and of stochastic rounding: 0..2^32-1.
       encoder_optimizer: a whole optimizer for the encoder, such as `optax.lion(1e-5)`; by default AdamW as
         the configuration's `encoder_rate`, `encoder_warmup`, `encoder_weight_decay` and `moments` say.
       fused: whether the head steps in place; by default wherever the native ops run. The state is the same,
@@ -58,6 +59,7 @@ class Trainer:
         encoder_optimizer: optax.GradientTransformation | None = None,
         fused: bool | None = None,
     ):
+        seed = check_seed(seed)
         check_parts(model)
         if config.rewire.fraction:
             model.head.check_rewiring(config.rewire)
@@ -142,7 +144,7 @@ class Trainer:
         return None
 
     def restore(self, state: State) -> None:
-        """Goes on from a state that was saved, on whatever mesh."""
+        """Goes on from a state that was saved, on whatever mesh. Its arrays are donated to the next step."""
         self.state = state if self.mesh is None else self._programs.fill_up(state)
 
     def epoch(

@@ -140,6 +140,22 @@ def test_a_file_without_a_word_in_two_texts_is_named(tsv, tmp_path):
         datasets.load(*tsv)
 
 
+@pytest.mark.parametrize("name", ["train.tsv", "test.tsv"])
+def test_a_file_without_points_is_named(tsv, tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"{name}: expected points, got none$"):
+        datasets.load(*tsv)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "test.txt"])
+def test_a_file_of_features_without_points_is_named(tmp_path, name):
+    paths = [tmp_path / "train.txt", tmp_path / "test.txt"]
+    for path in paths:
+        path.write_text("0 2 2\n" if path.name == name else "1 2 2\n0 1:1.0\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected points, got none$"):
+        datasets.load(*map(str, paths))
+
+
 @pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
 def test_comma_separated_values_are_refused(tsv, tmp_path, name):
     (tmp_path / name).write_text("label,text\n")

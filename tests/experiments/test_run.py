@@ -320,6 +320,14 @@ def of_model(program, workdir, *flags, **options):
     return finished.stdout
 
 
+def error_of_model(program, workdir, *flags):
+    """The error of one line that such a program ends with."""
+    command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={workdir}", *flags]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 1
+    return finished.stderr.strip().splitlines()[-1]
+
+
 def test_predictions_for_new_texts(finished, tmp_path):
     workdir, *_ = finished
     (tmp_path / "texts.txt").write_text("word3 word3\nword7\u2028word7\n\n", encoding="utf-8")
@@ -340,6 +348,9 @@ def test_predictions_for_new_texts(finished, tmp_path):
         assert min(found["probabilities"], default=1) >= 0.5
         assert found["labels"][:2] == line[::2][: len(found["labels"])]
     assert of_model("predict", workdir, input="") == ""
+    (tmp_path / "texts.tsv").write_text("label 01\tword3\nword7\n")
+    error = error_of_model("predict", workdir, f"--input={tmp_path / 'texts.tsv'}")
+    assert error.endswith("texts.tsv:2: expected 'label|label|...<TAB>text', got no tab in 'word7'")
 
 
 def test_evaluation_of_a_saved_model_repeats_that_of_its_run(finished, tsv, tmp_path):
@@ -349,6 +360,9 @@ def test_evaluation_of_a_saved_model_repeats_that_of_its_run(finished, tsv, tmp_
     assert found["metrics"] == pytest.approx(expected["test"])
     assert found["p@1 by group"] == pytest.approx(expected["test_p@1_by_group"])
     assert (found["points"], found["labels that the model does not know"]) == (20, 0)
+    (tmp_path / "empty.tsv").write_text("")
+    error = error_of_model("evaluate", workdir, f"--test={tmp_path / 'empty.tsv'}")
+    assert error.endswith("empty.tsv: expected points, got none")
 
 
 def test_the_model_card(finished):

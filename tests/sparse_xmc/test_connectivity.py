@@ -1,3 +1,5 @@
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +112,15 @@ def test_repeats_come_where_they_may():
     indices = draw_connections(jax.random.key(0), 1000, 8, 16, distinct=False)
     assert 800 < repeats(indices) < 950  # 1 - 16!/8!/16^8 = 0.88 of the rows
     assert np.all(np.asarray(indices) < 16)
+
+
+def test_programs_of_few_sizes_are_kept():
+    def programs():
+        gc.collect()
+        executables = jax.devices()[0].client.live_executables()
+        return sum(executable.hlo_modules()[0].name == "jit_draw_connections" for executable in executables)
+
+    before = programs()
+    for labels in range(40, 60):
+        draw_connections(jax.random.key(0), labels, 3, 9)
+    assert programs() <= max(before, 8)

@@ -1,9 +1,11 @@
 """XMCClassifier as scikit-learn's users meet it."""
 
 import collections
+import copy
 import dataclasses
 import itertools
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 import scipy.sparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import CountVectorizer
 
 from sparse_xmc import XMCClassifier
+from sparse_xmc.mesh import make_mesh
 
 WORDS = ["apple", "brook", "cloud", "dune", "ember", "fern", "grove", "heath"]
 DENSE = {"penultimate": 32, "fan_in": 8, "epochs": 80, "batch_size": 8}
@@ -153,10 +157,10 @@ TEXTS, LABELS = make_points(6)
 @pytest.mark.parametrize(
     ("X", "y", "error", "message"),
     [
-        ("one text", LABELS, TypeError, "X must be a sequence of texts, got a single str"),
+        ("one text", LABELS, TypeError, "X must be a sequence of texts or .*, got a single str"),
         ([*TEXTS[:5], 3], LABELS, TypeError, "point 5 is 3, a int"),
-        (TEXTS, LABELS[1:], ValueError, "features have 6 rows but labels 5"),
-        (TEXTS, "ABCDEF", TypeError, "sequence of names .* for each point, got 'A' for point 0"),
+        (TEXTS, LABELS[1:], ValueError, "X and y must be of the same points, got 6 in X and 5 in y"),
+        (TEXTS, [*"ABCDEF"], TypeError, "sequence of names .* for each point, got 'A' for point 0"),
         (TEXTS, [["a"], ["b"], [1], [], [], []], TypeError, r"got \[1\] for point 2"),
         (
             TEXTS,
@@ -179,10 +183,10 @@ def test_what_cannot_be_fitted(X, y, error, message):
 
 def test_settings_are_checked():
     for options, message in (
-        ({"fan_in": 0}, "fan_in must be at least 1, got 0"),
+        ({"fan_in": 0}, "fan_in must be at least 1, or None, got 0"),
         ({"fan_in": 33}, "fan_in must be at most the number of units, 32, got 33"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, or None, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -198,13 +202,7 @@ def test_what_is_chosen_fits_the_data():
     assert XMCClassifier(fan_in=np.int64(2), epochs=1).fit(X, [["a"]] * 4).saved_.config.head.fan_in == 2
 
 
-class Frame(list):
-    columns = ("text",)
-
-
 def test_what_cannot_be_predicted(fitted):
-    with pytest.raises(TypeError, match="got a data frame: give one column"):
-        fitted.predict(Frame(TEXTS))
     with pytest.raises(NotFittedError, match="not trained yet: call fit, or load one"):
         XMCClassifier().predict(TEXTS)
     with pytest.raises(TypeError, match="X must be texts, as the classifier was trained on, got features"):
@@ -224,3 +222,170 @@ def test_what_cannot_be_predicted(fitted):
         dense.score(counts(TEXTS), indicator(LABELS)[:, 1:])
     with pytest.raises(ValueError, match="y must be a matrix, as the classifier was trained with, got names"):
         dense.score(counts(TEXTS), LABELS)
+
+
+def unsorted_counts():
+    """Features as `CountVectorizer` gives them: int64, in the order in which words come in a text."""
+    X = CountVectorizer(token_pattern=r"\w+").fit_transform(make_points()[0])
+    assert not X.has_sorted_indices
+    return X
+
+
+def same_arrays(matrix, before):
+    return all(np.array_equal(getattr(matrix, name), array) for name, array in before.items())
+
+
+def arrays_of(matrix):
+    return {name: getattr(matrix, name).copy() for name in ("data", "indices", "indptr")}
+
+
+def test_arguments_are_not_written_to():
+    X, y = unsorted_counts(), scipy.sparse.csr_matrix(indicator(make_points()[1]) * 2.0)[:, ::-1]
+    y.has_sorted_indices = False
+    before = arrays_of(X), arrays_of(y)
+    classifier = XMCClassifier(**SMALL | {"epochs": 40}).fit(X, y)
+    first, second = classifier.predict(X, k=8), classifier.predict(X, k=8)
+    assert classifier.score(X, y) > 0.9
+    assert same_arrays(X, before[0])
+    assert same_arrays(y, before[1])
+    np.testing.assert_array_equal(first.labels, second.labels)
+    np.testing.assert_array_equal(first.scores, second.scores)
+    expected = classifier.predict(scipy.sparse.csr_array(X.toarray()), k=8)
+    np.testing.assert_array_equal(first.labels, expected.labels)
+
+
+def test_read_only_matrices_that_are_not_sorted():
+    X, y = unsorted_counts(), scipy.sparse.csr_matrix(indicator(make_points()[1]) * 2.0)[:, ::-1]
+    for array in (X.data, X.indices, X.indptr, y.data, y.indices, y.indptr):
+        array.flags.writeable = False  # as in joblib's memory maps
+    classifier = XMCClassifier(**SMALL | {"epochs": 1}).fit(X, y)
+    assert classifier.predict(X).labels.shape == (60, 5)
+
+
+def test_scalars_of_numpy_are_parameters(tmp_path):
+    options = {
+        "epochs": np.int64(1),
+        "learning_rate": np.float32(0.5),
+        "dropout": np.float64(0.25),
+        "encoder_trainable": np.False_,
+        "verbose": np.False_,
+        "seed": np.int64(3),
+    }
+    classifier = XMCClassifier(**SMALL | options).fit(*make_points())
+    classifier.save(tmp_path / "model")
+    loaded = XMCClassifier.load(tmp_path / "model")
+    assert loaded.get_params() == classifier.get_params()
+    assert (loaded.epochs, loaded.learning_rate, loaded.seed) == (1, 0.5, 3)
+    assert type(loaded.epochs) is int
+
+
+def test_parameters_are_checked_before_a_model_is_written(fitted, tmp_path):
+    classifier = copy.copy(fitted)
+    classifier.save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    classifier.set_params(epochs="many")
+    with pytest.raises(ValueError, match=r"epochs must be .* got 'many'"):
+        classifier.save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**40, 1.5, "1", True])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(ValueError, match=r"seed must be .*4294967295.*, got"):
+        XMCClassifier(**SMALL, seed=seed).fit(TEXTS, LABELS)
+
+
+@pytest.mark.bit_for_bit
+def test_seeds():
+    options = SMALL | {"epochs": 1}
+    XMCClassifier(**options, seed=2**32 - 1).fit(*make_points())
+    drawn, other = (XMCClassifier(**options, seed=None).fit(*make_points()) for _ in range(2))
+    assert drawn.seed is None
+    assert drawn.seed_ != other.seed_
+    again = XMCClassifier(**options, seed=drawn.seed_).fit(*make_points())
+    np.testing.assert_array_equal(drawn.predict(TEXTS).scores, again.predict(TEXTS).scores)
+
+
+def test_a_drawn_seed_is_saved(tmp_path):
+    classifier = XMCClassifier(**SMALL | {"epochs": 1}, seed=None).fit(*make_points())
+    classifier.save(tmp_path)
+    loaded = XMCClassifier.load(tmp_path)
+    assert (loaded.seed, loaded.seed_) == (None, classifier.seed_)
+
+
+def test_iterators_are_read_once(fitted):
+    texts, labels = make_points()
+    names = (iter(names) for names in labels)
+    classifier = XMCClassifier(**SMALL).fit(iter(texts), names)
+    assert classifier.n_labels_ == 8
+    assert classifier.score(texts, labels) > 0.9
+    assert classifier.score(iter(texts), map(iter, labels)) == classifier.score(texts, labels)
+
+
+def test_fewer_labels_than_the_default_k():
+    classifier = XMCClassifier(epochs=1).fit(np.eye(4, dtype=np.float32), [["a"], ["b"], ["a"], ["c"]])
+    assert classifier.predict(np.eye(4)).labels.shape == (4, 3)
+    with pytest.raises(ValueError, match="k must be between 1 and the number of labels, 3, got 5"):
+        classifier.predict(np.eye(4), k=5)
+    with pytest.raises(ValueError, match=r"k must be between 1 and the number of labels, 3, got 2\.0"):
+        classifier.predict(np.eye(4), k=2.0)
+
+
+@pytest.mark.parametrize("kind", ["texts", "dense", "sparse"])
+def test_no_points(kind):
+    texts, names = make_points()
+    X = {"texts": texts, "dense": counts(texts), "sparse": scipy.sparse.csr_array(counts(texts))}[kind]
+    options = DENSE if kind == "dense" else SMALL
+    classifier = XMCClassifier(**options | {"epochs": 1}).fit(X, names)
+    for empty in ([], X[:0]):
+        labels, scores = classifier.predict(empty, k=3)
+        assert labels.shape == scores.shape == (0, 3)
+        with pytest.raises(ValueError, match="X must have at least one point to score, got none"):
+            classifier.score(empty, [])
+    with pytest.raises(ValueError, match="expected points with labels, got 0 points"):
+        XMCClassifier().fit([], [])
+
+
+def test_texts_without_a_common_word():
+    with pytest.raises(ValueError, match="no word is in 2 of the 2 texts"):
+        XMCClassifier().fit(["a b", "c d"], [["x"], ["y"]])
+
+
+def test_classifiers_are_pickled_unless_they_are_on_a_mesh(fitted):
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.predict(TEXTS).scores, fitted.predict(TEXTS).scores)
+    on_mesh = XMCClassifier(mesh=make_mesh(label=2), **SMALL | {"epochs": 1})
+    assert clone(on_mesh).mesh is on_mesh.mesh
+    message = "with a mesh cannot be pickled or copied, .*; use save and load, or mesh=None"
+    with pytest.raises(TypeError, match=message):
+        pickle.dumps(on_mesh)
+    on_mesh.fit(*make_points()).set_params(mesh=None)
+    with pytest.raises(TypeError, match=message):
+        pickle.dumps(on_mesh)
+
+
+def test_a_batch_size_above_the_number_of_points():
+    texts, labels = make_points(40)
+    classifier = XMCClassifier(**SMALL | {"batch_size": 10**9, "epochs": 1}).fit(texts, labels)
+    assert classifier.predict(texts).labels.shape == (40, 5)
+
+
+def test_data_frames_and_columns():
+    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    pyarrow = pytest.importorskip("pyarrow")
+    texts, names = make_points()
+    label_names = [word.upper() for word in WORDS]
+    columns = {name: indicator(names)[:, i].astype(int) for i, name in enumerate(label_names)}
+    features = {str(i): column for i, column in enumerate(counts(texts).T)}
+    options = DENSE | {"epochs": 30}
+    expected = XMCClassifier(**options).fit(counts(texts), names).predict(counts(texts), k=8)
+    for make in (pandas.DataFrame, polars.DataFrame, pyarrow.table):
+        classifier = XMCClassifier(**options).fit(make(features), make(columns))
+        assert classifier.classes_.tolist() == label_names
+        np.testing.assert_array_equal(classifier.predict(make(features), k=8).scores, expected.scores)
+        others = {"ELSE": columns["FERN"], **dict(reversed(columns.items()))}
+        assert classifier.score(make(features), make(others)) == classifier.score(counts(texts), names)
+    reference = XMCClassifier(**SMALL | {"epochs": 1}).fit(texts, names).predict(texts)
+    for make in (pandas.Series, polars.Series, pyarrow.array):
+        classifier = XMCClassifier(**SMALL | {"epochs": 1}).fit(make(texts), make(names))
+        np.testing.assert_array_equal(classifier.predict(make(texts)).labels, reference.labels)

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -102,6 +103,33 @@ def test_scores_that_are_not_finite_are_an_error(kind):
     dataset.features[7] = np.nan
     with pytest.raises(FloatingPointError, match="the scores of point 7 are not finite"):
         list(predict(make_model(kind), dataset, 5, batch_size=4))
+
+
+def test_classifiers_of_one_structure_share_programs_which_are_freed_with_them():
+    def programs():
+        gc.collect()
+        executables = jax.devices()[0].client.live_executables()
+        return sum(executable.hlo_modules()[0].name == "jit_top_k" for executable in executables)
+
+    def rank(model, size):
+        (*_,) = predict(model, make_dataset(size), 3)
+
+    evaluation._ranking_of.cache_clear()
+    before, first, second = programs(), make_model(), make_model()
+    for size in range(1, 9):
+        rank(first, size)
+        rank(second, size)
+    assert programs() - before == 4  # of 1, 2, 4 and 8 points
+    models = [make_model(penultimate=width) for width in range(20, 26)]
+    for model in models:
+        rank(model, 1)
+    rank(first, 1)
+    assert programs() - before == 4 + 6
+    del first, second, models, model
+    assert programs() - before <= 4 + 1  # those of the two structures that were used last
+    for width in (30, 31):
+        rank(make_model(penultimate=width), 1)
+    assert programs() - before <= 2
 
 
 def test_no_points_is_an_error():

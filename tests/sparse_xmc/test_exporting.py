@@ -87,6 +87,12 @@ def test_dropout_is_left_out_and_the_model_stays_as_it_is(tmp_path):
         np.testing.assert_allclose(array, other, rtol=1e-5)
 
 
+def test_fewer_labels_than_the_default_k(tmp_path):
+    export_predict(make_model(labels=3), tmp_path / "exported")
+    scores, labels = xla_ops.load_exported(tmp_path / "exported")(make_inputs())
+    assert scores.shape == labels.shape == (len(make_inputs()), 3)
+
+
 def test_errors(tmp_path):
     class Own(nnx.Module):
         pass

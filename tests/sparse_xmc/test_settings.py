@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from typing import get_args, get_type_hints
 
@@ -9,7 +10,7 @@ from sparse_xmc import ClassifierConfig, EncoderConfig, RewireConfig, TrainingCo
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 from sparse_xmc.heads import HEADS
 from sparse_xmc.model import PretrainedSettings
-from sparse_xmc.settings import check, setting
+from sparse_xmc.settings import check, check_seed, setting
 
 NETWORK = PretrainedConfig("bert", 100, 8, 1, 2, 16, 32)
 SETTINGS = [
@@ -87,3 +88,31 @@ def test_every_field_of_every_settings_has_a_range(settings):
         for value in wrong:
             with pytest.raises(ValueError, match=rf"\b({name}|activation)\b"):
                 dataclasses.replace(settings, **{name: value})
+
+
+def test_scalars_of_numpy_become_those_of_python():
+    example = Example(
+        name=np.str_("b"),
+        rate=np.float32(0.5),
+        bound=np.float64(2),
+        interval=np.int64(-1),
+        plain=np.True_,
+        offset=np.int32(3),
+    )
+    assert example == Example("b", 0.5, 2.0, -1, True, 3.0)
+    assert [type(value) for value in vars(example).values()] == [str, float, float, int, bool, float]
+    assert json.dumps(dataclasses.asdict(TrainingConfig(epochs=np.int64(2), rewire_interval=np.int64(-1))))
+    config = ClassifierConfig(num_features=np.int64(8), num_labels=np.int64(4), bag_of_words=np.False_)
+    assert json.dumps(config.to_json())
+    assert json.dumps(dataclasses.asdict(HEADS["fixed_fan_in"](fan_in=np.int64(2))))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, None, True, "1"])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number between 0 and 4294967295, got"):
+        check_seed(seed)
+
+
+def test_seeds():
+    assert check_seed(np.uint32(2**32 - 1)) == 2**32 - 1
+    assert type(check_seed(np.int64(1))) is int

@@ -18,7 +18,13 @@ from sparse_xmc.data import Dataset, write_tsv
 from sparse_xmc.data.batches import Batches, WordsAndText
 from sparse_xmc.data.tokens import Tokenizer, TokenLists
 from sparse_xmc.defaults import training_for
-from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
+from sparse_xmc.encoders import (
+    BagOfWordsEncoder,
+    DenseFeatures,
+    JointEncoder,
+    PretrainedEncoder,
+    cached_embeddings,
+)
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
 from sparse_xmc.evaluation import predict
 from sparse_xmc.modules import parameters_of
@@ -97,6 +103,41 @@ def test_features_are_side_by_side(directory, direct):
     np.testing.assert_allclose(again.x if direct else again, x, rtol=1e-4, atol=1e-5)
 
 
+def write_json(path, values):
+    path.write_text(json.dumps(values))
+
+
+class TestSettingsOfSentenceTransformers:
+    LONG = "a small cat a big dog a small"
+
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_the_length_is_that_of_the_file_by_default(self, directory, trainable, tmp_path):
+        def lengths(max_length):
+            opened, _ = open_pretrained(directory, trainable=trainable, max_length=max_length)
+            tokenizer = opened if trainable else opened._loaded[1]
+            return tokenizer([self.LONG]).lengths.item()
+
+        write_json(directory / "sentence_bert_config.json", {"max_seq_length": 6, "do_lower_case": False})
+        assert (lengths(None), lengths(5)) == (6, 5)
+        cached = cached_embeddings(directory, [self.LONG], tmp_path / "cache")
+        np.testing.assert_array_equal(cached, FrozenEncoder(directory, max_length=6)([self.LONG]))
+        with pytest.warns(UserWarning, match="max_length=12 is above the max_seq_length .*, 6$"):
+            assert lengths(12) == 10
+        write_json(directory / "sentence_bert_config.json", {"max_seq_length": 1000})
+        assert lengths(None) == 10
+        write_json(directory / "sentence_bert_config.json", {"max_seq_length": "long"})
+        with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length must be .*'long'"):
+            lengths(None)
+
+    def test_prompts_are_not_applied(self, directory):
+        file = directory / "config_sentence_transformers.json"
+        write_json(file, {"prompts": {"query": "", "document": ""}})
+        FrozenEncoder(directory)
+        write_json(file, {"prompts": {"query": "query: ", "passage": "passage: ", "other": ""}})
+        with pytest.warns(UserWarning, match="the prompts query, passage are not applied"):
+            XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
+
+
 class TestFrozen:
     def test_embeds_as_the_encoder_does(self, directory, tmp_path):
         cached = FrozenEncoder(directory, max_length=12, cache_dir=tmp_path / "cache")
@@ -104,6 +145,13 @@ class TestFrozen:
         np.testing.assert_array_equal(cached(TEXTS), expected)
         assert expected.shape == (16, cached.features)
         assert any((tmp_path / "cache").iterdir())
+
+    @pytest.mark.parametrize("trainable", [False, True])
+    def test_no_texts(self, directory, tmp_path, trainable):
+        options = {"encoder": directory, "encoder_trainable": trainable, "cache_dir": tmp_path}
+        classifier = XMCClassifier(**options, **SIZES).fit(TEXTS, LABELS)
+        assert classifier.predict([], k=2).labels.shape == (0, 2)
+        assert FrozenEncoder(directory, cache_dir=tmp_path)([]).shape == (0, small_encoders.WIDTH)
 
     def test_a_classifier_is_saved_without_the_weights_and_finds_them_again(self, directory, tmp_path):
         classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)

@@ -95,8 +95,19 @@ def test_data_sets_of_any_size_are_predicted_in_few_shapes(sparse):
             stops.append(points.stop)
             shapes.add(tuple(array.shape for array in jax.tree.leaves(batch.inputs)) + inputs.shape)
         assert stops == [*range(16, size, 16), size]
-    assert len(shapes) <= (15 if sparse else 5)
+    assert len(shapes) <= (10 if sparse else 5)
     assert {len(batch.positives) for _, batch in Batches(make_dataset(5), 16).to_predict(3)} == {9}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_batches_are_no_larger_than_the_data_set(sparse):
+    dataset = make_dataset(23, sparse=sparse)
+    batches = Batches(dataset, 10**9)
+    assert (batches.batch_size, batches.steps_per_epoch) == (23, 1)
+    (batch,) = batches.shuffled(0, 0)
+    assert sum(array.size for array in jax.tree.leaves(batch.inputs)) < 4 * 23 * 40
+    ((_, batch),) = batches.to_predict()
+    assert len(batch.positives) == 32
 
 
 def test_positives_travel_with_their_point():
