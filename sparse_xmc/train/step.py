@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.extend import core
@@ -37,7 +38,7 @@ class Step:
     Attributes:
       graphdef: the structure of the classifier.
       config: how to train.
-      seed: of stochastic rounding.
+      seed: of rewiring and stochastic rounding, which use its lower 32 bits.
       optimizer: the encoder's.
       fused: whether the head steps in place.
     """
@@ -76,9 +77,8 @@ class Step:
 
         features, pullback, (words, rest) = jax.vjp(encode, tables, params, has_aux=True)
         has_params, positives = bool(jax.tree.leaves((tables, params))), jnp.asarray(batch.positives)
-        inputs = StepInputs(
-            features, positives, learning_rate, self.seed, step, wants_d_x=has_params, words=words
-        )
+        seed = np.uint32(self.seed % 2**32)  # what jax.random.key uses without x64
+        inputs = StepInputs(features, positives, learning_rate, seed, step, wants_d_x=has_params, words=words)
         before = {name: parameter[...] for name, parameter in parameters_of(head).items()}
         step_head = head.step_fused if self.fused else head.step_by_optax
         loss, d_features, moments = step_head(inputs, state["moments"], self.config)
@@ -110,7 +110,7 @@ class Step:
 
     def rewire(self, state: State, batch: Batch, step) -> State:
         """The state after a rewiring."""
-        model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
+        model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed % 2**32), step)
         x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
             Features(x.astype(jnp.float32), words),

@@ -1,6 +1,7 @@
 """Training step by step."""
 
 import functools
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Trainer:
     Args:
       model: the classifier; its arrays are donated to the first step, so use `Trainer.model` afterwards.
       config: how to train.
-      seed: of the order of the points, of rewiring, and of stochastic rounding.
+      seed: of the order of the points, of rewiring, and of stochastic rounding: 0 to 2**63 - 1. Rewiring and
+        rounding use its lower 32 bits, as `jax.random.key` does without x64.
       encoder_optimizer: a whole optimizer for the encoder, such as `optax.lion(1e-5)`; by default AdamW as
         the configuration's `encoder_rate`, `encoder_warmup`, `encoder_weight_decay` and `moments` say.
       fused: whether the head steps in place; by default wherever the native ops run. The state is the same,
@@ -45,8 +47,9 @@ class Trainer:
       mesh: the devices that the classifier's labels are split over, or None.
 
     Raises:
-      ValueError: the head cannot be trained so, something would be left untrained, or settings of the
-        encoder's optimizer are given beside an optimizer that does not ask for them.
+      TypeError: the seed is not an integer.
+      ValueError: the seed is out of range, the head cannot be trained so, something would be left untrained,
+        or settings of the encoder's optimizer are given beside an optimizer that does not ask for them.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Trainer:
         elif given := [name for name, default in _OF_ADAMW.items() if getattr(config, name) != default]:
             raise ValueError(f"{given[0]} is for the default optimizer, not beside encoder_optimizer")
         self.config = config
-        self.seed = seed
+        self.seed = seed = _check_seed(seed)
         self.step = 0
         self.fused = jax.default_backend() in xla_ops.platforms() if fused is None else fused
         self.num_labels = model.head.num_labels
@@ -102,12 +105,14 @@ class Trainer:
         """One step, and the rewiring that falls due after it. Returns the loss (not waited for).
 
         Raises:
-          ValueError: positives are not as `Batch` has them; or nothing would train one of the parameters.
+          TypeError: the learning rate is not a number, or positives are not integers.
+          ValueError: the learning rate is not finite; positives are not as `Batch` has them; or nothing would
+            train one of the parameters.
         """
+        rate = _check_rate(learning_rate)
         _check_positives(np.asarray(batch.positives), self.num_labels)
         batch = place_batch(batch, self.mesh)
-        rate, step = np.float32(learning_rate), np.int32(self.step)
-        self.state, loss = self._programs.train(self.state, batch, rate, step)
+        self.state, loss = self._programs.train(self.state, batch, rate, np.int32(self.step))
         self.step += 1
         interval = self.config.rewire_interval
         if interval != -1 and self.step % interval == 1 % interval:
@@ -210,8 +215,35 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
     )
 
 
+def _check_seed(seed: Any) -> int:
+    """Returns a seed as an int; raises unless it is an integer that NumPy's and JAX's generators take."""
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    seed = int(seed)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in 0..{2**63 - 1}, got {seed}")
+    return seed
+
+
+def _check_rate(learning_rate: Any) -> np.float32:
+    """Returns a learning rate as float32; raises unless it is a finite number, or an array of one."""
+    is_number = isinstance(learning_rate, numbers.Real | np.ndarray | np.generic | jax.Array)
+    rate = np.asarray(learning_rate if is_number else None)
+    is_real = jnp.issubdtype(rate.dtype, jnp.floating) or jnp.issubdtype(rate.dtype, jnp.integer)
+    if rate.shape != () or not is_real:
+        raise TypeError(f"learning_rate must be a number, got {learning_rate!r}")
+    with np.errstate(over="ignore"):
+        rate = rate.astype(np.float32)
+    if not np.isfinite(rate):
+        raise ValueError(f"learning_rate must be finite in float32, got {learning_rate}")
+    return np.float32(rate)
+
+
 def _check_positives(positives: np.ndarray, num_labels: int) -> None:
-    """Raises ValueError unless positives [B, P] are labels or -1, and a point has each once."""
+    """Raises unless positives [B, P] are labels or -1, and a point has each once."""
+    if positives.ndim != 2 or positives.dtype.kind not in "iu":
+        got = f"dtype {positives.dtype.name} and shape {list(positives.shape)}"
+        raise TypeError(f"positives must be an array of integers [B, P], got {got}")
     wrong = (positives < -1) | (positives >= num_labels)
     if wrong.any():
         row = int(wrong.any(axis=1).argmax())

@@ -520,6 +520,58 @@ def test_labels_that_are_none_are_errors(convert, wrong):
     assert trainer.step == 0
 
 
+@pytest.mark.parametrize(
+    ("rate", "error", "message"),
+    [
+        (None, TypeError, "learning_rate must be a number, got None"),
+        ("0.1", TypeError, "learning_rate must be a number, got '0.1'"),
+        (float("nan"), ValueError, "learning_rate must be finite in float32, got nan"),
+        (jnp.float32(np.inf), ValueError, "learning_rate must be finite in float32, got inf"),
+        (1e300, ValueError, "learning_rate must be finite in float32, got 1e+300"),
+    ],
+)
+def test_a_bad_learning_rate_is_an_error(rate, error, message):
+    trainer = new_trainer()
+    with pytest.raises(error) as raised:
+        trainer.train_step(one_batch(), rate)
+    assert str(raised.value) == message
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("positives", [None, np.zeros((8, 1)), np.zeros(8, np.int32), "abc"])
+def test_positives_that_are_not_a_matrix_of_integers_are_an_error(positives):
+    with pytest.raises(TypeError, match=r"positives must be an array of integers \[B, P\], got dtype"):
+        new_trainer().train_step(Batch(make_inputs(), positives), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (None, TypeError, "seed must be an integer, got None"),
+        (1.5, TypeError, "seed must be an integer, got 1.5"),
+        (True, TypeError, "seed must be an integer, got True"),
+        (-1, ValueError, "seed must be in 0..9223372036854775807, got -1"),
+        (2**63, ValueError, "seed must be in 0..9223372036854775807, got 9223372036854775808"),
+    ],
+)
+def test_a_bad_seed_is_an_error(seed, error, message):
+    with pytest.raises(error) as raised:
+        Trainer(make_model("fixed_fan_in", fan_in=4), TrainingConfig(batch_size=8), seed=seed)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_seed_of_63_bits_is_used_by_its_lower_32_bits_in_a_step(fused):
+    def train(seed):
+        config = TrainingConfig(batch_size=8, output_optimizer="sgd", rewire_interval=1)
+        model = make_model("fixed_fan_in", fan_in=4, penultimate=24)
+        trainer = Trainer(model, config, seed=seed, fused=fused)
+        return [float(trainer.train_step(batch, 0.1)) for batch in make_batches(3)]
+
+    assert train(2**63 - 1) == train(2**32 - 1)
+    assert train(np.int64(2**40 + 3)) == train(3)
+
+
 def test_a_label_listed_twice_is_an_error():
     positives = np.full((8, 3), -1, np.int32)
     positives[2] = [7, -1, 7]
