@@ -106,7 +106,9 @@ def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32
 
 
 def as_uint32(name: str, value: ArrayLike) -> np.uint32 | Array:
-    """Returns an integer scalar as uint32; of a traced one the lower 32 bits.
+    """Returns an integer scalar as uint32.
+
+    Of an int32 array, such as a counter of steps that wrapped, and of a traced one these are the lower 32 bits.
 
     Raises:
       TypeError: `value` is not an integer.
@@ -118,7 +120,7 @@ def as_uint32(name: str, value: ArrayLike) -> np.uint32 | Array:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer, got dtype {array.dtype.name}")
     check_shape(name, array, (), "a scalar")
-    if array.dtype != jnp.uint32 and _is_concrete(array):
+    if array.dtype.itemsize > 4 and _is_concrete(array):
         as_integer(name, array, 0, UINT32_MAX)
     return jnp.asarray(array, jnp.uint32)
 

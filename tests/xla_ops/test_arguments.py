@@ -206,7 +206,6 @@ def bad_numbers():
                     yield op, name, value, error, message
         for name in [name for name in UINT32 if name in good]:
             yield op, name, 2**32, ValueError, "in 0..4294967295, got 4294967296"
-            yield op, name, jnp.int32(-1), ValueError, "in 0..4294967295, got -1"
             yield op, name, jnp.float32(1), TypeError, "an integer, got dtype float32"
             yield op, name, jnp.ones(1, jnp.uint32), ValueError, "have shape [] (a scalar), got [1]"
         for name in [name for name in ADAM if name in good]:
@@ -288,6 +287,8 @@ def test_an_unknown_loss_is_named(op, loss):
 
 def test_numbers_of_numpy_and_jax_pass():
     function, good = OPS["fan_in_sgd_step"]
+    wrapped = [function(**good | {"seed": seed}) for seed in (jnp.int32(-1), 2**32 - 1)]
+    jax.tree.map(np.testing.assert_array_equal, *wrapped)
     numbers = {"seed": np.uint32(1), "step": jnp.int32(2), "first_label": np.array(3, ">i8")}
     got = function(**good | numbers | {"learning_rate": np.float64(0.1), "num_labels": np.int64(4)})
     jax.tree.map(np.testing.assert_array_equal, got, function(**good))
