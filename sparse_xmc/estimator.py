@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.data.files import write_text
 from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.label_checks import warn_of_unusual_labels
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
@@ -140,6 +141,9 @@ class XMCClassifier(BaseEstimator):
         Raises:
           ValueError, TypeError: X or y is none of these, X is not finite, or they do not fit each other.
           MemoryError: training would take more memory than there is; see `plan_memory`.
+
+        Warns:
+          UserWarning: nearly every point has a label of its own, or labels look like unseparated names.
         """
         texts = _texts(X)
         if self.encoder_trainable and self.encoder is None:
@@ -166,6 +170,7 @@ class XMCClassifier(BaseEstimator):
         train = Dataset(features, labels, encoded=encoded)
         if not len(train) or not labels.nnz:
             raise ValueError(f"expected points with labels, got {len(train)} points and {labels.nnz} labels")
+        warn_of_unusual_labels(labels, None if label_encoder is None else label_encoder.names)
         training = training_for(train, **self._given("epochs", "batch_size", "learning_rate"))
         if self.embedding is not None and not train.is_sparse:
             raise ValueError(f"embedding={self.embedding} is for texts and sparse features, but X is dense")

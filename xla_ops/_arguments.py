@@ -108,7 +108,7 @@ def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32
 def as_uint32(name: str, value: ArrayLike) -> np.uint32 | Array:
     """Returns an integer scalar as uint32.
 
-    Of an int32 array, such as a counter of steps that wrapped, and of a traced one these are the lower 32 bits.
+    An int32 array, such as a counter of steps that wrapped, and a traced one are cut to their lower 32 bits.
 
     Raises:
       TypeError: `value` is not an integer.
