@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from sparse_xmc.calibration import Calibration
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.files import open_no_follow, write_text
+from sparse_xmc.data.label_checks import shorten, warn_of_unusual_labels
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
@@ -325,12 +326,23 @@ def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
 
 
 def _tell_sizes(splits: datasets.Splits, validation: Dataset) -> None:
-    """Prints what there is to learn from, and which labels cannot be learnt."""
+    """Prints the numbers of points, labels and features, and the most frequent labels; warns if odd."""
     train, test = splits.train, splits.test
     held_out = "" if FLAGS.validate_on_test else f", {len(validation):,} of them to validate on"
     _say(f"{len(train):,} training points{held_out}; {len(test):,} test points")
     unseen = f"; {splits.unseen_labels:,} that only test points have cannot be predicted"
     _say(f"{train.num_labels:,} labels{unseen if splits.unseen_labels else ''}")
+    counts = train.label_counts()
+    names = None if splits.label_encoder is None else splits.label_encoder.names
+    most = [label for label in np.argsort(-counts, kind="stable")[:3] if counts[label]]
+    listed = ", ".join(
+        f"{datasets.printable(label if names is None else shorten(names[label]))} ({counts[label]:,})"
+        for label in most
+    )
+    mean = train.labels.nnz / max(1, len(train))
+    _say(f"{mean:.2f} labels per training point on average; most frequent: {listed or 'none'}")
+    if jax.process_index() == 0:
+        warn_of_unusual_labels(train.labels, names)
     what = "features" if splits.text_encoder is None else "words" + " and pairs of words" * (FLAGS.ngrams > 1)
     _say(f"{train.num_features:,} {what}")
 

@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.label_checks import warn_of_unusual_labels
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.validation import Features, LabelMatrix, Labels, read_labels, read_points, to_binary
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
@@ -168,6 +169,9 @@ class XMCClassifier(BaseEstimator):
           ValueError, TypeError: X or y is none of these, X is not finite, they do not fit each other, or a
             parameter is out of range.
           MemoryError: training would take more memory than there is; see `plan_memory`.
+
+        Warns:
+          UserWarning: nearly every point has a label of its own, or labels look like unseparated names.
         """
         parameters = self._checked_parameters()
         seed = _draw_seed() if parameters.seed is None else parameters.seed
@@ -200,6 +204,7 @@ class XMCClassifier(BaseEstimator):
                     remat=True,
                 )
                 encoded = pretrained(points)
+        warn_of_unusual_labels(labels, None if label_encoder is None else label_encoder.names)
         train = Dataset(features, labels, encoded=encoded)
         given = {name: value for name, value in vars(parameters).items() if value is not None}
         training = training_for(train, **_only(given, "epochs", "batch_size", "learning_rate"))

@@ -53,7 +53,7 @@ def standard_promotion():
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["x32", "x64"], scope="module")
+@pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Runs a test with 32-bit and with 64-bit default types, as `JAX_ENABLE_X64` sets them."""
     with jax.enable_x64(request.param):

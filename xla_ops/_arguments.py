@@ -1,15 +1,150 @@
-"""Argument checks that the ops share: raised in Python, before XLA sees anything."""
+"""Conversion and checks of arguments, which all ops share: errors are raised in Python, before XLA runs.
 
+Dtypes and shapes are checked of traced values too. Values of traced arrays cannot be, and pass unchecked.
+"""
+
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 VALUE_DTYPES = (jnp.float32, jnp.bfloat16)
 INDEX_DTYPES = (jnp.uint16, jnp.int32)
 UINT16_FEATURES = 65_536
+UINT32_MAX = 2**32 - 1
 
 
 def index_dtype(in_features: int):
     """The narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536 of them, else int32."""
+    in_features = as_integer("in_features", in_features, 0, 2**31 - 1)
     return jnp.uint16 if in_features <= UINT16_FEATURES else jnp.int32
+
+
+def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers") -> Array:
+    """Returns `value` as a JAX array; a big-endian NumPy array is converted to native byte order.
+
+    Args:
+      name: the argument's name, for errors.
+      value: an array, traced or not, a number, or nested lists of these.
+      expected: what it must be, for errors.
+
+    Raises:
+      TypeError: `value` is not an array of numbers: None, a string, a masked array, a ragged list.
+      ValueError: an integer does not fit the dtype that JAX converts to, int32 without x64.
+    """
+    if isinstance(value, Array):
+        return jnp.asarray(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be {expected}, got a masked array: use its method filled")
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
+    try:
+        array = jnp.asarray(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must hold integers that fit its dtype, got: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be {expected}, got {_describe(value)}") from error
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu" and value.size:
+        limits = np.iinfo(array.dtype)  # JAX wraps 64-bit integers without an error
+        for extreme in (value.min(), value.max()) if value.dtype != array.dtype else ():
+            if not limits.min <= extreme <= limits.max:
+                raise ValueError(f"{name} must hold integers that fit {array.dtype.name}, got {extreme}")
+    return array
+
+
+def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int:
+    """Returns a static argument as an int; a symbolic dimension stays one.
+
+    Args:
+      name: the argument's name, for errors.
+      value: an integer of Python or NumPy, or an integer array without axes; not a bool.
+      low, high: the range of the values that are allowed, both included.
+      why: follows the range in the error, such as " (the size of x)".
+
+    Raises:
+      TypeError: `value` is not an integer, or traced.
+      ValueError: `value` is out of range.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be static under jit, an int, got a traced value")
+    if not jax.export.is_symbolic_dim(value):
+        try:
+            if isinstance(value, bool | np.bool_):
+                raise TypeError("bool is a subclass of int")
+            value = operator.index(value)
+        except TypeError as error:
+            raise TypeError(f"{name} must be an integer, got {_describe(value)}") from error
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}{why}, got {value}")
+    return value
+
+
+def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32:
+    """Returns a static argument as a finite float32, at least 0 and, if given, below `below`.
+
+    Raises:
+      TypeError: `value` is not a real number, or traced.
+      ValueError: `value` is out of range once it is rounded to float32.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be static under jit, a float, got a traced value")
+    array = np.asarray(value if isinstance(value, numbers.Real | np.ndarray | np.generic | Array) else None)
+    if array.ndim or not _is_real(array):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+    with np.errstate(over="ignore"):
+        number = np.float32(array)
+    if not (np.isfinite(number) and number >= 0 and (below is None or number < below)):
+        wanted = "finite and at least 0" if below is None else f"at least 0 and below {below:g} in float32"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return number
+
+
+def as_uint32(name: str, value: ArrayLike) -> np.uint32 | Array:
+    """Returns an integer scalar as uint32.
+
+    An int32 array, such as a counter of steps that wrapped, and a traced one are cut to their lower 32 bits.
+
+    Raises:
+      TypeError: `value` is not an integer.
+      ValueError: `value` is not a scalar, or not in 0..2**32 - 1.
+    """
+    if not (isinstance(value, Array) or hasattr(value, "__jax_array__")):
+        return np.uint32(as_integer(name, value, 0, UINT32_MAX))
+    array = as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer, got dtype {array.dtype.name}")
+    check_shape(name, array, (), "a scalar")
+    if array.dtype.itemsize > 4 and _is_concrete(array):
+        as_integer(name, array, 0, UINT32_MAX)
+    return jnp.asarray(array, jnp.uint32)
+
+
+def _is_real(array: np.ndarray | Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _is_concrete(value: Any) -> bool:
+    """Whether this process can read the values of a number or an array now."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    return not isinstance(value, Array) or value.is_fully_addressable
+
+
+def _describe(value: Any) -> str:
+    """What an error says of a value that is not of the type expected: one short line."""
+    if value is None or isinstance(value, bool | int | float | complex | np.bool_ | np.number):
+        return str(value)
+    if isinstance(value, np.ndarray | Array):
+        return f"an array of dtype {value.dtype.name} and shape {list(value.shape)}"
+    if isinstance(value, str) and len(value) <= 20:
+        return repr(value)
+    return f"a value of type {type(value).__name__}"
 
 
 def _names(dtypes) -> str:
@@ -54,25 +189,42 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
         )
 
 
-def next_step(state, kind):
-    """The number of the step, from 1, after Adam's `state`; raises unless that is a `kind` with a count."""
+def next_step(state, kind) -> Array:
+    """Returns the number of the step, from 1, after Adam's `state`, which must be a `kind` with a count."""
     if not isinstance(state, kind):
         raise TypeError(f"state must be of type {kind.__name__}, got {type(state).__name__}")
-    count = jnp.asarray(state.count)
+    count = as_array("state.count", state.count)
     check_dtype("state.count", count, [jnp.int32])
     check_shape("state.count", count, (), "a scalar")
     return count + 1
 
 
-def check_rate(learning_rate):
-    """The learning rate as a float32 scalar; raises if it has a shape."""
-    rate = jnp.asarray(learning_rate, jnp.float32)
+def check_rate(learning_rate: ArrayLike) -> Array:
+    """Returns the learning rate as a float32 scalar; raises unless it is a finite number."""
+    rate = as_array("learning_rate", learning_rate, "a number")
+    if not _is_real(rate):
+        raise TypeError(f"learning_rate must be a number, got {_describe(learning_rate)}")
     check_shape("learning_rate", rate, (), "a scalar")
-    return rate
+    # Numbers are checked as they were given: under jit, JAX's arrays of them are traced.
+    known = learning_rate if isinstance(learning_rate, numbers.Real | np.ndarray | np.generic) else rate
+    if _is_concrete(known):
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.asarray(known).astype(np.float32)):
+                raise ValueError(f"learning_rate must be finite in float32, got {learning_rate}")
+    return jnp.asarray(rate, jnp.float32)
 
 
-def adam_rates(learning_rate, count, b1: float, b2: float):
-    """What the handlers of Adam take as rates, float32 [3], for step `count` (from 1).
+def adam_attributes(b1: float, b2: float, epsilon: float) -> dict[str, np.float32]:
+    """Returns the attributes that the handlers of Adam take; b1 and b2 must be below 1 in float32."""
+    return {
+        "b1": as_float("b1", b1, below=1),
+        "b2": as_float("b2", b2, below=1),
+        "epsilon": as_float("epsilon", epsilon),
+    }
+
+
+def adam_rates(learning_rate: ArrayLike, count: Array, b1: np.float32, b2: np.float32) -> Array:
+    """Returns what the handlers of Adam take as rates, float32 [3], for step `count` (from 1).
 
     The learning rate, and the factors that undo the moments' start at 0.
     """
@@ -80,6 +232,16 @@ def adam_rates(learning_rate, count, b1: float, b2: float):
     return jnp.stack([check_rate(learning_rate), 1 / (1 - b1**t), 1 / (1 - b2**t)])
 
 
-def rounding_key(seed, step, *more):
-    """What the handlers take as the key of stochastic rounding, uint32 [3 + ...], from integer scalars."""
-    return jnp.stack([jnp.asarray(a, jnp.uint32) for a in (seed, 0, step, *more)])
+def rounding_key(seed: ArrayLike, step: ArrayLike, **more: ArrayLike) -> Array:
+    """Returns what the handlers take as the key of stochastic rounding, uint32 [3 + ...].
+
+    Args:
+      seed: integer scalar, the lower word of the kernels' seed, whose upper word is 0.
+      step: integer scalar, the number of the step.
+      more: integer scalars that follow in the key, by their names as arguments.
+    """
+    words = [as_uint32("seed", seed), np.uint32(0), as_uint32("step", step)]
+    words += [as_uint32(name, value) for name, value in more.items()]
+    if any(isinstance(word, Array) for word in words):
+        return jnp.stack(words)
+    return jnp.asarray(np.stack(words))

@@ -4,12 +4,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import adam_rates, check_dtype, check_shape, next_step, rounding_key
+from xla_ops._arguments import (
+    adam_attributes,
+    adam_rates,
+    as_array,
+    check_dtype,
+    check_shape,
+    next_step,
+    rounding_key,
+)
 
 
 class DenseAdamState(NamedTuple):
@@ -26,8 +33,9 @@ class DenseAdamState(NamedTuple):
     nu: Array
 
 
-def dense_adam_init(kernel: Array, dtype=jnp.float32) -> DenseAdamState:
+def dense_adam_init(kernel: ArrayLike, dtype=jnp.float32) -> DenseAdamState:
     """The state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
+    kernel = as_array("kernel", kernel)
     return DenseAdamState(jnp.zeros((), jnp.int32), *(jnp.zeros_like(kernel, dtype) for _ in range(2)))
 
 
@@ -58,8 +66,8 @@ def dense_adam_step(
       kernel: [D, O], float32.
       state: from `dense_adam_init`, or the last step.
       learning_rate: float32 scalar.
-      b1, b2: the decay rates of the moments.
-      epsilon: added to the root of the second moment.
+      b1, b2: the decay rates of the moments, at least 0 and below 1.
+      epsilon: added to the root of the second moment, at least 0.
       seed: uint32 scalar, of the rounding. With the number of the step and a weight's position it fixes the
         random bits, on any machine: those of `round_stochastically`.
       before: an array that is computed from the kernel as it was, such as the gradient of x: naming it here
@@ -74,28 +82,28 @@ def dense_adam_step(
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
     x, dy, kernel = _check(x, dy, kernel)
-    count, mu, nu = next_step(state, DenseAdamState), jnp.asarray(state.mu), jnp.asarray(state.nu)
+    count = next_step(state, DenseAdamState)
+    mu, nu = as_array("state.mu", state.mu), as_array("state.nu", state.nu)
     check_dtype("state.mu", mu, [jnp.float32, jnp.bfloat16])
     check_dtype("state.nu", nu, [mu.dtype])
     for name, moment in (("mu", mu), ("nu", nu)):
         check_shape(f"state.{name}", moment, kernel.shape, "that of the kernel")
-    rates, key = adam_rates(learning_rate, count, b1, b2), rounding_key(seed, count)
-    before = jnp.zeros(0, jnp.float32) if before is None else jnp.asarray(before)
+    constants, key = adam_attributes(b1, b2, epsilon), rounding_key(seed, count)
+    rates = adam_rates(learning_rate, count, constants["b1"], constants["b2"])
+    before = jnp.zeros(0, jnp.float32) if before is None else as_array("before", before)
     operands = _native.varying(x, kernel, dy, mu, nu, rates, key, before)
     kernel, mu, nu = _native.call(
         "xla_ops.dense_step.adam",
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (kernel, mu, nu)],
         *operands,
         aliases={1: 0, 3: 1, 4: 2},
-        b1=np.float32(b1),
-        b2=np.float32(b2),
-        epsilon=np.float32(epsilon),
+        **constants,
     )
     return kernel, DenseAdamState(count, mu, nu)
 
 
 def _check(x, dy, kernel) -> tuple[Array, Array, Array]:
-    x, dy, kernel = jnp.asarray(x), jnp.asarray(dy), jnp.asarray(kernel)
+    x, dy, kernel = as_array("x", x), as_array("dy", dy), as_array("kernel", kernel)
     for name, array in (("x", x), ("dy", dy), ("kernel", kernel)):
         check_dtype(name, array, [jnp.float32])
         if array.ndim != 2:

@@ -9,9 +9,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import check_connections, check_dtype, check_values
-from xla_ops._fan_in_matmul import fan_in_matmul_reference
-from xla_ops._inputs import SparseInputs, check_sparse, gradient_of, in_features
+from xla_ops._arguments import as_array, as_integer, check_dtype
+from xla_ops._fan_in_matmul import matmul_in_jnp
+from xla_ops._inputs import Layer, SparseInputs, check_layer, gradient_of, with_sparse
 
 LOSSES = ("squared_hinge", "bce")
 
@@ -57,7 +57,7 @@ def fan_in_loss(
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
     """
-    operands, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
+    operands, attributes = loss_operands(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     return _loss(tuple(attributes.items()), *operands)
 
 
@@ -73,18 +73,39 @@ def fan_in_loss_reference(
     sparse: SparseInputs | None = None,
 ) -> Array:
     """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
-    logits = fan_in_matmul_reference(x, kernel, indices, bias, sparse=sparse).astype(jnp.float32)
+    layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)
+    x, _, kernel, indices, bias, _ = layer
+    logits = matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias).astype(jnp.float32)
     is_positive = jnp.any(
         positives[:, :, None] == jnp.arange(kernel.shape[0], dtype=positives.dtype)[None, None], axis=1
     )
     margin = jnp.where(is_positive, logits, -logits)
-    count = x.shape[0] * (kernel.shape[0] if num_labels is None else num_labels)
+    count = x.shape[0] * num_labels
     if loss == "squared_hinge":
         return jnp.sum(jnp.square(jnp.maximum(0, 1 - margin))) / count
     return jnp.sum(jax.nn.softplus(-margin)) / count
 
 
-def check_loss(
+def _check(x, kernel, indices, bias, positives, loss, num_labels, sparse) -> tuple[Layer, Array, int]:
+    """Checks the arguments of `fan_in_loss`; returns the layer, the positives and the number of labels."""
+    layer = check_layer(x, kernel, indices, bias, sparse, ndim_at_least=2)
+    x, labels = layer.x, layer.kernel.shape[0]
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [B, D], got {list(x.shape)}")
+    positives = as_array("positives", positives)
+    check_dtype("positives", positives, [jnp.int32])
+    if positives.ndim != 2 or positives.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"positives must have shape [{x.shape[0]}, P] (one row per row of x), got {list(positives.shape)}"
+        )
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if num_labels is not None:
+        num_labels = as_integer("num_labels", num_labels, labels, 2**63 - 1, " (at least L)")
+    return layer, positives, labels if num_labels is None else num_labels
+
+
+def loss_operands(
     x, kernel, indices, bias, positives, loss, num_labels, sparse
 ) -> tuple[tuple[Array, ...], dict[str, np.int64]]:
     """Checks the arguments of `fan_in_loss`.
@@ -93,25 +114,9 @@ def check_loss(
       x, rows, columns, values, kernel, indices, bias and positives as the handlers take them, and their
       attributes `loss`, `num_labels` and `num_columns`.
     """
-    x, kernel, indices, positives = (jnp.asarray(a) for a in (x, kernel, indices, positives))
-    bias = None if bias is None else jnp.asarray(bias)
-    check_values("x", x, ndim_at_least=2)
-    if x.ndim != 2:
-        raise ValueError(f"x must have shape [B, D], got {list(x.shape)}")
-    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=in_features(x, sparse))
-    entries, num_columns = check_sparse(sparse, x)
-    check_dtype("positives", positives, [jnp.int32])
-    if positives.ndim != 2 or positives.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"positives must have shape [{x.shape[0]}, P] (one row per row of x), got {list(positives.shape)}"
-        )
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    num_labels = kernel.shape[0] if num_labels is None else num_labels
-    if num_labels < kernel.shape[0]:
-        raise ValueError(f"num_labels must be at least L, {kernel.shape[0]}, got {num_labels}")
+    layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)
+    x, entries, kernel, indices, bias, num_columns = layer
     _native.register()
-    bias = jnp.zeros(0, x.dtype) if bias is None else bias
     attributes = {"loss": LOSSES.index(loss), "num_labels": num_labels, "num_columns": num_columns}
     operands = _native.varying(x, *entries, kernel, indices, bias, positives)
     return operands, {name: np.int64(value) for name, value in attributes.items()}

@@ -9,8 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import check_connections, check_values
-from xla_ops._inputs import SparseInputs, check_sparse, gradient_of, in_features, with_sparse
+from xla_ops._inputs import SparseInputs, check_layer, gradient_of, with_sparse
 
 
 def fan_in_matmul(
@@ -47,13 +46,8 @@ def fan_in_matmul(
     Reference: Schultheis & Babbar, "Towards Memory-Efficient Training for Extremely Large Output Spaces",
     ECML-PKDD 2023, section 3.
     """
-    x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
-    bias = None if bias is None else jnp.asarray(bias)
-    check_values("x", x, ndim_at_least=1)
-    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=in_features(x, sparse))
-    entries, num_columns = check_sparse(sparse, x)
+    x, entries, kernel, indices, bias, num_columns = check_layer(x, kernel, indices, bias, sparse)
     _native.register()
-    bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handlers take for none
     examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = _matmul(num_columns, *_native.varying(examples, *entries, kernel, indices, bias))
     return y.reshape(*x.shape[:-1], kernel.shape[0])
@@ -68,13 +62,18 @@ def fan_in_matmul_reference(
     sparse: SparseInputs | None = None,
 ) -> Array:
     """`fan_in_matmul` in plain `jax.numpy`: slow, and [..., L, F] in memory. Same arguments and result."""
-    x, kernel = with_sparse(x, sparse), jnp.asarray(kernel)
-    indices = jnp.asarray(indices).astype(jnp.int32)
+    x, _, kernel, indices, bias, _ = check_layer(x, kernel, indices, bias, sparse)
+    return matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias)
+
+
+def matmul_in_jnp(x: Array, kernel: Array, indices: Array, bias: Array) -> Array:
+    """`fan_in_matmul_reference` of arguments as `check_layer` returns them, with all inputs in x."""
+    indices = indices.astype(jnp.int32)
     valid = (indices >= 0) & (indices < x.shape[-1])
     inputs = jnp.take(x, jnp.where(valid, indices, 0), axis=-1)
     weights = jnp.where(valid, kernel, 0).astype(kernel.dtype)
     y = jnp.einsum("...lf,lf->...l", inputs, weights, preferred_element_type=jnp.float32)
-    if bias is not None:
+    if bias.size:
         y = y + jnp.broadcast_to(bias, y.shape).astype(jnp.float32)
     return y.astype(x.dtype)
 

@@ -4,13 +4,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import adam_rates, check_dtype, check_rate, check_shape, next_step, rounding_key
-from xla_ops._fan_in_loss import check_loss
+from xla_ops._arguments import (
+    adam_attributes,
+    adam_rates,
+    as_array,
+    check_dtype,
+    check_rate,
+    check_shape,
+    next_step,
+    rounding_key,
+)
+from xla_ops._fan_in_loss import loss_operands
 from xla_ops._inputs import SparseInputs, gradient_of
 
 
@@ -32,6 +40,8 @@ class AdamState(NamedTuple):
 
 def adam_init(kernel: ArrayLike, bias: ArrayLike | None) -> AdamState:
     """The state before the first step, for kernel [L, F] and bias ([L] or None)."""
+    kernel = as_array("kernel", kernel)
+    bias = None if bias is None else as_array("bias", bias)
     return AdamState(
         jnp.zeros((), jnp.int32),
         *(jnp.zeros_like(kernel) for _ in range(2)),
@@ -69,8 +79,8 @@ def fan_in_adam_step(
         float32.
       state: from `adam_init`, or the last step.
       learning_rate: float32 scalar.
-      b1, b2: the decay rates of the moments.
-      epsilon: added to the root of the second moment; by default the paper's framework's.
+      b1, b2: the decay rates of the moments, at least 0 and below 1.
+      epsilon: added to the root of the second moment, at least 0; by default the paper's framework's.
       wants_d_x: whether the gradient with respect to x is used. What is left out costs nothing.
 
     Returns:
@@ -82,19 +92,23 @@ def fan_in_adam_step(
 
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
-    check_dtype("kernel", jnp.asarray(kernel), [jnp.float32])
-    inputs, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
+    kernel = as_array("kernel", kernel)
+    check_dtype("kernel", kernel, [jnp.float32])
+    inputs, attributes = loss_operands(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
     shapes = {"kernel": kernel.shape, "bias": bias.shape}
     count, moments = next_step(state, AdamState), []
     for name in ("mu_kernel", "nu_kernel", "mu_bias", "nu_bias"):
         moment = getattr(state, name)
-        moment = jnp.zeros(0, jnp.float32) if moment is None else jnp.asarray(moment)
+        if moment is None and name.endswith("bias"):
+            moment = jnp.zeros(0, jnp.float32)
+        moment = as_array(f"state.{name}", moment)
         layer_array = name.split("_")[1]
         check_dtype(f"state.{name}", moment, [jnp.float32])
         check_shape(f"state.{name}", moment, shapes[layer_array], f"that of the {layer_array}")
         moments.append(moment)
-    rates = adam_rates(learning_rate, count, b1, b2)
+    constants = adam_attributes(b1, b2, epsilon)
+    rates = adam_rates(learning_rate, count, constants["b1"], constants["b2"])
     operands = _native.varying(*inputs, *moments, rates)
     like_layer = (_like(a) for a in (kernel, bias, *moments))
     results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), *like_layer]
@@ -104,9 +118,7 @@ def fan_in_adam_step(
         *operands,
         aliases={4: 2, 6: 3, 8: 4, 9: 5, 10: 6, 11: 7},
         **attributes,
-        b1=np.float32(b1),
-        b2=np.float32(b2),
-        epsilon=np.float32(epsilon),
+        **constants,
     )
     mu_kernel, nu_kernel, mu_bias, nu_bias = moments
     of_x = d_x if wants_d_x else None
@@ -163,9 +175,9 @@ def fan_in_sgd_step(
     Spaces", ICML 2025, for momentum-free SGD with stochastic rounding in an extreme classifier.
     """
     has_bias = bias is not None
-    inputs, attributes = check_loss(x, kernel, indices, bias, positives, loss, num_labels, sparse)
+    inputs, attributes = loss_operands(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
-    rate, key = check_rate(learning_rate), rounding_key(seed, step, first_label)
+    rate, key = check_rate(learning_rate), rounding_key(seed, step, first_label=first_label)
     operands = _native.varying(*inputs, rate, key)
     results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), _like(kernel), _like(bias)]
     value, d_x, kernel, bias = _native.call(

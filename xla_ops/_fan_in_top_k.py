@@ -8,9 +8,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import check_connections, check_values
-from xla_ops._fan_in_matmul import fan_in_matmul_reference
-from xla_ops._inputs import SparseInputs, check_sparse, in_features, with_sparse
+from xla_ops._arguments import as_integer
+from xla_ops._fan_in_matmul import matmul_in_jnp
+from xla_ops._inputs import Layer, SparseInputs, check_layer, with_sparse
 
 
 def fan_in_top_k(
@@ -54,15 +54,8 @@ def fan_in_top_k(
       >>> labels.tolist()
       [[1, 2]]
     """
-    x, kernel, indices = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(indices)
-    bias = None if bias is None else jnp.asarray(bias)
-    check_values("x", x, ndim_at_least=1)
-    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=in_features(x, sparse))
-    entries, num_columns = check_sparse(sparse, x)
-    if not 0 <= k <= kernel.shape[0]:
-        raise ValueError(f"k must be between 0 and the number of labels, {kernel.shape[0]}, got {k}")
+    (x, entries, kernel, indices, bias, num_columns), k = _check(x, kernel, indices, bias, k, sparse)
     _native.register()
-    bias = jnp.zeros(0, x.dtype) if bias is None else bias  # what the handler takes for none
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results = [jax.ShapeDtypeStruct((rows.shape[0], k), dtype) for dtype in (jnp.float32, jnp.int32)]
     operands = _native.varying(rows, *entries, kernel, indices, bias)
@@ -74,5 +67,11 @@ def fan_in_top_k_reference(
     x, kernel, indices, bias, k: int, *, sparse: SparseInputs | None = None
 ) -> tuple[Array, Array]:
     """`fan_in_top_k` in plain `jax.numpy`, with the logits of all labels. Same arguments and result."""
-    x, kernel = with_sparse(x, sparse).astype(jnp.float32), jnp.asarray(kernel).astype(jnp.float32)
-    return jax.lax.top_k(fan_in_matmul_reference(x, kernel, indices, bias), k)
+    (x, _, kernel, indices, bias, _), k = _check(x, kernel, indices, bias, k, sparse)
+    x, kernel = with_sparse(x, sparse).astype(jnp.float32), kernel.astype(jnp.float32)
+    return jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)
+
+
+def _check(x, kernel, indices, bias, k, sparse) -> tuple[Layer, int]:
+    layer = check_layer(x, kernel, indices, bias, sparse)
+    return layer, as_integer("k", k, 0, layer.kernel.shape[0], " (the number of labels)")

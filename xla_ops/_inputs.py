@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from xla_ops._arguments import check_dtype, check_shape, check_values
+from xla_ops._arguments import (
+    as_array,
+    as_integer,
+    check_connections,
+    check_dtype,
+    check_shape,
+    check_values,
+)
+
+_INT32_MAX = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -33,41 +43,83 @@ class SparseInputs:
     num_columns: int = dataclasses.field(metadata={"static": True})
 
     def densify(self, batch: int) -> Array:
-        """The same as an array [B, C], for B examples."""
-        rows, columns, values = (jnp.asarray(a) for a in (self.rows, self.columns, self.values))
+        """Returns the same inputs as an array [B, C], for B examples.
+
+        Raises:
+          TypeError, ValueError: for an attribute of the wrong dtype or shape, or a batch out of range.
+        """
+        rows, columns, values = check_entries(self)
+        batch = as_integer("batch", batch, 0, _INT32_MAX)
         inside = (rows >= 0) & (rows < batch) & (columns >= 0) & (columns < self.num_columns)
         dense = jnp.zeros((batch, self.num_columns), values.dtype)
         return dense.at[jnp.where(inside, rows, batch), columns].add(values, mode="drop")
 
 
-def in_features(x: Array, sparse: SparseInputs | None) -> int:
-    """The number of inputs, dense and sparse."""
-    return x.shape[-1] + (0 if sparse is None else sparse.num_columns)
+class Layer(NamedTuple):
+    """The arguments of a fixed fan-in layer, converted to arrays and checked, as the handlers take them.
 
-
-def check_sparse(sparse: SparseInputs | None, x: Array) -> tuple[tuple[Array, Array, Array], np.int64]:
-    """Checks sparse inputs beside x [B, D].
-
-    Returns:
-      rows, columns and values as the handlers take them, and `num_columns` as their attribute; where there
-      are no sparse inputs, arrays of no entries and 0.
+    Attributes:
+      x: [..., D], float32 or bfloat16.
+      entries: rows, columns and values of the sparse inputs; of no entries where there are none.
+      kernel: [L, F], of x's dtype.
+      indices: [L, F], uint16 or int32.
+      bias: [L], of x's dtype; [0] for none.
+      num_columns: the handlers' attribute C; 0 where there are no sparse inputs.
     """
-    if sparse is None:
-        nothing = jnp.zeros(0, jnp.int32)
-        return (nothing, nothing, jnp.zeros(0, x.dtype)), np.int64(0)
-    rows, columns, values = (jnp.asarray(a) for a in (sparse.rows, sparse.columns, sparse.values))
-    if sparse.num_columns < 0 or x.shape[-1] + sparse.num_columns > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"sparse.num_columns must be at least 0, and fit int32 indices, got {sparse.num_columns}"
-        )
+
+    x: Array
+    entries: tuple[Array, Array, Array]
+    kernel: Array
+    indices: Array
+    bias: Array
+    num_columns: np.int64
+
+
+def check_layer(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    sparse: SparseInputs | None,
+    *,
+    ndim_at_least: int = 1,
+) -> Layer:
+    """Converts and checks the arguments that all ops of a fixed fan-in layer have.
+
+    Raises:
+      TypeError, ValueError: for an argument of the wrong type, dtype or shape, naming it.
+    """
+    x, kernel, indices = as_array("x", x), as_array("kernel", kernel), as_array("indices", indices)
+    bias = None if bias is None else as_array("bias", bias)
+    check_values("x", x, ndim_at_least=ndim_at_least)
+    nothing = jnp.zeros(0, jnp.int32)
+    entries, num_columns = (nothing, nothing, jnp.zeros(0, x.dtype)), 0
+    if sparse is not None:
+        (rows, columns, values), num_columns = check_entries(sparse, x), sparse.num_columns
+        entries = (rows, columns, _constant(values))
+    check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1] + num_columns)
+    bias = jnp.zeros(0, x.dtype) if bias is None else bias
+    return Layer(x, entries, kernel, indices, bias, np.int64(num_columns))
+
+
+def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, Array, Array]:
+    """Returns rows, columns and values of sparse inputs as checked arrays, which fit x [..., D] if given."""
+    if not isinstance(sparse, SparseInputs):
+        raise TypeError(f"sparse must be SparseInputs or None, got a value of type {type(sparse).__name__}")
+    rows, columns, values = (
+        as_array(f"sparse.{name}", getattr(sparse, name)) for name in ("rows", "columns", "values")
+    )
+    most = _INT32_MAX - (0 if x is None else x.shape[-1])
+    as_integer("sparse.num_columns", sparse.num_columns, 0, most, " (beside x, for int32 indices)")
     check_dtype("sparse.rows", rows, [jnp.int32])
     check_dtype("sparse.columns", columns, [jnp.int32])
     check_values("sparse.values", values, ndim_at_least=1)
-    check_dtype("sparse.values", values, [x.dtype])
+    if x is not None:
+        check_dtype("sparse.values", values, [x.dtype])
     for name, array in (("rows", rows), ("columns", columns)):
         check_shape(f"sparse.{name}", array, (values.size,), "one per value")
     check_shape("sparse.values", values, (values.size,), "a flat list")
-    return (rows, columns, _constant(values)), np.int64(sparse.num_columns)
+    return rows, columns, values
 
 
 def gradient_of(x: Array, wanted: bool) -> jax.ShapeDtypeStruct:
@@ -75,9 +127,8 @@ def gradient_of(x: Array, wanted: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape if wanted else (0, 0), x.dtype)
 
 
-def with_sparse(x: ArrayLike, sparse: SparseInputs | None) -> Array:
-    """All inputs [..., D + C] in one array, for references."""
-    x = jnp.asarray(x)
+def with_sparse(x: Array, sparse: SparseInputs | None) -> Array:
+    """Returns all inputs [..., D + C] in one array, for references."""
     if sparse is None:
         return x
     examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

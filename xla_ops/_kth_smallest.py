@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._arguments import VALUE_DTYPES, check_dtype
+from xla_ops._arguments import VALUE_DTYPES, as_array, as_integer, check_dtype
 from xla_ops._partition import partitioned
 
 _HANDLER = "xla_ops.kth_smallest"
@@ -33,13 +33,9 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
     Raises:
       TypeError, ValueError: x of another dtype, or k out of range.
     """
-    x = jnp.asarray(x)
-    check_dtype("x", x, VALUE_DTYPES)
-    size = x.size * math.prod(jax.lax.axis_size(axis) for axis in axes)
-    if not 1 <= k <= size:
-        raise ValueError(f"k must be in 1..{size} (the size of x), got {k}")
+    x, k = _check(x, k, axes)
     if axes:
-        return kth_smallest_magnitude_reference(x, k, axes=axes)
+        return _bisect(x, k, axes)
     _native.register()
 
     def native(x, workspace=()):
@@ -53,7 +49,7 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
 
     def on_any_platform(x):
         if (cuda := _native.cuda()) is None:
-            reference = functools.partial(kth_smallest_magnitude_reference, k=k)
+            reference = functools.partial(_bisect, k=k, axes=())
             return (jax.lax.platform_dependent(x, cpu=native, default=reference),)
         size = cuda.workspace_bytes(_HANDLER, x.dtype == jnp.bfloat16, *[0] * 7)
         on_cuda = functools.partial(native, workspace=[((size,), jnp.uint8)])
@@ -63,8 +59,21 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
 
 
 def kth_smallest_magnitude_reference(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
-    """`kth_smallest_magnitude` in plain `jax.numpy`: bisects on the bits, which are in the order of |x|."""
-    bits = jax.lax.bitcast_convert_type(jnp.abs(jnp.asarray(x).astype(jnp.float32)), jnp.uint32)
+    """`kth_smallest_magnitude` in plain `jax.numpy`. Same arguments and result."""
+    x, k = _check(x, k, axes)
+    return _bisect(x, k, axes)
+
+
+def _check(x: ArrayLike, k: int, axes: tuple[str, ...]) -> tuple[Array, int]:
+    x = as_array("x", x)
+    check_dtype("x", x, VALUE_DTYPES)
+    size = x.size * math.prod(jax.lax.axis_size(axis) for axis in axes)
+    return x, as_integer("k", k, 1, size, " (the size of x)")
+
+
+def _bisect(x: Array, k: int, axes: tuple[str, ...]) -> Array:
+    """Bisects on the bits, which are in the order of |x|; k may exceed the size of this part of an array."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
     def halve(_, bounds):  # the answer's bits are in low..high
         low, high = bounds

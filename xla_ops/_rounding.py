@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from xla_ops._arguments import check_dtype, rounding_key
+from xla_ops._arguments import UINT32_MAX, as_array, as_integer, as_uint32, check_dtype, rounding_key
 
 
 def round_stochastically(
@@ -51,17 +51,14 @@ def round_stochastically(
     Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, for Philox4x32-10, whose
     bits these are; which of them a position has stands in `csrc/cpu/kernels.h`.
     """
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     check_dtype("x", x, [jnp.float32])
     if x.ndim < 1:
         raise ValueError("x must have at least 1 dimension(s), got shape []")
     columns = x.shape[-1]
-    row_length = columns if row_length is None else row_length
-    if not columns <= row_length < 2**32:
-        raise ValueError(f"row_length must be in {columns}..{2**32 - 1}, got {row_length}")
-    if not 0 <= first < 2**64:
-        raise ValueError(f"first must be in 0..{2**64 - 1}, got {first}")
-    return _round(x, rounding_key(seed, step), jnp.asarray(first_row, jnp.uint32), first, row_length)
+    row_length = as_integer("row_length", columns if row_length is None else row_length, columns, UINT32_MAX)
+    first = as_integer("first", first, 0, 2**64 - 1)
+    return _round(x, rounding_key(seed, step), as_uint32("first_row", first_row), first, row_length)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), inline=True)

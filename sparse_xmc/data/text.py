@@ -1,8 +1,11 @@
 """Turns raw text and label names, as read by `formats.read_tsv`, into the matrices of a `Dataset`."""
 
 import collections
+import functools
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,12 +19,14 @@ from sparse_xmc.data import files
 class TextEncoder:
     """Bag-of-words features: TF-IDF with logarithmic counts, rows scaled to unit length.
 
-    A word is a run of letters, digits and underscores, lower-cased; unlike scikit-learn's default it may be a
-    single character, because `c` and `7` tell labels apart. Pairs of neighbouring words (bigrams), with a
-    space between them, may be features like words. What `fit` has not seen is ignored.
+    A word is a letter, digit or underscore, and all letters, digits, underscores and combining marks (Unicode
+    category M) that follow; texts are normalized to NFC and lower-cased first. Unlike scikit-learn's default,
+    a word may be a single character, because `c` and `7` tell labels apart, and marks do not end it: they are
+    vowels in Hindi, Tamil, Thai and vocalised Arabic. Pairs of neighbouring words (bigrams), with a space
+    between them, may be features like words. What `fit` has not seen is ignored.
 
     Args:
-      words: the V words and pairs of words, each once; a word's position is its feature id.
+      words: the V words and pairs of words, each once, in NFC; a word's position is its feature id.
       idf: float32 `[V]`, the weight of each word.
 
     Attributes:
@@ -185,5 +190,34 @@ def _list_of(texts: Iterable[str]) -> list[str]:
 
 def _new_vectorizer(ngrams: int, **options) -> TfidfVectorizer:
     return TfidfVectorizer(
-        token_pattern=r"\b\w+\b", ngram_range=(1, ngrams), sublinear_tf=True, dtype=np.float32, **options
+        preprocessor=_normalize,
+        tokenizer=_words,
+        token_pattern=None,
+        ngram_range=(1, ngrams),
+        sublinear_tf=True,
+        dtype=np.float32,
+        **options,
     )
+
+
+_ASCII_WORD = re.compile(r"\w+")
+
+
+def _normalize(text: str) -> str:
+    """Returns a text in the normal form NFC and lower case."""
+    return (text if text.isascii() else unicodedata.normalize("NFC", text)).lower()
+
+
+def _words(text: str) -> list[str]:
+    """Returns the words of a text, in order."""
+    return (_ASCII_WORD if text.isascii() else _any_word()).findall(text)
+
+
+@functools.cache
+def _any_word() -> re.Pattern[str]:
+    """The pattern of a word with combining marks, for which `re` has no class."""
+    # All marks are in these ranges: U+0300 to the end of plane 1, and the variation selectors in plane 14.
+    points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
+    marks = "".join(chr(point) for point in points if unicodedata.category(chr(point)).startswith("M"))
+    # The lookahead is there for speed: it rules out ASCII at once, where `re` would go through the class.
+    return re.compile(rf"\w(?:\w|(?=[\u0300-\U0010ffff])[{marks}])*")

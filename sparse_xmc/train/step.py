@@ -37,7 +37,7 @@ class Step:
     Attributes:
       graphdef: the structure of the classifier.
       config: how to train.
-      seed: of stochastic rounding.
+      seed: of rewiring and stochastic rounding, in 0..2^32-1.
       optimizer: the encoder's.
       fused: whether the head steps in place.
     """

@@ -1,6 +1,7 @@
 """Training step by step."""
 
 import functools
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -46,8 +47,8 @@ class Trainer:
       mesh: the devices that the classifier's labels are split over, or None.
 
     Raises:
-      ValueError: the head cannot be trained so, something would be left untrained, or settings of the
-        encoder's optimizer are given beside an optimizer that does not ask for them.
+      ValueError: the seed is not an integer in 0..2^32-1, the head cannot be trained so, something would be left untrained,
+        or settings of the encoder's optimizer are given beside an optimizer that does not ask for them.
     """
 
     def __init__(
@@ -104,12 +105,14 @@ class Trainer:
         """One step, and the rewiring that falls due after it. Returns the loss (not waited for).
 
         Raises:
-          ValueError: positives are not as `Batch` has them; or nothing would train one of the parameters.
+          TypeError: the learning rate is not a number, or positives are not integers.
+          ValueError: the learning rate is not finite; positives are not as `Batch` has them; or nothing would
+            train one of the parameters.
         """
+        rate = _check_rate(learning_rate)
         _check_positives(np.asarray(batch.positives), self.num_labels)
         batch = place_batch(batch, self.mesh)
-        rate, step = np.float32(learning_rate), np.int32(self.step)
-        self.state, loss = self._programs.train(self.state, batch, rate, step)
+        self.state, loss = self._programs.train(self.state, batch, rate, np.int32(self.step))
         self.step += 1
         interval = self.config.rewire_interval
         if interval != -1 and self.step % interval == 1 % interval:
@@ -212,8 +215,25 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
     )
 
 
+def _check_rate(learning_rate: Any) -> np.float32:
+    """Returns a learning rate as float32; raises unless it is a finite number, or an array of one."""
+    is_number = isinstance(learning_rate, numbers.Real | np.ndarray | np.generic | jax.Array)
+    rate = np.asarray(learning_rate if is_number else None)
+    is_real = jnp.issubdtype(rate.dtype, jnp.floating) or jnp.issubdtype(rate.dtype, jnp.integer)
+    if rate.shape != () or not is_real:
+        raise TypeError(f"learning_rate must be a number, got {learning_rate!r}")
+    with np.errstate(over="ignore"):
+        rate = rate.astype(np.float32)
+    if not np.isfinite(rate):
+        raise ValueError(f"learning_rate must be finite in float32, got {learning_rate}")
+    return np.float32(rate)
+
+
 def _check_positives(positives: np.ndarray, num_labels: int) -> None:
-    """Raises ValueError unless positives [B, P] are labels or -1, and a point has each once."""
+    """Raises unless positives [B, P] are labels or -1, and a point has each once."""
+    if positives.ndim != 2 or positives.dtype.kind not in "iu":
+        got = f"dtype {positives.dtype.name} and shape {list(positives.shape)}"
+        raise TypeError(f"positives must be an array of integers [B, P], got {got}")
     wrong = (positives < -1) | (positives >= num_labels)
     if wrong.any():
         row = int(wrong.any(axis=1).argmax())

@@ -1,5 +1,6 @@
 """`python -m experiments.run` on a tiny data set, as users run it."""
 
+import collections
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import scipy.sparse
 
 import experiments
 from sparse_xmc import XMCClassifier
-from sparse_xmc.data import Dataset, read_tsv, write_xmc_text
+from sparse_xmc.data import Dataset, read_tsv, write_tsv, write_xmc_text
 from sparse_xmc.saving import SavedModel
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
@@ -88,13 +89,42 @@ def test_result(finished):
     assert sum(report["labels_by_group"]) == 12
 
 
-def test_what_is_trained_is_told_first(finished):
+def test_what_is_trained_is_told_first(tsv, finished):
     _, _, printed = finished
-    points, labels, words, memory, parameters = printed.splitlines()[:5]
+    points, labels, frequent, words, memory, parameters = printed.splitlines()[:6]
     assert points == "60 training points, 12 of them to validate on; 20 test points"
     assert (labels, words) == ("12 labels", "12 words")
+    given = collections.Counter(
+        name for names in read_tsv(tsv[0].removeprefix("--train="))[0] for name in names
+    )
+    most = sorted(given.items(), key=lambda item: (-item[1], item[0]))[:3]
+    assert frequent == (
+        f"{sum(given.values()) / 60:.2f} labels per training point on average; most frequent: "
+        + ", ".join(f"{name} ({count})" for name, count in most)
+    )
     assert memory.startswith("planned memory ")
     assert parameters == f"{12 * 32 + 32 * 64 + 64 + 12 * 8 + 12:,} parameters"
+
+
+def test_a_wrong_separator_and_swapped_columns_are_warned_of(tmp_path):
+    names = [["a", "b", "c"][: 1 + i % 3] for i in range(120)]
+    texts = [f"point {i} has {' '.join(row)}" for i, row in enumerate(names)]
+    wrong = {
+        "separator": ([[";".join(row)] for row in names], texts, "label names contain ';', such as 'a;b'"),
+        "columns": (
+            [[text] for text in texts],
+            [" ".join(row) for row in names],
+            "are labels and texts swapped",
+        ),
+    }
+    for name, (labels, of_points, warning) in wrong.items():
+        path = tmp_path / f"{name}.tsv"
+        write_tsv(path, labels, of_points)
+        planned = run(f"--train={path}", f"--test={path}", f"--workdir={tmp_path / name}", "--plan")
+        assert planned.returncode == 0, planned.stderr
+        assert "UserWarning: " in planned.stderr
+        assert warning in planned.stderr
+    assert "1.00 labels per training point on average; most frequent: point 0 has a (1), " in planned.stdout
 
 
 def test_epochs_are_recorded(finished):

@@ -520,6 +520,36 @@ def test_labels_that_are_none_are_errors(convert, wrong):
     assert trainer.step == 0
 
 
+@pytest.mark.parametrize(
+    ("rate", "error", "message"),
+    [
+        (None, TypeError, "learning_rate must be a number, got None"),
+        ("0.1", TypeError, "learning_rate must be a number, got '0.1'"),
+        (float("nan"), ValueError, "learning_rate must be finite in float32, got nan"),
+        (jnp.float32(np.inf), ValueError, "learning_rate must be finite in float32, got inf"),
+        (1e300, ValueError, "learning_rate must be finite in float32, got 1e+300"),
+    ],
+)
+def test_a_bad_learning_rate_is_an_error(rate, error, message):
+    trainer = new_trainer()
+    with pytest.raises(error) as raised:
+        trainer.train_step(one_batch(), rate)
+    assert str(raised.value) == message
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("positives", [None, np.zeros((8, 1)), np.zeros(8, np.int32), "abc"])
+def test_positives_that_are_not_a_matrix_of_integers_are_an_error(positives):
+    with pytest.raises(TypeError, match=r"positives must be an array of integers \[B, P\], got dtype"):
+        new_trainer().train_step(Batch(make_inputs(), positives), 1e-3)
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, True, -1, 2**32])
+def test_a_bad_seed_is_an_error(seed):
+    with pytest.raises(ValueError, match=f"seed must be a whole number between 0 and 4294967295, got {seed}"):
+        Trainer(make_model("fixed_fan_in", fan_in=4), TrainingConfig(batch_size=8), seed=seed)
+
+
 def test_a_label_listed_twice_is_an_error():
     positives = np.full((8, 3), -1, np.int32)
     positives[2] = [7, -1, 7]

@@ -308,7 +308,7 @@ def test_vmap_over_inputs_alone_is_one_call():
 @pytest.mark.parametrize("labels", [0, 10])
 def test_vmap_over_nothing(count, labels):
     _, kernel, indices, bias, _ = PROBLEM
-    x = jnp.zeros((count, 7, 12))
+    x = jnp.zeros((count, 7, 12), jnp.float32)
     y = jax.vmap(fan_in_matmul, (0, None, None, None))(x, kernel[:labels], indices[:labels], bias[:labels])
     assert y.shape == (count, 7, labels)
 

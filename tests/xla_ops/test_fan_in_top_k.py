@@ -241,11 +241,11 @@ BAD = {
         ValueError,
         "bias must have shape [4] (one per row of indices), got [0]",
     ),
-    "k negative": ({"k": -1}, ValueError, "k must be between 0 and the number of labels, 4, got -1"),
+    "k negative": ({"k": -1}, ValueError, "k must be in 0..4 (the number of labels), got -1"),
     "k above the number of labels": (
         {"k": 5},
         ValueError,
-        "k must be between 0 and the number of labels, 4, got 5",
+        "k must be in 0..4 (the number of labels), got 5",
     ),
 }
 

@@ -507,12 +507,12 @@ BAD = {
     "fewer than no columns": (
         {"num_columns": -1},
         ValueError,
-        "sparse.num_columns must be at least 0, and fit int32 indices, got -1",
+        "sparse.num_columns must be in 0..2147483635 (beside x, for int32 indices), got -1",
     ),
     "too many columns": (
         {"num_columns": 2**31 - 12},
         ValueError,
-        "sparse.num_columns must be at least 0, and fit int32 indices, got 2147483636",
+        "sparse.num_columns must be in 0..2147483635 (beside x, for int32 indices), got 2147483636",
     ),
 }
 

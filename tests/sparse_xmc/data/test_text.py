@@ -1,12 +1,19 @@
 import json
 import math
+import sys
+import unicodedata
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
 
-from sparse_xmc.data import text
+import sparse_xmc
+from sparse_xmc.data import read_tsv, text
+
+ROOT = Path(sparse_xmc.__file__).parents[1]
 
 TEXTS = ["a B b", "A c, 7!"]
 
@@ -54,6 +61,52 @@ class TestTextEncoder:
             expected = np.array([[0, 0, 1, rare, rare], [1, 0, 1, 0, 0]])
             expected /= np.linalg.norm(expected, axis=1, keepdims=True)
             np.testing.assert_allclose(features, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("of_text", "words"),
+        [
+            ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+            ("สวัสดี ชาวโลก", ["สวัสดี", "ชาวโลก"]),
+            ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+            ("مَرْحَبًا بِكَ", ["مَرْحَبًا", "بِكَ"]),
+            ("Crème, brûlée!", ["crème", "brûlée"]),
+            ("İstanbul'da q\u0307x_7", ["i\u0307stanbul", "da", "q\u0307x_7"]),
+            ("\u0301 a \u0301b", ["a", "b"]),  # a mark without a letter before it is no word
+        ],
+    )
+    @pytest.mark.parametrize("form", ["NFC", "NFD"])
+    def test_combining_marks_are_part_of_words_in_either_normal_form(self, of_text, words, form):
+        encoder = text.TextEncoder.fit([unicodedata.normalize(form, of_text)] * 2)
+        assert sorted(encoder.words) == sorted(unicodedata.normalize("NFC", word) for word in words)
+        composed, decomposed = (encoder([unicodedata.normalize(f, of_text)]) for f in ("NFC", "NFD"))
+        assert composed.nnz == len(words)
+        np.testing.assert_array_equal(composed.toarray(), decomposed.toarray())
+
+    def test_all_marks_are_part_of_words(self):
+        every = [chr(point) for point in range(sys.maxunicode + 1)]
+        marks = "".join(c for c in every if unicodedata.category(c).startswith("M"))
+        assert len(marks) > 2000
+        assert text._words(f"a{marks}b c") == [f"a{marks}b", "c"]
+        others = "".join(c for c in every if not c.isalnum() and c != "_" and c not in set(marks))
+        assert text._words(f"a{others}b") == ["a", "b"]
+
+    @pytest.mark.parametrize("ngrams", [1, 2])
+    def test_english_texts_have_the_words_of_scikit_learn(self, ngrams):
+        _, texts = read_tsv(ROOT / "experiments" / "data" / "wordnet" / "test.tsv.xz")
+        texts = texts[:3000]
+        encoder = text.TextEncoder.fit(texts, ngrams=ngrams)
+        theirs = TfidfVectorizer(
+            token_pattern=r"\b\w+\b", ngram_range=(1, ngrams), sublinear_tf=True, dtype=np.float32, min_df=2
+        )
+        expected = theirs.fit_transform(texts)
+        assert encoder.words == theirs.get_feature_names_out().tolist()
+        np.testing.assert_array_equal((encoder(texts) - expected).toarray(), 0)
+
+    def test_an_encoder_saved_before_loads(self, tmp_path):
+        state = {"words": ["cat", "न", "caf"], "idf": [1.0, 2.0, 3.0]}  # of texts cut at combining marks
+        (tmp_path / "words.json").write_text(json.dumps(state))
+        encoder = text.TextEncoder.load(tmp_path / "words.json")
+        assert encoder(["the Cat, cat", "नमस्ते"]).toarray().tolist() == [[1, 0, 0], [0, 0, 0]]
 
     def test_no_word_left(self):
         with pytest.raises(ValueError, match="no word is in 2 of the 2 texts"):
