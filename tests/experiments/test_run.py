@@ -187,7 +187,7 @@ def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
 def test_flags_that_have_no_use_are_named(tsv, tmp_path):
     printed = output_of(*tsv, *SMALL, "--head=dense", "--epochs=1", f"--workdir={tmp_path / 'run'}")
     assert "--head=dense has no use for --fan_in, --penultimate" in printed
-    assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": 0.0}
+    assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": -1.0}
 
 
 def test_help_lists_the_flags_of_the_settings():
