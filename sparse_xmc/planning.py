@@ -1,9 +1,7 @@
 """The memory that training will take, before anything is allocated."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from sparse_xmc.data.batches import Batches
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.encoders.table import TableParam
 from sparse_xmc.evaluation import trace_top_k
+from sparse_xmc.memory_limits import bytes_left
 from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
 
@@ -24,7 +23,6 @@ from sparse_xmc.train import Trainer, TrainingConfig
 RUNTIME_BYTES = 50 * 2**20
 # Below these, settings are not proposed.
 _LEAST = {"batch_size": 32, "penultimate": 1024, "fan_in": 16}
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +147,7 @@ def _available(mesh: Mesh | None) -> tuple[int, str]:
         if "bytes_limit" not in stats:
             raise RuntimeError(f"{device} does not say how much memory it has")
         return stats["bytes_limit"] - stats["bytes_in_use"], device.device_kind
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # a container may have less; "max" is no number
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
+    free = min([psutil.virtual_memory().available, *bytes_left()])
     share = 1 if mesh is None else len(mesh.local_devices)
     return free // share, "this machine" if share == 1 else f"this machine for each of {share} devices"
 

@@ -155,15 +155,6 @@ def test_devices_of_a_machine_share_its_memory_and_the_labels(monkeypatch):
     assert of_four.parts["head"] == -(-5001 // 4) * (8 * 4 + 8 * 2 + 4)
 
 
-def test_a_containers_limit_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(planning, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    assert planning._available(None) == (4_000_000, "this machine")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert planning._available(None)[0] > 4_000_000
-
-
 def test_training_takes_the_programs_that_were_compiled_for_the_plan():
     config = ClassifierConfig(24, 77, head=FixedFanInConfig(penultimate=16, fan_in=4))
     training, train = TrainingConfig(batch_size=32), points(77)
