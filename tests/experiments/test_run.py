@@ -59,7 +59,7 @@ def finished(tsv, tmp_path_factory):
     """The working directory of a run that ended, its flags and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--seed=4", "--epochs=8", "--rewire_interval=7"]
-    flags += ["--validation_fraction=0.2", "--output_bias=-1", "--checkpoint_minutes=0"]
+    flags += ["--validation_fraction=0.2", "--output_bound=none", "--checkpoint_minutes=0"]
     return workdir, flags, output_of(*flags)
 
 
