@@ -5,9 +5,12 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from absl import flags
+
+# The value of a flag whose setting may be None: a flag without a value was not given, and has the default.
+NONE = "none"
 
 
 def define_flags(settings: type, prefix: str = "", flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -30,7 +33,7 @@ def read_flags(settings: type, values: Mapping[str, Any], prefix: str = "") -> A
     for field, kind in _fields(settings):
         is_nested = dataclasses.is_dataclass(kind)
         name = f"{prefix}{field.name}"
-        arguments[field.name] = read_flags(kind, values, f"{name}_") if is_nested else values[name]
+        arguments[field.name] = read_flags(kind, values, f"{name}_") if is_nested else _setting(values[name])
     return settings(**arguments)
 
 
@@ -81,8 +84,22 @@ def flags_without_use(name: str, kinds: Mapping[str, type], values: Mapping[str,
 
 def _given(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        field.name: values[field.name] for field, _ in _fields(settings) if values[field.name] is not None
+        field.name: _setting(values[field.name])
+        for field, _ in _fields(settings)
+        if values[field.name] is not None
     }
+
+
+def _setting(value: Any) -> Any:
+    """The value of a setting, from that of its flag."""
+    return None if value == NONE else value
+
+
+class _OptionalFloatParser(flags.FloatParser):
+    """Parses a finite number, or "none"."""
+
+    def parse(self, argument):
+        return NONE if argument == NONE else super().parse(argument)
 
 
 def _fields(settings: type) -> Iterable[tuple[dataclasses.Field, Any]]:
@@ -93,8 +110,12 @@ def _fields(settings: type) -> Iterable[tuple[dataclasses.Field, Any]]:
 def _define(
     name: str, default: Any, kind: Any, field: dataclasses.Field, help: str, flag_values: flags.FlagValues
 ) -> None:
-    if get_origin(kind) is types.UnionType:  # such as float | None
-        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
+    if get_origin(kind) is types.UnionType:
+        assert kind == float | None, f"{name}: no flag for {kind}"
+        parser = _OptionalFloatParser()
+        serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
+        flags.DEFINE(parser, name, default, f'{help} "none" for None.', flag_values, serializer)
+        return
     if choices := field.metadata.get("choices"):
         flags.DEFINE_enum(name, default, list(choices), help, flag_values=flag_values)
         return

@@ -105,8 +105,6 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         "output_optimizer": "adam",
         "output_rate": 1.0,
         "moments": "bfloat16",
-        # Gradients of a mean over labels are of order 1 / L, and epsilon is to be far below.
-        "epsilon": 1.6e-6 / dataset.num_labels,
         "schedule": "linear",
         "rewire": RewireConfig(fraction=0.0),
     }

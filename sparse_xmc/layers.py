@@ -16,6 +16,10 @@ from xla_ops import SparseInputs, fan_in_matmul
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
+# The kernel of a sparse output layer starts uniformly in +-OUTPUT_BOUND. A much smaller kernel passes almost
+# no gradient on to the layers in front.
+OUTPUT_BOUND = 0.05
+
 
 class Connectivity(nnx.Variable):
     """Which inputs each output reads. Not an `nnx.Param`, so gradients and optimizers pass it by."""
@@ -49,7 +53,8 @@ def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Glorot-uniform on the flat array of all N = L*F weights, as the paper's code has it: +-sqrt(3 / N).
 
-    The logits of a wide layer then start at almost exactly the bias.
+    The logits of a wide layer then start at almost exactly the bias, and the layers in front have almost no
+    gradient at first.
     """
     return _uniform(key, shape, dtype, _flat_bound(math.prod(shape)))
 
@@ -78,6 +83,15 @@ def start_of_kernel(bound: float | None, num_labels: int | None = None, first: A
     return init
 
 
+def rare_label_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """Initializer of the bias of L labels: -log(L), about the logit of the probability 1 / L.
+
+    It suits binary cross-entropy: with a bias of 0 all labels would start at the probability 1/2, and the
+    first steps would do little but lower it.
+    """
+    return jnp.full(shape, -math.log(max(1, math.prod(shape))), dtype)
+
+
 class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
@@ -92,8 +106,10 @@ class FixedFanInLinear(nnx.Module):
       use_bias: whether to add a bias.
       dtype: the dtype of the computation (float32 or bfloat16); by default that of the parameters.
       param_dtype: the dtype of the parameters, float32 or bfloat16.
-      kernel_init: initializer of the kernel [L, F].
-      bias_init: initializer of the bias [L].
+      kernel_init: initializer of the kernel [L, F]; by default uniform in +-0.05. The paper's code has
+        `flat_glorot_uniform`.
+      bias_init: initializer of the bias [L]; by default -log(L), which suits binary cross-entropy. For the
+        squared hinge loss give `nnx.initializers.constant(-1)`.
       distinct: whether the inputs of an output are distinct; in the paper's code they may repeat.
       first_output: the number of the first output, where these are a part of more: each then draws the inputs
         that it has in the whole.
@@ -137,8 +153,8 @@ class FixedFanInLinear(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        kernel_init: Initializer = flat_glorot_uniform,
-        bias_init: Initializer = nnx.initializers.zeros_init(),
+        kernel_init: Initializer = start_of_kernel(OUTPUT_BOUND),
+        bias_init: Initializer = rare_label_bias,
         distinct: bool = True,
         first_output: ArrayLike = 0,
         rngs: nnx.Rngs,

@@ -1,7 +1,7 @@
 """Losses against sparse positives: a label that is not listed is a negative, and no target matrix is made.
 
 All are means over labels, then over the batch, as in the paper. With L labels a logit's gradient is of order
-1/L, so an Adam epsilon near it matters: see `sparse_xmc.heads.PAPER_EPSILON`.
+1/L, so Adam's epsilon must be far below: see `sparse_xmc.heads.HeadTraining`.
 
 Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2 ("implicit negative mining" for the squared hinge).
 """

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 import sparse_xmc
 import xla_ops
+from sparse_xmc.data import Dataset, LabelEncoder, read_tsv
+from sparse_xmc.evaluation import evaluate
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"670_091": "200", "32_768": "64", "fan_in=32": "fan_in=8"}
@@ -28,12 +33,12 @@ def blocks_of(path):
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def run(path, names, start=0, stop=None):
+def run(path, names, start=0, stop=None, sizes=SIZES):
     """Executes the blocks of Python of a file, one after another, in one namespace."""
     blocks = blocks_of(path)[start:stop]
     assert blocks
     for code in blocks:
-        for size, smaller in SIZES.items():
+        for size, smaller in sizes.items():
             code = code.replace(size, smaller)
         exec(compile(code, path, "exec"), names)
     return names
@@ -56,7 +61,7 @@ def test_readme():
     assert set(names["names"][0][:2]) == {"dog", "small"}
     assert names["scores"].shape == (1, 5)
     assert names["logits"].shape == (4, 200)
-    assert "indices" in nnx.to_pure_dict(names["state"])["layers"][2]
+    assert "indices" in nnx.to_pure_dict(names["state"])["layers"][3]
     assert blocks_of("docs/estimator.md")[0] in blocks_of("README.md")
 
 
@@ -67,22 +72,75 @@ def test_many_devices():
     assert names["classifier"].saved_.model.head.mesh.size == 8
 
 
-def test_the_head_on_your_own_network(monkeypatch):
-    losses, start, original = [], {}, sparse_xmc.Trainer.train_step
+@pytest.fixture(scope="module")
+def real_points():
+    """Training and test points of the shipped data set: 256 dense features, the 100 most frequent labels."""
+    names, texts = read_tsv(ROOT / "experiments" / "data" / "wordnet" / "train.tsv.xz")
+    labels = LabelEncoder.fit(names)(names)
+    by_frequency = np.argsort(-np.asarray(labels.sum(axis=0)).ravel(), kind="stable")
+    labels = labels[:, np.sort(by_frequency[:100])]
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(np.diff(labels.indptr)))[:2000]
+    words = TfidfVectorizer(min_df=2).fit_transform([texts[row] for row in rows])
+    features = TruncatedSVD(256, n_iter=2, random_state=0).fit_transform(words).astype(np.float32)
+    return tuple(Dataset(features[part], labels[rows[part]]) for part in (slice(1500), slice(1500, None)))
+
+
+@pytest.fixture(scope="module")
+def expected_p_at_1(real_points):
+    """P@1 of `XMCClassifier` on these points."""
+    train, test = real_points
+    return (
+        sparse_xmc.XMCClassifier(epochs=5).fit(train.features, train.labels).score(test.features, test.labels)
+    )
+
+
+OF_REAL_POINTS = {"512": "128", "1024": "256", "768": "256", "670_091": "100", "32_768": "256"}
+
+
+@pytest.mark.parametrize("scale", [1, 1 / 16, 16])
+def test_the_head_on_your_own_network(real_points, expected_p_at_1, monkeypatch, scale):
+    start, original = {}, sparse_xmc.Trainer.train_step
 
     def step(trainer, *arguments, **options):
         if not start:
             start.update(jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param))))
-        losses.append(float(original(trainer, *arguments, **options)))
-        return losses[-1]
+        return original(trainer, *arguments, **options)
 
     monkeypatch.setattr(sparse_xmc.Trainer, "train_step", step)
-    names = run("docs/model.md", {"batches": make_batches()}, stop=1)
+    train, test = (Dataset(points.features * np.float32(scale), points.labels) for points in real_points)
+    names = {"features": train.features, "labels": train.labels}
+    run("docs/model.md", names, stop=1, sizes=OF_REAL_POINTS)
     end = nnx.to_pure_dict(nnx.state(names["trainer"].model, nnx.Param))
     moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), start, end)
     assert all(jax.tree.leaves(moved)), moved
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
-    assert names["labels"].shape == (32, 5)
+    assert names["best"].shape == (32, 5)
+    assert evaluate(names["trainer"].model, test, ks=(1,))["p@1"] > 0.85 * expected_p_at_1
+
+
+def test_the_layer_in_your_own_model_learns(real_points, expected_p_at_1):
+    first_line = "rngs = nnx.Rngs(0)\n"
+    of_readme, of_page = (
+        blocks_of(path)[1].partition(first_line)[2] for path in ("README.md", "docs/model.md")
+    )
+    assert of_readme.startswith(of_page)
+    train, test = real_points
+    names = {"features": train.features[:4]}
+    run("docs/model.md", names, start=1, stop=2, sizes=OF_REAL_POINTS)
+    model, optimizer = names["model"], names["optimizer"]
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        grads = nnx.grad(lambda model: optax.sigmoid_binary_cross_entropy(model(x), y).mean())(model)
+        optimizer.update(model, grads)
+
+    rng = np.random.default_rng(0)
+    targets = train.labels.toarray().astype(np.float32)
+    for _ in range(5):
+        for rows in rng.permutation(len(train)).reshape(-1, 50):
+            step(model, optimizer, train.features[rows], targets[rows])
+    best = np.asarray(model(test.features)).argmax(axis=1)
+    p_at_1 = test.labels.toarray()[np.arange(len(test)), best].mean()
+    assert p_at_1 > 0.85 * expected_p_at_1
 
 
 def test_the_layer_in_your_own_model():

@@ -230,9 +230,8 @@ def _dense_step(case: Case, update: Callable) -> Callable[[], Any]:
 def _training_step(case: Case, *arguments: str) -> Callable[[], Any]:
     labels, width, fan_in, batch, density = case.shape
     network = workloads.NETWORKS[0]._replace(labels=labels, penultimate=width, fan_in=fan_in)
-    trainer = network.trainer(
-        case.mode, f"--batch_size={batch}", f"--output_bias={-2.0 if density == 0 else 0.0}"
-    )
+    start = f"--output_bias={-2.0 if density == 0 else 0.0}", "--output_bound=none"
+    trainer = network.trainer(case.mode, f"--batch_size={batch}", *start)
     batches = workloads.make_batches(labels, network.labels_per_point, network.features, count=4, size=batch)
     step = workloads.stepper(trainer, batches, _RATE)
     jax.block_until_ready(step())  # the first is followed by a rewiring

@@ -48,7 +48,8 @@ from .workloads import (
 _STEPS_PER_REWIRING = 1000
 _BATCHES = 4
 _RATE = 1e-6
-_ALL_GRADIENTS, _FEW_GRADIENTS = ("--output_bias=0",), ("--output_bias=-1.1",)
+# The logits start at almost exactly the bias, so that it decides how many of them have a gradient.
+_ALL_GRADIENTS, _FEW_GRADIENTS = ((f"--output_bias={bias}", "--output_bound=none") for bias in (0.0, -1.1))
 
 
 def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.perf_counter) -> dict:

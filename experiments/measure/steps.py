@@ -51,7 +51,8 @@ def measure_time(network: Network, mode: str, repeats: int, now: clock.Clock = t
     weights, dense = network.labels * network.fan_in, network.features * network.penultimate
     report = {}
     for name, (bias, gathers) in DENSITIES.items():
-        trainer, batches = network.trainer(mode, f"--output_bias={bias}"), network.batches(4)
+        start = f"--output_bias={bias}", "--output_bound=none"  # the logits start at almost exactly the bias
+        trainer, batches = network.trainer(mode, *start), network.batches(4)
         calls = _parts(trainer, batches[0])
         calls["step"] = stepper(trainer, batches, _RATE)
         jax.block_until_ready(calls["step"]())  # the first step is followed by a rewiring

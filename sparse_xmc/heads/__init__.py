@@ -3,7 +3,6 @@
 from sparse_xmc.heads.dense import BottleneckConfig, DenseConfig, DenseHead
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead
 from sparse_xmc.heads.head import (
-    PAPER_EPSILON,
     Features,
     Head,
     HeadConfig,
@@ -26,7 +25,6 @@ HEADS: dict[str, type[HeadConfig]] = {
 
 __all__ = [
     "HEADS",
-    "PAPER_EPSILON",
     "BottleneckConfig",
     "DenseConfig",
     "DenseHead",

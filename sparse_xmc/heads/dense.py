@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.heads.head import Features, Head, HeadConfig, label_blocks
+from sparse_xmc.heads.head import OUTPUT_BIAS, Features, Head, HeadConfig, label_blocks
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.updates import step_dense
 from sparse_xmc.layers import glorot_uniform
@@ -23,10 +23,11 @@ class DenseConfig(HeadConfig):
 
     Attributes:
       output_bias: where the bias of all labels starts. -1 puts every label on the negative side of the
-        squared hinge's margin, so that easy negatives have no gradient from the first step.
+        squared hinge's margin, so that easy negatives have no gradient from the first step. With the loss
+        "bce" -log(L) suits, the logit of the probability 1 / L. The paper's is 0.
     """
 
-    output_bias: float = 0.0
+    output_bias: float = OUTPUT_BIAS
 
     def make(
         self,
@@ -50,7 +51,7 @@ class BottleneckConfig(HeadConfig):
     """
 
     penultimate: int = setting(64, at_least=1)
-    output_bias: float = 0.0
+    output_bias: float = OUTPUT_BIAS
 
     def make(
         self,
@@ -99,6 +100,6 @@ class DenseHead(LayeredHead):
             inputs,
             moments,
             rate=training.output_rate,
-            epsilon=training.epsilon,
+            epsilon=training.epsilon_for(self.num_labels),
         )
         return loss, d_x, of_output

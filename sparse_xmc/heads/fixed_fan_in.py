@@ -15,12 +15,12 @@ import xla_ops
 from sparse_xmc.connectivity import draw_connections
 from sparse_xmc.data.formats import Dataset
 from sparse_xmc.heads.choosing import choose_columns
-from sparse_xmc.heads.head import Features, Head, HeadConfig, label_blocks, split_features
+from sparse_xmc.heads.head import OUTPUT_BIAS, Features, Head, HeadConfig, label_blocks, split_features
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.part import BY_LABEL, LabelPart
 from sparse_xmc.heads.rewiring import rewire, rewire_active
 from sparse_xmc.heads.sharded import ShardedHead
-from sparse_xmc.layers import FixedFanInLinear, start_of_kernel
+from sparse_xmc.layers import OUTPUT_BOUND, FixedFanInLinear, start_of_kernel
 from sparse_xmc.settings import setting
 from xla_ops import SparseInputs
 
@@ -40,7 +40,8 @@ class FixedFanInConfig(HeadConfig):
         has units for what is left; 0 for units alone, as in the paper.
       direct_scale: what direct inputs are multiplied by.
       output_bias: where the bias of all labels starts. -1 puts every label on the negative side of the
-        squared hinge's margin, so that easy negatives have no gradient from the first step.
+        squared hinge's margin, so that easy negatives have no gradient from the first step. With the loss
+        "bce" -log(L) suits, the logit of the probability 1 / L. The paper's is 0.
       output_bound: the kernel starts uniformly in +-output_bound; None for the much smaller bound of the
         paper's code.
       distinct: whether the inputs of a label are distinct at the start; the paper's code has repeats.
@@ -51,8 +52,8 @@ class FixedFanInConfig(HeadConfig):
     fan_in: int = setting(32, at_least=1)
     direct: int = setting(0, at_least=0)
     direct_scale: float = setting(5.0, above=0)
-    output_bias: float = 0.0
-    output_bound: float | None = setting(None, above=0, or_else=(None,))
+    output_bias: float = OUTPUT_BIAS
+    output_bound: float | None = setting(OUTPUT_BOUND, above=0, or_else=(None,))
     distinct: bool = True
     output_dtype: str = setting("float32", choices=("float32", "bfloat16"))
 
@@ -239,7 +240,7 @@ class FixedFanInHead(LayeredHead):
             of_kernel, of_bias = ((moments.mu.get(name), moments.nu.get(name)) for name in names)
             adam = xla_ops.AdamState(moments.count, *of_kernel, *of_bias)
             loss, d_x, kernel, bias, adam = xla_ops.fan_in_adam_step(
-                *arguments, adam, rate, epsilon=training.epsilon, **options
+                *arguments, adam, rate, epsilon=training.epsilon_for(self.labels_of_all), **options
             )
             mu, nu = {names[0]: adam.mu_kernel}, {names[0]: adam.nu_kernel}
             if bias is not None:

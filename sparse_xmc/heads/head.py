@@ -22,9 +22,12 @@ from sparse_xmc.losses import LOSSES
 from sparse_xmc.settings import check, setting
 from xla_ops import SparseInputs
 
-# The paper's framework adds this to the root of the second moment; Optax's default is 1e-8. Gradients of a
-# mean over 10^5 labels are as small as that.
-PAPER_EPSILON = 1e-7
+# Where the bias of all labels starts: on the negative side of the squared hinge's margin.
+OUTPUT_BIAS = -1.0
+
+# Adam's epsilon times the number of labels: gradients of a mean over L labels are of order 1 / L, and epsilon
+# is to be far below. Optax's 1e-8 is not with 10^5 labels.
+_EPSILON_TIMES_LABELS = 1.6e-6
 
 _LABELS_AT_ONCE = 1 << 14
 
@@ -42,7 +45,8 @@ class HeadTraining:
       penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
       moments: what Adam keeps of the penultimate layer: both moments in "float32", or in "bfloat16", the
         second rounded stochastically. Of an encoder the first moments are kept so.
-      epsilon: Adam's, for gradients of the mean over batch and labels.
+      epsilon: Adam's, for gradients of the mean over batch and labels; None for 1.6e-6 / L, as these
+        gradients are of order 1 / L. The paper's is 1e-7.
     """
 
     loss: str = setting("squared_hinge", choices=tuple(LOSSES))
@@ -50,10 +54,14 @@ class HeadTraining:
     output_rate: float = setting(1.0, at_least=0)
     penultimate_rate: float = setting(1.0, at_least=0)
     moments: str = setting("float32", choices=("float32", "bfloat16"))
-    epsilon: float = setting(PAPER_EPSILON, above=0)
+    epsilon: float | None = setting(None, above=0, or_else=(None,))
 
     def __post_init__(self):
         check(self)
+
+    def epsilon_for(self, num_labels: int) -> float:
+        """Adam's epsilon, where the loss is a mean over so many labels."""
+        return _EPSILON_TIMES_LABELS / num_labels if self.epsilon is None else self.epsilon
 
 
 class Features(NamedTuple):

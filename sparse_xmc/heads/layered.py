@@ -139,7 +139,7 @@ class LayeredHead(Head):
             inputs,
             moments,
             rate=training.penultimate_rate,
-            epsilon=training.epsilon,
+            epsilon=training.epsilon_for(self.labels_of_all),
         )
         d_x = d_x + d_x_past if inputs.wants_d_x else d_x
         return loss, d_x, next_state(moments, of_output, of_penultimate)
@@ -186,7 +186,8 @@ class LayeredHead(Head):
         parameters = parameters_of(self)
         rates = {"penultimate": training.penultimate_rate, "output": training.output_rate}
         of_adam = {name: g for name, g in gradients.items() if name in state.mu}
-        directions, moments = adam_directions(of_adam, state, training.epsilon, inputs.seed)
+        epsilon = training.epsilon_for(self.labels_of_all)
+        directions, moments = adam_directions(of_adam, state, epsilon, inputs.seed)
         for name, gradient in gradients.items():
             # The loss is a mean over batch and labels; SGD follows the sum.
             scale = float(inputs.x.shape[0] * self.labels_of_all)

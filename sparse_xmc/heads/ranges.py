@@ -106,7 +106,9 @@ class LabelRanges(Head):
             share = self._share(head)
             # Adam's step does not depend on a gradient's scale, but for epsilon; SGD follows the sum anyway.
             scaled = dataclasses.replace(
-                training, epsilon=training.epsilon / share, output_rate=rate * training.output_rate
+                training,
+                epsilon=training.epsilon_for(self.num_labels) / share,
+                output_rate=rate * training.output_rate,
             )
             step = getattr(head, method)
             its_loss, its_d_x, of_head = step(inputs._replace(positives=shift(at, start)), of_head, scaled)

@@ -9,10 +9,10 @@ from jax import Array
 
 from sparse_xmc.connectivity import draw_coordinates
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.heads.head import Head, HeadConfig
+from sparse_xmc.heads.head import OUTPUT_BIAS, Head, HeadConfig
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import RewireConfig, rewire_unstructured
-from sparse_xmc.layers import Connectivity, Initializer, flat_glorot_uniform, start_of_kernel
+from sparse_xmc.layers import OUTPUT_BOUND, Connectivity, Initializer, rare_label_bias, start_of_kernel
 from sparse_xmc.modules import check_features
 from sparse_xmc.settings import setting
 
@@ -30,8 +30,8 @@ class UnstructuredLinear(nnx.Module):
       in_features: D, the size of the last axis of the input.
       out_features: L, the number of outputs (labels).
       connections: N, how many connections there are in all.
-      kernel_init: initializer of the kernel [N].
-      bias_init: initializer of the bias [L].
+      kernel_init: initializer of the kernel [N]; by default uniform in +-0.05.
+      bias_init: initializer of the bias [L]; by default -log(L).
       rngs: random keys; the stream `params` is used.
 
     Attributes:
@@ -51,8 +51,8 @@ class UnstructuredLinear(nnx.Module):
         out_features: int,
         connections: int,
         *,
-        kernel_init: Initializer = flat_glorot_uniform,
-        bias_init: Initializer = nnx.initializers.zeros_init(),
+        kernel_init: Initializer = start_of_kernel(OUTPUT_BOUND),
+        bias_init: Initializer = rare_label_bias,
         rngs: nnx.Rngs,
     ):
         if not 1 <= connections <= in_features * out_features:
@@ -95,15 +95,15 @@ class UnstructuredConfig(HeadConfig):
     Attributes:
       penultimate: I, the width of the penultimate layer; 0 for none.
       fan_in: F, the mean number of inputs of a label.
-      output_bias: where the bias of all labels starts.
+      output_bias: where the bias of all labels starts, as for `DenseConfig`.
       output_bound: the kernel starts uniformly in +-output_bound; None for the much smaller bound of the
         paper's code.
     """
 
     penultimate: int = setting(8192, at_least=0)
     fan_in: int = setting(32, at_least=1)
-    output_bias: float = 0.0
-    output_bound: float | None = setting(None, above=0, or_else=(None,))
+    output_bias: float = OUTPUT_BIAS
+    output_bound: float | None = setting(OUTPUT_BOUND, above=0, or_else=(None,))
 
     def make(
         self,

@@ -47,8 +47,9 @@ class Trainer:
       mesh: the devices that the classifier's labels are split over, or None.
 
     Raises:
-      ValueError: the seed is not an integer in 0..2^32-1, the head cannot be trained so, something would be left untrained,
-        or settings of the encoder's optimizer are given beside an optimizer that does not ask for them.
+      ValueError: the seed is not an integer in 0..2^32-1, the head cannot be trained so, something would be
+        left untrained, or settings of the encoder's optimizer are given beside an optimizer that does not ask
+        for them.
     """
 
     def __init__(

@@ -62,6 +62,7 @@ class Square:
 
     side: int = 2
     colour: str = "blue"
+    weight: float | None = 0.5
 
 
 KINDS = {"round": Round, "square": Square}
@@ -93,7 +94,17 @@ def test_what_is_given_is_read(parse):
     values, _ = parse(*arguments, "--kind=square", "--side=5")
     assert reflection.read_flags(Settings, values) == Settings(7, "b", 0.5, False, Inner(2.0))
     assert reflection.read_kind("kind", KINDS, values) == Square(side=5)
-    assert reflection.kind_of("kind", KINDS, values) == {"side": 5, "colour": "blue"}
+    assert reflection.kind_of("kind", KINDS, values) == {"side": 5, "colour": "blue", "weight": 0.5}
+
+
+def test_none_is_a_value_that_can_be_given(parse):
+    values, _ = parse("--bound=none", "--kind=square", "--weight=none")
+    assert reflection.read_flags(Settings, values).bound is None
+    assert reflection.read_kind("kind", KINDS, values) == Square(weight=None)
+    assert reflection.kind_of("kind", KINDS, values)["weight"] is None
+    assert reflection.flags_without_use("kind", KINDS, values) == []
+    with pytest.raises(flags.IllegalFlagValueError, match="weight"):
+        parse("--weight=no")
 
 
 def test_help_is_what_the_docstring_says(parse):

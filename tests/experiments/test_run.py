@@ -61,7 +61,7 @@ def finished(tsv, tmp_path_factory):
     """The working directory of a run that ended, its flags and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--seed=4", "--epochs=8", "--rewire_interval=7"]
-    flags += ["--validation_fraction=0.2", "--output_bias=-1", "--checkpoint_minutes=0"]
+    flags += ["--validation_fraction=0.2", "--output_bound=none", "--checkpoint_minutes=0"]
     return workdir, flags, output_of(*flags)
 
 
@@ -223,7 +223,7 @@ def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
 def test_flags_that_have_no_use_are_named(tsv, tmp_path):
     printed = output_of(*tsv, *SMALL, "--head=dense", "--epochs=1", f"--workdir={tmp_path / 'run'}")
     assert "--head=dense has no use for --fan_in, --penultimate" in printed
-    assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": 0.0}
+    assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": -1.0}
 
 
 def test_help_lists_the_flags_of_the_settings():
