@@ -41,7 +41,7 @@ def test_the_classifier_in_each_mode_of_flax(flax_mode):
 
 def test_a_users_own_loop_in_each_mode_of_flax(flax_mode):
     rngs = nnx.Rngs(0)
-    output = FixedFanInLinear(16, 50, fan_in=4, rngs=rngs)
+    output = FixedFanInLinear(16, 50, fan_in=4, use_bias=False, rngs=rngs)
     model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.relu, output)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
     hidden = nnx.relu(model.layers[0](x))

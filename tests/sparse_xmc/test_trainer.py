@@ -661,7 +661,7 @@ def test_a_bfloat16_output_layer_is_not_for_adam():
         ({"rewire_interval": 0}, "rewire_interval must be at least 1, or -1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
-        ({"epsilon": 0.0}, r"epsilon must be above 0, got 0\.0"),
+        ({"epsilon": 0.0}, r"epsilon must be above 0, or None, got 0\.0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"output_rate": float("inf")}, "output_rate must be at least 0, got inf"),
     ],
