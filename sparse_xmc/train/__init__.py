@@ -1,4 +1,4 @@
-"""Training: settings, the one step, the loop around it, checkpoints."""
+"""Training: configuration, training step, training loop, schedules, callbacks and checkpoints."""
 
 from sparse_xmc.train.callbacks import Callback, GradientDensity, Progress, RecordFile
 from sparse_xmc.train.checkpoints import Checkpoints

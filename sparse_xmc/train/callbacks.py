@@ -1,4 +1,4 @@
-"""What happens beside training: progress, records."""
+"""Callbacks of the training loop: a progress bar, a record file, the density of gradients."""
 
 import itertools
 import json
@@ -16,16 +16,34 @@ from sparse_xmc.train.trainer import Trainer
 
 
 class Callback:
-    """What `fit` calls. Override what is of use."""
+    """Base class of the callbacks of `fit`. Every method does nothing by default; override any of them."""
 
     def on_epoch_start(self, trainer: Trainer, batches: Any, epoch: int) -> None:
-        """Before the first step of an epoch, which is numbered from 0."""
+        """Called before the first step of an epoch.
+
+        Args:
+          trainer: the trainer.
+          batches: the training points, as `Batches`.
+          epoch: number of the epoch, from 0.
+        """
 
     def on_step(self, trainer: Trainer, loss: jax.Array) -> None:
-        """After each step; asking for the value of `loss` waits for it."""
+        """Called after each step.
+
+        Args:
+          trainer: the trainer.
+          loss: float32 scalar, the loss of the step. Reading its value blocks until the step has run.
+        """
 
     def on_epoch_end(self, trainer: Trainer, batches: Any, records: list[dict[str, Any]]) -> None:
-        """After an epoch, with the records of all so far; what is entered into the last must fit JSON."""
+        """Called after an epoch and its validation.
+
+        Args:
+          trainer: the trainer.
+          batches: the training points, as `Batches`.
+          records: one record for each epoch so far. A callback may add entries to the last one; their values
+            must be serializable as JSON.
+        """
 
 
 class Progress(Callback):
@@ -52,7 +70,8 @@ class Progress(Callback):
 
     def on_step(self, trainer, loss):
         self._losses.append(loss)
-        if len(self._losses) == 10:  # the first of them is there by now
+        # The loss of ten steps ago has been computed, so reading it does not block.
+        if len(self._losses) == 10:
             self._bar.set_postfix(loss=f"{float(self._losses[0]):.3e}", refresh=False)
             self._bar.update(10 * self._points)
             self._losses.clear()
@@ -67,10 +86,10 @@ class Progress(Callback):
 
 
 class GradientDensity(Callback):
-    """Records `gradient_density` on a few training batches after each epoch.
+    """Records `gradient_density` on a few training batches after each epoch, as "gradient_density".
 
     Args:
-      batches: how many.
+      batches: number of batches to measure on.
     """
 
     def __init__(self, batches: int = 4):
@@ -82,15 +101,16 @@ class GradientDensity(Callback):
 
 
 class RecordFile(Callback):
-    """Writes the epochs' records as lines of JSON, all of them after each epoch.
+    """Writes the records of all epochs to a file after each epoch, one line of JSON for each epoch.
 
     Args:
-      path: the file.
+      path: the file to write.
     """
 
     def __init__(self, path: str | os.PathLike):
         self._path = Path(path)
 
     def on_epoch_end(self, trainer, batches, records):
-        # A run that goes on from a checkpoint may pass epochs again that are in the file.
+        # All records are rewritten: a run resumed from a checkpoint may repeat epochs that are in the file
+        # already.
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in records))

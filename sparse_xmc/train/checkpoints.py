@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, by Orbax: all that it needs to go on as if it had never stopped."""
+"""Orbax checkpoints of a training run, with everything needed to resume it exactly."""
 
 import contextlib
 import logging
@@ -21,15 +21,16 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in a directory: the latest two of the whole state, and the best weights.
+    """The checkpoints in a directory: the latest two of the whole training state, and the best weights.
 
-    Writes are atomic: a run that is killed while saving finds the checkpoint before. Each has a checksum of
-    every file, so that one that was damaged is passed over, with a warning, for the one before. A context
-    manager, which on leaving deletes what killed processes have left. A save takes as much memory as the two
-    largest arrays; it is not asynchronous, which would take that of all.
+    Writes are atomic: if a run is killed while saving, the previous checkpoint stays intact. Each checkpoint
+    has a checksum of every file; a damaged checkpoint is skipped with a warning, and the one before it is
+    used. Used as a context manager, the object deletes files left over from killed processes on exit. A save
+    needs as much additional memory as the two largest arrays. It is synchronous, because an asynchronous save
+    would need a copy of all arrays.
 
     Args:
-      directory: where they are; made if missing.
+      directory: directory of the checkpoints; created if missing.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -46,26 +47,38 @@ class Checkpoints:
 
     @property
     def directory(self) -> Path:
-        """Where the latest ones are."""
+        """The directory of the latest checkpoints."""
         return self._latest.directory
 
     def save_latest(self, trainer: Trainer, progress: dict) -> None:
-        """Saves all of a trainer, and `progress`, which must be ready for JSON.
+        """Saves the whole state of a trainer.
+
+        Args:
+          trainer: the trainer.
+          progress: further values to save, serializable as JSON.
 
         Raises:
-          OSError: it could not be written; what was saved before is still there.
+            OSError: the checkpoint could not be written; earlier checkpoints are kept.
         """
         self._latest.save(trainer.step, trainer.state, progress, trainer.head)
 
     def restore_latest(self, trainer: Trainer) -> dict | None:
-        """Puts a trainer into the state last saved and returns its progress; None where nothing was saved.
+        """Restores the state of a trainer from the latest intact checkpoint.
+
+        Args:
+          trainer: the trainer; its state and step are replaced.
+
+        Returns:
+          The `progress` saved with the state, or None if there are no checkpoints.
 
         Raises:
-          ValueError: what was saved is of another model, or all of it is damaged.
+            ValueError: the checkpoint is of a model of another structure or size, or all checkpoints are
+              damaged.
         """
         for step in self._latest.intact():
             self._latest.check(step, trainer.state, trainer.head)
-            trainer.state = shapes_of(trainer.state)  # the arrays make room
+            # Free the arrays before the new ones are read.
+            trainer.state = shapes_of(trainer.state)
             state, progress = self._latest.restore(step, trainer.state)
             trainer.restore(state)
             trainer.step = step
@@ -73,16 +86,16 @@ class Checkpoints:
         return None
 
     def save_best(self, trainer: Trainer) -> None:
-        """Saves the weights, in place of those saved before."""
-        # Numbered by saves: a run that goes on from an earlier checkpoint passes the same steps again.
+        """Saves the weights of a trainer as the best ones, replacing the previous best."""
+        # The number counts saves, not steps: a run resumed from an earlier checkpoint repeats steps.
         number = max(self._best.numbers(), default=0) + 1
         self._best.save(number, _weights(trainer.state), {}, trainer.head)
 
     def replace_lost_best(self, trainer: Trainer) -> bool:
-        """Saves the present weights as the best, with a warning, if these are damaged or missing.
+        """Saves the current weights as the best, with a warning, if the best weights are damaged or missing.
 
         Returns:
-          Whether it did.
+            Whether the best weights were replaced.
         """
         try:
             is_there = next(self._best.intact(), None) is not None
@@ -97,10 +110,16 @@ class Checkpoints:
         return not is_there
 
     def restore_best(self, trainer: Trainer) -> None:
-        """Puts the best weights back; the moments stay as they are."""
+        """Restores the best weights; the moments of the optimizers are not changed.
+
+        Raises:
+          FileNotFoundError: no best weights were saved.
+          ValueError: the checkpoint is of a model of another structure or size, or it is damaged.
+        """
         for number in self._best.intact():
             self._best.check(number, _weights(trainer.state), trainer.head)
-            trainer.state |= shapes_of(_weights(trainer.state))  # the arrays make room
+            # Free the arrays before the new ones are read.
+            trainer.state |= shapes_of(_weights(trainer.state))
             weights, _ = self._best.restore(number, _weights(trainer.state))
             trainer.restore(trainer.state | weights)
             return
@@ -108,10 +127,11 @@ class Checkpoints:
 
 
 class _Numbered:
-    """Checkpoints in a directory, each in one of its own with a number, of which the last few are kept.
+    """Numbered checkpoints in a directory, of which the last few are kept.
 
-    A file beside each has its checksums, and how many labels it is of. It is written last: without it the
-    checkpoint is none.
+    Each checkpoint is a subdirectory named by its number, with a record file beside it. The record has the
+    checksums of all files and the number of labels. It is written last: a checkpoint without it is
+    incomplete, and is ignored.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -119,11 +139,11 @@ class _Numbered:
         directory.mkdir(parents=True, exist_ok=True)
 
     def numbers(self) -> list[int]:
-        """Those of all checkpoints, ascending."""
+        """The numbers of all complete checkpoints, ascending."""
         return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdecimal())
 
     def restore(self, number: int, shapes: Any) -> tuple[Any, dict]:
-        """The state of these shapes, and the progress."""
+        """Reads the state, as arrays of the given shapes, dtypes and shardings, and the progress."""
         state = ocp.args.StandardRestore(shapes, strict=False)
         with reading(self.directory) as directory, _orbax(shapes) as orbax:
             args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
@@ -131,7 +151,7 @@ class _Numbered:
         return restored["state"], restored["progress"]
 
     def check(self, number: int, expected: Any, head: Head) -> None:
-        """Raises ValueError unless a checkpoint is of a model with the sizes of this state and its head."""
+        """Raises ValueError unless a checkpoint has the same array sizes as `expected` and fits the head."""
         path, record = self.directory / str(number), self._read_record(number)
         if record["num_labels"] != head.num_labels:
             raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")
@@ -140,7 +160,7 @@ class _Numbered:
         check_sizes(metadata, expected, path, head, record["label_rows"])
 
     def save(self, number: int, state: Any, progress: dict, head: Head) -> None:
-        """Writes a checkpoint, then deletes those that are not to be kept."""
+        """Writes a checkpoint, then deletes all but the last few."""
         if number in self.numbers():
             return
         path = self.directory / str(number)
@@ -160,7 +180,10 @@ class _Numbered:
         self.tidy()
 
     def tidy(self) -> None:
-        """Deletes all but the last few, with what killed processes left; records before what they are of."""
+        """Deletes all but the last few checkpoints, and files left over from killed processes.
+
+        Record files are deleted before their checkpoints, so that no record is without its checkpoint.
+        """
         kept = {str(number) for number in self.numbers()[-self._keep :]}
         if jax.process_index() != 0 or not kept:
             return
@@ -172,10 +195,10 @@ class _Numbered:
                 remove(path)
 
     def intact(self) -> Iterator[int]:
-        """Yields the numbers of checkpoints whose files are as they were written, the latest first.
+        """Yields the numbers of the checkpoints whose files match their checksums, the latest first.
 
         Raises:
-          ValueError: there are some, and none is.
+            ValueError: there are checkpoints, but all of them are damaged.
         """
         numbers, found, wrong = self.numbers(), False, ""
         damaged: list[Path] = []
@@ -188,7 +211,8 @@ class _Numbered:
             if not wrong:
                 found = True
                 if jax.process_index() == 0:
-                    for other in damaged:  # so that it can be written anew
+                    # Frees the number for a new checkpoint.
+                    for other in damaged:
                         other.rename(other.with_suffix(".damaged"))
                 damaged = []
                 yield number
@@ -204,11 +228,11 @@ class _Numbered:
         return self.directory / f"{number}.json"
 
     def _read_record(self, number: int) -> dict[str, Any]:
-        """The record beside a checkpoint.
+        """Reads the record of a checkpoint.
 
         Raises:
-          OSError: it cannot be read.
-          ValueError: it is damaged, or lacks a field.
+            OSError: the record cannot be read.
+            ValueError: the record is damaged, or lacks a field.
         """
         record = read_sealed_json(self._record(number))
         if missing := sorted({"num_labels", "label_rows", "files"} - record.keys()):
@@ -217,7 +241,11 @@ class _Numbered:
 
 
 def _orbax(state: Any) -> ocp.Checkpointer:
-    """Orbax for a state of such arrays or shapes: it copies no more of it at once than the largest takes."""
+    """Makes an Orbax checkpointer that copies at most the size of the largest array at once.
+
+    Args:
+      state: pytree of the arrays, or of their shapes, to be saved or restored.
+    """
     most = max(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(state))
     gb = (most + 2**20) / 1e9
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=gb, restore_concurrent_gb=gb)

@@ -1,4 +1,4 @@
-"""How a classifier is trained, as settings."""
+"""The training configuration of a classifier."""
 
 import dataclasses
 
@@ -9,25 +9,28 @@ from sparse_xmc.train.schedules import SCHEDULES
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(HeadTraining):
-    """How a classifier is trained; what concerns its head is in `HeadTraining`.
+    """Training configuration of a classifier: the settings of its head (`HeadTraining`) and all others.
 
     Attributes:
-      epochs: the most epochs to train.
-      batch_size: B.
-      learning_rate: at the start; that of the head, and times the factors of its parts theirs.
-      embedding_rate: tables of embeddings learn at this times the learning rate, by Adagrad: a row moves by
-        this much at its first use, and by less at each further one.
-      encoder_rate: all else of the encoder learns at this times the learning rate, by AdamW, unless `Trainer`
-        is given another optimizer.
-      encoder_warmup: over how many steps that rate rises to this.
-      encoder_weight_decay: the part of its matrices that decays in a step, times that rate.
+      epochs: maximum number of epochs.
+      batch_size: B, the number of points in a batch.
+      learning_rate: base learning rate at the start; each layer multiplies it by its own factor.
+      embedding_rate: learning-rate multiplier of embedding tables, which Adagrad trains: a row moves by about
+        this times the learning rate at its first use, and by less at each later use.
+      encoder_rate: learning-rate multiplier of all other parameters of the encoder, which AdamW trains unless
+        `Trainer` is given another optimizer.
+      encoder_warmup: number of steps over which the learning rate of the encoder rises linearly to its full
+        value.
+      encoder_weight_decay: AdamW's decoupled weight decay of the encoder's matrices, a fraction per step,
+        multiplied by the learning rate of the encoder.
       schedule: "plateau" halves the learning rate when validation P@3 has not improved by 1e-3 for 2 epochs,
-        down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; "linear" lowers it evenly to 0
-        over all `epochs`. The first ends with the weights of the epoch with the best validation P@3, the
-        second with the last.
+        down to 1e-4, and stops after 4 epochs without an improvement of 5e-5; training ends with the weights
+        of the epoch with the best validation P@3. "linear" lowers the learning rate linearly to 0 over all
+        `epochs`; training ends with the last weights.
       rewire: which connections a rewiring moves, and how.
-      rewire_interval: after how many steps a rewiring follows (the first after step 1); -1 for once an epoch.
-        With `active` growth only labels of the step's batch are rewired, so that it is short, 20 say.
+      rewire_interval: number of steps between rewirings (the first is after step 1); -1 for one rewiring per
+        epoch. With `active` growth a rewiring moves only connections of the labels of one batch, so the
+        interval should be short, for example 20.
     """
 
     epochs: int = setting(100, at_least=1)
