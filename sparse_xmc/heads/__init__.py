@@ -1,4 +1,4 @@
-"""Heads: from an encoder's features to labels. Each is a file here, and a line in `HEADS`."""
+"""Heads, which map the features of an encoder to labels. `HEADS` maps names to configurations."""
 
 from sparse_xmc.heads.dense import BottleneckConfig, DenseConfig, DenseHead
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead

@@ -1,11 +1,11 @@
-"""Connections chosen from the training points: what a label's points have in common, and others have not."""
+"""Connections chosen from the training points: columns that are larger for the points of a label."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse
 
-# Products of a block of labels with the points' inputs have at most so many entries at once.
+# Bound on the number of entries of the product of a block of labels with the features of its points.
 _ENTRIES_AT_ONCE = 1 << 19
 _ROWS_AT_ONCE = 1 << 13
 
@@ -13,20 +13,21 @@ _ROWS_AT_ONCE = 1 << 13
 def choose_columns(
     features: np.ndarray | scipy.sparse.csr_array, labels: scipy.sparse.csr_array, count: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yields for blocks of labels the columns whose mean over a label's points exceeds that over all by most.
+    """Chooses for each label the columns whose mean over its points exceeds the mean over all points by most.
 
-    Of dense features, which may be negative, those whose mean is farthest from that over all points.
+    For dense features, which may be negative, it chooses the columns whose mean over the points of the label
+    is farthest from the mean over all points.
 
-    Nothing of size L x D exists, nor of size N x D besides the features.
+    Works in blocks of labels: no array has size L x D, nor N x D besides the features.
 
     Args:
       features: float32 [N, D], dense, or sparse such as TF-IDF.
-      labels: bool [N, L].
-      count: C, how many columns to choose.
+      labels: bool [N, L], the labels of each point.
+      count: C, number of columns to choose for each label.
 
     Yields:
-      A range of n labels; columns int32 [n, C], best first, -1 where there are no more; and by how much their
-      means differ, float32 [n, C], 0 there. Which of equal ones comes first is not defined.
+      A range of n labels; the columns, int32 [n, C], best first, padded with -1; and the differences of their
+      means, float32 [n, C], padded with 0. The order of columns with equal differences is not defined.
 
     Reference: the class means of Rocchio's classifier, in Manning, Raghavan & Schütze, Introduction to
     Information Retrieval, 2008, chapter 14.
@@ -36,7 +37,7 @@ def choose_columns(
     points_of = scipy.sparse.csr_array(labels.T, dtype=np.float32)
     if isinstance(
         features, scipy.sparse.csr_array
-    ):  # of one type, or SciPy converts all features for each product
+    ):  # Both need one index type, or SciPy converts all features for each product.
         kind = features.indices.dtype
         points_of.indices, points_of.indptr = points_of.indices.astype(kind), points_of.indptr.astype(kind)
     for block in _blocks(points_of, features):
@@ -54,7 +55,7 @@ def choose_columns(
 
 
 def _means(features: np.ndarray | scipy.sparse.csr_array) -> np.ndarray:
-    """The mean of each column, float32 [D], a few rows after the other: SciPy copies what it sums."""
+    """Returns the mean of each column, float32 [D]. It sums blocks of rows, as SciPy copies its operand."""
     sums = np.zeros(features.shape[1])
     for start in range(0, features.shape[0], _ROWS_AT_ONCE):
         sums += np.asarray(features[start : start + _ROWS_AT_ONCE].sum(axis=0)).ravel()
@@ -62,18 +63,19 @@ def _means(features: np.ndarray | scipy.sparse.csr_array) -> np.ndarray:
 
 
 def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the `count` largest gains of each row, of those that are not 0.
+    """Finds the `count` largest nonzero gains of each row.
 
     Args:
-      row: of each entry, ascending.
-      gain: float32, at least 0.
+      row: integer [n], the row of each entry, ascending.
+      gain: float32 [n], the gain of each entry, at least 0.
+      count: maximum number of entries of a row to find.
 
     Returns:
-      Where those entries are, and the rank of each in its row, from 0.
+      The positions of these entries, and the rank of each within its row, from 0.
     """
     entry = np.flatnonzero(gain > 0)
     row = row[entry]
-    # One integer to sort by, which is fast: floats that are not negative are ordered like their bits.
+    # Sorting by one integer is fast. Nonnegative floats are ordered like their bits.
     order = np.argsort((row << 32) - gain[entry].view(np.int32))
     of_row = np.bincount(row)
     rank = np.arange(order.size) - (np.cumsum(of_row) - of_row)[row]
@@ -84,13 +86,13 @@ def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray,
 def _blocks(
     points_of: scipy.sparse.csr_array, features: np.ndarray | scipy.sparse.csr_array
 ) -> Iterator[slice]:
-    """Yields ranges of labels whose points have about as many entries as are taken at once."""
+    """Yields ranges of labels whose points have at most `_ENTRIES_AT_ONCE` entries, or a single label."""
     if isinstance(features, np.ndarray):
         of_point = np.full(len(features), features.shape[1])
     else:
         of_point = np.diff(features.indptr)
     entries = np.concatenate([[0], np.cumsum(of_point[points_of.indices])])
-    until = entries[points_of.indptr]  # of the labels before each
+    until = entries[points_of.indptr]  # number of entries of all labels before each label
     start, labels = 0, points_of.shape[0]
     while start < labels:
         end = int(np.searchsorted(until, until[start] + _ENTRIES_AT_ONCE, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Dense heads: one dense layer over all labels, with or without a bottleneck in front."""
+"""Dense heads: a dense layer over all labels, with or without a bottleneck layer before it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from sparse_xmc.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig(HeadConfig):
-    """A dense head, as the paper's "dense".
+    """Configuration of a dense head, "dense" in the paper.
 
     Attributes:
-      output_bias: where the bias of all labels starts. -1 puts every label on the negative side of the
-        squared hinge's margin, so that easy negatives have no gradient from the first step. With the loss
-        "bce" -log(L) suits, the logit of the probability 1 / L. The paper's is 0.
+      output_bias: initial bias of all labels. -1 puts every label on the negative side of the squared hinge's
+        margin, so that easy negatives have no gradient from the first step. For the loss "bce", -log(L) is
+        suitable, the logit of the probability 1 / L. The paper uses 0.
     """
 
     output_bias: float = OUTPUT_BIAS
@@ -43,11 +43,11 @@ class DenseConfig(HeadConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig(HeadConfig):
-    """A dense layer behind a few units, as the paper's "bottleneck".
+    """Configuration of a dense layer behind a narrow penultimate layer, "bottleneck" in the paper.
 
     Attributes:
-      penultimate: I, how many units.
-      output_bias: as for `DenseConfig`.
+      penultimate: I, the number of hidden units.
+      output_bias: initial bias of all labels, as in `DenseConfig`.
     """
 
     penultimate: int = setting(64, at_least=1)
@@ -68,7 +68,15 @@ class BottleneckConfig(HeadConfig):
 def make_dense(
     in_features: int, num_labels: int, penultimate: int, output_bias: float, *, rngs: nnx.Rngs
 ) -> "DenseHead":
-    """A new dense head, behind so many penultimate units if not 0."""
+    """Makes a dense head.
+
+    Args:
+      in_features: E, the number of features.
+      num_labels: L, the number of labels.
+      penultimate: I, the width of the penultimate layer; 0 for none.
+      output_bias: initial bias of all labels.
+      rngs: random keys; the stream `params` is used.
+    """
 
     def output(width):
         bias_init = nnx.initializers.constant(output_bias)
@@ -78,7 +86,7 @@ def make_dense(
 
 
 class DenseHead(LayeredHead):
-    """[A bottleneck, then] an `nnx.Linear` over all labels."""
+    """A head with an `nnx.Linear` output layer over all labels, optionally behind a penultimate layer."""
 
     output: nnx.Linear
 

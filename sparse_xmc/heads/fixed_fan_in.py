@@ -1,4 +1,4 @@
-"""The fixed fan-in head, the paper's: every label reads exactly F inputs, of a wide penultimate layer."""
+"""The fixed fan-in head of the paper: every label reads exactly F units of a wide penultimate layer."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,28 +24,28 @@ from sparse_xmc.layers import OUTPUT_BOUND, FixedFanInLinear, start_of_kernel
 from sparse_xmc.settings import setting
 from xla_ops import SparseInputs
 
-# The length of a label's weights of its direct inputs at the start.
+# Initial Euclidean norm of the weights of a label's direct inputs.
 _START = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedFanInConfig(HeadConfig):
-    """A fixed fan-in head.
+    """Configuration of a fixed fan-in head.
 
     Attributes:
       penultimate: I, the width of the penultimate layer; 0 for none.
-      fan_in: F, the inputs of each label.
-      direct: how many of them may be, at the start, the encoder's own inputs beside the units: words of a
-        bag, or the features themselves. Each label starts with those that `choose_columns` finds for it, and
-        has units for what is left; 0 for units alone, as in the paper.
-      direct_scale: what direct inputs are multiplied by.
-      output_bias: where the bias of all labels starts. -1 puts every label on the negative side of the
-        squared hinge's margin, so that easy negatives have no gradient from the first step. With the loss
-        "bce" -log(L) suits, the logit of the probability 1 / L. The paper's is 0.
-      output_bound: the kernel starts uniformly in +-output_bound; None for the much smaller bound of the
-        paper's code.
-      distinct: whether the inputs of a label are distinct at the start; the paper's code has repeats.
-      output_dtype: "float32" or "bfloat16", of the output layer's parameters.
+      fan_in: F, the number of inputs of each label.
+      direct: maximum number of these inputs that are, at the start, direct inputs instead of hidden units:
+        words of a bag of words, or features. `choose_columns` chooses them for each label, and hidden units
+        fill the remaining inputs. 0 for hidden units only, as in the paper.
+      direct_scale: factor by which direct inputs are multiplied.
+      output_bias: initial bias of all labels. -1 puts every label on the negative side of the squared hinge's
+        margin, so that easy negatives have no gradient from the first step. For the loss "bce", -log(L) is
+        suitable, the logit of the probability 1 / L. The paper uses 0.
+      output_bound: the kernel is initialized uniformly in +-output_bound; None for the much smaller bound of
+        the paper's code.
+      distinct: whether the initial inputs of a label are distinct; the paper's code allows repeats.
+      output_dtype: dtype of the output layer's parameters, "float32" or "bfloat16".
     """
 
     penultimate: int = setting(8192, at_least=0)
@@ -79,11 +79,24 @@ class FixedFanInConfig(HeadConfig):
     def make_part(
         self, in_features: int, num_labels: int, part: LabelPart | None, *, num_words: int, rngs: nnx.Rngs
     ) -> "FixedFanInHead":
-        """The labels of one device among others, or all; with random inputs."""
+        """Makes a head with random connections for all labels, or for the labels of one device.
+
+        Args:
+          in_features: E, the number of features.
+          num_labels: number of labels of the head: L, or the shard size if `part` is given.
+          part: the sharding of the labels, within `jax.shard_map`; None for a head with all labels.
+          num_words: V, the size of the vocabulary of `Features.words`; 0 if there are none.
+          rngs: random keys; the stream `params` is used.
+
+        Raises:
+          ValueError: `direct` exceeds `fan_in`; `direct` is set and `fan_in` exceeds the number of units; or
+            features are to be direct inputs and there is no penultimate layer.
+        """
         if self.direct > self.fan_in:
             raise ValueError(f"direct must be at most fan_in, {self.fan_in}, got {self.direct}")
         units = self.penultimate or in_features
-        if self.direct and self.fan_in > units:  # which a label without training points reads alone
+        # A label without training points has no direct inputs, and reads F distinct units.
+        if self.direct and self.fan_in > units:
             raise ValueError(f"fan_in must be at most the number of units, {units}, got {self.fan_in}")
         num_words = num_words if self.direct else 0
         reads_features = self.direct > 0 and not num_words
@@ -123,7 +136,18 @@ class FixedFanInConfig(HeadConfig):
 
 
 class FixedFanInHead(LayeredHead):
-    """[A wide penultimate layer, then] a `FixedFanInLinear`: the logits of all labels are never held.
+    """A head with a `FixedFanInLinear` output layer, optionally behind a wide penultimate layer.
+
+    Training and ranking never hold the logits of all labels.
+
+    Args:
+      in_features: E, the number of features.
+      penultimate: I, the width of the penultimate layer; 0 for none.
+      make_output: function from the number of inputs, I or E, to the output layer.
+      num_words: V, the number of words that labels may read directly; 0 for none.
+      reads_features: whether labels may read the features directly, beside the hidden units.
+      direct_scale: factor by which direct inputs are multiplied.
+      rngs: random keys; the stream `params` is used.
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023.
     """
@@ -148,7 +172,13 @@ class FixedFanInHead(LayeredHead):
         self.direct_scale = direct_scale
 
     def choose(self, count: int, train: Dataset, key: Array) -> None:
-        """Connects each label to `count` direct inputs, or as many as speak for it, else to units."""
+        """Connects each label to its best direct inputs, and to random hidden units for the rest.
+
+        Args:
+          count: maximum number of direct inputs of a label; fewer if fewer columns have a positive score.
+          train: the training points, from which `choose_columns` chooses.
+          key: random key for the connections to hidden units.
+        """
         layer = self.output
         kernel, indices = self.chosen(count, train, key, slice(0, self.num_labels), layer.kernel[...])
         layer.indices.set_value(jnp.asarray(indices))
@@ -157,7 +187,16 @@ class FixedFanInHead(LayeredHead):
     def chosen(
         self, count: int, train: Dataset, key: Array, labels: slice, kernel: Array
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The kernel and the indices of a range of labels after `choose`, from its kernel before."""
+        """Returns the kernel and indices that `choose` gives to a range of labels.
+
+        Args:
+          count, train, key: as for `choose`.
+          labels: the range of labels.
+          kernel: [n, F], the initial kernel of these labels; kept for connections to hidden units.
+
+        Returns:
+          The kernel [n, F] and the indices [n, F].
+        """
         layer = self.output
         units = layer.in_features - (self.num_words or self.in_features)
         rows = labels.stop - labels.start
@@ -177,7 +216,7 @@ class FixedFanInHead(LayeredHead):
         return hidden
 
     def _words(self, words: SparseInputs | None) -> SparseInputs | None:
-        """The words as the output layer reads them."""
+        """Returns the words scaled by `direct_scale` in the kernel's dtype; None if the layer reads none."""
         if not self.num_words:
             return None
         if words is None or words.num_columns != self.num_words:
@@ -207,11 +246,11 @@ class FixedFanInHead(LayeredHead):
             yield self.logits_of(inputs, block.start, block.stop - block.start), labels
 
     def output_inputs(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:
-        """The output layer's dense inputs, and the words behind them."""
+        """Returns the dense inputs of the output layer, and the words that follow them or None."""
         return self.hidden(x), self._words(split_features(x)[1])
 
     def logits_of(self, inputs: tuple[Array, SparseInputs | None], start: ArrayLike, count: int) -> Array:
-        """The logits [B, count] of so many labels from `start` on, for `output_inputs`."""
+        """Returns the logits [B, count] of the labels from `start` on, for `output_inputs`."""
         x, kernel, indices, bias = self.output.cast(inputs[0])
         kernel, indices = (jax.lax.dynamic_slice_in_dim(a, start, count) for a in (kernel, indices))
         bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, count)
@@ -246,7 +285,8 @@ class FixedFanInHead(LayeredHead):
             if bias is not None:
                 mu[names[1]], nu[names[1]] = adam.mu_bias, adam.nu_bias
         else:
-            rate = rate * float(inputs.x.shape[0] * self.labels_of_all)  # the loss is a mean over both
+            # SGD follows the sum of the losses; the loss is a mean over batch and labels.
+            rate = rate * float(inputs.x.shape[0] * self.labels_of_all)
             key = {"seed": inputs.seed, "step": inputs.step, "first_label": self.first_label()}
             loss, d_x, kernel, bias = xla_ops.fan_in_sgd_step(*arguments, rate, **key, **options)
         layer.kernel.set_value(kernel)

@@ -1,10 +1,10 @@
-"""What every head has in common: the interface that the rest of the library trains and asks, and no more.
+"""The interface of all heads, used by training, evaluation and export.
 
-A head maps the encoder's features [B, E] to labels, and knows everything about that: logits, loss, the best
-labels, a training step, rewiring, memory. Outside of this folder nobody asks which kind it is.
+A head maps the features [B, E] of the encoder to labels. It implements logits, loss, ranking, the training
+step and rewiring. Code outside of this package does not depend on the class of a head.
 
-To add one: a file here with its configuration (a frozen dataclass with `make`) and its class, and a line in
-`HEADS` in this folder's `__init__.py`.
+To add a head, write a module here with its configuration (a frozen dataclass with a method `make`) and its
+class, and add the configuration to `HEADS` in the `__init__.py` of this package.
 """
 
 import abc
@@ -22,11 +22,11 @@ from sparse_xmc.losses import LOSSES
 from sparse_xmc.settings import check, setting
 from xla_ops import SparseInputs
 
-# Where the bias of all labels starts: on the negative side of the squared hinge's margin.
+# The initial bias of all labels, on the negative side of the squared hinge's margin.
 OUTPUT_BIAS = -1.0
 
-# Adam's epsilon times the number of labels: gradients of a mean over L labels are of order 1 / L, and epsilon
-# is to be far below. Optax's 1e-8 is not with 10^5 labels.
+# Adam's epsilon times the number of labels. Gradients of a mean over L labels are of order 1 / L, and epsilon
+# must be far below; Optax's default of 1e-8 is not for 10^5 labels.
 _EPSILON_TIMES_LABELS = 1.6e-6
 
 _LABELS_AT_ONCE = 1 << 14
@@ -34,19 +34,19 @@ _LABELS_AT_ONCE = 1 << 14
 
 @dataclasses.dataclass(frozen=True)
 class HeadTraining:
-    """How a head is trained.
+    """Training configuration of a head.
 
     Attributes:
-      loss: "squared_hinge" or "bce".
-      output_optimizer: that of the output layer: "adam", or "sgd" without momentum, which keeps no moments,
+      loss: the loss, "squared_hinge" or "bce" (binary cross-entropy).
+      output_optimizer: optimizer of the output layer: "adam", or "sgd" without momentum, which has no moments
         and rounds bfloat16 weights stochastically. SGD follows the sum of the losses over batch and labels,
-        not the mean, so that its rate depends on neither's number.
-      output_rate: the output layer learns at this times the learning rate.
-      penultimate_rate: the penultimate layer learns at this times the learning rate; its weights are small.
-      moments: what Adam keeps of the penultimate layer: both moments in "float32", or in "bfloat16", the
-        second rounded stochastically. Of an encoder the first moments are kept so.
-      epsilon: Adam's, for gradients of the mean over batch and labels; None for 1.6e-6 / L, as these
-        gradients are of order 1 / L. The paper's is 1e-7.
+        not the mean, so that its learning rate is independent of the batch size and the number of labels.
+      output_rate: learning-rate multiplier of the output layer.
+      penultimate_rate: learning-rate multiplier of the penultimate layer, whose weights are small.
+      moments: dtype of Adam's moments of the penultimate layer, "float32" or "bfloat16", with the second
+        moment rounded stochastically; also the dtype of the first moments of the encoder.
+      epsilon: Adam's epsilon, for gradients of the mean over batch and labels; None for 1.6e-6 / L, as these
+        gradients are of order 1 / L. The paper uses 1e-7.
     """
 
     loss: str = setting("squared_hinge", choices=tuple(LOSSES))
@@ -60,16 +60,16 @@ class HeadTraining:
         check(self)
 
     def epsilon_for(self, num_labels: int) -> float:
-        """Adam's epsilon, where the loss is a mean over so many labels."""
+        """Returns Adam's epsilon for a loss that is a mean over `num_labels` labels."""
         return _EPSILON_TIMES_LABELS / num_labels if self.epsilon is None else self.epsilon
 
 
 class Features(NamedTuple):
-    """What an encoder returns that passes its input on, for heads whose labels read that directly.
+    """Output of an encoder that also passes its bag of words on, for heads that read words directly.
 
     Attributes:
       x: float32 [B, E], the features.
-      words: the words of the batch, [B, V], if it passes any on.
+      words: the bags of words of the batch, [B, V], or None.
     """
 
     x: Array
@@ -77,21 +77,21 @@ class Features(NamedTuple):
 
 
 def split_features(features: Array | Features) -> Features:
-    """The features [B, E], and the words beside them if there are any."""
+    """Returns `Features` for the output of any encoder; `words` is None for an array [B, E]."""
     return features if isinstance(features, Features) else Features(features, None)
 
 
 class StepInputs(NamedTuple):
-    """What a head's training step takes besides its own state.
+    """The inputs of a training step of a head, apart from the state of the head.
 
     Attributes:
       x: float32 [B, E], the features.
       positives: int32 [B, P], the labels of each point, distinct, padded with -1.
       learning_rate: float32 scalar.
-      seed: integer scalar, of stochastic rounding.
-      step: int32 scalar, the number of the step; each must have its own.
-      wants_d_x: whether the gradient of x is used; where it is not, it may be left out.
-      words: those beside x, as in `Features`, or None.
+      seed: integer scalar, the seed of stochastic rounding.
+      step: int32 scalar, the number of the step; every step must have a different number.
+      wants_d_x: whether the gradient with respect to x is used; if false, the head need not compute it.
+      words: the bags of words [B, V], as in `Features`, or None.
     """
 
     x: Array
@@ -104,15 +104,15 @@ class StepInputs(NamedTuple):
 
 
 class Head(nnx.Module):
-    """From features [B, E] to labels. See the module's docstring.
+    """Base class of heads, which map features [B, E] to labels.
 
-    What is called x is an array [B, E] or `Features`; heads without direct inputs have no use for words.
+    Arguments named x are arrays [B, E] or `Features`; heads without direct inputs ignore the words.
 
     Attributes:
-      in_features: E.
-      num_labels: L.
-      mesh: the devices that its labels are split over, or None.
-      by_label: the names of variables with a row for each label, which a mesh may fill up with more.
+      in_features: E, the number of features.
+      num_labels: L, the number of labels.
+      mesh: mesh over whose devices the labels are sharded, or None.
+      by_label: names of the variables that have a row for each label, and on a mesh rows for padding labels.
     """
 
     in_features: int
@@ -122,92 +122,103 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def __call__(self, x: Array | Features) -> Array:
-        """The logits [B, L] for features [B, E]."""
+        """Returns the logits [B, L] for features [B, E]."""
 
     @abc.abstractmethod
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
-        """The mean of a loss, a name in `LOSSES`, over batch and labels: differentiable in x and parameters.
+        """Returns the mean of a loss over batch and labels, differentiable in x and the parameters.
 
-        Positives outside [0, L) do not count.
+        Args:
+          x: [B, E], the features.
+          positives: int32 [B, P], the labels of each point; values outside [0, L) are ignored.
+          loss: name of the loss, a key of `LOSSES`.
         """
 
     @abc.abstractmethod
     def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
-        """Scores float32 and label ids int32, each [B, k], best first; of equal scores the lower id wins.
+        """Returns the k best labels of each point.
 
-        k is at most L. What is returned for logits of NaN is not defined, but is not finite.
+        Args:
+          x: [B, E], the features.
+          k: number of labels to return, at most L.
+
+        Returns:
+          Scores float32 [B, k] and labels int32 [B, k], best first. Of labels with equal scores, the lower
+          one comes first. For NaN logits the results are not defined, but the scores are not finite.
         """
 
     @abc.abstractmethod
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
-        """Yields (logits [B, n], their label ids int32 [n], ascending), until every label has come once."""
+        """Yields the logits of all labels in blocks: logits [B, n], and their labels int32 [n], ascending."""
 
     @abc.abstractmethod
     def init_moments(self, training: HeadTraining) -> Any:
-        """What the optimizer keeps before the first step: a pytree, the same for both kinds of step.
+        """Returns the optimizer state before the first step, a pytree; it is equal for both kinds of step.
 
         Raises:
-          ValueError: the head cannot be trained so.
+          ValueError: the head does not support this training configuration.
         """
 
     @abc.abstractmethod
     def step_fused(
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
-        """One training step, which updates this head's parameters where they are.
+        """Takes one training step with fused ops, which update the parameters of the head in place.
 
-        Never holds the gradient of a kernel that an op can step in place, nor, for a fixed fan-in layer, the
-        logits of all labels.
+        The gradient of a kernel that an op can update in place is never held in memory, nor, for a fixed
+        fan-in layer, are the logits of all labels.
 
         Returns:
-          The loss before the step, its gradient in x [B, E] (anything unless `wants_d_x`), the new moments.
+          The loss before the step, its gradient with respect to x [B, E] (undefined unless `wants_d_x`), and
+          the new moments.
         """
 
     @abc.abstractmethod
     def step_by_optax(
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
-        """The same step by `jax.grad` of `loss` and Optax: a reference."""
+        """Takes the same step with `jax.grad` of `loss` and Optax, as a reference for `step_fused`."""
 
     @property
     def label_rows(self) -> int:
-        """How many rows the variables `by_label` have: L, or on a mesh more."""
+        """Number of rows of the variables `by_label`: L, plus the number of padding labels on a mesh."""
         return self.num_labels
 
     def fill_up(self) -> None:
-        """Makes right what is beyond the last label, after arrays of another mesh have been read."""
+        """Resets the padding labels behind the last label, after arrays saved from another mesh were read."""
 
     def check_rewiring(self, config: RewireConfig) -> None:
-        """Raises ValueError if the head has connections that cannot be rewired so."""
+        """Raises ValueError if the connections of the head cannot be rewired with this configuration."""
 
     def rewire(
         self, x: Array | Features, positives: Array, moments: Any, key: Array, config: RewireConfig
     ) -> Any:
-        """Moves connections of this head, if it has any.
+        """Rewires this head, if it has connections.
 
         Args:
           x: [B, E], the features of a batch, without dropout.
-          positives: its labels, as for `loss`. Both show where connections move, if growth is "active".
+          positives: int32 [B, P], the labels of the batch, as for `loss`. x and positives are used only if
+            growth is "active".
           moments: from `init_moments` or the last step.
-          key: a random key.
-          config: what moves.
+          key: random key.
+          config: which connections move, and how.
 
         Returns:
-          The moments, without what they remember of the connections that moved.
+          The moments, with the entries of moved connections set to 0.
         """
         return moments
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig(abc.ABC):
-    """What makes a head: its sizes. One subclass, a frozen dataclass too, for each kind in `HEADS`."""
+    """Base class of head configurations, which are frozen dataclasses; `HEADS` has all of them."""
 
     def __post_init__(self):
         check(self)
 
     @property
     def reads_words(self) -> bool:
-        """Whether the head needs `Features`, with the words of bags."""
+        """Whether the head reads words directly, so that the encoder must return `Features`."""
         return False
 
     @abc.abstractmethod
@@ -220,14 +231,14 @@ class HeadConfig(abc.ABC):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
-        """A new head.
+        """Makes a new head.
 
         Args:
-          in_features: E.
-          num_labels: L.
-          num_words: V, how many words `Features` have; 0 where the encoder gives none.
-          train: the training points, for heads that start from them: label frequencies, chosen connections.
-            None where only the shapes matter.
+          in_features: E, the number of features.
+          num_labels: L, the number of labels.
+          num_words: V, the size of the vocabulary of `Features.words`; 0 if the encoder returns no words.
+          train: the training points, for heads initialized from them by label frequencies or chosen
+            connections; None if only the shapes are needed.
           rngs: random keys; the stream `params` is used.
         """
 
@@ -241,15 +252,15 @@ class HeadConfig(abc.ABC):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
-        """The same, with its labels split over the devices of a mesh.
+        """Makes a new head with its labels sharded over the devices of a mesh; arguments as for `make`.
 
         Raises:
-          ValueError: heads of this kind cannot be.
+          ValueError: heads of this class cannot be sharded.
         """
         raise ValueError(f"a mesh needs a fixed fan-in head, got {type(self).__name__}")
 
 
 def label_blocks(num_labels: int) -> Iterator[slice]:
-    """Yields ranges of labels, for what is not to hold the logits of all of them."""
+    """Yields consecutive ranges of labels, for loops that must not hold the logits of all labels."""
     for start in range(0, num_labels, _LABELS_AT_ONCE):
         yield slice(start, min(start + _LABELS_AT_ONCE, num_labels))

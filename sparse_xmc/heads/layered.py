@@ -1,4 +1,4 @@
-"""Heads of layers: [a wide penultimate layer, then] an output layer."""
+"""Heads with an output layer, optionally behind a wide penultimate layer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from sparse_xmc.modules import check_features, parameters_of, path_name, split
 
 
 class OutputLayer(Protocol):
-    """What a `LayeredHead` ends with, such as `nnx.Linear`: an `nnx.Module` from [B, D] to [B, L]."""
+    """Protocol of output layers of a `LayeredHead`, such as `nnx.Linear`: maps [B, D] to [B, L]."""
 
     kernel: nnx.Param
     bias: nnx.Param | None
@@ -31,22 +31,22 @@ class OutputLayer(Protocol):
 
 
 class LayeredHead(Head):
-    """[A penultimate layer with ReLU, then] an output layer.
+    """A head with an output layer, optionally behind a penultimate layer with ReLU.
 
-    What this class does suits any output layer; subclasses do better for theirs.
+    The methods work for any output layer; subclasses override them with faster ones for their layer.
 
     Args:
-      in_features: E.
+      in_features: E, the number of features.
       penultimate: I, the width of the penultimate layer; 0 for none.
-      make_output: makes the output layer for so many inputs: I, or E.
+      make_output: function from the number of inputs, I or E, to the output layer.
       rngs: random keys; the stream `params` is used.
 
     Attributes:
-      part: where these are the labels of one device among others, which; else None.
+      part: the sharding of the labels, if this head has the shard of one device; else None.
     """
 
     part: LabelPart | None = None
-    output: Any  # an OutputLayer, of whatever more a subclass knows of it
+    output: Any  # an OutputLayer; subclasses narrow the type
 
     def __init__(
         self, in_features: int, penultimate: int, make_output: Callable[[int], OutputLayer], *, rngs: nnx.Rngs
@@ -62,27 +62,27 @@ class LayeredHead(Head):
 
     @property
     def labels_of_all(self) -> int:
-        """The number of labels, with those of other devices."""
+        """The number of labels of all devices together."""
         return self.num_labels if self.part is None else self.part.num_labels
 
     def first_label(self) -> ArrayLike:
-        """The number of this head's first label among those."""
+        """Returns the first label of this head among the labels of all devices."""
         return 0 if self.part is None else self.part.first(self.num_labels)
 
     def own_positives(self, positives: Array) -> Array:
-        """Positives as this head numbers labels; those of other devices, and what is none, are below 0."""
+        """Renumbers positives for this head; labels of other devices and invalid values become negative."""
         if self.part is None:
             return positives
         return shift(jnp.where(positives < self.labels_of_all, positives, -1), self.first_label())
 
     def hidden(self, x: Array | Features) -> Array:
-        """The output layer's dense input, for x [B, E]."""
+        """Returns the dense input of the output layer, for features [B, E]."""
         x, _ = split_features(x)
         check_features(self, x, self.in_features, ndim=2)
         return x if self.penultimate is None else self.output_input(nnx.relu(self.penultimate(x)), x)
 
     def output_input(self, hidden: Array, x: Array) -> Array:
-        """What the output layer reads behind a penultimate layer, of its units and of the features."""
+        """Returns the dense input of the output layer, given the hidden units and the features."""
         return hidden
 
     def __call__(self, x: Array | Features) -> Array:
@@ -147,17 +147,17 @@ class LayeredHead(Head):
     def _step_own(
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> tuple[Array, Array, Moments]:
-        """`step_output`, where its loss and gradient are sums over all parts of the labels."""
+        """Calls `step_output`, and sums its loss and gradient over all devices if labels are sharded."""
         loss, d_x, of_output = self.step_output(inputs, moments, training)
         return (*((loss, d_x) if self.part is None else self.part.sum((loss, d_x))), of_output)
 
     def step_output(
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> tuple[Array, Array, Moments]:
-        """Updates the output layer, whose input is `inputs.x`.
+        """Takes one training step of the output layer, whose input is `inputs.x`.
 
         Returns:
-          The loss, its gradient in that input, and the output layer's new moments.
+          The loss, its gradient with respect to `inputs.x`, and the new moments of the output layer.
         """
         graphdef, (params, rest) = split(self.output, nnx.Param)
 
@@ -181,7 +181,7 @@ class LayeredHead(Head):
     def _update(
         self, grads: nnx.State, inputs: StepInputs, state: optax.ScaleByAdamState, training: HeadTraining
     ) -> Moments:
-        """Updates the parameters that there are gradients of, by Optax; returns their new moments."""
+        """Updates the parameters in `grads` with Optax, and returns their new moments."""
         gradients = {path_name(path): g[...] for path, g in nnx.to_flat_state(grads)}
         parameters = parameters_of(self)
         rates = {"penultimate": training.penultimate_rate, "output": training.output_rate}
@@ -196,7 +196,7 @@ class LayeredHead(Head):
             new = value.astype(jnp.float32) - rates[name.partition(".")[0]] * inputs.learning_rate * direction
             if value.dtype == jnp.bfloat16:
                 shape, is_bias = parameters["output.kernel"].shape, name == "output.bias"
-                # A bias has its random bits after those of the kernel.
+                # The bias uses the random bits that follow the bits of the kernel.
                 of_kernel = math.prod(shape if self.part is None else (self.labels_of_all, *shape[1:]))
                 new = xla_ops.round_stochastically(
                     new[:, None] if is_bias else new,

@@ -1,4 +1,4 @@
-"""Parts of the labels, each with its head, or on its device: positives shifted, the best merged."""
+"""Tools for heads of a part of the labels: shards, shifted positives, merged rankings."""
 
 import dataclasses
 import math
@@ -15,46 +15,55 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class LabelPart:
-    """The labels of one device, within `jax.shard_map`: runs of one size, in the order of the devices.
+    """The shard of the labels of one device, within `jax.shard_map`.
 
-    Labels beyond the last fill up the last runs: they have weights of 0 and the bias `PADDING_BIAS`, so that
-    they have neither a loss nor a gradient.
+    Shards are contiguous ranges of one size, in the order of the devices. Padding labels behind the last
+    label fill up the last shards. They have weights 0 and the bias `PADDING_BIAS`, so that their loss and
+    gradients are 0.
 
     Attributes:
-      num_labels: L, of all devices together.
-      axes: the mesh axes that labels are split over.
+      num_labels: L, the number of labels of all devices together.
+      axes: the mesh axes over which the labels are sharded.
     """
 
     num_labels: int
     axes: tuple[str, ...]
 
     def first(self, size: int) -> Array:
-        """The number of the first label of a device that has so many."""
+        """Returns the first label of this device's shard; `size` is the size of a shard."""
         return jax.lax.axis_index(self.axes) * size
 
     def padding(self, size: int) -> int:
-        """How many labels are filled up, where each device has so many."""
+        """Returns the number of padding labels of all devices; `size` is the size of a shard."""
         return size * math.prod(jax.lax.axis_size(axis) for axis in self.axes) - self.num_labels
 
     def sum(self, tree: Tree) -> Tree:
-        """The sum over the devices of each array."""
+        """Returns the sum over all devices of each array of a pytree."""
         return jax.lax.psum(tree, self.axes)
 
 
-# Its logits are far below any margin, and its square is no infinity.
+# Logits of padding labels are far below any margin, and their squares are finite in float32.
 PADDING_BIAS = -1e18
 
-# The variables of a fixed fan-in head that have a row for each label, by their names in it.
+# Names of the variables of a fixed fan-in head that have a row for each label.
 BY_LABEL = ("output.kernel", "output.indices", "output.bias")
 
 
 def shift(positives: Array, start: ArrayLike) -> Array:
-    """Positives as a head sees them whose labels begin at `start`: what is before becomes padding."""
+    """Renumbers positives for a head whose labels begin at `start`; labels before `start` become -1."""
     return jnp.where(positives >= start, positives - start, -1)
 
 
 def merge_top_k(best: Sequence[tuple[Array, Array]], k: int) -> tuple[Array, Array]:
-    """The k best of several (scores [B, n], labels [B, n]); of equal scores the lower label comes first."""
+    """Merges several rankings into one of the k best labels.
+
+    Args:
+      best: rankings, each a pair of scores float [B, n] and labels int32 [B, n]; n may differ.
+      k: number of labels to return.
+
+    Returns:
+      Scores [B, k] and labels [B, k], best first. Of labels with equal scores, the lower one comes first.
+    """
     scores, labels = (jnp.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
     scores, labels = jax.lax.sort((-scores, labels), num_keys=2)
     return -scores[:, :k], labels[:, :k]

@@ -1,4 +1,4 @@
-"""Heads side by side, each for some labels: a dense head for the frequent ones, and a sparse tail."""
+"""Several heads on disjoint sets of labels: a dense head for frequent labels, a sparse tail for the rest."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,23 +18,24 @@ from sparse_xmc.settings import setting
 
 
 class LabelOrder(nnx.Variable):
-    """Which label is where. Not an `nnx.Param`, so gradients and optimizers pass it by."""
+    """A permutation of the labels. It is no `nnx.Param`, so gradients and optimizers ignore it."""
 
 
 class LabelRanges(Head):
-    """Several heads on the same features. Each has a range of *positions*, one after the other.
+    """Several heads on the same features, each for its own set of labels.
 
-    The loss is the mean over all labels: that of a head with L_i of the L labels has the share L_i / L, and
-    so have its gradients.
+    The labels are permuted: each head has a contiguous range of *positions*. The loss is the mean over all L
+    labels, so the loss of a head with L_i labels, and its gradient, have the weight L_i / L.
 
     Args:
-      heads: in order, all on the same number of features.
-      labels: int [L], the label at each position, ascending within a range, so that equal scores keep their
-        order.
-      rates: the output layer of each head learns at this times `output_rate`.
+      heads: the heads in the order of their positions, with equal `in_features`.
+      labels: int [L], the label at each position, ascending within the range of a head, so that labels with
+        equal scores keep their order.
+      rates: learning-rate multiplier of the output layer of each head, multiplied by `output_rate`.
 
     Raises:
-      ValueError: the heads do not fit each other, or `labels` is not such an order.
+      ValueError: the heads differ in `in_features`, there is not one rate for each head, or `labels` is not a
+        permutation that ascends within each range.
     """
 
     def __init__(self, heads: Sequence[Head], labels: np.ndarray, rates: Sequence[float]):
@@ -104,7 +105,8 @@ class LabelRanges(Head):
         loss, d_x, new = 0.0, 0.0, []
         for (head, start), of_head, rate in zip(self._ranges(), moments, self.rates, strict=True):
             share = self._share(head)
-            # Adam's step does not depend on a gradient's scale, but for epsilon; SGD follows the sum anyway.
+            # Adam's step is independent of the gradient's scale, except for epsilon. SGD follows the sum of
+            # the losses, which has no such weight.
             scaled = dataclasses.replace(
                 training,
                 epsilon=training.epsilon_for(self.num_labels) / share,
@@ -132,11 +134,12 @@ class LabelRanges(Head):
 
 @dataclasses.dataclass(frozen=True)
 class HeadAndTailConfig(FixedFanInConfig):
-    """A dense layer for the most frequent labels, a fixed fan-in head for all others.
+    """Configuration of a dense layer for the most frequent labels and a fixed fan-in head for all others.
 
     Attributes:
-      head_fraction: the part of the labels that are in the dense layer.
-      head_rate: the dense layer learns at this times `output_rate`: all features of a label learn together.
+      head_fraction: fraction of the labels that are in the dense layer.
+      head_rate: learning-rate multiplier of the dense layer, multiplied by `output_rate`; less than 1, as all
+        features of a label learn together.
     """
 
     head_fraction: float = setting(0.1, above=0, below=1)
@@ -151,7 +154,7 @@ class HeadAndTailConfig(FixedFanInConfig):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
-        """A new head. Without training points lower labels are taken as the more frequent ones."""
+        """Makes a new head. Without training points, lower labels are assumed to be more frequent."""
         if num_labels < 2:
             raise ValueError(f"head_and_tail needs at least 2 labels, got {num_labels}")
         counts = -np.arange(num_labels) if train is None else train.label_counts()
@@ -164,4 +167,4 @@ class HeadAndTailConfig(FixedFanInConfig):
         return LabelRanges([head, tail], labels, rates=(self.head_rate, 1.0))
 
     def make_sharded(self, in_features, num_labels, mesh, *, num_words=0, train=None, rngs):
-        return HeadConfig.make_sharded(self, in_features, num_labels, mesh, rngs=rngs)  # which raises
+        return HeadConfig.make_sharded(self, in_features, num_labels, mesh, rngs=rngs)  # always raises

@@ -22,14 +22,15 @@ from sparse_xmc.train.schedules import SCHEDULES
 from sparse_xmc.train.trainer import Trainer
 
 _STEPS_UNDER_WAY = 10
-_STEPS_TO_AGREE = 100  # processes ask each other whether to save or stop after so many
+_STEPS_TO_AGREE = 100  # Number of steps after which all processes agree on whether to save or to stop.
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and has.
+    """Raised by `fit` after `should_stop` returned true and training has stopped.
 
     Attributes:
-      epoch, step: it stopped after this step of this epoch, both from 1.
+      epoch: number of the epoch in which training stopped, from 1.
+      step: number of the last step taken in this epoch, from 1.
       directory: where the state was saved, or None if there were no checkpoints.
     """
 
@@ -41,7 +42,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass
 class _Part:
-    """What of an epoch is done: its steps, the sum of their losses, and the seconds that they took."""
+    """The completed part of an epoch: number of steps, sum of their losses, and their time in seconds."""
 
     steps: int = 0
     loss: float = 0.0
@@ -58,16 +59,17 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
     callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
-    """Trains until the schedule ends, or goes on from the latest checkpoint until then.
+    """Trains a classifier until the schedule ends, resuming from the latest checkpoint if there is one.
 
     Args:
-      trainer: with the classifier; `trainer.model` is the trained one afterwards.
+      trainer: trainer of the classifier; `trainer.model` is the trained classifier afterwards.
       train: the training points.
-      validation: points to validate on after each epoch; without them the schedule must be one that needs
-        none, such as "linear".
-      checkpoints: where to save to and go on from; a schedule that keeps the best weights needs them.
-      checkpoint_minutes: save the whole state whenever this much time has passed, within epochs too.
-      should_stop: asked after each step (of several processes, now and then, until one says so).
+      validation: points to evaluate on after each epoch; None only for schedules that need no validation,
+        such as "linear".
+      checkpoints: where to save and resume; required by schedules that end with the best weights.
+      checkpoint_minutes: the whole state is saved whenever this many minutes have passed, also within epochs.
+      should_stop: function called after each step; training stops when it returns true. With several
+        processes it is called every 100 steps, and training stops when it is true in any process.
       callbacks: called in this order.
 
     Returns:
@@ -75,11 +77,13 @@ def fit(
       "learning_rate" (at its start), the metrics on the validation points, and what callbacks entered.
 
     Raises:
-      ValueError: there are no points, the schedule needs validation points or checkpoints, or the latest
-        checkpoint is of a run with other settings; more epochs are none if the schedule can go on.
-      FloatingPointError: the loss, or before a checkpoint a weight, is not finite; the message says which,
-        where, and of what points the inputs are not finite. Checkpoints have only what was finite.
-      Stopped: `should_stop` said so; the state after the last step has been saved.
+      ValueError: there are no points; the schedule needs validation points or checkpoints; or the latest
+        checkpoint is of a run with other settings. A higher number of epochs is allowed if the schedule can
+        continue.
+      FloatingPointError: the loss is not finite, or a weight is not finite before a checkpoint. The message
+        names the step, the array, and the points whose inputs are not finite. Checkpoints contain only finite
+        values.
+      Stopped: `should_stop` returned true; the state after the last step has been saved.
     """
     config = trainer.config
     for name, points in (("train", train), ("validation", validation)):
@@ -97,7 +101,7 @@ def fit(
     run = {"seed": trainer.seed, "data": train.fingerprint(), **dataclasses.asdict(config)}
     if checkpoints and (progress := checkpoints.restore_latest(trainer)):
         theirs = progress["run"]
-        if schedule.can_go_on:  # with more epochs, but not with fewer
+        if schedule.can_go_on:  # The number of epochs may be raised, but not lowered.
             theirs["epochs"] = max(config.epochs, theirs["epochs"])
         if different := sorted(name for name in run if run[name] != theirs.get(name)):
             was, now = ({name: of.get(name) for name in different} for of in (theirs, run))
@@ -109,7 +113,16 @@ def fit(
     saved = time.monotonic()
 
     def pause(settle: Callable[[], None], agree: bool = True, at_end: bool = False) -> bool:
-        """Saves, or stops, if it is time to, and says whether; what is under way is settled first."""
+        """Saves a checkpoint or stops training if it is due, after all running steps have been settled.
+
+        Args:
+          settle: waits for all running steps.
+          agree: whether to decide now; all processes must pass the same value.
+          at_end: save regardless of the time passed.
+
+        Returns:
+          Whether a checkpoint was due. `Stopped` is raised instead of returning if training is to stop.
+        """
         nonlocal saved
         is_time = at_end or time.monotonic() - saved > 60 * checkpoint_minutes
         late = checkpoints is not None and is_time
@@ -166,12 +179,12 @@ def fit(
 def _train_epoch(
     trainer: Trainer, batches: Batches, epoch: int, part: _Part, learning_rate, callbacks, pause
 ) -> None:
-    """Trains an epoch, or what is left of it, and enters that into `part`."""
+    """Trains the remaining steps of an epoch, and adds them to `part`."""
     under_way: collections.deque[jax.Array] = collections.deque()
     start = time.monotonic()
 
     def settle(left: int = 0) -> None:
-        """Waits for all steps but the last few."""
+        """Waits for all running steps except the last `left`, and adds their losses to `part`."""
         nonlocal start
         while len(under_way) > left:
             loss = float(under_way.popleft())
@@ -204,7 +217,7 @@ def _not_finite(loss: float, trainer: Trainer, batches: Batches, epoch: int, ste
 
 
 def _of_any_process(*flags: bool) -> tuple[bool, ...]:
-    """Whether any process has each of these set; the same in all of them."""
+    """Returns for each flag whether it is set in any process; the result is equal in all processes."""
     if jax.process_count() == 1:
         return flags
     return tuple(bool(any_of) for any_of in multihost_utils.process_allgather(np.array(flags)).any(axis=0))

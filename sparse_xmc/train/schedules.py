@@ -1,4 +1,7 @@
-"""How the learning rate falls, and when training ends. A new one is a class here and a line below."""
+"""Learning-rate schedules, which also decide when training ends.
+
+To add one, write a subclass of `Schedule` here and add it to `SCHEDULES`.
+"""
 
 import abc
 import dataclasses
@@ -7,11 +10,12 @@ from typing import Any, ClassVar
 
 
 class Schedule(abc.ABC):
-    """The learning rate over the epochs. Subclasses are dataclasses: their fields are their state.
+    """Base class of learning-rate schedules. Subclasses are dataclasses whose fields are their state.
 
     Attributes:
-      keeps_best: whether training ends with the weights of the best epoch, in place of the last.
-      can_go_on: whether epochs after the last are what they would be had they been planned from the start.
+      keeps_best: whether training ends with the weights of the best epoch instead of the last weights.
+      can_go_on: whether a finished run can be continued with a higher number of epochs, with the same result
+        as if that number had been given from the start.
     """
 
     keeps_best: ClassVar[bool]
@@ -20,40 +24,59 @@ class Schedule(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def start(cls, learning_rate: float, epochs: int) -> "Schedule":
-        """Before the first epoch."""
+        """Returns the schedule before the first epoch.
+
+        Args:
+          learning_rate: the base learning rate.
+          epochs: maximum number of epochs.
+        """
 
     def state(self) -> dict[str, Any]:
-        """For JSON; the arguments of the class that go on from here."""
+        """Returns the constructor arguments that restore this state, serializable as JSON."""
         return dict(vars(self))
 
     @abc.abstractmethod
     def rate(self, progress: float) -> float:
-        """The learning rate after so many epochs, of which a step is a fraction."""
+        """Returns the learning rate.
+
+        Args:
+          progress: number of epochs trained so far, with the current one as a fraction.
+        """
 
     def update(self, metric: float) -> None:  # noqa: B027 (not every schedule asks)
-        """Takes the validation P@3 at the end of an epoch."""
+        """Updates the schedule at the end of an epoch.
+
+        Args:
+          metric: P@3 on the validation points.
+        """
 
     def forget_best(self) -> None:  # noqa: B027
-        """Has the next epoch count as the best so far, as the weights of the best are lost."""
+        """Makes the next epoch count as the best so far, because the best weights have been lost."""
 
     @property
     def should_stop(self) -> bool:
-        """Whether to train no further."""
+        """Whether training should stop before the maximum number of epochs."""
         return False
 
     @property
     def is_best(self) -> bool:
-        """Whether the epoch of the last update is the best so far."""
+        """Whether the last epoch passed to `update` is the best so far."""
         return False
 
 
 @dataclasses.dataclass
 class Plateau(Schedule):
-    """Halving the learning rate and stopping early, as the paper does by P@3 on the validation points.
+    """Schedule that halves the learning rate on a plateau and stops early, as in the paper.
+
+    It uses P@3 on the validation points: the learning rate is halved after 2 epochs without an improvement of
+    1e-3, down to 1e-4, and training stops after 4 epochs without an improvement of 5e-5.
 
     Attributes:
-      learning_rate: the present one.
+      learning_rate: the current learning rate.
       best: the best metric so far.
+      epochs_since_best: number of epochs since then.
+      best_for_halving: the best metric so far by the threshold for halving.
+      epochs_since_halving: number of epochs since then, or since the last halving.
     """
 
     keeps_best: ClassVar[bool] = True
@@ -67,15 +90,15 @@ class Plateau(Schedule):
 
     @classmethod
     def start(cls, learning_rate: float, epochs: int) -> "Plateau":
-        """Before the first epoch."""
+        """Returns the schedule before the first epoch; `epochs` is not used."""
         return cls(learning_rate)
 
     def rate(self, progress: float) -> float:
-        """The same through an epoch."""
+        """Returns the current learning rate, which is constant within an epoch."""
         return self.learning_rate
 
     def update(self, metric: float) -> None:
-        """Takes the metric at the end of an epoch."""
+        """Updates the learning rate and the best metric at the end of an epoch."""
         if metric > self.best + 5e-5:
             self.best, self.epochs_since_best = metric, 0
         else:
@@ -89,27 +112,27 @@ class Plateau(Schedule):
             self.epochs_since_halving = 0
 
     def forget_best(self) -> None:
-        """Has the next epoch count as the best so far."""
+        """Makes the next epoch count as the best so far."""
         self.best = -math.inf
 
     @property
     def should_stop(self) -> bool:
-        """Whether 4 epochs have passed without an improvement."""
+        """Whether 4 epochs have passed without an improvement of 5e-5."""
         return self.epochs_since_best >= 4
 
     @property
     def is_best(self) -> bool:
-        """Whether the last epoch was an improvement."""
+        """Whether the last epoch was an improvement of 5e-5."""
         return self.epochs_since_best == 0
 
 
 @dataclasses.dataclass
 class Linear(Schedule):
-    """A learning rate that falls evenly to 0 over all epochs.
+    """Schedule that lowers the learning rate linearly to 0 over all epochs.
 
     Attributes:
-      learning_rate: at the start.
-      epochs: after how many it is 0.
+      learning_rate: learning rate at the start.
+      epochs: number of epochs after which the learning rate is 0.
     """
 
     keeps_best: ClassVar[bool] = False
@@ -120,11 +143,11 @@ class Linear(Schedule):
 
     @classmethod
     def start(cls, learning_rate: float, epochs: int) -> "Linear":
-        """Before the first epoch."""
+        """Returns the schedule before the first epoch."""
         return cls(learning_rate, epochs)
 
     def rate(self, progress: float) -> float:
-        """What is left after so many epochs."""
+        """Returns the learning rate after `progress` epochs."""
         return self.learning_rate * (1 - progress / self.epochs)
 
 

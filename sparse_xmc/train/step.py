@@ -1,10 +1,11 @@
-"""One training step for every network: the encoder by Optax, its tables by rows, the head by itself.
+"""The training step of a classifier: Optax updates the encoder, Adagrad its tables, the head itself.
 
     features, pullback = jax.vjp(encoder, ...)
     loss, d_features, head = head.step(features, positives, ...)
     encoder = optax(pullback(d_features))
 
-A head steps in place (`Head.step_fused`) or by Optax; the state is the same.
+A head is updated in place by fused ops (`Head.step_fused`) or by Optax (`Head.step_by_optax`); the state has
+the same structure in both cases.
 """
 
 import dataclasses
@@ -32,14 +33,14 @@ _OPTAX = nnx.All(nnx.Param, nnx.Not(TableParam))
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step as functions of its whole state, for `jax.jit`.
+    """A training step and a rewiring as pure functions of the training state, for `jax.jit`.
 
     Attributes:
       graphdef: the structure of the classifier.
-      config: how to train.
-      seed: of rewiring and stochastic rounding, in 0..2^32-1.
-      optimizer: the encoder's.
-      fused: whether the head steps in place.
+      config: the training configuration.
+      seed: seed of rewiring and stochastic rounding, an integer in 0..2^32-1.
+      optimizer: optimizer of the encoder.
+      fused: whether the head is updated in place (`Head.step_fused`) rather than by Optax.
     """
 
     graphdef: nnx.GraphDef
@@ -49,7 +50,7 @@ class Step:
     fused: bool
 
     def init(self, model: Classifier) -> State:
-        """The state before the first step: arrays, or shapes if the model's parameters are shapes."""
+        """Returns the state before the first step: arrays, or shapes if the model's parameters are shapes."""
         graphdef, state = nnx.split(model)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
             return jax.eval_shape(lambda state: self._init(nnx.merge(graphdef, state)), state)
@@ -62,7 +63,17 @@ class Step:
         return _state(model, moments, self.optimizer.init(nnx.state(model.encoder, _OPTAX)), squares)
 
     def train(self, state: State, batch: Batch, learning_rate, step) -> tuple[State, jax.Array]:
-        """The state after a step, and the loss before it."""
+        """Takes one training step.
+
+        Args:
+          state: the training state.
+          batch: the batch to train on.
+          learning_rate: float32 scalar.
+          step: int32 scalar, the number of the step.
+
+        Returns:
+          The state after the step, and the loss before it, a float32 scalar.
+        """
         model = self._merge(state)
         encoder, head = in_training(model.encoder), model.head
         rows = used_rows(nnx.clone(encoder), batch.inputs)
@@ -88,7 +99,8 @@ class Step:
         optimizer, squares = state["optimizer"], dict(state["squares"])
         if has_params:
             _check_used(pullback, features, tables, params)
-            d_tables, gradients = pullback(head.num_labels * d_features)  # of the sum over labels
+            # The encoder gets the gradient of the sum over labels, not of the mean.
+            d_tables, gradients = pullback(head.num_labels * d_features)
             if jax.tree.leaves(params):
                 updates, optimizer = self.optimizer.update(gradients, optimizer, params)
                 falling = learning_rate / self.config.learning_rate
@@ -98,7 +110,7 @@ class Step:
         return _state(model, moments, optimizer, squares), loss
 
     def _step_tables(self, encoder, rows, gradients: nnx.State, squares: State, learning_rate) -> None:
-        """Updates the rows that a batch uses, by their gradients, and `squares`."""
+        """Updates the table rows that a batch uses, and their sums of squares, with Adagrad."""
         rate = self.config.embedding_rate * learning_rate
         gradient_of = {path_name(path): g[...] for path, g in nnx.to_flat_state(gradients)}
         for path, table in tables_of(encoder):
@@ -109,7 +121,7 @@ class Step:
             squares[path] = put_rows(squares[path], of_table, new)
 
     def rewire(self, state: State, batch: Batch, step) -> State:
-        """The state after a rewiring."""
+        """Returns the state after a rewiring on a batch; `step` is mixed into the random key."""
         model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
         x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
@@ -122,7 +134,7 @@ class Step:
         return _state(model, moments, state["optimizer"], state["squares"])
 
     def fill_up(self, state: State) -> State:
-        """The state with `Head.fill_up` done."""
+        """Returns the state after `Head.fill_up`."""
         model = self._merge(state)
         model.head.fill_up()
         return _state(model, state["moments"], state["optimizer"], state["squares"])
@@ -142,11 +154,11 @@ def _state(model: Classifier, moments: Any, optimizer: Any, squares: State) -> S
     }
 
 
-# ---- what would go wrong without a word ----
+# ---- checks against parameters that would silently stay untrained ----
 
 
 def check_parts(model: Classifier) -> None:
-    """Raises ValueError unless each parameter is in the encoder or in the head, and tables fit."""
+    """Raises ValueError unless each parameter belongs to either encoder or head, and tables are float32."""
     parts = {"encoder": parameters_of(model.encoder), "head": parameters_of(model.head)}
     for name, parameter in parameters_of(model).items():
         owners = [part for part, its in parts.items() if any(p is parameter for p in its.values())]
@@ -171,7 +183,7 @@ def _check_updated(before: dict[str, jax.Array], head: nnx.Module) -> None:
 
 
 def _check_used(pullback: Callable, features: jax.Array, *params: nnx.State) -> None:
-    """Raises ValueError if a parameter of the encoder gets no gradient whatever the features' gradient is."""
+    """Raises ValueError if the features do not depend on a parameter of the encoder."""
     program = jax.make_jaxpr(pullback)(jnp.zeros_like(features)).jaxpr
     reached = set(program.invars)
     for equation in program.eqns:

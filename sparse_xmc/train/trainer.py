@@ -1,4 +1,4 @@
-"""Training step by step."""
+"""The trainer: training state and single training steps."""
 
 import functools
 import numbers
@@ -24,32 +24,34 @@ from sparse_xmc.train.step import State, Step, check_parts
 
 
 class Trainer:
-    """Trains a `Classifier` in place of its initial weights.
+    """Trains a `Classifier` step by step; `fit` adds the loop over epochs.
 
-    The encoder's optimizer sees the gradient of the loss summed over labels, a mean over the batch, so that
-    its epsilon and clipping mean what they do elsewhere; its updates fall with the schedule. Tables of
-    embeddings (`EmbeddingTable`) are not its concern: they learn by Adagrad, by the rows that a batch uses.
-    All of the encoder is in training mode, as after `nnx.Module.train`.
+    The optimizer of the encoder gets the gradient of the loss summed over labels and averaged over the batch,
+    so that its epsilon and gradient clipping have their usual meaning. Its updates are scaled by the learning
+    rate relative to the base learning rate. It does not train embedding tables (`EmbeddingTable`): Adagrad
+    updates their rows that a batch uses. The whole encoder is in training mode, as after
+    `nnx.Module.train`.
 
     Args:
       model: the classifier; its arrays are donated to the first step, so use `Trainer.model` afterwards.
-      config: how to train.
-      seed: of the order of the points, of rewiring, and of stochastic rounding: 0..2^32-1.
-      encoder_optimizer: a whole optimizer for the encoder, such as `optax.lion(1e-5)`; by default AdamW as
-        the configuration's `encoder_rate`, `encoder_warmup`, `encoder_weight_decay` and `moments` say.
-      fused: whether the head steps in place; by default wherever the native ops run. The state is the same,
-        so that a checkpoint of the one goes on under the other.
+      config: the training configuration.
+      seed: seed of the order of the points, of rewiring, and of stochastic rounding: an integer in 0..2^32-1.
+      encoder_optimizer: an optimizer for the encoder that includes its learning rate, such as
+        `optax.lion(1e-5)`; by default AdamW with `encoder_rate`, `encoder_warmup`, `encoder_weight_decay` and
+        `moments` of the configuration.
+      fused: whether the head is updated in place by native ops; by default wherever the native ops run. The
+        state is the same in both cases, so a run can be resumed with either.
 
     Attributes:
-      state: all that changes: parameters, connectivity, random state, moments. A pytree.
-      step: the number of steps taken.
-      num_labels: L.
-      mesh: the devices that the classifier's labels are split over, or None.
+      state: pytree of everything that training changes: parameters, connectivity, random state, moments.
+      step: number of steps taken.
+      num_labels: L, the number of labels.
+      mesh: mesh over whose devices the labels are sharded, or None.
 
     Raises:
-      ValueError: the seed is not an integer in 0..2^32-1, the head cannot be trained so, something would be
-        left untrained, or settings of the encoder's optimizer are given beside an optimizer that does not ask
-        for them.
+      ValueError: the seed is not an integer in 0..2^32-1; the head does not support the configuration; a
+        parameter would be left untrained; batch_size is not a multiple of the mesh's data axis; or settings
+        of the default optimizer are given together with `encoder_optimizer`.
     """
 
     def __init__(
@@ -93,22 +95,29 @@ class Trainer:
 
     @property
     def head(self) -> Head:
-        """The classifier's head, as `model` has it."""
+        """The head of `model`."""
         return self.model.head
 
     @property
     def model(self) -> Classifier:
-        """The classifier with the present weights; good until the next step, which takes its arrays."""
+        """The classifier with the current weights. Its arrays are donated to the next step."""
         graphdef, state = self._graphdef, (self.state["params"], self.state["other"])
         return nnx.merge(graphdef, *jax.tree.map(lambda array: array, state))
 
     def train_step(self, batch: Batch, learning_rate: float) -> jax.Array:
-        """One step, and the rewiring that falls due after it. Returns the loss (not waited for).
+        """Takes one training step, and a rewiring if one is due after it.
+
+        Args:
+          batch: the batch to train on.
+          learning_rate: the base learning rate; each layer multiplies it by its own factor.
+
+        Returns:
+          The loss before the step, a float32 scalar. The function does not wait for its value.
 
         Raises:
-          TypeError: the learning rate is not a number, or positives are not integers.
-          ValueError: the learning rate is not finite; positives are not as `Batch` has them; or nothing would
-            train one of the parameters.
+            TypeError: the learning rate is not a number, or positives are not an integer array [B, P].
+            ValueError: the learning rate is not finite; positives are not as described in `Batch`; or a
+              parameter would stay untrained.
         """
         rate = _check_rate(learning_rate)
         _check_positives(np.asarray(batch.positives), self.num_labels)
@@ -121,7 +130,11 @@ class Trainer:
         return loss
 
     def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
-        """The programs for batches like this one, not run: "step", and "rewiring" if there is any."""
+        """Traces the programs for batches of this shape without running them.
+
+        Returns:
+          The traced programs: "step", and "rewiring" if the configuration has one.
+        """
         batch = place_batch(batch, self.mesh)
         programs = {"step": self._programs.train.trace(self.state, batch, np.float32(0), np.int32(0))}
         if self.config.rewire.fraction:
@@ -129,17 +142,17 @@ class Trainer:
         return programs
 
     def rewire(self, batch: Batch) -> None:
-        """Moves connections of the head now, if it has any and the configuration says so.
+        """Rewires the head now, if it has connections and the configuration asks for rewiring.
 
         Args:
-          batch: the points that show where they move, if growth is `active`.
+          batch: the points used to choose new connections if growth is `active`.
         """
         if self.config.rewire.fraction:
             batch = place_batch(batch, self.mesh)
             self.state = self._programs.rewire(self.state, batch, np.int32(self.step))
 
     def array_not_finite(self) -> str | None:
-        """The name of an array of the state that has a value that is not finite, or None."""
+        """Returns the name of an array of the state that has a value that is not finite, or None."""
         leaves = jax.tree_util.tree_leaves_with_path(self.state)
         floats = [(path, a) for path, a in leaves if jax.dtypes.issubdtype(a.dtype, np.floating)]
         for (path, _), finite in zip(floats, _are_finite([a for _, a in floats]), strict=True):
@@ -148,29 +161,31 @@ class Trainer:
         return None
 
     def restore(self, state: State) -> None:
-        """Goes on from a state that was saved, on whatever mesh. Its arrays are donated to the next step."""
+        """Replaces the state by a saved one, of any mesh. Its arrays are donated to the next step."""
         self.state = state if self.mesh is None else self._programs.fill_up(state)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
     ) -> Iterator[jax.Array]:
-        """Trains for one epoch, or what is left of it, yielding each step's loss.
+        """Trains for one epoch or its remaining steps, and yields the loss of each step.
 
         Args:
-          batches: the training points: a `Batches`, or anything with its `shuffled(seed, epoch, first=)`.
-          epoch: the epoch's number, from 0; with the seed it fixes the order of the points.
-          learning_rate: from a step's number within the epoch.
-          first: how many of its steps have been taken already.
+          batches: the training points: a `Batches`, or any object with a method `shuffled(seed, epoch,
+            first=)`.
+          epoch: number of the epoch, from 0; with the seed it determines the order of the points.
+          learning_rate: function from the number of a step within the epoch, from 0, to its learning rate.
+          first: number of steps of this epoch already taken.
         """
         for i, batch in enumerate(batches.shuffled(self.seed, epoch, first=first), start=first):
-            # Not at an epoch's end: what is evaluated has had time to use its connections.
+            # Rewiring follows at the start of the next epoch, not before validation: new connections start at
+            # 0, and need training to be of use.
             if self.config.rewire_interval == -1 and epoch > 0 and i == 0:
                 self.rewire(batch)
             yield self.train_step(batch, learning_rate(i))
 
 
 class _Programs(NamedTuple):
-    """What a `Step` does, compiled. Each is a function of a state, which is donated, and of more."""
+    """The compiled functions of a `Step`. Each takes a state, which is donated, and further arguments."""
 
     train: Any
     rewire: Any
@@ -178,7 +193,13 @@ class _Programs(NamedTuple):
 
 
 def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
-    """The programs, with the shardings of the state that they return, and of what training returns."""
+    """Compiles the functions of a step.
+
+    Args:
+      step: the step.
+      state: shardings of a state, for the results of `rewire` and `fill_up`; None for unspecified.
+      trained: shardings of the results of `train`; None for unspecified.
+    """
     return _Programs(
         jax.jit(step.train, donate_argnums=0, out_shardings=trained),
         jax.jit(step.rewire, donate_argnums=0, out_shardings=state),
@@ -186,9 +207,9 @@ def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
     )
 
 
-@functools.lru_cache(maxsize=2)  # the others are freed with the last trainer that uses them
+@functools.lru_cache(maxsize=2)  # Older programs are freed with the last trainer that uses them.
 def _programs(step: Step) -> _Programs:
-    """The programs of a step: trainers of the same kind, one that plans its memory among them, share them."""
+    """Returns the compiled programs of a step; equal steps share them, for example when planning memory."""
     return _compiled(step)
 
 
@@ -200,9 +221,9 @@ def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(array).all() for array in arrays]
 
 
-@functools.lru_cache(maxsize=16)  # the same object for the same settings
+@functools.lru_cache(maxsize=16)  # Equal settings must give the same object, so that programs are shared.
 def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
-    """The encoder's optimizer. Biases and scales do not decay.
+    """Returns the default optimizer of the encoder, AdamW. Biases and scales do not decay.
 
     Reference: Loshchilov & Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
@@ -217,7 +238,12 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
 
 
 def _check_rate(learning_rate: Any) -> np.float32:
-    """Returns a learning rate as float32; raises unless it is a finite number, or an array of one."""
+    """Returns a learning rate as float32.
+
+    Raises:
+      TypeError: it is not a real number or a scalar array of one.
+      ValueError: it is not finite in float32.
+    """
     is_number = isinstance(learning_rate, numbers.Real | np.ndarray | np.generic | jax.Array)
     rate = np.asarray(learning_rate if is_number else None)
     is_real = jnp.issubdtype(rate.dtype, jnp.floating) or jnp.issubdtype(rate.dtype, jnp.integer)
@@ -231,7 +257,12 @@ def _check_rate(learning_rate: Any) -> np.float32:
 
 
 def _check_positives(positives: np.ndarray, num_labels: int) -> None:
-    """Raises unless positives [B, P] are labels or -1, and a point has each once."""
+    """Checks that positives [B, P] are labels or -1, and that no point has a label twice.
+
+    Raises:
+      TypeError: positives are not an integer array of two axes.
+      ValueError: a value is not a label, or a point has a label twice.
+    """
     if positives.ndim != 2 or positives.dtype.kind not in "iu":
         got = f"dtype {positives.dtype.name} and shape {list(positives.shape)}"
         raise TypeError(f"positives must be an array of integers [B, P], got {got}")
