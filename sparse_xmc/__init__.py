@@ -1,6 +1,6 @@
 """Extreme multi-label classification with sparse output layers, in JAX and Flax.
 
-`__init__.pyi` lists the public names. Each is imported when it is first used, so that `import sparse_xmc`
+`__init__.pyi` lists the public names. A name is imported at its first use, so that `import sparse_xmc`
 does not load JAX.
 """
 

@@ -1,4 +1,4 @@
-"""Probabilities of scores, from points that were held out."""
+"""Calibration of scores to probabilities, on held-out points."""
 
 import dataclasses
 import json
@@ -14,21 +14,22 @@ from sparse_xmc.evaluation import predict
 from sparse_xmc.metrics import is_listed
 from sparse_xmc.model import Classifier
 
-# How many of a point's best labels are looked at. More would be wrong answers nearly all, and of low scores.
+# Number of best labels of a point used for calibration. Labels of lower rank have low scores and are nearly
+# always wrong.
 _RANKS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How likely a label of a score is right, by isotonic regression: the higher the score, the likelier.
+    """A monotone mapping from scores to probabilities of correctness, fitted by isotonic regression.
 
-    Of the labels that are among their points' best 20 and have probability p, a part p is right, on points
-    like those that were held out. It says nothing of a label by itself: one that is often wrong at a score
-    where others are right has their probability.
+    Among labels that are in the best 20 of their points and have probability p, a fraction p is correct, on
+    points like the held-out ones. The calibration does not depend on the label: a label that is often wrong
+    at a score at which other labels are correct gets the same probability.
 
     Attributes:
       scores: float64 [n], ascending.
-      probabilities: float64 [n] in 0..1, ascending; between two scores they are interpolated.
+      probabilities: float64 [n] in 0..1, ascending; interpolated linearly between scores.
 
     Reference: Zadrozny & Elkan, Transforming classifier scores into accurate multiclass probability
     estimates, KDD 2002.
@@ -39,7 +40,16 @@ class Calibration:
 
     @classmethod
     def fit(cls, model: Classifier, points: Dataset, *, batch_size: int = 256) -> "Calibration":
-        """That of a classifier, by points that it was not trained on, with their labels."""
+        """Fits the calibration of a classifier on labelled points that it was not trained on.
+
+        Args:
+          model: the classifier.
+          points: the held-out points, at least one.
+          batch_size: number of points in a batch.
+
+        Raises:
+          ValueError: there are no points.
+        """
         scores, right = [], []
         k = min(_RANKS, points.num_labels)
         for rows, its_scores, labels in predict(model, points, k, batch_size=batch_size):
@@ -51,20 +61,20 @@ class Calibration:
         return cls(fitted.X_thresholds_, fitted.y_thresholds_)
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Probabilities float64 of scores, of the same shape."""
+        """Returns the probabilities of scores, float64 of the same shape."""
         return np.interp(scores, self.scores, self.probabilities)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes it as JSON."""
+        """Writes the calibration as a JSON file."""
         fields = {name: values.tolist() for name, values in vars(self).items()}
         write_text(path, json.dumps(fields) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Calibration":
-        """Reads what `save` wrote.
+        """Reads a calibration saved by `save`.
 
         Raises:
-          ValueError: it is no calibration.
+          ValueError: the file is not a saved calibration.
         """
         try:
             fields = json.loads(Path(path).read_text())

@@ -1,4 +1,4 @@
-"""The model card: what a saved model is, in its directory's README.md."""
+"""The model card, which describes a saved model in the README.md of its directory."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from sparse_xmc.modules import count_parameters
 if TYPE_CHECKING:
     from sparse_xmc.saving import SavedModel
 
-# A README.md that does not begin so is the user's, and stays.
+# A README.md without this first line was written by the user, and is not replaced.
 MARK = "<!-- sparse-xmc model card -->"
 _PACKAGES = ("sparse-xmc", "jax", "flax")
 
@@ -20,12 +20,12 @@ def model_card(
     data: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
-    """The card of a model, as Markdown.
+    """Returns the model card of a saved model, in Markdown.
 
     Args:
-      saved: the model.
-      data: what it was trained on, by name.
-      metrics: its metrics on test points.
+      saved: the saved model.
+      data: description of the training data, by name; or None.
+      metrics: metrics on test points, by name; or None.
     """
     config = saved.config
     parameters = count_parameters(saved.model)

@@ -1,4 +1,4 @@
-"""Random connections: for each output (label), F distinct inputs; or anywhere between the two."""
+"""Random connections of sparse layers: F distinct inputs for each label, or pairs at any position."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,10 @@ _AT_ONCE = 1 << 17
 
 
 def row_keys(key: Array, first: ArrayLike, rows: int) -> Array:
-    """A random key for each of so many rows from the row `first`: its own wherever it is drawn for."""
+    """Returns a random key for each of `rows` rows from the row `first` on.
+
+    The key of a row depends only on `key` and the number of the row, not on `first` or the device.
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows, dtype=jnp.int32))
 
 
@@ -27,24 +30,24 @@ def redraw(
     distinct: bool = True,
     first: ArrayLike = 0,
 ) -> Array:
-    """Draws new inputs, uniformly, for the connections that `mask` marks.
+    """Draws new inputs uniformly at random for the connections marked by `mask`.
 
-    What a label draws depends on the key and its number alone.
+    The inputs of a label depend only on the key and the number of the label.
 
     Args:
-      key: a random key.
-      indices: [L, F], integer.
-      mask: bool [L, F].
-      in_features: D; the new inputs are in 0..D-1.
-      distinct: draw until no row lists an input twice (other than among the connections kept), which
-        needs F <= D. If false, repeats happen, as in the paper's code.
-      first: the number of the first label.
+      key: random key.
+      indices: [L, F], integer, the current inputs.
+      mask: bool [L, F], true for connections that get new inputs.
+      in_features: D, the number of inputs; new inputs are in 0..D-1.
+      distinct: whether to draw until no label reads an input twice (except by connections that are kept),
+        which requires F <= D. If false, inputs may repeat, as in the paper's code.
+      first: number of the first label, if these are a part of the labels.
 
     Returns:
-      [L, F], of the dtype of `indices`.
+      [L, F], the new inputs, of the dtype of `indices`.
 
     Raises:
-      ValueError: `distinct`, and F > D.
+      ValueError: `distinct` is true and F > D.
     """
     if distinct and indices.shape[1] > in_features:
         raise ValueError(f"{indices.shape[1]} distinct inputs do not exist among {in_features}")
@@ -56,7 +59,7 @@ def redraw(
         return drawn.astype(indices.dtype)
 
     def conflicts(indices):
-        # An entry kept on the right of a new one counts as well, so both triangles are looked at.
+        # A kept entry to the right of a new one counts as well, so both triangles are compared.
         same = indices[:, :, None] == indices[:, None, :]
         earlier_or_kept = jnp.tril(jnp.ones(same.shape[1:], bool), k=-1)[None] | ~mask[:, None, :]
         return mask & jnp.any(same & earlier_or_kept, axis=2)
@@ -78,13 +81,13 @@ def redraw(
 def draw_connections(
     key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True, first: ArrayLike = 0
 ) -> Array:
-    """For each of L labels, F inputs out of D, uniformly.
+    """Draws F of D inputs uniformly at random for each of L labels.
 
     Args:
-      key: a random key.
-      labels: L.
-      fan_in: F <= D.
-      in_features: D.
+      key: random key.
+      labels: L, the number of labels.
+      fan_in: F, the number of inputs of each label, at most D if `distinct` is true.
+      in_features: D, the number of inputs.
       distinct, first: as for `redraw`.
 
     Returns:
@@ -93,9 +96,9 @@ def draw_connections(
     return _drawing(labels, fan_in, in_features, distinct)(key, first)
 
 
-@functools.lru_cache(maxsize=8)  # jit by itself would keep the programs for all sizes
+@functools.lru_cache(maxsize=8)  # A jit of its own would keep the programs for all sizes.
 def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Callable[..., Array]:
-    """The compiled `draw_connections` for these sizes: a function of the key and of `first`."""
+    """Returns `draw_connections` compiled for these sizes, as a function of `key` and `first`."""
 
     def draw_connections(key, first):
         (indices,) = update_in_blocks(
@@ -118,13 +121,13 @@ def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Call
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def draw_coordinates(key: Array, connections: int, labels: int, in_features: int) -> Array:
-    """Draws connections uniformly from all pairs of a label and an input; a pair may come twice.
+    """Draws connections uniformly from all pairs of a label and an input; pairs may repeat.
 
     Args:
-      key: a random key.
-      connections: N.
-      labels: L.
-      in_features: D.
+      key: random key.
+      connections: N, the number of connections.
+      labels: L, the number of labels.
+      in_features: D, the number of inputs.
 
     Returns:
       int32 [N, 2]: the label and the input of each connection.
@@ -137,23 +140,23 @@ def draw_coordinates(key: Array, connections: int, labels: int, in_features: int
 
 
 def blank(shape: tuple[int, ...], dtype, first: ArrayLike) -> Array:
-    """Zeros, which within `jax.shard_map` vary over the devices as `first` does."""
+    """Returns zeros; within `jax.shard_map` they vary over the same mesh axes as `first`."""
     return jnp.full(shape, (0 * jnp.asarray(first)).astype(dtype))
 
 
 def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Updates arrays a block of rows at a time, so that temporaries stay small.
+    """Updates arrays in blocks of rows, so that temporaries stay small.
 
     Args:
-      function: from (first, fresh, blocks) to the new blocks: `first` is the block's first row, `fresh` is
-        bool [rows], false for rows that the block before it has updated already (the last block is shifted
-        back to fit), and `blocks` are the rows of the arrays.
-      arrays: each with the same number of rows.
+      function: function from (first, fresh, blocks) to the new blocks: `first` is the first row of the block,
+        `fresh` is bool [rows], false for rows that the previous block has already updated (the last block
+        overlaps it), and `blocks` are the rows of the arrays.
+      arrays: arrays with equal numbers of rows.
 
     Returns:
       The new arrays.
     """
-    # On CPU, XLA slices a bfloat16 array by way of a float32 copy of all of it.
+    # On the CPU, XLA slices a bfloat16 array via a float32 copy of the whole array.
     dtypes = [a.dtype for a in arrays]
     arrays = tuple(_as_integers(a) for a in arrays)
     total = arrays[0].shape[0]

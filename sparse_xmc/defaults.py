@@ -1,7 +1,7 @@
-"""Settings from the data: what `XMCClassifier` does where it is not told.
+"""Default settings of `XMCClassifier`, which are chosen from the data.
 
-The rates are those that suit short texts with 10^4 to 10^5 labels (docs/tuning.md has what
-others give); sizes and the number of steps follow from the numbers of points and labels.
+The learning rates suit short texts with 10^4 to 10^5 labels (docs/tuning.md shows results of other rates);
+sizes and the number of steps follow from the numbers of points and labels.
 """
 
 import math
@@ -18,22 +18,26 @@ from sparse_xmc.train import TrainingConfig
 
 _MOST_EPOCHS = 100
 
-# Texts of more words than this on average, and bags of more different words, are long.
+# Texts with more words on average, and bags with more distinct words on average, count as long.
 _LONG_TEXT, _LONG_BAG = 250, 150
 
 
 def ngrams_for(texts: Sequence[str]) -> int:
-    """2, for pairs of neighbouring words as well; 1 for long texts, whose pairs say little more."""
+    """Returns the default of `ngrams`: 2, or 1 for long texts, for which pairs of words add little."""
     return 1 if sum(len(text.split()) for text in texts) > _LONG_TEXT * len(texts) else 2
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
-    """The sizes "embedding", "penultimate", "fan_in" and "direct"; `given` are those decided already.
+    """Returns the default sizes "embedding", "penultimate", "fan_in" and "direct".
 
-    The penultimate layer has 8,192 units, 4,096 where labels read words too, and fewer where there are fewer
-    labels; the fan-in is 32, or all inputs where there are fewer. Of a label's inputs 7 in 8 are words where
-    there are words. Where a pretrained encoder is behind the units as well, these say more: they are 8,192,
-    and 5 in 8 are words.
+    The penultimate layer has 8,192 hidden units, 4,096 if labels read words and there is no pretrained
+    encoder, and fewer if there are fewer labels. The fan-in is 32, or the number of inputs if it is smaller.
+    For bags of words, 7 in 8 inputs of a label are words; with a pretrained encoder 5 in 8, because its
+    hidden units carry more information.
+
+    Args:
+      dataset: the training points.
+      given: sizes that are already fixed.
     """
     words_alone = dataset.is_sparse and dataset.encoded is None
     penultimate = 4096 if words_alone else 8192
@@ -47,11 +51,11 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
 
 
 def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
-    """The rate of dropout on features: of words, which labels read directly too, 0.5, 0.2 of long texts.
+    """Returns the default dropout rate of features: 0.1 if dense, 0.5 for words, 0.2 for words of long texts.
 
     Args:
       dataset: the training points.
-      ngrams: how long the features of texts are; a text has about so many of them for each of its words.
+      ngrams: maximum number of words in a feature of a text; a text has about this many features per word.
     """
     if isinstance(dataset.features, np.ndarray):
         return 0.1
@@ -59,12 +63,17 @@ def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
 
 
 def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
-    """What features are multiplied by, so that the rates below suit features of any scale.
+    """Returns a scale for the features, so that the default learning rates suit features of any scale.
 
-    Bags of words are brought to length 1, as TF-IDF has it; dense features to where the inputs of a label, as
-    a penultimate layer starts, have squares that sum to about 1.
+    Bags of words are scaled to a root mean square norm of 1, as in TF-IDF. Dense features are scaled so that
+    the squares of a label's inputs sum to about 1 at the initialization of the penultimate layer.
+
+    Args:
+      dataset: the training points.
+      penultimate: width of the penultimate layer; 0 for none.
+      fan_in: number of inputs of a label.
     """
-    mean_square = _mean_square(dataset.features) * dataset.num_features  # of a point's length
+    mean_square = _mean_square(dataset.features) * dataset.num_features  # of the norm of a point
     if dataset.is_sparse:
         wanted = 1.0
     elif penultimate:
@@ -77,16 +86,21 @@ def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
 def _mean_square(features: np.ndarray | scipy.sparse.csr_array) -> float:
     if not isinstance(features, np.ndarray):
         return float(np.sum(np.square(features.data, dtype=np.float64))) / max(1, math.prod(features.shape))
-    blocks = np.array_split(features, max(1, len(features) // 4096))  # which may be memory-mapped
+    blocks = np.array_split(features, max(1, len(features) // 4096))  # The features may be memory-mapped.
     total = sum(float(np.sum(np.square(block, dtype=np.float64))) for block in blocks)
     return total / max(1, features.size)
 
 
 def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
-    """How to train on a data set; `given` are fields of `TrainingConfig` that are decided already.
+    """Returns the default training configuration for a data set.
 
-    Batches have 256 points, fewer where that would be less than 100 steps an epoch; epochs are 10, or as many
-    as it takes for 1,000 steps, but no more than 100. With words, which labels know at the start, 6 and 600.
+    Batches have 256 points, but fewer if an epoch would have less than 100 steps. There are 10 epochs, or as
+    many as 1,000 steps take, but at most 100. For bags of words there are 6 epochs or 600 steps, as labels
+    start with chosen words.
+
+    Args:
+      dataset: the training points.
+      given: fields of `TrainingConfig` that are already fixed.
     """
     batch_size = given.get("batch_size") or 256
     if "batch_size" not in given:
@@ -101,7 +115,7 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         "learning_rate": 4e-3,
         "embedding_rate": 50.0,
         "penultimate_rate": 0.2,
-        # SGD does as well and takes less memory, but diverges where a label is in half of the points.
+        # SGD gives as good results with less memory, but diverges if a label is in half of the points.
         "output_optimizer": "adam",
         "output_rate": 1.0,
         "moments": "bfloat16",
@@ -110,7 +124,7 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
     }
     if isinstance(
         dataset.encoded, TokenLists
-    ):  # a pretrained encoder learns too: 1e-5, of the order of BERT's
+    ):  # Fine-tuning of a pretrained encoder: a learning rate of 1e-5, of the order of BERT's.
         steps = epochs * steps_per_epoch
         settings |= {"encoder_rate": 2.5e-3, "encoder_warmup": steps // 10, "encoder_weight_decay": 0.01}
     return TrainingConfig(**settings | given)

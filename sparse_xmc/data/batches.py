@@ -17,13 +17,13 @@ Array = np.ndarray | jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class BagOfWords:
-    """A batch of weighted bags of words, as one flat list of (row, word, weight) entries.
+    """A batch of weighted bags of words, as a flat list of (row, word, weight) entries.
 
     Attributes:
-      rows: int32 [N], which example an entry belongs to, ascending; padding entries have row = B.
-      words: int32 [N] in 0..V-1.
-      weights: float32 [N], for example TF-IDF.
-      num_examples: the batch size B (static under `jit`).
+      rows: int32 [N], the point of each entry, ascending; padding entries have row = B.
+      words: int32 [N], the word of each entry, in 0..V-1.
+      weights: float32 [N], the weight of each entry, for example TF-IDF.
+      num_examples: B, the number of points (static under `jit`).
     """
 
     rows: Array
@@ -35,11 +35,11 @@ class BagOfWords:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class WordsAndText:
-    """A batch of B texts, both as bags of words and as a pretrained encoder takes or made them.
+    """A batch of B texts, both as bags of words and as the inputs or outputs of a pretrained encoder.
 
     Attributes:
-      bags: their words.
-      encoded: float32 [B, E], their embeddings; or their `Tokens`.
+      bags: the bags of words of the texts.
+      encoded: the embeddings of the texts, float32 [B, E], or their `Tokens`.
     """
 
     bags: BagOfWords
@@ -49,10 +49,11 @@ class WordsAndText:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Batch:
-    """B points.
+    """A batch of B points.
 
     Attributes:
-      inputs: what the encoder takes: float32 [B, D], a `BagOfWords` of size B, `WordsAndText`, or any other
+      inputs: the inputs of the encoder: float32 [B, D], a `BagOfWords` of size B, `WordsAndText`, or any
+        other
         pytree of arrays.
       positives: int32 [B, P], the labels of each point, distinct, padded with -1.
     """
@@ -62,13 +63,13 @@ class Batch:
 
 
 class Batches:
-    """Cuts a data set into batches whose arrays nearly always have the same shapes: jit compiles once.
+    """Iterates over a data set in batches of nearly always equal shapes, so that jit compiles once.
 
     Args:
-      dataset: the points.
-      batch_size: B; of fewer points, it is their number.
-      own_rows: from B to bool [B], which rows of a batch this process needs: of dense features and encoded
-        texts no others are read, and are 0. None for all.
+      dataset: the data set.
+      batch_size: B, the number of points in a batch; at most the number of points in the data set.
+      own_rows: function from B to bool [B], true for the rows of a batch that this process needs. Other rows
+        of dense features and encoded texts are not read, and are 0. None for all rows.
     """
 
     def __init__(
@@ -86,19 +87,34 @@ class Batches:
         self._own_rows = own_rows
         self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
         if not isinstance(dataset.features, np.ndarray):
-            # Entries come in multiples of 1.25 batches' worth on average: one shape, except by rare chance.
+            # The number of entries is padded to a multiple of 1.25 times its mean, so that nearly all batches
+            # have the same shape.
             mean = dataset.features.nnz / max(1, len(dataset))
             self._entries = max(16, int(1.25 * mean * batch_size))
 
     def shuffled(self, seed: int, epoch: int, *, first: int = 0) -> Iterator[Batch]:
-        """One epoch in random order, the same for the same seed and epoch, from the batch `first` on. What
-        fills no batch is left out, unless there is less than one batch.
+        """Yields the batches of one epoch in random order.
+
+        Points that do not fill a batch are dropped, unless the data set is smaller than a batch.
+
+        Args:
+          seed: seed of the order, an integer in 0..2^32-1.
+          epoch: number of the epoch; seed and epoch determine the order.
+          first: number of batches to skip.
         """
         for rows in self._shuffled_rows(seed, epoch)[first:]:
             yield self._batch(rows)
 
     def rows_not_finite(self, seed: int, epoch: int, number: int) -> np.ndarray:
-        """Which points of the data set, among those of a batch of `shuffled`, have NaN or infinite inputs."""
+        """Returns the points with NaN or infinite inputs in a batch of `shuffled`.
+
+        Args:
+          seed, epoch: as for `shuffled`.
+          number: number of the batch within the epoch, from 0.
+
+        Returns:
+          Integer array of the rows of the data set.
+        """
         rows = self._shuffled_rows(seed, epoch)[number]
         features, encoded = self._dataset.features, self._dataset.encoded
         of_points = [features[rows]] + ([encoded[rows]] if isinstance(encoded, np.ndarray) else [])
@@ -111,15 +127,22 @@ class Batches:
         return [order[start : start + size] for start in range(0, self.steps_per_epoch * size, size)]
 
     def in_order(self) -> Iterator[tuple[slice, Batch]]:
-        """All points in order, as (which points, batch); the last batch may be smaller."""
+        """Yields all points in order, as pairs (range of points, batch); the last batch may be smaller."""
         for points in self._slices():
             yield points, self._batch(np.arange(points.start, points.stop))
 
     def to_predict(self, multiple_of: int = 1) -> Iterator[tuple[slice, Batch]]:
-        """The same in shapes that are few over data sets of any size and density.
+        """Yields all points in order, in batches padded to a few sizes for data sets of any size and density.
 
-        Batches are filled up with their last point to a power of two, or to B, and to a multiple of
-        `multiple_of`; entries of bags to 16, 64, 256, ... times the number of points, on average.
+        The number of rows is padded to a power of two, or to B, and to a multiple of `multiple_of`, by
+        repeating the last point; the number of entries of bags of words to 16, 64, 256, ... times the number
+        of rows.
+
+        Args:
+          multiple_of: divisor of the number of rows, such as the size of the mesh's data axis.
+
+        Yields:
+          The range of points, and the batch; rows after the range are padding.
         """
         for points in self._slices():
             rows = np.arange(points.start, points.stop)
@@ -154,7 +177,7 @@ class Batches:
         return WordsAndText(bags, text)
 
     def _rows(self, matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """The rows of these points, as far as this process needs them; the matrix may be memory-mapped."""
+        """Returns the rows of these points; rows that this process does not need are 0, and are not read."""
         own = None if self._own_rows is None else self._own_rows(len(points))
         if own is None or own.all():
             return matrix[points]
@@ -176,7 +199,7 @@ class Batches:
 
 
 def _capacity(entries: int, rows: int) -> int:
-    """The room for the entries of so many bags: a power of 4, at least 16, times their number."""
+    """Returns the padded number of entries of `rows` bags: `rows` times a power of 4 that is at least 16."""
     capacity = 16 * rows
     while capacity < entries:
         capacity *= 4
@@ -184,5 +207,5 @@ def _capacity(entries: int, rows: int) -> int:
 
 
 def _power_of_two(size: int) -> int:
-    """The least power of two that is no smaller."""
+    """Returns the smallest power of two that is at least `size`."""
     return 1 << max(0, size - 1).bit_length()

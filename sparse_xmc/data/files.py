@@ -1,4 +1,4 @@
-"""Compressed files read line by line, and files and directories that appear whole or not at all."""
+"""Reading of compressed files by lines, and atomic writing of files and directories."""
 
 import contextlib
 import gzip
@@ -16,14 +16,14 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
-    """Opens a file for reading ("rb") or writing ("wb"), through gzip or xz if it is named `.gz` or `.xz`.
+    """Opens a file for reading ("rb") or writing ("wb"), with gzip or xz if its name ends in `.gz` or `.xz`.
 
-    A file is written as by `new_file`. Writing the same bytes twice gives identical files.
+    Writing is atomic, as in `new_file`. Writing the same bytes twice gives identical files.
     """
     suffix = Path(path).suffix
     with new_file(path) if mode == "wb" else open(path, mode) as raw:
         if suffix == ".gz":
-            # gzip.open would store the name and the time in the header.
+            # gzip.open would store the file name and the time in the header.
             with gzip.GzipFile(filename="", mode=mode, fileobj=raw, mtime=0) as file:
                 yield file
         elif suffix == ".xz":
@@ -35,7 +35,7 @@ def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
 
 
 def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, None]:
-    """Yields `(number, line)` for each line, numbered from 1 and without its line break.
+    """Yields `(number, line)` for each line of a file, numbered from 1 and without its line break.
 
     Raises:
       ValueError: the compressed data is damaged or cut off.
@@ -50,7 +50,7 @@ def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, No
 
 
 def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
-    """Yields the same as `read_lines`, decoded from UTF-8.
+    """Yields `(number, line)` for each line of a UTF-8 file, as `read_lines` does, with decoded lines.
 
     Raises:
       ValueError: a line is not UTF-8, or the compressed data is damaged or cut off.
@@ -64,10 +64,10 @@ def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def new_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path to write to, which is renamed to `path` when the block ends without an exception.
+    """Yields a temporary path, which is renamed to `path` when the block ends without an exception.
 
-    At any time `path` is the file that was there or the new one. A symbolic link at `path` is replaced; the
-    file that it points to stays as it is.
+    At any time `path` is either the old file or the complete new one. A symbolic link at `path` is replaced;
+    the file that it points to is not changed.
 
     Raises:
       OSError: the file cannot be written; the error has a path.
@@ -75,13 +75,13 @@ def new_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     side = path.with_name(f".{path.name}.partial")
     try:
-        side.unlink(missing_ok=True)  # a killed process left it, or it is a link
+        side.unlink(missing_ok=True)  # left over from a killed process, or a link
         yield side
         os.replace(side, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             side.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is None:  # as of NumPy
+        if isinstance(error, OSError) and error.errno is None:  # raised by NumPy
             raise OSError(f"{path}: {error}") from error
         if isinstance(error, OSError) and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -90,9 +90,9 @@ def new_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields a binary file that takes the place of `path` as `new_path` says, once it is on the disk.
+    """Yields a binary file that replaces `path` atomically, as `new_path` does, after it is synced to disk.
 
-    A device or a pipe is written to directly.
+    If `path` is a device or a pipe, it is written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -106,28 +106,28 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def open_no_follow(path: str, flags: int) -> int:
-    """Opens a file as `os.open` does, but no symbolic link: an opener for `open`."""
+    """Opens a file like `os.open`, but fails on a symbolic link; to be used as the `opener` of `open`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file of UTF-8 text, as by `new_file`."""
+    """Writes a file of UTF-8 text atomically, as in `new_file`."""
     content = text.encode()
     with new_file(path) as file:
         file.write(content)
 
 
 def write_sealed_json(path: str | os.PathLike, fields: dict[str, Any]) -> None:
-    """Writes a JSON object with the SHA-256 of its fields, for `read_sealed_json`."""
+    """Writes a JSON object together with the SHA-256 of its fields, for `read_sealed_json`."""
     write_text(path, json.dumps(fields | {"sha256": _digest(fields)}))
 
 
 def read_sealed_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the fields that `write_sealed_json` wrote.
+    """Reads the fields of a file written by `write_sealed_json`.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: its content is not as it was written; the message names the file.
+        ValueError: the content does not match its checksum; the message names the file.
     """
     try:
         fields = dict(json.loads(Path(path).read_bytes()))
@@ -143,7 +143,7 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link or a directory with all that is in it, if there is one; follows no link."""
+    """Deletes a file, a link, or a directory with its content, if it exists; does not follow links."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -151,11 +151,11 @@ def remove(path: Path) -> None:
 
 
 def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
-    """The SHA-256 of every file in a directory, by its path in there; or of some parts of it alone.
+    """Returns the SHA-256 of every file in a directory, by its path relative to the directory.
 
     Args:
       directory: the directory.
-      parts: names of files and directories in it; those that are missing are passed over.
+      parts: names of the files and directories in it to include, by default all; missing ones are skipped.
     """
     found = {}
     for part in parts:
@@ -169,12 +169,12 @@ def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
 
 
 def differing_file(directory: Path, expected: dict[str, str], parts: Iterable[str] = ("",)) -> str:
-    """Which file is not as `checksums` found it, in words; "" if none."""
+    """Describes the first file that differs from a result of `checksums`; returns "" if none does."""
     return difference(expected, checksums(directory, parts))
 
 
 def difference(expected: dict[str, str], actual: dict[str, str]) -> str:
-    """Which file differs in two results of `checksums`, in words; "" if none."""
+    """Describes the first file that differs between two results of `checksums`; returns "" if none does."""
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
             return f"{name} is missing"
@@ -187,15 +187,15 @@ def difference(expected: dict[str, str], actual: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """Yields a scratch directory that is renamed to `target` when the block ends without an exception.
+    """Yields a temporary directory, which is renamed to `target` when the block ends without an exception.
 
-    A reader therefore never sees a half-written `target`. If another process has put `target` in place
-    meanwhile, that one is kept and the scratch directory is discarded.
+    A reader therefore never sees an incomplete `target`. If another process has created `target` in the
+    meantime, its directory is kept and the temporary directory is deleted.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
-        # One level down, because a TemporaryDirectory itself is readable by its owner only.
+        # A subdirectory is used because only its owner can read a TemporaryDirectory.
         directory = Path(scratch) / target.name
         directory.mkdir()
         yield directory

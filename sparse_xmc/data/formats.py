@@ -1,7 +1,7 @@
-"""Data sets for extreme classification, and the text formats they are exchanged in.
+"""The `Dataset` class, and readers and writers of the text formats of extreme classification.
 
-Every reader decompresses files named `.gz` or `.xz`, and reports a malformed file by a ValueError that
-begins with `path:line`.
+Every reader decompresses files whose names end in `.gz` or `.xz`, and raises a ValueError that begins with
+`path:line` for a malformed file.
 """
 
 import array
@@ -26,31 +26,31 @@ from sparse_xmc.data.tokens import TokenLists
 _log = logging.getLogger(__name__)
 
 _LARGEST = np.iinfo(np.int32).max  # number of points, labels or features
-_ID = rb"\d{1,18}"  # fits 64 bits, whatever a file says
+_ID = rb"\d{1,18}"  # at most 18 digits, which fit into 64 bits
 _WHOLE = re.compile(_ID)
 _LABELS = re.compile(rb"(?:" + _ID + rb"(?:," + _ID + rb")*)?")
 _NUMBER = rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _FEATURE = re.compile(_ID + rb":" + _NUMBER)
 _FEATURES = re.compile(rb"\s*(?:" + _ID + rb":" + _NUMBER + rb"(?:\s+|$))*")
 _LABEL_AND_VALUE = re.compile(rb"(" + _ID + rb")(?::(" + _NUMBER + rb"))?")
-_BLANKS = " \u00a0\u3000\ufeff"  # around labels; the last is a byte order mark
+_BLANKS = " \u00a0\u3000\ufeff"  # stripped around labels; the last one is a byte order mark
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """N points, each with D features and a set of labels out of L.
+    """A data set of N points, each with D features and a set of labels out of L.
 
     Attributes:
       features: float32 `[N, D]`, a dense array (possibly memory-mapped) or a CSR matrix.
-      labels: bool or uint8 CSR matrix `[N, L]`; a point's labels are its stored entries, which are
-        sorted, distinct and not zero.
-      excluded: None, or a bool CSR matrix `[N, L]` of labels that are left out of a point's ranking when a
-        model is evaluated; see `read_filter`.
-      encoded: None, or what a pretrained encoder makes of the texts that bags of words are of: embeddings
-        float32 `[N, E]` (possibly memory-mapped), or their tokens, for an encoder that is trained too.
+      labels: bool or uint8 CSR matrix `[N, L]`. The labels of a point are the stored entries of its row,
+        which must be sorted, distinct and nonzero.
+      excluded: bool CSR matrix `[N, L]` of labels that are excluded from the ranking of a point in
+        evaluation, or None; see `read_filter`.
+      encoded: the same texts for a pretrained encoder, in addition to bags of words: their embeddings,
+        float32 `[N, E]` (possibly memory-mapped), or their tokens if the encoder is fine-tuned; or None.
 
     Raises:
-      ValueError: they disagree about N, or have another dtype, rank or format than the above.
+      ValueError: the arrays differ in N, or an array has another dtype, rank or format than above.
     """
 
     features: np.ndarray | scipy.sparse.csr_array
@@ -94,9 +94,10 @@ class Dataset:
         return self.features.shape[0]
 
     def fingerprint(self) -> str:
-        """A short name for the points, which is another for other ones: from all labels, and some features.
+        """Returns a content hash of the data set, 16 hexadecimal digits.
 
-        Of features, which may be too many to read, it is the sizes and 256 rows from all over.
+        It covers the sizes, all labels, and 256 evenly spaced rows of the features, which may be too large to
+        be read as a whole.
         """
         digest = hashlib.sha256(repr((self.features.shape, self.labels.shape)).encode())
         rows = np.unique(np.linspace(0, max(0, len(self) - 1), 256).astype(np.int64))[: len(self)]
@@ -130,11 +131,18 @@ class Dataset:
         return not isinstance(self.features, np.ndarray)
 
     def label_counts(self) -> np.ndarray:
-        """How many points have each label: int64 `[L]`."""
+        """Returns the number of points of each label, int64 `[L]`."""
         return np.bincount(self.labels.indices, minlength=self.num_labels)
 
     def hold_out(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
-        """Splits off points at random, at least one: (the others, those held out), both in order.
+        """Splits the data set at random into training and held-out points.
+
+        Args:
+          fraction: fraction of the points to hold out; at least one point is in each part.
+          seed: seed of the random choice.
+
+        Returns:
+          The remaining points and the held-out points, both in their original order.
 
         Raises:
           ValueError: the fraction is not between 0 and 1, or there are not two points.
@@ -151,8 +159,8 @@ class Dataset:
         """Returns the data set of the given rows, in the given order.
 
         Args:
-          rows: integer `[M]`, bool `[N]`, or a slice. A slice of dense features stays a view of them (and
-            memory-mapped where they are); an array copies just the chosen rows into memory.
+          rows: integer `[M]`, bool `[N]`, or a slice. With a slice, dense features of the result are a view
+            (and stay memory-mapped); with an array, only the chosen rows are copied into memory.
         """
         excluded = None if self.excluded is None else self.excluded[rows]
         encoded = None if self.encoded is None else self.encoded[rows]
@@ -162,15 +170,16 @@ class Dataset:
 def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Dataset:
     """Reads the text format of the Extreme Classification Repository.
 
-    The first line is `N D L`; each of the N others is `label,label,... feature:value feature:value ...`.
-    A point without labels begins with a space, and a point without features ends after its labels. Ids count
-    from 0. A label given twice counts once; a feature given twice is an error.
+    The first line is `N D L`; each of the following N lines is
+    `label,label,... feature:value feature:value ...`. The line of a point without labels begins with a space,
+    and the line of a point without features ends after its labels. Ids count from 0. Repeated labels of a
+    point count once; repeated features are an error.
 
     Args:
       path: the file to read.
-      cache_dir: a directory to keep the parsed matrices in, with checksums. They are memory-mapped from
-        there, now and by every later call, until the size or the time stamp of `path` changes. What is
-        damaged there is parsed again.
+      cache_dir: directory in which to cache the parsed matrices, with checksums. They are memory-mapped from
+        there in this call and later ones, until the size or the time stamp of `path` changes. A damaged
+        cache entry is replaced. None for no cache.
 
     Returns:
       The data set, with sparse features and bool labels.
@@ -187,7 +196,7 @@ def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None =
             return _load_parsed(entry, path)
         except ValueError as error:
             _log.warning("parsing %s again: %s", path, error)
-            shutil.rmtree(entry, ignore_errors=True)  # if it stays, loading it fails again below
+            shutil.rmtree(entry, ignore_errors=True)  # If it cannot be deleted, loading fails again below.
     dataset = _parse_xmc_text(path)
     with files.new_directory(entry) as directory:
         storage.save_csr(directory / "features", dataset.features)
@@ -206,11 +215,10 @@ def _load_parsed(entry: Path, path: str | os.PathLike) -> Dataset:
 def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
     """Writes the text format of the Extreme Classification Repository.
 
-    `read_xmc_text` gives back exactly the same values and labels. Dense features are written without
-    their zeros.
+    `read_xmc_text` reads exactly the same values and labels. Zeros of dense features are not written.
 
     Args:
-      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      path: the file to write; compressed if its name ends in `.gz` or `.xz`.
       dataset: the points to write.
 
     Raises:
@@ -227,7 +235,7 @@ def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
             columns, values = _nonzeros(features[row]) if dense else _entries(features, row)
             if not np.isfinite(values).all():
                 raise ValueError(f"{path}:{row + 2}: expected finite features, got inf or nan in row {row}")
-            # astype(str) gives the shortest text that reads back as the same float32.
+            # astype(str) gives the shortest text from which the same float32 is read.
             pairs = " ".join(
                 f"{column}:{value}" for column, value in zip(columns, values.astype(str), strict=True)
             )
@@ -237,8 +245,8 @@ def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
 def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
     """Reads the label matrix format of the Extreme Classification Repository (`trn_X_Y.txt`).
 
-    The first line is `N L`; each of the N others is `label:value label:value ...`, where `:value` may be
-    missing, and a label with value 0 counts as absent. An empty line is a point without labels.
+    The first line is `N L`; each of the following N lines is `label:value label:value ...`, where `:value`
+    may be missing, and a label with value 0 is absent. An empty line is a point without labels.
 
     Args:
       path: the file to read.
@@ -268,7 +276,7 @@ def write_xmc_labels(path: str | os.PathLike, labels: scipy.sparse.csr_array) ->
     """Writes the label matrix format of the Extreme Classification Repository, for `read_xmc_labels`.
 
     Args:
-      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      path: the file to write; compressed if its name ends in `.gz` or `.xz`.
       labels: `[N, L]`, as in a `Dataset`.
     """
     with files.open_binary(path, "wb") as file:
@@ -283,13 +291,13 @@ def read_filter(
 ) -> scipy.sparse.csr_array:
     """Reads a filter file of the Extreme Classification Repository (`filter_labels_test.txt`).
 
-    Each line is `row label`, counted from 0: the label is left out of that point's ranking in evaluation,
+    Each line is `row label`, both from 0: the label is excluded from the ranking of this point in evaluation,
     because it is the point itself.
 
     Args:
       path: the file to read.
-      num_points: N.
-      num_labels: L; by default one more than the largest label in the file.
+      num_points: N, the number of points.
+      num_labels: L, the number of labels; by default one more than the largest label in the file.
 
     Returns:
       Bool CSR matrix `[N, L]`, for `Dataset.excluded`.
@@ -316,19 +324,19 @@ def read_filter(
 
 
 def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Dataset:
-    """Reads dense features (such as embeddings) beside a file of labels.
+    """Reads dense features (such as embeddings) and a file of labels.
 
     Args:
-      features_npy: a `.npy` file, finite float32 `[N, D]`; it is read once to check that, and
-        memory-mapped, not loaded.
-      labels: a file in the format of `read_xmc_labels` or of `read_xmc_text`, told apart by the number of
-        fields in the first line. In the latter the features, if any, are ignored.
+      features_npy: a `.npy` file of finite float32 `[N, D]`. It is memory-mapped, and read once to check the
+        values.
+      labels: a file in the format of `read_xmc_labels` or of `read_xmc_text`; the number of fields in the
+        first line decides which. Features in a file of the latter format are ignored.
 
     Returns:
       The data set, with memory-mapped dense features and bool labels.
 
     Raises:
-      ValueError: a file is malformed, or the two disagree about N.
+      ValueError: a file is malformed, or the files differ in N.
     """
     has_features = len(_first_line(labels).split()) == 3
     matrix = read_xmc_text(labels).labels if has_features else read_xmc_labels(labels)
@@ -344,18 +352,18 @@ def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Da
 def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
     """Reads raw text with named labels: UTF-8 lines `label|label|...<TAB>text`.
 
-    The part before the first tab may be empty, for a point without labels. Blanks around a label are not
-    part of it, nor is a byte order mark, with which some programs begin a file.
+    The part before the first tab may be empty, for a point without labels. Blanks around a label are removed,
+    and so is a byte order mark at the beginning of the file.
 
     Args:
       path: the file to read.
 
     Returns:
-      `(labels, texts)`, both of length N: the label names of each point, and its text as written.
+      `(labels, texts)`, both of length N: the label names of each point, and its text without changes.
 
     Raises:
-      ValueError: the file is malformed, or begins with a line of headings, `labels<TAB>text`; the message
-        names the line.
+      ValueError: the file is malformed, or begins with a header line `labels<TAB>text`; the message names the
+        line.
     """
     labels, texts = [], []
     for number, line in files.read_text_lines(path):
@@ -379,13 +387,13 @@ def write_tsv(path: str | os.PathLike, labels: Sequence[Sequence[str]], texts: S
     """Writes raw text with named labels, for `read_tsv`. Equal input gives byte-identical files.
 
     Args:
-      path: the file to write; compressed if it is named `.gz` or `.xz`.
+      path: the file to write; compressed if its name ends in `.gz` or `.xz`.
       labels: the label names of each of the N points.
       texts: the N texts.
 
     Raises:
-      ValueError: a label is empty, contains a bar, tab or line break, or has blanks around it, a text has a
-        line break, or the lengths differ. Nothing is written then.
+      ValueError: a label is empty, contains a bar, tab or line break, or has blanks around it; a text has a
+        line break; or the lengths differ. No file is written in these cases.
     """
     if len(labels) != len(texts):
         raise ValueError(f"{path}: {len(labels)} lists of labels but {len(texts)} texts")
@@ -421,7 +429,7 @@ def _parse_header(path: str | os.PathLike, header: bytes, form: str) -> list[int
 def _points(
     path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], num_points: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields `(path:line, line)` after the header, and checks that there are as many as it promised."""
+    """Yields `(path:line, line)` for each line after the header, and checks the number of lines."""
     number = 1
     for number, line in lines:
         if number > num_points + 1:
@@ -434,10 +442,17 @@ def _points(
 
 
 def iterate_xmc_text(path: str | os.PathLike, count: int) -> Iterator[Dataset]:
-    """Yields the points of a file as `read_xmc_text` has them, `count` at a time.
+    """Reads the text format of `read_xmc_text` in parts of `count` points.
+
+    Args:
+      path: the file to read.
+      count: number of points in a part.
+
+    Yields:
+      A data set of the next points; the last one may be smaller.
 
     Raises:
-      ValueError: the file is malformed; the points before have been yielded.
+      ValueError: the file is malformed; points before the malformed line may have been yielded already.
     """
     lines = files.read_lines(path)
     num_points, num_features, num_labels = _parse_header(path, next(lines, (1, b""))[1], "N D L")
@@ -491,7 +506,7 @@ def _parse_features(where: str, pairs: bytes) -> tuple[list[int], np.ndarray]:
 
 
 class _Rows:
-    """Collects the rows of a CSR matrix in a few bytes per entry."""
+    """A builder of CSR matrices by rows, which needs a few bytes per entry."""
 
     def __init__(self, kind: str, num_columns: int):
         self._kind = kind
@@ -500,7 +515,7 @@ class _Rows:
         self._indptr = array.array("q", [0])
 
     def append(self, where: str, columns: Collection[int]) -> None:
-        """Adds a row with these distinct columns, sorted."""
+        """Appends a row with these distinct columns, in any order."""
         if columns and max(columns) >= self._num_columns:
             raise ValueError(
                 f"{where}: expected {self._kind} ids below {self._num_columns}, as the header says, "
@@ -510,7 +525,7 @@ class _Rows:
         self._indptr.append(len(self._indices))
 
     def matrix(self, data: np.ndarray | None = None) -> scipy.sparse.csr_array:
-        """Returns the matrix; its entries are `data`, or True without it."""
+        """Returns the matrix, with the entries `data`; True if `data` is None."""
         indices = np.frombuffer(self._indices, np.int32)
         if data is None:
             data = np.ones(len(indices), bool)
@@ -529,5 +544,5 @@ def _nonzeros(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _show(text: bytes) -> str:
-    """The beginning of a piece of a file, for an error message."""
+    """Returns the beginning of a piece of a file, for an error message."""
     return repr(text[:40].decode(errors="replace"))

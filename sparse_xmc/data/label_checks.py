@@ -1,4 +1,4 @@
-"""Checks of labels that were read without error but look as if they had been read wrongly."""
+"""Checks for labels that were probably misread, such as by a wrong separator."""
 
 import warnings
 from collections.abc import Sequence
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
-_FEWEST_POINTS = 100  # fewer may well have a label each
+_FEWEST_POINTS = 100  # With fewer points, one label for each point is plausible.
 _SEPARATORS = (";", ",")
 
 
 def warn_of_unusual_labels(
     labels: scipy.sparse.csr_array, names: Sequence[str] | None = None, *, stacklevel: int = 2
 ) -> None:
-    """Warns (UserWarning) if labels look like a wrong separator, or like labels and texts that were swapped.
+    """Warns (UserWarning) if labels look as if separators were wrong, or labels and texts were swapped.
 
-    That is so if at least 100 points have labels, nearly all of these points have one label, and either there
+    It warns if at least 100 points have labels, nearly all of these points have one label, and either there
     are more than 0.9 times as many labels as points, or more than half of the names contain ";" or ",".
 
     Args:
       labels: bool [N, L], the labels of N points.
-      names: the L names of the labels, if they have names.
-      stacklevel: of the warning, as of `warnings.warn` in the caller of this function.
+      names: the L names of the labels, or None.
+      stacklevel: stack level of the warning, as for `warnings.warn` in the caller of this function.
     """
     counts = np.bincount(labels.indices, minlength=labels.shape[1])
     (used,) = np.nonzero(counts)
@@ -48,7 +48,7 @@ def warn_of_unusual_labels(
 
 
 def _likely_separator(names: list[str]) -> tuple[str, int, str] | None:
-    """Returns a separator that more than half of the names contain, how many do, and one that does."""
+    """Returns a separator in more than half of the names, the number of names with it, and one of them."""
     for separator in _SEPARATORS:
         containing = [name for name in names if separator in name]
         if len(containing) > len(names) / 2:
@@ -57,5 +57,5 @@ def _likely_separator(names: list[str]) -> tuple[str, int, str] | None:
 
 
 def shorten(name: str) -> str:
-    """Returns a label's name, cut after 40 characters."""
+    """Returns a label name, truncated to 40 characters."""
     return name if len(name) <= 40 else f"{name[:37]}..."

@@ -1,4 +1,4 @@
-"""Arrays and CSR matrices on disk, memory-mapped when read."""
+"""Saving of arrays and CSR matrices, which are memory-mapped when read."""
 
 import json
 import math
@@ -21,8 +21,9 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
     """Opens a `.npy` file, memory-mapped read-only.
 
     Raises:
-      FileNotFoundError: it is missing.
-      ValueError: it is no such file, cut off, or one of Python objects; the message names it.
+      FileNotFoundError: the file is missing.
+      ValueError: the file is not a `.npy` file, is truncated, or contains Python objects; the message names
+        it.
     """
     try:
         with open(path, "rb") as file:
@@ -37,15 +38,15 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
-    except Exception as error:  # a header is Python source: NumPy raises whatever its parser does
-        reason = " ".join(str(error).split())  # some are paragraphs
+    except Exception as error:  # NumPy parses the header as Python source, which may raise any exception.
+        reason = " ".join(str(error).split())  # Some messages span several lines.
         raise ValueError(f"{path}: not a whole .npy file: {reason}") from error
 
 
 def check_finite(path: str | os.PathLike, matrix: np.ndarray) -> None:
-    """Raises ValueError, naming `path` and the row, if a matrix `[N, D]` has a value that is inf or NaN.
+    """Raises ValueError, naming `path` and the row, if a matrix `[N, D]` has an infinite or NaN value.
 
-    It may be memory-mapped and larger than the memory: some rows are checked at a time.
+    Checks blocks of rows, so that a memory-mapped matrix may be larger than the memory.
     """
     rows = max(1, _VALUES_AT_ONCE // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), rows):
@@ -57,12 +58,12 @@ def check_finite(path: str | os.PathLike, matrix: np.ndarray) -> None:
 
 
 def seal(directory: Path, names: Sequence[str]) -> None:
-    """Records the checksums of files in a directory, for `check_sealed`."""
+    """Writes the checksums of files in a directory to a file there, for `check_sealed`."""
     files.write_text(directory / _CHECKSUMS, json.dumps(files.checksums(directory, names)))
 
 
 def check_sealed(directory: Path, names: Sequence[str]) -> None:
-    """Raises ValueError if files are not as they were when the directory was sealed, and says which."""
+    """Raises ValueError, naming a file, if files in a directory have changed since `seal` was called."""
     try:
         recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
         wrong = files.differing_file(directory, recorded, names)
@@ -89,16 +90,16 @@ def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> No
 
 
 def load_csr(directory: str | os.PathLike) -> scipy.sparse.csr_array:
-    """Reads what `save_csr` wrote; the arrays stay on disk and are memory-mapped read-only.
+    """Reads a CSR matrix saved by `save_csr`; its arrays stay on disk, memory-mapped read-only.
 
     Args:
       directory: the directory given to `save_csr`.
 
     Returns:
-      The CSR matrix, with the shape and dtypes it was saved with.
+      The CSR matrix, with its original shape and dtypes.
 
     Raises:
-      ValueError: a file is missing, or not as it was saved; the message names the directory.
+      ValueError: a file is missing or has changed since it was saved; the message names the directory.
     """
     directory = Path(directory)
     try:

@@ -1,4 +1,4 @@
-"""Turns raw text and label names, as read by `formats.read_tsv`, into the matrices of a `Dataset`."""
+"""Encoders of raw texts and label names, as read by `formats.read_tsv`, into matrices of a `Dataset`."""
 
 import collections
 import functools
@@ -17,23 +17,23 @@ from sparse_xmc.data import files
 
 
 class TextEncoder:
-    """Bag-of-words features: TF-IDF with logarithmic counts, rows scaled to unit length.
+    """An encoder of texts as bags of words: TF-IDF with logarithmic counts, rows scaled to unit length.
 
     A word is a letter, digit or underscore, and all letters, digits, underscores and combining marks (Unicode
     category M) that follow; texts are normalized to NFC and lower-cased first. Unlike scikit-learn's default,
-    a word may be a single character, because `c` and `7` tell labels apart, and marks do not end it: they are
-    vowels in Hindi, Tamil, Thai and vocalised Arabic. Pairs of neighbouring words (bigrams), with a space
-    between them, may be features like words. What `fit` has not seen is ignored.
+    a word may be a single character, because `c` and `7` distinguish labels, and combining marks do not end a
+    word, because they are vowels in Hindi, Tamil, Thai and vocalised Arabic. Pairs of neighbouring words
+    (bigrams), with a space between them, may be features like words. Words not seen in `fit` are ignored.
 
     Args:
-      words: the V words and pairs of words, each once, in NFC; a word's position is its feature id.
+      words: the V distinct words and pairs of words, in NFC; the position of a word is its feature id.
       idf: float32 `[V]`, the weight of each word.
 
     Attributes:
       words: list of the V words.
 
     Raises:
-      ValueError: there is not one finite weight for each word, or no word, or one twice.
+      ValueError: there are no words, a word is repeated, or there is not one finite weight for each word.
     """
 
     def __init__(self, words: Sequence[str], idf: np.ndarray):
@@ -53,13 +53,14 @@ class TextEncoder:
     def fit(
         cls, texts: Iterable[str], *, ngrams: int = 1, min_df: int = 2, max_features: int | None = None
     ) -> "TextEncoder":
-        """Learns the words and their weights from training texts.
+        """Makes an encoder with the words of training texts and their weights.
 
         Args:
           texts: the training texts.
-          ngrams: 1 for words alone, 2 for pairs of neighbouring words as well.
-          min_df: a word must occur in this many texts.
-          max_features: if given, keep only this many words, those with the highest total count.
+          ngrams: 1 for words only, 2 for words and pairs of neighbouring words.
+          min_df: minimum number of texts that contain a word.
+          max_features: maximum number of words; the words with the highest total counts are kept. None for no
+            limit.
 
         Raises:
           TypeError: `texts` is a single str.
@@ -71,7 +72,7 @@ class TextEncoder:
         vectorizer = _new_vectorizer(ngrams, min_df=min_df, max_features=max_features)
         try:
             vectorizer.fit(texts)
-        except ValueError as error:  # the advice in it is about parameters that are not here
+        except ValueError as error:  # The message of scikit-learn names parameters that do not exist here.
             raise ValueError(f"no word is in {min_df} of the {len(texts)} texts") from error
         return cls(vectorizer.get_feature_names_out(), vectorizer.idf_)
 
@@ -94,7 +95,7 @@ class TextEncoder:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextEncoder":
-        """Reads what `save` wrote; the encoder gives exactly the same features.
+        """Reads an encoder saved by `save`; it gives exactly the same features.
 
         Raises:
           ValueError: the file is not a saved encoder; the message names the file.
@@ -110,17 +111,17 @@ class TextEncoder:
 
 
 class LabelEncoder:
-    """Maps label names to ids and back; ids count from 0 in the sorted order of the names `fit` was given.
+    """A mapping between label names and ids, which count from 0.
 
     Args:
-      names: the L distinct names; a name's position is its id.
+      names: the L distinct names; the position of a name is its id. `fit` sorts the names.
 
     Attributes:
       names: list of the L names.
 
     Raises:
-      ValueError: a name appears twice, or cannot be a line of a UTF-8 file: it is empty, or has a line break
-        or a lone surrogate.
+      ValueError: a name appears twice, is empty, or contains a line break or a lone surrogate, so that it
+        cannot be a line of a UTF-8 file.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -139,12 +140,12 @@ class LabelEncoder:
 
     @classmethod
     def fit(cls, label_lists: Iterable[Iterable[str]], min_count: int = 1) -> "LabelEncoder":
-        """Collects the names that at least `min_count` of the given points have."""
+        """Makes an encoder of the names that at least `min_count` points have, in sorted order."""
         counts = collections.Counter(name for names in label_lists for name in set(names))
         return cls(sorted(name for name, count in counts.items() if count >= min_count))
 
     def __call__(self, label_lists: Iterable[Iterable[str]]) -> scipy.sparse.csr_array:
-        """Returns the labels of N points, for `Dataset.labels`; unknown names are dropped.
+        """Returns the labels of N points, for `Dataset.labels`; unknown names are ignored.
 
         Args:
           label_lists: the names of each point, in any order; repeats count once.
@@ -160,15 +161,15 @@ class LabelEncoder:
         return scipy.sparse.csr_array((np.ones(len(indices), bool), indices, indptr), shape=shape)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the names as UTF-8 text, one a line; the first line is label 0."""
+        """Writes the names as a UTF-8 file, one name per line; the first line is label 0."""
         files.write_text(path, "".join(f"{name}\n" for name in self.names))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LabelEncoder":
-        """Reads what `save` wrote.
+        """Reads an encoder saved by `save`.
 
         Raises:
-          ValueError: a line is blank, repeats another or is not UTF-8; the message names the line.
+          ValueError: a line is blank, repeats another line, or is not UTF-8; the message names the line.
         """
         line_of: dict[str, int] = {}
         for number, name in files.read_text_lines(path):
@@ -204,7 +205,7 @@ _ASCII_WORD = re.compile(r"\w+")
 
 
 def _normalize(text: str) -> str:
-    """Returns a text in the normal form NFC and lower case."""
+    """Returns a text normalized to NFC and lower-cased."""
     return (text if text.isascii() else unicodedata.normalize("NFC", text)).lower()
 
 
@@ -215,9 +216,9 @@ def _words(text: str) -> list[str]:
 
 @functools.cache
 def _any_word() -> re.Pattern[str]:
-    """The pattern of a word with combining marks, for which `re` has no class."""
+    """Returns the pattern of words with combining marks, for which `re` has no character class."""
     # All marks are in these ranges: U+0300 to the end of plane 1, and the variation selectors in plane 14.
     points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
     marks = "".join(chr(point) for point in points if unicodedata.category(chr(point)).startswith("M"))
-    # The lookahead is there for speed: it rules out ASCII at once, where `re` would go through the class.
+    # The lookahead is for speed: it rules out ASCII at once, without a search in the long class of marks.
     return re.compile(rf"\w(?:\w|(?=[\u0300-\U0010ffff])[{marks}])*")

@@ -1,4 +1,4 @@
-"""Texts as the tokens of a pretrained encoder: tokenised once, kept flat, cut into padded batches."""
+"""Tokenized texts for pretrained encoders: stored flat, and padded when batches are made."""
 
 import dataclasses
 import os
@@ -13,18 +13,18 @@ from sparse_xmc.data import files
 Array = np.ndarray | jax.Array
 
 _NARROWEST = 16
-_TEXTS_AT_ONCE = 16_384  # what the tokenizers library returns takes far more memory than the tokens
-_LONGEST = 512  # if nobody says how long texts may be: as long as encoders of this family take
+_TEXTS_AT_ONCE = 16_384  # bounds memory: results of the tokenizers library are far larger than the tokens
+_LONGEST = 512  # default maximum length in tokens, which encoders of this family support
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Tokens:
-    """A batch of B texts.
+    """A batch of B tokenized texts.
 
     Attributes:
-      ids: int32 [B, T], the tokens of each text, then padding, whose values do not matter.
-      lengths: int32 [B], how many tokens of each row are its text's.
+      ids: int32 [B, T], the tokens of each text, followed by padding of any value.
+      lengths: int32 [B], the number of tokens of each text.
     """
 
     ids: Array
@@ -37,8 +37,8 @@ class TokenLists:
 
     Attributes:
       ids: int32 [M], the tokens of all texts, one text after another.
-      indptr: int64 [N + 1], where each text begins, then M.
-      max_length: no text has more tokens, and no batch is wider.
+      indptr: int64 [N + 1], the position in `ids` where each text begins, and finally M.
+      max_length: maximum number of tokens of a text, and maximum width of a batch.
     """
 
     ids: np.ndarray
@@ -54,16 +54,16 @@ class TokenLists:
         return np.diff(self.indptr)
 
     def width(self, length: int) -> int:
-        """The T of a batch whose longest text has so many tokens: 16, 24, 32, 48, 64, ... or `max_length`.
+        """Returns T, the width of a batch whose longest text has `length` tokens.
 
-        There are few such widths, so that jit compiles a handful of times.
+        Widths are 16, 24, 32, 48, 64, ... or `max_length`: so few that jit compiles only a handful of times.
         """
         power = 1 << max(0, int(length) - 1).bit_length()
         between = 3 * power // 4
         return min(self.max_length, max(_NARROWEST, between if length <= between else power))
 
     def __getitem__(self, rows: np.ndarray | slice) -> "TokenLists":
-        """The texts with these numbers, a bool for each, or a slice."""
+        """Returns the texts selected by integers, by a bool for each text, or by a slice."""
         rows = np.arange(len(self))[rows]
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
@@ -71,7 +71,7 @@ class TokenLists:
         return TokenLists(np.asarray(self.ids[at]), np.append(0, ends), self.max_length)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Tokens:
-        """The texts with these numbers as a batch, padded to the next `width`."""
+        """Returns the texts with these numbers as a batch, padded to the next `width`."""
         rows = np.asarray(rows, np.int64)
         starts = np.asarray(self.indptr[rows])
         lengths = np.asarray(self.indptr[rows + 1]) - starts
@@ -83,15 +83,15 @@ class TokenLists:
 
 
 class Tokenizer:
-    """Turns texts into tokens as a `tokenizer.json` of the tokenizers library says, with its special tokens.
+    """A tokenizer of texts, given by a `tokenizer.json` of the tokenizers library, with special tokens.
 
     Args:
-      tokenizer: a `tokenizers.Tokenizer`, which is changed: it truncates to `max_length`, and does not pad.
-      max_length: how many tokens of a text are kept, special tokens included; None for as many as
-        `tokenizer` is set to, or else 512.
+      tokenizer: a `tokenizers.Tokenizer`. It is modified: it truncates to `max_length`, and does not pad.
+      max_length: maximum number of tokens of a text, special tokens included; longer texts are truncated.
+        None for the setting of `tokenizer`, or else 512.
 
     Attributes:
-      max_length: see above.
+      max_length: maximum number of tokens of a text.
 
     Raises:
       ValueError: `max_length` leaves no room for a token of the text.
@@ -112,11 +112,15 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike, *, max_length: int | None = None) -> "Tokenizer":
-        """Reads the `tokenizer.json` of a directory as Hugging Face or `save` writes it.
+        """Reads the `tokenizer.json` of a directory, written by Hugging Face or by `save`.
+
+        Args:
+          path: the directory.
+          max_length: maximum number of tokens of a text, as for the class.
 
         Raises:
           ImportError: the tokenizers library is not installed.
-          ValueError: there is no such file, or it is not one of a tokenizer; the message names it.
+          ValueError: the file is missing, or is not a tokenizer; the message names it.
         """
         try:
             import tokenizers
@@ -130,15 +134,15 @@ class Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
             tokenizer.no_padding()
-            ids = tokenizer.encode("a \u2603").ids  # fails where there is no token for what is unknown
+            ids = tokenizer.encode("a \u2603").ids  # fails if there is no token for unknown characters
             if (largest := max([0, *ids, *tokenizer.get_vocab().values()])) > np.iinfo(np.int32).max:
                 raise ValueError(f"expected ids below 2^31, got {largest}")
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # The library raises exceptions of class Exception only.
             raise ValueError(f"{file}: not a tokenizer: {error}") from error
         return cls(tokenizer, max_length=max_length)
 
     def __call__(self, texts: Sequence[str]) -> TokenLists:
-        """Tokenises N texts, in parallel."""
+        """Tokenizes N texts, in parallel."""
         pieces, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             encodings = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_AT_ONCE]))
@@ -148,7 +152,7 @@ class Tokenizer:
         return TokenLists(np.concatenate(pieces), np.cumsum(np.concatenate(lengths)), self.max_length)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes `tokenizer.json`, which `from_directory` reads again, with `max_length`."""
+        """Writes `tokenizer.json`, including `max_length`, for `from_directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))

@@ -1,6 +1,6 @@
-"""Conversion and validation of points and labels as callers give them.
+"""Conversion and validation of points and labels passed by callers.
 
-Nothing here writes to an object of the caller's; results share its arrays where no conversion is needed.
+No function modifies its arguments; results share arrays with them if no conversion is needed.
 """
 
 import numbers
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import scipy.sparse
 
-# Anything with `__array__` is a matrix too: arrays of JAX or PyTorch, data frames.
+# Any object with `__array__` is accepted as a matrix: arrays of JAX or PyTorch, data frames.
 Matrix: TypeAlias = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
 Features: TypeAlias = Iterable[str] | Matrix | Any
 Labels: TypeAlias = Iterable[Iterable[str]] | Matrix | Any
@@ -21,7 +21,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class LabelMatrix(NamedTuple):
-    """Labels given as a matrix.
+    """A label matrix, with names of the labels if it was a data frame.
 
     Attributes:
       values: bool CSR matrix [N, L] in canonical format, without stored zeros.
@@ -44,7 +44,7 @@ def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
       iterable without items.
 
     Raises:
-      TypeError: X is none of these.
+      TypeError: X is of another type.
       ValueError: X does not have two dimensions, or has values that are not finite in float32.
     """
     expected = "X must be a sequence of texts or a matrix of numbers [N, D]"
@@ -60,7 +60,7 @@ def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
         raise TypeError(f"{expected}, got values of dtype {values.dtype}")
     if values.ndim != 2:
         raise ValueError(f"X must have shape [N, D], got {list(values.shape)}")
-    with np.errstate(over="ignore"):  # what overflows is infinite, which is an error below
+    with np.errstate(over="ignore"):  # Values that overflow become infinite, which is an error below.
         if isinstance(values, np.ndarray):
             features = np.asarray(values, np.float32)
         else:
@@ -70,15 +70,18 @@ def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
 
 
 def read_labels(y: Labels) -> LabelMatrix | list[list[str]]:
-    """Converts labels to a label matrix, or to the names of each point's labels.
+    """Converts labels to a label matrix, or to a list of label names for each point.
 
     Args:
-      y: for each of N points an iterable of names (str); or a matrix [N, L], sparse or not, whose nonzero
-        elements are labels; or a data frame of numbers [N, L] likewise, whose columns are named as the labels
-        are, or by the numbers 0..L-1.
+      y: an iterable of names (str) for each of N points; or a matrix [N, L], sparse or dense, whose nonzero
+        elements are labels; or a data frame of numbers [N, L], whose column names are the label names or the
+        numbers 0..L-1.
+
+      Returns:
+        A `LabelMatrix` for a matrix or a data frame; else a list of N lists of names.
 
     Raises:
-      TypeError: y is none of these.
+      TypeError: y is of another type.
       ValueError: y has another shape, values that are not finite, or names that cannot be saved.
     """
     expected = "y must be a sequence of names (str) for each point, or a matrix of numbers [N, L]"
@@ -107,21 +110,21 @@ def read_labels(y: Labels) -> LabelMatrix | list[list[str]]:
 
 
 def to_binary(matrix: Any) -> scipy.sparse.csr_array:
-    """Which elements of a sparse matrix are not zero: bool CSR in canonical format without stored zeros."""
+    """Returns which elements of a sparse matrix are nonzero: bool, canonical CSR without stored zeros."""
     summed = to_canonical(matrix)
     nonzero = summed.data != 0
     binary = scipy.sparse.csr_array((nonzero, summed.indices, summed.indptr), shape=summed.shape)
     if not nonzero.all():
-        binary = binary.copy()  # its indices may be the caller's
+        binary = binary.copy()  # The indices may be shared with the caller's matrix.
         binary.eliminate_zeros()
     return binary
 
 
 def to_canonical(matrix: Any, dtype: Any = None) -> scipy.sparse.csr_array:
-    """A sparse matrix as CSR with sorted indices without duplicates, which are added.
+    """Converts a sparse matrix to CSR with sorted, distinct indices; duplicates are added up.
 
-    SciPy sorts in place, also within `matrix != 0`, and a conversion shares the indices. Here only a copy is
-    sorted, and only if there is something to sort.
+    SciPy sorts indices in place, even within `matrix != 0`, and a conversion shares them. This function sorts
+    a copy, and only if the indices are not sorted.
     """
     csr = scipy.sparse.csr_array(matrix, dtype=dtype)
     if not csr.has_canonical_format:
@@ -131,10 +134,10 @@ def to_canonical(matrix: Any, dtype: Any = None) -> scipy.sparse.csr_array:
 
 
 def _unwrap(values: Any, expected: str) -> Any:
-    """A sparse matrix as it is, arrays of numbers and data frames as an array, and all else as a list.
+    """Returns sparse matrices unchanged, numeric arrays and data frames as arrays, other objects as a list.
 
     Raises:
-      TypeError: it is none of these; the message begins with `expected`.
+      TypeError: the object is of another type; the message begins with `expected`.
     """
     if scipy.sparse.issparse(values):
         return values
@@ -144,7 +147,7 @@ def _unwrap(values: Any, expected: str) -> Any:
         raise TypeError(f"{expected}, got a {type(values).__name__}")
     if _column_names(values) is not None:
         return _array_of_frame(values, expected)
-    # Columns of pandas, Polars and PyArrow; as arrays their lists would be arrays of objects.
+    # Columns of pandas, Polars and PyArrow: converted to arrays, their lists would become arrays of objects.
     for method in ("to_pylist", "to_list"):
         if not isinstance(values, np.ndarray) and hasattr(values, method):
             return getattr(values, method)()
@@ -163,15 +166,15 @@ def _unwrap(values: Any, expected: str) -> Any:
 
 
 def _column_names(values: Any) -> list[Any] | None:
-    """The names of a data frame's columns; None for other objects."""
-    names = getattr(values, "column_names", None)  # of PyArrow's tables, whose `columns` are arrays
+    """Returns the column names of a data frame; None for other objects."""
+    names = getattr(values, "column_names", None)  # PyArrow tables, whose attribute `columns` has arrays
     names = getattr(values, "columns", None) if names is None else names
     return None if names is None else list(names)
 
 
 def _array_of_frame(frame: Any, expected: str) -> Any:
-    """The numbers of a data frame as an array, or as a sparse matrix if the frame is sparse."""
-    if hasattr(frame, "sparse"):  # an accessor that pandas gives to frames of sparse columns alone
+    """Returns the numbers of a data frame as an array, or as a sparse matrix if the frame is sparse."""
+    if hasattr(frame, "sparse"):  # pandas defines this accessor for frames of sparse columns only.
         return frame.sparse.to_coo()
     array = _to_array(frame, expected)
     if array.ndim != 2:
@@ -196,12 +199,12 @@ def _array_of_frame(frame: Any, expected: str) -> Any:
 def _to_array(values: Any, expected: str) -> np.ndarray:
     try:
         return np.asarray(values)
-    except Exception as error:  # which one depends on the library that the object is from
+    except Exception as error:  # The class of the exception depends on the library of the object.
         raise TypeError(f"{expected}, got a {type(values).__name__}: {error}") from error
 
 
 def _array_of_rows(rows: list[Any]) -> np.ndarray | None:
-    """The array of numbers that a list of rows is equivalent to; None if there is none."""
+    """Converts a list of rows to an array of numbers; returns None if this is impossible."""
     try:
         array = np.asarray(rows)
     except (TypeError, ValueError):  # such as rows of different lengths
@@ -210,7 +213,7 @@ def _array_of_rows(rows: list[Any]) -> np.ndarray | None:
 
 
 def _is_numeric(dtype: np.dtype) -> bool:
-    """Whether a dtype is of real numbers, those of JAX included, such as bfloat16."""
+    """Returns whether a dtype is of real numbers, including JAX's own dtypes such as bfloat16."""
     return dtype.kind in "biuf" or jax.dtypes.issubdtype(dtype, np.floating)
 
 
@@ -224,9 +227,9 @@ def _check_texts(texts: list[Any]) -> list[str]:
 
 
 def _check_names(point: int, names: Any) -> list[str]:
-    """The names of a point's labels, as a list."""
+    """Returns the label names of a point as a list, after checking them."""
     if isinstance(names, Iterable) and not isinstance(names, str):
-        names = list(names)  # once, as it may be an iterator
+        names = list(names)  # converted once, as it may be an iterator
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"y must have a sequence of names (str) for each point, got {names!r} for point {point}"
@@ -248,7 +251,7 @@ def _check_name(name: str, where: str) -> None:
 def _check_finite(name: str, matrix: np.ndarray | scipy.sparse.csr_array) -> None:
     """Raises ValueError, naming the point, if a matrix has a value that is not finite."""
     if isinstance(matrix, np.ndarray):
-        for start in range(0, len(matrix), _ROWS_AT_ONCE):  # it may be memory-mapped
+        for start in range(0, len(matrix), _ROWS_AT_ONCE):  # The matrix may be memory-mapped.
             finite = np.isfinite(matrix[start : start + _ROWS_AT_ONCE]).all(axis=1)
             if not finite.all():
                 _raise_not_finite(name, start + int(finite.argmin()))

@@ -1,4 +1,4 @@
-"""Encoders: from inputs to the features [B, E] that a head reads. Any `nnx.Module` that does so will do."""
+"""Encoders, which map inputs to the features [B, E] of a head. Any such `nnx.Module` can be used."""
 
 from sparse_xmc.encoders.bag_of_words import BagOfWordsEncoder, EmbeddingBag
 from sparse_xmc.encoders.dense_features import DenseFeatures

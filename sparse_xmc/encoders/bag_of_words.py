@@ -1,4 +1,4 @@
-"""The encoder of bags of words: their embeddings, summed."""
+"""The encoder of bags of words, which sums word embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from xla_ops import SparseInputs
 
 
 class EmbeddingBag(EmbeddingTable):
-    """Sums the embeddings of each example's words, weighted: a linear layer on sparse features.
+    """An embedding table that returns weighted sums over bags of words: a linear layer on sparse features.
 
-    Arguments and attributes are those of `EmbeddingTable`; V is the number of words.
+    Arguments and attributes are those of `EmbeddingTable`, where V is the number of words.
     """
 
     def __call__(self, bags: BagOfWords) -> Array:
-        """Maps a batch of B bags to float32 [B, E]."""
+        """Maps a batch of B bags of words to float32 [B, E]."""
         shapes = [list(array.shape) for array in (bags.rows, bags.words, bags.weights)]
         if shapes != [[bags.weights.size]] * 3:
             raise ValueError(f"{type(self).__name__}: rows, words, weights must have shape [N], got {shapes}")
@@ -30,18 +30,18 @@ class EmbeddingBag(EmbeddingTable):
 
 
 class BagOfWordsEncoder(nnx.Module):
-    """An `EmbeddingBag`, ReLU, dropout.
+    """An encoder of bags of words: an `EmbeddingBag`, followed by ReLU and dropout.
 
     Args:
-      num_words: V.
-      features: E.
-      dropout: the rate of dropout.
-      scale: what the words' weights are multiplied by.
-      direct: whether to return the weighted words beside the features, for heads that read them.
+      num_words: V, the number of words.
+      features: E, the number of features.
+      dropout: dropout rate.
+      scale: factor by which the weights of the words are multiplied.
+      direct: whether to return `Features`, with the scaled words for heads that read them directly.
       rngs: random keys; the streams `params` and `dropout` are used.
 
     Attributes:
-      scale: `Scale`, float32 scalar.
+      scale: `Scale`, float32 scalar, the factor.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BagOfWordsEncoder(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, bags: BagOfWords) -> Array | Features:
-        """Maps a batch of B bags to float32 [B, E], or to `Features`."""
+        """Maps a batch of B bags of words to float32 [B, E], or to `Features` if `direct` is set."""
         x = self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))
         if not self.direct:
             return x

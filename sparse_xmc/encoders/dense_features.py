@@ -1,4 +1,4 @@
-"""The encoder of features that are there already."""
+"""The encoder of precomputed dense features."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,16 +8,16 @@ from sparse_xmc.modules import Scale, check_features
 
 
 class DenseFeatures(nnx.Module):
-    """Dense features as they are, with dropout: the paper's setting.
+    """An encoder that scales dense features and applies dropout, without parameters, as in the paper.
 
     Args:
-      features: E.
-      dropout: the rate of dropout.
-      scale: what the features are multiplied by.
+      features: E, the number of features.
+      dropout: dropout rate.
+      scale: factor by which the features are multiplied.
       rngs: random keys; the stream `dropout` is used.
 
     Attributes:
-      scale: `Scale`, float32 scalar.
+      scale: `Scale`, float32 scalar, the factor.
     """
 
     def __init__(self, features: int, dropout: float = 0.0, *, scale: float = 1.0, rngs: nnx.Rngs):

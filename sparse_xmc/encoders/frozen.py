@@ -1,4 +1,4 @@
-"""A pretrained encoder that stays as it is: all texts are embedded once, and later runs read the result."""
+"""Embeddings of texts by a frozen pretrained encoder, computed once and cached on disk."""
 
 import functools
 import hashlib
@@ -26,20 +26,20 @@ from sparse_xmc.modules import in_evaluation
 
 _SHORT = 32  # tokens
 _EMBEDDINGS = "embeddings.npy"
-_VERSION = 1  # of what is computed: a higher one leaves older files behind
+_VERSION = 1  # version of the computation; increase it to invalidate cached embeddings
 
 
 def embed(
     encoder: nnx.Module, token_lists: TokenLists, *, batch_size: int = 64, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The features of N texts, without dropout. Batches hold texts of like length, so that padding is small.
+    """Computes the features of N texts, without dropout. Texts of similar length share a batch.
 
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
       token_lists: the texts.
-      batch_size: B, for texts of up to 32 tokens; of longer ones fewer, lest batches outgrow caches. Of
-        fewer texts, it is the next power of two.
-      out: float32 [N, E], where the result goes; None for a new array.
+      batch_size: B, for texts of up to 32 tokens; smaller for longer texts, as larger batches would not fit
+        into caches. At most the number of texts, rounded up to a power of two.
+      out: float32 [N, E], array for the result; None for a new array.
 
     Returns:
       float32 [N, E], in the order of the texts.
@@ -48,13 +48,13 @@ def embed(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     graphdef, state = nnx.split(in_evaluation(encoder))
     lengths = token_lists.lengths
-    order = np.argsort(lengths, kind="stable")[::-1]  # what takes most memory comes first
+    order = np.argsort(lengths, kind="stable")[::-1]  # The longest texts come first: they take most memory.
     if out is None:
         tokens = jax.eval_shape(lambda: _batch(token_lists, order[:1], 1))
         features = jax.eval_shape(functools.partial(_encode, graphdef), state, tokens).shape[1]
         out = np.empty((len(order), features), np.float32)
     hidden = not sys.stderr.isatty()
-    batch_size = min(batch_size, 1 << max(0, len(order) - 1).bit_length())  # batches are filled up
+    batch_size = min(batch_size, 1 << max(0, len(order) - 1).bit_length())  # Batches are padded to full size.
     waiting: list[tuple[np.ndarray, jax.Array]] = []
     with tqdm(total=len(order), desc="embedding", unit=" texts", leave=False, disable=hidden) as bar:
         start = 0
@@ -65,7 +65,7 @@ def embed(
                 rows = order[start : start + size]
                 waiting.append((rows, _encode(graphdef, state, _batch(token_lists, rows, size))))
                 start += size
-            if start >= len(order) or len(waiting) == 2:  # while the device is at work on the next
+            if start >= len(order) or len(waiting) == 2:  # The device computes the next batch meanwhile.
                 done, features = waiting.pop(0)
                 out[done] = np.asarray(features)[: len(done)]
                 bar.update(len(done))
@@ -78,7 +78,7 @@ def _encode(graphdef, state, tokens):
 
 
 def _batch(token_lists: TokenLists, rows: np.ndarray, size: int) -> Tokens:
-    """The texts as a batch of that size: the last is filled up, as another size would be compiled again."""
+    """Returns the texts as a batch padded to `size` texts, because another size would be compiled again."""
     tokens = token_lists.take(rows)
     padding = size - len(rows)
     return Tokens(np.pad(tokens.ids, ((0, padding), (0, 0))), np.pad(tokens.lengths, (0, padding)))
@@ -95,22 +95,23 @@ def cached_embeddings(
     dtype=jnp.float32,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """The features of N texts by the encoder of a directory, computed unless they are in `cache_dir` already.
+    """Returns the features of N texts from the cache, or computes and caches them.
 
-    They are known there by `fingerprint`. What is computed appears whole or not at all.
+    Cache entries are named by `fingerprint` and are written atomically.
 
     Args:
-      directory: see `PretrainedEncoder.from_directory`, as for `pooling`, `normalize` and `dtype`; and
-        `FrozenEncoder`, as for `max_length`.
+      directory: directory of the encoder, see `PretrainedEncoder.from_directory`.
       texts: the texts.
-      cache_dir: made where it is missing.
-      batch_size: how many texts are encoded at once.
+      cache_dir: directory of the cache; created if missing.
+      max_length: maximum number of tokens of a text, as for `FrozenEncoder`.
+      pooling, normalize, dtype: as for `PretrainedEncoder.from_directory`.
+      batch_size: number of texts in a batch, as for `embed`.
 
     Returns:
       float32 [N, E], memory-mapped, read-only.
 
     Raises:
-      ValueError: there are no texts, or what is in the cache is not as it was written.
+      ValueError: there are no texts, or the cache entry is damaged.
     """
     if not len(texts):
         raise ValueError("there are no texts to embed")
@@ -144,16 +145,16 @@ def fingerprint(
     normalize: bool | None = None,
     dtype=jnp.float32,
 ) -> str:
-    """A name for the features of texts: 64 hexadecimal digits that change with whatever changes the features.
+    """Returns a hash of everything that determines the features of texts, 64 hexadecimal digits.
 
-    That is the content of the encoder's files, the texts and their order, and the settings, which are those
-    of `cached_embeddings`. Without texts it is a name for the encoder.
+    It covers the content of the encoder's files, the texts in their order, and the settings. Arguments are as
+    for `cached_embeddings`. With an empty list of texts, it identifies the encoder.
     """
     directory = Path(directory)
     digest = hashlib.sha256()
 
     def add(content: bytes) -> None:
-        digest.update(f"{len(content)}:".encode())  # so that nothing runs into what follows
+        digest.update(f"{len(content)}:".encode())  # marks the boundaries between parts
         digest.update(content)
 
     how = (_VERSION, max_length, *resolve_pooling(directory, pooling, normalize), jnp.dtype(dtype).name)

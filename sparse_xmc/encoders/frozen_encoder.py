@@ -1,4 +1,4 @@
-"""A pretrained encoder as users name it, by its directory: frozen, a function of texts, or trained too."""
+"""Pretrained encoders given by a directory: a frozen encoder of texts, or one to be fine-tuned."""
 
 import functools
 import json
@@ -21,19 +21,20 @@ from sparse_xmc.encoders.pretrained_files import (
 
 
 class FrozenEncoder:
-    """Embeds texts by the encoder of a directory, pooled as its own files say.
+    """A frozen pretrained encoder of texts, read from a directory, with the pooling set by its files.
 
     Args:
-      directory: see `PretrainedEncoder.from_directory`.
-      max_length: how many tokens of a text are read; None for the `max_seq_length` of
-        `sentence_bert_config.json`, or without it as many as the tokenizer is set to.
-      cache_dir: where embeddings are kept for later runs; None to compute them each time.
+      directory: directory of the encoder, see `PretrainedEncoder.from_directory`.
+      max_length: maximum number of tokens of a text; longer texts are truncated. None for the
+        `max_seq_length` of `sentence_bert_config.json`, or without this file for the setting of the
+        tokenizer.
+      cache_dir: directory in which embeddings are cached for later runs; None for no cache.
 
     Attributes:
-      features: E.
+      features: E, the number of features.
 
     Raises:
-      ValueError: the directory has no encoder of a kind that is known.
+      ValueError: the directory has no encoder of a supported architecture.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class FrozenEncoder:
         self._fingerprint = fingerprint(self._directory, [])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """The embeddings float32 [N, E] of N texts; memory-mapped where they are kept."""
+        """Returns the embeddings float32 [N, E] of N texts; memory-mapped if they are cached."""
         if self._cache_dir is not None and len(texts):
             return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
         return self.embed(texts)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """The same, computed now and kept nowhere."""
+        """Computes the embeddings float32 [N, E] of N texts without the cache."""
         if not len(texts):
             return np.zeros((0, self.features), np.float32)
         encoder, tokenizer = self._loaded
@@ -70,7 +71,7 @@ class FrozenEncoder:
         return encoder, Tokenizer.from_directory(self._directory, max_length=self._max_length)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes where the encoder is and what it is known by, as JSON; the weights stay where they are."""
+        """Writes the directory, `max_length` and fingerprint of the encoder as JSON, but not its weights."""
         state = {
             "directory": str(self._directory.absolute()),
             "max_length": self._max_length,
@@ -80,14 +81,14 @@ class FrozenEncoder:
 
     @classmethod
     def load(cls, path: str | os.PathLike, directory: str | os.PathLike | None = None) -> "FrozenEncoder":
-        """Reads what `save` wrote.
+        """Reads an encoder saved by `save`.
 
         Args:
-          path: the file.
-          directory: where the encoder is now; None for where it was.
+          path: the file written by `save`.
+          directory: current directory of the encoder; None for the saved one.
 
         Raises:
-          ValueError: the file is not of an encoder, or the encoder is not where it was, or is another one.
+          ValueError: the file was not written by `save`, the directory has no encoder, or a different one.
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -116,13 +117,19 @@ def open_pretrained(
     dtype: str = "float32",
     remat: bool = False,
 ) -> tuple[FrozenEncoder | Tokenizer, PretrainedEncoder | None]:
-    """What is done to texts before training, and the encoder that is trained, if it is.
-
-    Args are those of `FrozenEncoder`, but for
+    """Opens a pretrained encoder, either frozen or to be fine-tuned.
 
     Args:
-      trainable: whether the encoder is to be trained too: then it is read, and texts become tokens.
-      dtype, remat: those of an encoder that is trained; see `PretrainedEncoder`.
+      directory: directory of the encoder, see `PretrainedEncoder.from_directory`.
+      trainable: whether the encoder is to be fine-tuned.
+      max_length: maximum number of tokens of a text, as for `FrozenEncoder`.
+      cache_dir: directory of cached embeddings, for a frozen encoder only.
+      dtype: dtype of the computation, for a fine-tuned encoder only; see `PretrainedEncoder`.
+      remat: whether a backward pass recomputes the activations, for a fine-tuned encoder only.
+
+    Returns:
+      The preprocessing of texts, and the encoder to fine-tune: a `FrozenEncoder` and None, or a `Tokenizer`
+      and a `PretrainedEncoder`.
     """
     if not trainable:
         return FrozenEncoder(directory, max_length=max_length, cache_dir=cache_dir), None
@@ -132,5 +139,5 @@ def open_pretrained(
     tokenizer = Tokenizer.from_directory(directory, max_length=length)
     resolve_length(
         Path(directory), tokenizer.max_length, encoder.config
-    )  # that of tokenizer.json may be more
+    )  # checks the limit set in tokenizer.json
     return tokenizer, encoder

@@ -1,4 +1,4 @@
-"""The encoder of texts by words and by a pretrained encoder: rare words and meaning are half of it each."""
+"""The joint encoder of texts, which combines bags of words with a pretrained encoder."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from sparse_xmc.heads.head import Features, split_features
 
 
 class JointEncoder(nnx.Module):
-    """The features of texts side by side: embeddings [B, E], then those of their words [B, W].
+    """An encoder that concatenates the embeddings [B, E] of texts and the features [B, W] of their words.
 
     Args:
-      words: from bags of words to float32 [B, W], or to `Features`.
-      embeddings: what is done to embeddings, dropout for example.
-      text: from tokens to embeddings, to be trained too; None where inputs have embeddings.
+      words: encoder of bags of words, which returns float32 [B, W] or `Features`.
+      embeddings: module applied to the embeddings, for example for dropout.
+      text: encoder from tokens to embeddings, to be fine-tuned; None if the inputs contain embeddings.
     """
 
     def __init__(

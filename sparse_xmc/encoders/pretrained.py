@@ -1,4 +1,4 @@
-"""Pretrained text encoders of the BERT family, from a directory as Hugging Face saves it.
+"""Pretrained text encoders of the BERT family, read from directories in the format of Hugging Face.
 
 References: BERT, Devlin et al., NAACL 2019; RoBERTa, Liu et al., arXiv:1907.11692; DistilBERT, Sanh et al.,
 arXiv:1910.01108; XLM-RoBERTa, Conneau et al., ACL 2020; pooling and normalisation as in Sentence-BERT,
@@ -31,7 +31,7 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 class _LayerNorm(nnx.LayerNorm):
-    """Normalises in float32 whatever it is given, and returns `dtype`."""
+    """A layer normalisation that computes in float32 and returns `dtype`."""
 
     def __init__(self, config: PretrainedConfig, dtype, rngs: nnx.Rngs):
         super().__init__(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
@@ -42,7 +42,7 @@ class _LayerNorm(nnx.LayerNorm):
 
 
 class _Layer(nnx.Module):
-    """Self-attention and a feed-forward network, each added to its input and normalised."""
+    """A transformer layer: self-attention and feed-forward network, each with residual and normalisation."""
 
     def __init__(self, config: PretrainedConfig, dropout: float, dtype, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
@@ -58,7 +58,7 @@ class _Layer(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
-        """Maps [B, T, E] to [B, T, E]; only the first `lengths` [B] tokens of a text are attended to."""
+        """Maps [B, T, E] to [B, T, E]; attends only to the first `lengths` [B] tokens of each text."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         attended = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
@@ -67,25 +67,26 @@ class _Layer(nnx.Module):
 
 
 class PretrainedEncoder(nnx.Module):
-    """An encoder of the BERT family: from tokens to the features of each text.
+    """An encoder of the BERT family, which maps tokens to features of each text.
 
-    The constructor makes one with random parameters; `from_directory` reads a pretrained one.
+    The constructor initializes the parameters at random; `from_directory` reads a pretrained encoder.
 
     Args:
-      config: the network.
-      pooling: what a text's features are: the "mean" of the outputs of its tokens, that of its first token
-        ("cls"), or that one through the "pooler", the model's own layer with tanh, where it has one.
+      config: the architecture.
+      pooling: how the features of a text are computed: "mean" for the mean of the outputs of its tokens,
+        "cls" for the output of its first token, "pooler" for the latter passed through the model's own layer
+        with tanh, which not all models have.
       normalize: whether features are scaled to unit length.
-      dtype: of the computation, float32 or bfloat16; parameters and features are float32.
-      dropout: the rate of dropout where BERT has it, except on attention weights; None for the config's.
-      remat: whether a backward pass computes what is within each layer again, which takes less memory.
+      dtype: dtype of the computation, float32 or bfloat16; parameters and features are float32.
+      dropout: dropout rate, applied as in BERT, except on attention weights; None for the rate of `config`.
+      remat: whether a backward pass recomputes the activations within each layer, which takes less memory.
       rngs: random keys; the streams `params` and `dropout` are used.
 
     Attributes:
-      features: E.
+      features: E, the number of features.
 
     Raises:
-      ValueError: there is no such pooling.
+      ValueError: the pooling is unknown, or the architecture does not support it.
     """
 
     def __init__(
@@ -117,10 +118,10 @@ class PretrainedEncoder(nnx.Module):
             self.pooler = nnx.Linear(self.features, self.features, dtype=dtype, kernel_init=_INIT, rngs=rngs)
 
     def __call__(self, tokens: Tokens) -> Array:
-        """Maps a batch of B texts to float32 [B, E]; NaN where a token is not in the vocabulary.
+        """Maps a batch of B texts to float32 [B, E]; NaN for texts with a token outside of the vocabulary.
 
         Raises:
-          ValueError: the batch is wider than texts may be long.
+          ValueError: the batch is wider than the maximum length of texts.
         """
         ids, lengths = jnp.asarray(tokens.ids), jnp.asarray(tokens.lengths)
         if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.max_length:
@@ -130,7 +131,7 @@ class PretrainedEncoder(nnx.Module):
             )
         first = self.config.first_position
         context = self.positions.embedding[first : first + ids.shape[1]]
-        if self.config.type_vocab_size:  # the type of a first sentence
+        if self.config.type_vocab_size:  # All tokens have the type of a first sentence.
             context = context + self.types.embedding[:1]
         x = self.dropout(self.norm(self.words(ids) + context[None]))
         for layer in self.layers:
@@ -162,20 +163,21 @@ class PretrainedEncoder(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> "PretrainedEncoder":
-        """Reads the `config.json` and `model.safetensors` of a directory, the latter in shards or not.
+        """Reads an encoder from the `config.json` and `model.safetensors` of a directory, possibly in shards.
 
-        Args are those of the class, but for
+        Further arguments are as for the class.
 
         Args:
           path: the directory.
-          pooling: None for what the sentence-transformers library would do, by its files; else "mean".
-          normalize: None for the same; else False.
-          rngs: None for `nnx.Rngs(0)`.
+          pooling: as for the class; None for the pooling that the sentence-transformers library would use
+            according to the files of the directory, or "mean" without such files.
+          normalize: as for the class; None likewise, or False without such files.
+          rngs: random keys for dropout; None for `nnx.Rngs(0)`.
 
         Raises:
           ImportError: the safetensors library is not installed.
-          ValueError: a file or tensor is missing, there are others than the network's, or some have another
-            shape; or the network is not known here. The message names them.
+          ValueError: a file or tensor is missing, a tensor is unknown or has a wrong shape, or the
+            architecture is not supported. The message names them.
         """
         path = Path(path)
         config = PretrainedConfig.from_file(path / "config.json")
@@ -188,7 +190,7 @@ class PretrainedEncoder(nnx.Module):
             "remat": remat,
         }
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        # Nothing random is computed: parameters are read, and the streams of dropout are made again.
+        # No random parameters are computed: all are read from files. The dropout streams are replaced below.
         encoder = nnx.eval_shape(lambda: cls(config, **options, rngs=nnx.Rngs(0)))
         parameters = parameters_of(encoder)
         values = files.read_parameters(path, config, {name: p.shape for name, p in parameters.items()})
@@ -200,9 +202,10 @@ class PretrainedEncoder(nnx.Module):
         return encoder
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes `config.json`, `model.safetensors` and how texts are pooled (see `from_directory`).
+        """Writes `config.json`, `model.safetensors` and the pooling settings, for `from_directory`.
 
-        The transformers library reads them too, and sentence-transformers does but for a "pooler".
+        The transformers library can read these files, and so can sentence-transformers unless the pooling is
+        "pooler".
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The files of a pretrained encoder of the BERT family, as Hugging Face's libraries write and read them.
+"""Reading and writing of the files of BERT encoders in the formats of Hugging Face's libraries.
 
-Nothing here runs code of a directory: configurations are JSON, tensors are safetensors.
+No code from a directory is executed: configurations are JSON, tensors are safetensors.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 # ---- config.json ----
 
-# The prefix that names of tensors may have.
+# Optional prefix of the tensor names.
 _PREFIXES = {"bert": "bert.", "distilbert": "distilbert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
 _DISTILBERT_KEYS = {
     "hidden_size": "dim",
@@ -36,17 +36,17 @@ _DISTILBERT_KEYS = {
 
 
 def _size(default: Any = dataclasses.MISSING, *, at_least: int = 1, at_most: int = 1 << 24) -> Any:
-    """A field of a configuration; no published network comes near the upper bounds."""
+    """Declares an integer field; the bounds are far above the sizes of all published models."""
     return setting(default, at_least=at_least, at_most=at_most)
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedConfig:
-    """The network, by the keys of BERT's `config.json`, which RoBERTa shares; DistilBERT has others.
+    """The architecture of an encoder, with the keys of `config.json` of BERT and RoBERTa.
 
     Raises:
-      ValueError: the architecture or the activation is not one of those known here, or sizes are out of range
-        or do not fit.
+      ValueError: the architecture or the activation is not supported, or sizes are out of range or
+        inconsistent.
     """
 
     model_type: str
@@ -56,7 +56,7 @@ class PretrainedConfig:
     num_attention_heads: int = _size()
     intermediate_size: int = _size()
     max_position_embeddings: int = _size()
-    type_vocab_size: int = _size(2, at_least=0)  # 0 for DistilBERT, which has none
+    type_vocab_size: int = _size(2, at_least=0)  # 0 for DistilBERT, which has no token types
     pad_token_id: int = _size(0, at_least=0)
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = setting(0.1, at_least=0, below=1)
@@ -75,12 +75,12 @@ class PretrainedConfig:
 
     @property
     def first_position(self) -> int:
-        """The row of the position embeddings of the first token: RoBERTa's are behind that of padding."""
+        """Row of the position embeddings of the first token: 0, but after the padding row for RoBERTa."""
         return self.pad_token_id + 1 if "roberta" in self.model_type else 0
 
     @property
     def max_length(self) -> int:
-        """The most tokens that a text may have."""
+        """Maximum number of tokens of a text."""
         return self.max_position_embeddings - self.first_position
 
     @classmethod
@@ -88,7 +88,7 @@ class PretrainedConfig:
         """Reads a `config.json`.
 
         Raises:
-          ValueError: it is missing, or describes a network that is not known here; the message names it.
+          ValueError: the file is missing, or the architecture is not supported; the message names the file.
         """
         values = _read_json(Path(path))
         if not isinstance(values, dict):
@@ -148,7 +148,7 @@ _DISTILBERT_LAYER = {
     "norm": ("output_layer_norm",),
 }
 _DTYPES = ("F32", "F16", "BF16")
-# Buffers, a pooler that nobody asked for, and the heads of other tasks.
+# Tensors that are ignored: buffers, an unused pooler, and the heads of other tasks.
 _HARMLESS = re.compile(
     r"embeddings\.(position_ids|token_type_ids)|pooler\..*|cls\..*|lm_head\..*|vocab_(transform|layer_norm|projector)\..*"
     r"|(pre_)?classifier\..*|qa_outputs\..*"
@@ -156,7 +156,10 @@ _HARMLESS = re.compile(
 
 
 def tensor_names(path: str, config: PretrainedConfig) -> list[str]:
-    """The tensors that make up a parameter, side by side along its last axis; those of kernels transposed."""
+    """Returns the names of the tensors that form a parameter, concatenated along its last axis.
+
+    Tensors of kernels are transposed.
+    """
     module, field = path.rsplit(".", 1)
     field = "bias" if field == "bias" else "weight"
     if module in _MODULES:
@@ -170,11 +173,19 @@ def tensor_names(path: str, config: PretrainedConfig) -> list[str]:
 def read_parameters(
     directory: Path, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """The parameters of a network, in float32, by their paths, given their shapes.
+    """Reads the parameters of an encoder, in float32.
+
+    Args:
+      directory: the directory.
+      config: the architecture.
+      shapes: the shape of each parameter, by its path.
+
+    Returns:
+      The parameters by their paths.
 
     Raises:
-      ValueError: tensors are missing, are not the network's, have another shape, or are not of finite floats,
-        or a file is damaged; the message names them.
+      ValueError: tensors are missing, unknown, of wrong shape, or not of finite floats, or a file is damaged;
+        the message names them.
     """
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, _PREFIXES[config.model_type], stack)
@@ -227,7 +238,7 @@ class _Tensor:
 
 
 def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """The tensors of all files by name, without the prefix."""
+    """Opens the tensors of all files, by their names without the prefix."""
     safetensors = _safetensors()
     tensors = {}
     for file in weight_files(directory):
@@ -236,7 +247,7 @@ def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> 
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a safetensors file: {error}") from error
         for name in opened.keys():  # noqa: SIM118
-            # The first checkpoints of BERT are from TensorFlow.
+            # The first BERT checkpoints have the names of TensorFlow.
             ours = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
                 "LayerNorm.beta", "LayerNorm.bias"
             )
@@ -245,10 +256,10 @@ def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> 
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """`model.safetensors`, or the shards that its index lists.
+    """Returns the paths of `model.safetensors`, or of the shards listed in its index.
 
     Raises:
-      ValueError: there is none, or the index is not one of files in the directory.
+      ValueError: neither file exists, or the index does not list files in the directory.
     """
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file():
@@ -268,7 +279,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def write_parameters(directory: Path, config: PretrainedConfig, parameters: Mapping[str, np.ndarray]) -> None:
-    """Writes `model.safetensors`, which `read_parameters` and the transformers library read."""
+    """Writes `model.safetensors`, for `read_parameters` and the transformers library."""
     tensors = {}
     for path, value in parameters.items():
         names = tensor_names(path, config)
@@ -294,10 +305,18 @@ _POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_to
 
 
 def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None) -> tuple[str, bool]:
-    """What is None is as the files say, or without them the mean, not normalised.
+    """Determines the pooling and the normalisation.
+
+    Args:
+      directory: directory of the encoder.
+      pooling: the pooling; None for the setting in the directory, or "mean" without one.
+      normalize: whether to normalise; None for the setting in the directory, or False without one.
+
+    Returns:
+      The pooling, and whether to normalise.
 
     Raises:
-      ValueError: what is asked for is not there, or `pooling` is None and the files say something else.
+      ValueError: a file is malformed, or `pooling` is None and the setting in the directory is not supported.
     """
     modules = _read_json(directory / "modules.json", default=[{"type": "Pooling", "path": "1_Pooling"}])
     try:
@@ -323,7 +342,10 @@ def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None
 
 
 def write_pooling(directory: Path, pooling: str, normalize: bool, features: int) -> None:
-    """Writes files that `resolve_pooling` reads, and sentence-transformers, which has no "pooler" though."""
+    """Writes the pooling settings, for `resolve_pooling` and sentence-transformers.
+
+    The latter has no "pooler".
+    """
     kinds = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if normalize else {})
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -341,15 +363,18 @@ def write_pooling(directory: Path, pooling: str, normalize: bool, features: int)
 
 
 def resolve_length(directory: Path, max_length: int | None, config: PretrainedConfig) -> int | None:
-    """The number of tokens that are read of a text; None if neither the caller nor the directory says.
+    """Determines the maximum number of tokens of a text.
 
     Args:
-      directory: the encoder's. Without `max_length`, it is `max_seq_length` of sentence_bert_config.json.
-      max_length: the caller's choice, or None.
-      config: the network, which may take fewer.
+      directory: directory of the encoder; its sentence_bert_config.json may set `max_seq_length`.
+      max_length: the maximum chosen by the caller; None for the setting in the directory.
+      config: the architecture, which limits the maximum.
+
+      Returns:
+        The maximum, or None if neither the caller nor the directory sets one.
 
     Raises:
-      ValueError: `max_length` is more than the network takes, or the file is not readable.
+      ValueError: `max_length` is larger than the architecture supports, or the file is malformed.
     """
     if max_length is None:
         length = _max_seq_length(directory)
@@ -368,11 +393,11 @@ def _max_seq_length(directory: Path) -> int | None:
 
 
 def warn_of_unused_settings(directory: Path, max_length: int | None) -> None:
-    """Warns of settings of sentence-transformers that are not followed: its limit of the length, and prompts.
+    """Warns of settings of sentence-transformers that are ignored: prompts, and an exceeded maximum length.
 
     Args:
-      directory: the encoder's.
-      max_length: the number of tokens that are read of a text; None for the encoder's own.
+      directory: directory of the encoder.
+      max_length: maximum number of tokens chosen by the caller; None for the encoder's own.
     """
     limit = _max_seq_length(directory)
     if limit is not None and max_length is not None and max_length > limit:
@@ -390,7 +415,7 @@ def warn_of_unused_settings(directory: Path, max_length: int | None) -> None:
         )
 
 
-# ---- all of them ----
+# ---- shared helpers ----
 
 
 def require_one_of(what: str, value: Any, choices: Iterable[str]) -> None:
@@ -400,13 +425,13 @@ def require_one_of(what: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def _some(problems: list[str]) -> str:
-    """The first of them, in one line whatever the names in them."""
+    """Joins the first few problems into one line, even if names in them contain line breaks."""
     some = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     return " ".join("; ".join(some).split())
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
-    """What a file says; `default`, if there is one, where the file is missing."""
+    """Reads a JSON file; returns `default`, if it is not None, if the file is missing."""
     try:
         if default is not None and not path.is_file():
             return default

@@ -1,7 +1,8 @@
-"""Tables of embeddings that are trained by rows: a step costs what its batch uses, not what there is.
+"""Embedding tables trained by rows, so that the cost of a step depends on the batch, not on the table.
 
-While a batch is trained, a table is replaced by the rows that the batch uses, so that no gradient of all of
-it exists. They learn by Adagrad with one sum per row: rare words take larger steps than common ones.
+In a training step, a table is replaced by the rows that the batch uses, so that no gradient of the whole
+table exists. Adagrad trains the rows, with one sum of squares per row: rare words take larger steps than
+common ones.
 
 Reference: Duchi, Hazan & Singer, JMLR 12, 2011; one sum per row as in Naumov et al., arXiv:1906.00091.
 """
@@ -21,20 +22,20 @@ from sparse_xmc.modules import path_name
 
 
 class TableParam(nnx.Param):
-    """A table [V, E] of an `EmbeddingTable`."""
+    """The parameter [V, E] of an `EmbeddingTable`."""
 
 
 class EmbeddingTable(nnx.Module):
-    """Embeddings by number, through `lookup`. Wherever one is in an encoder, `Trainer` trains it by rows.
+    """A table of embeddings, read by `lookup`. `Trainer` trains it by rows anywhere in an encoder.
 
-    For that, a training step replaces the table by some of its rows: read it through `lookup` alone, and not
-    within a transformation of its own, such as `nnx.remat` or `nnx.scan`.
+    A training step replaces the table by some of its rows. Therefore read it by `lookup` only, and not within
+    a transformation of its own, such as `nnx.remat` or `nnx.scan`.
 
     Args:
-      num_embeddings: V.
-      features: E.
+      num_embeddings: V, the number of embeddings.
+      features: E, the size of an embedding.
       embedding_init: initializer of the table [V, E].
-      param_dtype: its dtype.
+      param_dtype: dtype of the table.
       rngs: random keys; the stream `params` is used.
 
     Attributes:
@@ -51,11 +52,11 @@ class EmbeddingTable(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.embedding = TableParam(embedding_init(rngs.params(), (num_embeddings, features), param_dtype))
-        # Where in the table an id is, while a step has replaced the table by some of its rows.
+        # Maps ids to rows of the table while a training step has replaced the table by some of its rows.
         self.locate: Callable[[Array], Array] | None = None
 
     def lookup(self, ids: ArrayLike) -> Array:
-        """The rows [..., E] of ids [...] in 0..V-1; NaN for any other, negative ones too."""
+        """Returns the rows [..., E] for ids [...] in 0..V-1; NaN for other ids, including negative ones."""
         at = jnp.asarray(ids)
         at = at if self.locate is None else self.locate(at)
         at = jnp.where(at < 0, self.embedding.shape[0], at)
@@ -70,13 +71,20 @@ def tables_of(encoder: nnx.Module) -> Iterator[tuple[str, EmbeddingTable]]:
 
 
 def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
-    """The rows that an encoder uses for a batch: by table, ids int32 [U], ascending, then V as padding.
+    """Finds the table rows that an encoder uses for a batch.
 
-    Runs the encoder, in which `locate` is left changed; of what it computes nothing is kept but the ids, so
-    that under `jit` XLA removes the rest.
+    Runs the encoder, and leaves the `locate` attributes of its tables changed. Only the ids are kept, so that
+    under `jit` XLA removes all other computations.
+
+    Args:
+      encoder: the encoder.
+      inputs: the inputs of the batch.
+
+    Returns:
+      A dictionary from the path of a table to ids int32 [U], ascending, padded with V.
 
     Raises:
-      ValueError: a table is not used, and so nothing would train it.
+      ValueError: the encoder does not use a table, which would therefore stay untrained.
     """
     seen: dict[str, list[Array]] = {path: [] for path, _ in tables_of(encoder)}
     if not seen:
@@ -99,13 +107,13 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
         if not calls:
             raise ValueError(f"the encoder does not use its table {path}, so that nothing would train it")
         ids, size = jnp.concatenate(calls), sizes[path]
-        ids = jnp.where((ids >= 0) & (ids < size), ids, size)  # others are padding
+        ids = jnp.where((ids >= 0) & (ids < size), ids, size)  # Ids out of range become padding.
         rows[path] = jnp.unique(ids, size=min(ids.size, size), fill_value=size).astype(jnp.int32)
     return rows
 
 
 def take_rows(encoder: nnx.Module, rows: dict[str, Array]) -> None:
-    """Replaces the tables of an encoder by the given rows of them."""
+    """Replaces the tables of an encoder by the given rows of the tables."""
     for path, table in tables_of(encoder):
         of_table, size = rows[path], table.embedding.shape[0]
         table.embedding.set_value(table.embedding[...].at[of_table].get(mode="clip"))
@@ -113,19 +121,24 @@ def take_rows(encoder: nnx.Module, rows: dict[str, Array]) -> None:
 
 
 def _place(rows: Array, size: int, ids: Array) -> Array:
-    """Where ids in 0..size-1 are among `rows`; others are beyond the last."""
+    """Returns the positions of ids within `rows`; `len(rows)` for ids outside of 0..size-1."""
     return jnp.where((ids >= 0) & (ids < size), jnp.searchsorted(rows, ids), len(rows))
 
 
 def put_rows(table: Array, rows: Array, values: Array) -> Array:
-    """A table with other values in the given rows; padding is dropped."""
+    """Returns a table with new values in the given rows; padding is ignored."""
     return table.at[rows].set(values, mode="drop", indices_are_sorted=True)
 
 
 def adagrad(gradient: Array, squares: Array) -> tuple[Array, Array]:
-    """The direction of a step of rows with gradient [U, E], and their new `squares` [U].
+    """Computes an Adagrad update of rows.
 
-    `squares` are the sums over the steps of a row's mean square of the gradient.
+    Args:
+      gradient: float32 [U, E].
+      squares: float32 [U], for each row the sum over the steps of the mean square of its gradient.
+
+    Returns:
+      The direction of the step [U, E], and the new `squares` [U].
     """
     squares = squares + jnp.square(gradient).mean(axis=1)
     return gradient * jax.lax.rsqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))[:, None], squares

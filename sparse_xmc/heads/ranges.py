@@ -138,8 +138,8 @@ class HeadAndTailConfig(FixedFanInConfig):
 
     Attributes:
       head_fraction: fraction of the labels that are in the dense layer.
-      head_rate: learning-rate multiplier of the dense layer, multiplied by `output_rate`; less than 1, as all
-        features of a label learn together.
+      head_rate: learning-rate multiplier of the dense layer, multiplied by `output_rate`. It is below 1 by
+        default because all features of a label learn together.
     """
 
     head_fraction: float = setting(0.1, above=0, below=1)

@@ -1,4 +1,4 @@
-"""Rewiring: moving the weakest connections of a sparse layer, at random or to where they can help."""
+"""Rewiring of sparse layers: the weakest connections move to random inputs or to active ones."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from xla_ops import SparseInputs, kth_smallest_magnitude
 
 @dataclasses.dataclass(frozen=True)
 class RewireConfig:
-    """How a layer is rewired.
+    """Configuration of rewiring.
 
-    The defaults are this project's; `PAPER` has the published choices.
+    The defaults are those of this library; `PAPER` has the published settings.
 
     Attributes:
-      fraction: the part of the connections that a rewiring moves: of the whole layer's, or with `active`
-        growth of those of each label in the batch; 0 for never.
-      distinct: never give a label the same input twice.
-      zero_weights: a moved connection starts at weight 0; if false it keeps the old input's weight.
+      fraction: fraction of the connections that a rewiring moves: of the whole layer, or with `active` growth
+        of each label in the batch; 0 for no rewiring.
+      distinct: whether the inputs of a label stay distinct.
+      zero_weights: whether a moved connection starts at weight 0; if false it keeps its weight.
       growth: where connections move: to "random" inputs (`rewire`, `rewire_unstructured`), or to inputs that
         are "active" in a point of the label (`rewire_active`).
     """
@@ -57,23 +57,24 @@ def rewire(
     moments: tuple[Array, ...] = (),
     part: LabelPart | None = None,
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """Moves the connections with the smallest weights to new inputs, drawn uniformly.
+    """Moves the connections with the smallest weights to new inputs drawn uniformly at random.
 
     The threshold is the k-th smallest magnitude of the whole layer, k = round(fraction * L * F); the
-    connections strictly below it move. So at most k - 1 move, and none where k weights are 0.
+    connections strictly below it move. So at most k - 1 move, and none if k weights are 0.
 
-    `kernel`, `indices` and `moments` are donated. Nothing of the layer's size is made but the mask of what
-    moves, a byte per connection: inputs are drawn for blocks of labels.
+    `kernel`, `indices` and `moments` are donated. The only new array of the layer's size is the mask of moved
+    connections, one byte each, as inputs are drawn for blocks of labels.
 
     Args:
-      key: a random key.
+      key: random key.
       kernel: [L, F], float.
       indices: [L, F], integer.
-      in_features: D.
-      config: what moves, and how it starts.
-      moments: arrays [L, F] to be zeroed where a connection moves: what an optimizer remembers of it. For the
+      in_features: D, the number of inputs.
+      config: which connections move, and their initial weights.
+      moments: arrays [L, F] of an optimizer, in which the entries of moved connections are set to 0. For the
         state of an Optax chain, see `reset_moments`.
-      part: where these are the labels of one device among others; the result is that of the whole layer.
+      part: the sharding of the labels, if the arrays have the shard of one device; the result is equal to
+        that of rewiring the whole layer.
 
     Returns:
       The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
@@ -90,7 +91,7 @@ def rewire(
         threshold = kth_smallest_magnitude(kernel, k)
     else:
         first, padding = part.first(kernel.shape[0]), part.padding(kernel.shape[0])
-        # The weights of labels that fill up the last part are 0, the smallest.
+        # The weights of padding labels are 0, and therefore among the smallest.
         threshold = kth_smallest_magnitude(kernel, k + padding * fan_in, axes=part.axes)
     moved = jnp.abs(kernel.astype(jnp.float32)) < threshold
     if part is not None:
@@ -110,7 +111,8 @@ def rewire(
             kernel = jnp.where(moved, 0, kernel).astype(kernel.dtype)
         return kernel, indices, tuple(jnp.where(moved, 0, m).astype(m.dtype) for m in moments)
 
-    # The branches save work, and make XLA finish reading arrays before it writes any: else it copies them.
+    # The branches save work. They also make XLA finish reading the arrays before it writes to any of them;
+    # otherwise it would copy them.
     kernel, indices, moments = jax.lax.cond(
         threshold > 0, move, lambda moved, *arrays: arrays, moved, kernel, indices, moments
     )
@@ -131,35 +133,36 @@ def rewire_active(
     moments: tuple[Array, ...] = (),
     words: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """Moves the weakest connections of a batch's labels to inputs that are active in the label's point.
+    """Moves the weakest connections of the labels of a batch to inputs that are active in their points.
 
-    Of each label in `positives`, round(fraction * F) connections move, at least one: those with the smallest
-    weights, to the inputs that exceed their means over the batch by most in a point with that label (the
-    first in the batch), other than those that the label reads already. They start at weight 0. The gradient
-    of a positive's loss in a weight is proportional to its input, and what all points have in common says
-    nothing about the label. Other labels stay as they are.
+    For each label in `positives`, round(fraction * F) connections with the smallest weights move, but at
+    least one. They move to the inputs that exceed their means over the batch by most in a point with that
+    label (the first one in the batch) and that the label does not read yet. They start at weight 0. The
+    gradient of the loss of a positive with respect to a weight is proportional to its input, and an input
+    that all points have in common carries no information about the label. Other labels do not change.
 
-    `kernel`, `indices` and `moments` are donated; only the rows of the batch's labels are read and written.
+    `kernel`, `indices` and `moments` are donated; only the rows of the labels in the batch are read and
+    written.
 
     Args:
       kernel: [L, F], float.
-      indices: [L, F], integer, inputs of 0..D-1.
-      x: [B, D], float, the layer's input, without dropout.
+      indices: [L, F], integer, in 0..D-1.
+      x: [B, D], float, the input of the layer, without dropout.
       positives: int32 [B, P], the labels of each point, padded with -1.
-      config: its `fraction` counts.
+      config: only `fraction` is used.
       moments: as for `rewire`.
-      words: further inputs, D to D + V - 1, of which a point has each once; or None.
+      words: further inputs, numbered D to D + V - 1, each at most once for a point; or None.
 
     Returns:
       The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
       new moments.
 
-    Reference: growth by the gradient is that of Evci et al., ICML 2020, here from positives alone.
+    Reference: Evci et al., ICML 2020, for growth by the gradient; here only positives contribute to it.
     """
     num_labels, fan_in = kernel.shape
     k = min(fan_in, max(1, round(config.fraction * fan_in)))
     x = x.astype(jnp.float32)
-    # A label reads F of a point's best inputs at most, so that k more of them are enough.
+    # A label already reads at most F of a point's best inputs, so F + k candidates suffice.
     excess, candidates = jax.lax.top_k(x - x.mean(axis=0, keepdims=True), min(x.shape[1], fan_in + k))
     if words is not None:
         of_words, columns = _best_words(words, x.shape[0], fan_in + k)
@@ -178,7 +181,7 @@ def rewire_active(
     fresh = (excess[point] > 0) & ~(candidates[:, :, None] == connected[:, None, :]).any(axis=2)
     order = jnp.argsort(~fresh, axis=1, stable=True)[:, :k]
     _, weakest = jax.lax.top_k(-jnp.abs(rows(kernel).astype(jnp.float32)), order.shape[1])
-    # Padding, and what finds no fresh input, is sent beyond the last label, and dropped.
+    # Padding, and connections without a new input to move to, get an index out of range, which is dropped.
     moving = jnp.where(jnp.take_along_axis(fresh, order, axis=1), labels[:, None], num_labels)
 
     def put(array, values):
@@ -187,7 +190,7 @@ def rewire_active(
     moved = put(jnp.zeros(kernel.shape, bool), True)
 
     def clear(array):
-        # On CPU, XLA scatters into a bfloat16 array by way of a float32 copy of all of it.
+        # On the CPU, XLA scatters into a bfloat16 array via a float32 copy of the whole array.
         return jnp.where(moved, 0, array).astype(array.dtype) if array.itemsize == 2 else put(array, 0)
 
     indices = put(indices, jnp.take_along_axis(candidates, order, axis=1))
@@ -195,9 +198,16 @@ def rewire_active(
 
 
 def _best_words(words: SparseInputs, batch: int, count: int) -> tuple[Array, Array]:
-    """The words of each point that exceed their means over the batch by most: by how much, and their columns.
+    """Finds the words of each point that exceed their means over the batch by most.
 
-    Both are [batch, count]; where a point has no more words, it is by -inf.
+    Args:
+      words: the bags of words of the batch.
+      batch: B, the number of points.
+      count: number of words to find for each point.
+
+    Returns:
+      The differences from the means, float32 [B, count], -inf where a point has no more words; and the
+      columns of the words, [B, count].
     """
     rows, columns = jnp.asarray(words.rows), jnp.asarray(words.columns)
     values = jnp.asarray(words.values).astype(jnp.float32)
@@ -221,18 +231,18 @@ def rewire_unstructured(
     labels: int,
     config: RewireConfig = RewireConfig(),
 ) -> tuple[Array, Array, Array]:
-    """Moves the weakest connections of an `UnstructuredLinear` anywhere: both their label and their input.
+    """Moves the weakest connections of an `UnstructuredLinear` to random pairs of a label and an input.
 
-    Which ones move is decided as in `rewire`. They are drawn uniformly, and may repeat others, whatever
-    `config.distinct` says. `kernel` and `indices` are donated.
+    The moving connections are chosen as in `rewire`. New pairs are drawn uniformly and may repeat existing
+    ones; `config.distinct` is ignored. `kernel` and `indices` are donated.
 
     Args:
-      key: a random key.
+      key: random key.
       kernel: [N], float.
-      indices: int32 [N, 2], labels and inputs.
-      in_features: D.
-      labels: L.
-      config: what moves, and how it starts.
+      indices: int32 [N, 2], the label and the input of each connection.
+      in_features: D, the number of inputs.
+      labels: L, the number of labels.
+      config: which connections move, and their initial weights.
 
     Returns:
       The new kernel [N], the new indices [N, 2], and bool [N], true where a connection moved.
@@ -250,26 +260,26 @@ def rewire_unstructured(
 
 
 def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel, moved: Array):
-    """Zeroes what an optimizer remembers of the connections that moved.
+    """Sets the optimizer state of moved connections to 0.
 
-    Finds the moments by the structure of the optimizer's state, so any Optax chain will do. Statistics of
-    another shape than the kernel's (as factored second moments have) are left as they are.
+    The moments are found by the structure of the optimizer state, so any Optax chain works. Statistics whose
+    shape differs from the kernel's, such as factored second moments, are not changed.
 
     Args:
       tx: the optimizer.
-      opt_state: its state.
-      params: the parameters that it was initialised with.
-      is_kernel: function of a parameter's path (as `jax.tree_util.tree_map_with_path` gives it), true for
-        the kernel that was rewired.
-      moved: bool, of the kernel's shape, as the functions above return it.
+      opt_state: the state of the optimizer.
+      params: the parameters with which the optimizer was initialized.
+      is_kernel: function of the path of a parameter (as passed by `jax.tree_util.tree_map_with_path`), true
+        for the rewired kernel.
+      moved: bool, of the kernel's shape, true where a connection moved, as returned by the functions above.
 
     Returns:
-      The new state.
+      The new state of the optimizer.
     """
     nothing = jnp.zeros((), bool)
     masks = jax.tree_util.tree_map_with_path(lambda path, _: moved if is_kernel(path) else nothing, params)
 
-    def is_masked(moment):  # what optax.masked and optax.partition keep for the parameters of others
+    def is_masked(moment):  # optax.masked and optax.partition put this node in place of other parameters.
         return isinstance(moment, optax.MaskedNode)
 
     def reset(moment, mask):
@@ -291,28 +301,32 @@ def rewire_layer(
     positives: ArrayLike | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """Moves the weakest connections of a layer in a model that an `nnx.Optimizer` trains, by any Optax chain.
+    """Rewires a layer of a model that an `nnx.Optimizer` trains with any Optax chain.
 
-    The layer's kernel and indices are updated, and what the optimizer remembers of the connections that moved
-    is set to 0: moments, and gradients that `optax.MultiSteps` has added up. No array is donated: those that
-    are held elsewhere stay, and for a moment there are two of each. Within `nnx.jit` it works too.
+    Updates the kernel and the indices of the layer, and sets the optimizer state of the moved connections to
+    0: moments, and gradients accumulated by `optax.MultiSteps`. No array is donated: references held
+    elsewhere stay valid, and both old and new arrays exist for a moment. The function also works within
+    `nnx.jit`.
 
     Args:
-      layer: the layer.
-      model: the model that it is in, wherever, or the layer itself: that of the optimizer.
-      optimizer: the optimizer.
-      key: a random key, another one each time.
-      config: what moves: with `growth="random"` as of `rewire`, with "active" as of `rewire_active`.
-      x, positives, sparse: for growth="active" alone: what the layer reads of a batch, as it is called, x
-        being [B, D], and the labels of its points, int32 [B, P], padded with -1.
+      layer: the layer to rewire.
+      model: the model of the optimizer, which contains the layer at any depth, or is the layer.
+      optimizer: the optimizer of the model.
+      key: random key; use a new one in each call.
+      config: which connections move: as in `rewire` for `growth="random"`, as in `rewire_active` for
+        "active".
+      x: [B, D], float, the input of the layer for a batch. `x`, `positives` and `sparse` are for
+        growth="active" only.
+      positives: int32 [B, P], the labels of each point of the batch, padded with -1.
+      sparse: the sparse inputs of the layer for the batch, or None.
 
     Returns:
       bool [L, F], true where a connection moved.
 
     Raises:
-      TypeError: the layer is of another class.
-      ValueError: the layer is not in the model, or the optimizer not that of the model; x and positives are
-        missing, or there without need; or x is not as wide as the layer.
+      TypeError: the layer is not a `FixedFanInLinear`.
+      ValueError: the layer is not in the model; the optimizer is for another model; x and positives are
+        missing for growth="active" or given for growth="random"; or the width of x is not that of the layer.
 
     Example:
       >>> import jax, optax
@@ -353,7 +367,7 @@ def rewire_layer(
         moments = reset_moments(
             optimizer.tx, state, params, lambda path: path_name(key_path_names(path)) == names[0], moved
         )
-    except ValueError as error:  # of JAX: trees of other structures
+    except ValueError as error:  # raised by JAX for trees of different structure
         raise ValueError(f"the optimizer is not that of the model, a {type(model).__name__}") from error
     layer.kernel.set_value(kernel)
     layer.indices.set_value(indices)
@@ -363,7 +377,7 @@ def rewire_layer(
     return moved
 
 
-# Without donation, which is that of the outermost `jit`.
+# Compiled without donation: the outermost `jit` decides which arguments are donated.
 _rewired = jax.jit(rewire, static_argnames=("in_features", "config"))
 _rewired_active = jax.jit(rewire_active, static_argnames="config")
 
@@ -373,5 +387,5 @@ def _is_variable(node) -> bool:
 
 
 def _values(tree):
-    """A tree with arrays in place of variables, of whatever types these are."""
+    """Replaces the NNX variables of a pytree, of any type, by their arrays."""
     return jax.tree.map(lambda variable: variable.get_value(), tree, is_leaf=_is_variable)

@@ -1,11 +1,11 @@
-"""A head whose labels are split over the devices of a mesh: each has some, and never sees the others'.
+"""A head with its labels sharded over the devices of a mesh; each device holds one shard only.
 
-The batch's features come to all devices, and what goes back is the sum of their gradients: nothing that
-crosses the network is as large as the number of labels.
+All devices receive the features of the batch, and the gradients of the features are summed over devices: no
+array that is sent between devices has a size proportional to the number of labels.
 
-    mesh axes        "data" and "label", or whatever the mesh has: labels are split over all of them
-    output layer     split by labels, with its moments; the last device's are filled up (`LabelPart`)
-    penultimate      on all devices, which step it alike
+    mesh axes        labels are sharded over all axes of the mesh, such as "data" and "label"
+    output layer     sharded by labels, with its moments; padding labels fill the last shards (`LabelPart`)
+    penultimate      replicated; all devices take equal steps
     d_features       summed over devices, [B, I] behind a penultimate layer, else [B, E]
     top k            of each device, [B, k], gathered and merged
 """
@@ -35,16 +35,17 @@ _EVERYWHERE = PartitionSpec()
 
 
 class ShardedHead(Head):
-    """A `FixedFanInHead` with its labels over a mesh: training and ranking are those of one device.
+    """A `FixedFanInHead` with its labels sharded over a mesh. It trains and ranks as on one device.
 
-    Its parameters have the names that they have there, so that checkpoints and saved models of either go on
-    as the other: the arrays are of the whole, filled up to a multiple of the number of devices.
+    Its parameters have the same names as on one device, so checkpoints and saved models of either can be
+    read by the other. The arrays are of the whole head, padded to a multiple of the number of devices.
 
     Args:
-      graphdef: the structure of what one device has.
-      state: its variables, of the whole.
+      graphdef: the structure of the `FixedFanInHead` of one device.
+      state: the variables of the whole head.
       mesh: the mesh.
-      in_features, num_labels: E and L.
+      in_features: E, the number of features.
+      num_labels: L, the number of labels.
     """
 
     mesh: Mesh
@@ -73,9 +74,18 @@ class ShardedHead(Head):
         train: Dataset | None,
         rngs: nnx.Rngs,
     ) -> "ShardedHead":
-        """That of a configuration: with the weights and connections that it has on one device.
+        """Makes a sharded head with the same initial weights and connections as on one device.
 
-        No device, and no process, ever holds more than its own part.
+        No device and no process ever holds more than its own shards.
+
+        Args:
+          config: the configuration of the head.
+          in_features: E, the number of features.
+          num_labels: L, the number of labels.
+          mesh: the mesh.
+          num_words: V, the number of words that labels may read directly.
+          train: the training points, from which direct inputs are chosen; or None.
+          rngs: random keys; the stream `params` is used.
         """
         part = LabelPart(num_labels, tuple(mesh.axis_names))
         size = -(-num_labels // mesh.size)
@@ -103,7 +113,7 @@ class ShardedHead(Head):
         return head
 
     def _choose(self, count: int, train: Dataset, key: Array) -> None:
-        """`FixedFanInHead.choose`, for each device's labels by themselves."""
+        """Runs `FixedFanInHead.choose` on the shard of each device."""
         local = self._local(nnx.split(self)[1])
         kernel, indices = self.output.kernel[...], self.output.indices[...]
         kernels, connections = [], []
@@ -129,9 +139,10 @@ class ShardedHead(Head):
         return nnx.merge(self.local, state, copy=True)
 
     def _run(self, function: "_Function", static: tuple, *arguments: Any, changes: bool = False) -> Any:
-        """The results of a function of (head, static, *arguments) on all devices.
+        """Runs a function of (head, static, *arguments) on all devices and returns its results.
 
-        With `changes` what it does to the head is kept. Compiled once for each function and `static`.
+        If `changes` is set, changes of the head by the function are kept. The function is compiled once for
+        each value of `static`.
         """
         call = _on_devices(self.local, self.mesh, function, static, changes)
         results = call(nnx.split(self)[1], *arguments)
@@ -142,7 +153,10 @@ class ShardedHead(Head):
         return results
 
     def __call__(self, x: Array | Features) -> Array:
-        """The logits [B, L], which are as large as that on every device: for tests and small L."""
+        """Returns the logits [B, L].
+
+        Every device holds an array of its shard; use it for tests and small L.
+        """
         return self._run(_logits, (), x)[:, : self.num_labels]
 
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
@@ -197,11 +211,11 @@ class ShardedHead(Head):
         return self.output.kernel.shape[0]
 
     def fill_up(self) -> None:
-        """Gives the labels that fill up the last devices the weights that they must have."""
+        """Resets the weights and biases of the padding labels."""
         self._run(_fill_up, (), changes=True)
 
 
-# ---- what devices do ----
+# ---- functions that run on each device ----
 
 _Function = Callable[..., Any]
 
@@ -210,7 +224,7 @@ _Function = Callable[..., Any]
 def _on_devices(
     local: nnx.GraphDef, mesh: Mesh, function: _Function, static: tuple, changes: bool
 ) -> Callable:
-    """`ShardedHead._run` as a compiled function of the head's state and the arguments."""
+    """Compiles the function of `ShardedHead._run`, which takes the state of the head and the arguments."""
 
     def specs_of(argument):
         is_moments = isinstance(argument, optax.ScaleByAdamState)
@@ -246,7 +260,7 @@ def _loss(head, static, x, positives):
 def _top_k(head, static, x):
     (k,), axes = static, head.part.axes
     scores, labels = head.top_k(x, min(k, head.num_labels))
-    # One device ranks what is not finite with the label -1; what fills up the last devices is nothing at all.
+    # The ranking of one device has the label -1 for scores that are not finite. Padding labels get it too.
     numbers = labels + head.first_label()
     real = (labels >= 0) & (numbers < head.part.num_labels)
     scores, labels = jnp.where(real, scores, -jnp.inf), jnp.where(real, numbers, -1)
@@ -259,7 +273,7 @@ def _inputs(head, static, x):
 
 
 def _logits_of_rows(head, static, inputs, start):
-    """The logits of so many of each device's labels from `start` on, and their numbers."""
+    """Returns the logits of the labels from `start` on in each shard, and the numbers of the labels."""
     (rows,) = static
     return head.logits_of(inputs, start, rows), head.first_label() + start + jnp.arange(rows, dtype=jnp.int32)
 
@@ -274,7 +288,7 @@ def _rewire(head, static, x, positives, moments, key):
 
 
 def _fill_up(head, static):
-    """Takes the labels beyond the last out of the loss and of every ranking."""
+    """Resets the padding labels, so that they affect neither the loss nor any ranking."""
     assert head.part is not None
     assert head.output.bias is not None
     real = (
@@ -285,7 +299,7 @@ def _fill_up(head, static):
     bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
 
 
-# How the results of each are split, given the mesh's axes and how moments are.
+# The partition specs of the results of each function, given the mesh axes and the specs of the moments.
 _RESULTS: dict[_Function, Callable[[tuple, Any], Any]] = {
     _logits: lambda axes, moments: PartitionSpec(None, axes),
     _loss: lambda axes, moments: _EVERYWHERE,
@@ -299,20 +313,23 @@ _RESULTS: dict[_Function, Callable[[tuple, Any], Any]] = {
 
 
 def _as_words(array: Array) -> Array:
-    """A random key as integers, which processes can share; anything else as it is."""
+    """Returns a random key as integers, which processes can share; other arrays unchanged."""
     is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(array) if is_key else array
 
 
 def _as_key(words: Any, like: Array) -> Array:
-    """The key that `_as_words` was given, or whatever else was like that."""
+    """Inverts `_as_words`; `like` is the original array or one of its type."""
     is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
     words = jnp.asarray(words)
     return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if is_key else words
 
 
 def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
-    """The parts [B, n] of all devices side by side; by a sum, which JAX knows to be the same everywhere."""
+    """Concatenates the arrays [B, n] of all devices along axis 1.
+
+    It uses a sum over devices, so that JAX knows that the result is equal on all of them.
+    """
     number = jax.lax.axis_index(axes)
     count = jax.lax.axis_size(axes)
     mine = jnp.zeros((count, *array.shape), array.dtype).at[number].set(array)
@@ -320,12 +337,12 @@ def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _is_split(path: tuple) -> bool:
-    """Whether a variable has a row for each label, by its path in the state."""
+    """Returns whether the variable at this path of the state has a row for each label."""
     return ".".join(key_path_names(path)[:2]) in BY_LABEL
 
 
 def _specs(state: Any, mesh: Mesh) -> Any:
-    """How the variables of a head are split."""
+    """Returns the partition specs of the variables of a head."""
     by_label = PartitionSpec(mesh.axis_names)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: by_label if _is_split(path) else _EVERYWHERE, state
@@ -333,7 +350,7 @@ def _specs(state: Any, mesh: Mesh) -> Any:
 
 
 def _specs_of_moments(moments: optax.ScaleByAdamState, mesh: Mesh) -> optax.ScaleByAdamState:
-    """How moments are split, which are kept by the names of their parameters."""
+    """Returns the partition specs of moments, which are stored by parameter name."""
     by_label = PartitionSpec(mesh.axis_names)
 
     def specs(arrays):

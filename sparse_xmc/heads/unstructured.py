@@ -1,4 +1,4 @@
-"""The unstructured sparse head: connections anywhere. What fixed fan-in is compared with."""
+"""The unstructured sparse head, with connections at any position: a baseline for fixed fan-in."""
 
 import dataclasses
 
@@ -20,16 +20,16 @@ _CONNECTIONS_AT_ONCE = 4096
 
 
 class UnstructuredLinear(nnx.Module):
-    """A sparse linear layer whose connections may be anywhere: a matrix in coordinate (COO) form.
+    """A sparse linear layer with connections at any position: a matrix in coordinate (COO) format.
 
     `y[b, l] = bias[l] + sum of kernel[n] * x[b, i]` over the connections n with `indices[n] = (l, i)`. The
-    connections are drawn uniformly from all pairs; a pair that comes twice has the sum of both weights.
+    connections are drawn uniformly from all pairs (l, i); the weights of repeated pairs add up.
     `sparse_xmc.rewire_unstructured` moves them during training.
 
     Args:
       in_features: D, the size of the last axis of the input.
       out_features: L, the number of outputs (labels).
-      connections: N, how many connections there are in all.
+      connections: N, the total number of connections.
       kernel_init: initializer of the kernel [N]; by default uniform in +-0.05.
       bias_init: initializer of the bias [L]; by default -log(L).
       rngs: random keys; the stream `params` is used.
@@ -72,14 +72,14 @@ class UnstructuredLinear(nnx.Module):
         features, kernel, indices = jnp.asarray(x).T, self.kernel[...], self.indices[...]
         bias = self.bias[...]
 
-        # A few connections at a time: all the products of `jax.experimental.sparse.BCOO` at once are B times
-        # the size of the kernel, and take five times as long.
+        # Connections are processed in blocks. `jax.experimental.sparse.BCOO` holds all products at once,
+        # which takes B times the memory of the kernel and five times as long.
         @jax.checkpoint
         def add(y, block):
             weights, (labels, inputs) = block[0], block[1].T
             return y.at[labels].add(features[inputs] * weights[:, None]), None
 
-        padding = -kernel.size % _CONNECTIONS_AT_ONCE  # with connections of weight 0
+        padding = -kernel.size % _CONNECTIONS_AT_ONCE  # padded with connections of weight 0
         blocks = (
             jnp.pad(kernel, (0, padding)).reshape(-1, _CONNECTIONS_AT_ONCE),
             jnp.pad(indices, ((0, padding), (0, 0))).reshape(-1, _CONNECTIONS_AT_ONCE, 2),
@@ -90,14 +90,14 @@ class UnstructuredLinear(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class UnstructuredConfig(HeadConfig):
-    """An unstructured head, as in the paper: L * fan_in connections between any inputs and labels.
+    """Configuration of an unstructured head, as in the paper: L * fan_in connections at any position.
 
     Attributes:
       penultimate: I, the width of the penultimate layer; 0 for none.
       fan_in: F, the mean number of inputs of a label.
-      output_bias: where the bias of all labels starts, as for `DenseConfig`.
-      output_bound: the kernel starts uniformly in +-output_bound; None for the much smaller bound of the
-        paper's code.
+      output_bias: initial bias of all labels, as in `DenseConfig`.
+      output_bound: the kernel is initialized uniformly in +-output_bound; None for the much smaller bound of
+        the paper's code.
     """
 
     penultimate: int = setting(8192, at_least=0)
@@ -129,7 +129,7 @@ class UnstructuredConfig(HeadConfig):
 
 
 class UnstructuredHead(LayeredHead):
-    """[A penultimate layer, then] an `UnstructuredLinear`."""
+    """A head with an `UnstructuredLinear` output layer, optionally behind a penultimate layer."""
 
     output: UnstructuredLinear
 

@@ -1,4 +1,4 @@
-"""How parameters of a head are updated: by Optax, and a dense layer in place."""
+"""Adam updates of the parameters of a head: by Optax, and for a dense layer in place."""
 
 import jax.numpy as jnp
 import optax
@@ -8,14 +8,14 @@ from jax import Array
 import xla_ops
 from sparse_xmc.heads.head import StepInputs
 
-# What Adam remembers of some parameters, first and second moments by the parameters' names.
+# Adam's first and second moments, each a dictionary from parameter name to array.
 Moments = tuple[dict[str, Array], dict[str, Array]]
 
-_RUN = 128  # a row of a dense kernel has its random bits at the next multiple of this
+_RUN = 128  # The random bits of each row of a dense kernel start at a multiple of this.
 
 
 def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleByAdamState:
-    """The state after a step that has updated these moments."""
+    """Returns the Adam state after a step, with the updated moments and the next count."""
     mu, nu = dict(state.mu), dict(state.nu)
     for new_mu, new_nu in updated:
         mu |= new_mu
@@ -26,16 +26,19 @@ def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleB
 def adam_directions(
     gradients: dict[str, Array], state: optax.ScaleByAdamState, epsilon: float, seed
 ) -> tuple[dict[str, Array], Moments]:
-    """Optax's Adam, with moments of either dtype; what is bfloat16 is rounded as `dense_adam_step` does it.
+    """Computes Adam updates with Optax, for float32 or bfloat16 moments.
+
+    Second moments in bfloat16 are rounded stochastically, as in `dense_adam_step`.
 
     Args:
-      gradients: by name, float32.
-      state: has moments for all of these names.
-      epsilon: Adam's.
-      seed: integer scalar, of the rounding.
+      gradients: float32 gradients by parameter name.
+      state: the Adam state, with moments of all these parameters.
+      epsilon: Adam's epsilon.
+      seed: integer scalar, the seed of stochastic rounding.
 
     Returns:
-      What to subtract from the parameters, times the learning rate; and the new moments.
+      The directions, which are multiplied by the learning rate and subtracted from the parameters; and the
+      new moments.
     """
     dtypes = {name: state.mu[name].dtype for name in gradients}
 
@@ -66,19 +69,20 @@ def step_dense(
     rate: float,
     epsilon: float,
 ) -> tuple[Array, Moments]:
-    """One step of Adam of a dense layer, in place: the gradient of its kernel is never held.
+    """Takes one Adam step of a dense layer in place, without holding the gradient of its kernel.
 
     Args:
-      layer: updated; its input is `inputs.x`.
-      name: its name in the state.
-      d_y: the gradient of its output [B, O].
-      inputs: of the head's step.
-      state: has the moments of `name`.kernel and, where there is one, `name`.bias.
-      rate: the layer learns at this times the learning rate.
-      epsilon: Adam's.
+      layer: the layer to update, whose input is `inputs.x`.
+      name: name of the layer in the state.
+      d_y: [B, O], the gradient with respect to its output.
+      inputs: the inputs of the training step of the head.
+      state: the Adam state, with the moments of `name`.kernel and, if the layer has a bias, `name`.bias.
+      rate: learning-rate multiplier of the layer.
+      epsilon: Adam's epsilon.
 
     Returns:
-      The gradient of the input [B, D] (anything unless `wants_d_x`), and the layer's new moments.
+      The gradient with respect to the input [B, D] (undefined unless `wants_d_x`), and the new moments of the
+      layer.
     """
 
     def step(x, kernel, name, **options):
@@ -103,7 +107,7 @@ def step_dense(
     kernel = layer.kernel[...]
     d_x = d_y @ kernel.T if inputs.wants_d_x else jnp.zeros(0, jnp.float32)
     layer.kernel.set_value(step(inputs.x, kernel, f"{name}.kernel", before=d_x))
-    if layer.bias is not None:  # a bias is the kernel of an input of ones
+    if layer.bias is not None:  # A bias is updated as the kernel of an input of ones.
         ones = jnp.ones((len(inputs.x), 1), jnp.float32)
         layer.bias.set_value(step(ones, layer.bias[...], f"{name}.bias"))
     return d_x, (mu, nu)
