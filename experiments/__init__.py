@@ -1,1 +1,1 @@
-"""Programs that train, evaluate, measure and compare."""
+"""Command-line programs that train, evaluate, measure and compare classifiers."""

@@ -1,4 +1,4 @@
-r"""Times an op of `xla_ops` against other ways to compute the same in JAX, or measures whole training steps.
+r"""Times an op of `xla_ops` against other JAX implementations, or measures whole training steps.
 
     python -m experiments.benchmark --op=fan_in_matmul --labels=670091 --json=result.json
 
@@ -7,22 +7,23 @@ See `experiments.measure.ops`; the ops are in `experiments.measure.problems`.
     python -m experiments.benchmark --op=training_step --json=result.json
     python -m experiments.benchmark --op=training_step --labels=131073 --penultimate=8192 --mode=lean
 
-measures time and memory of training steps: of the networks in `experiments.measure.workloads`, or of one: the
-first of them, but for the sizes that are given. See `experiments.measure.steps`.
+measures time and memory of training steps: of all networks in `experiments.measure.workloads`, or of one, the
+first of them with the sizes that are given as flags. See `experiments.measure.steps`.
 
     python -m experiments.benchmark --op=direct_inputs --json=result.json
 
-times steps and top k of labels that read words beside units. See `experiments.measure.direct_inputs`.
+times training steps and ranking for labels with words as direct inputs. See
+`experiments.measure.direct_inputs`.
 
     python -m experiments.benchmark --op=choose_columns --json=result.json
 
-measures time and memory of choosing these words. See `experiments.measure.choice`.
+measures time and memory of choosing these direct inputs. See `experiments.measure.choice`.
 
     python -m experiments.benchmark --op=encoder_memory --json=result.json
     python -m experiments.benchmark --op=encoder_memory --labels=131073 --batch=512 --tokens=32
 
 plans the memory of training steps with a BERT-base encoder, in float32 and bfloat16, with and without remat:
-of the shapes in `experiments.measure.encoder_memory`, or of one, the first but for the sizes that are given.
+for the shapes in `experiments.measure.encoder_memory`, or for one, the first with the sizes given as flags.
 """
 
 import json
@@ -34,13 +35,13 @@ from absl import app, flags
 from . import program
 from .measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
 
-# The flags that say what is measured; --fan_in and --penultimate are those of `experiments.run`.
+# The flags of each kind of measurement; --fan_in and --penultimate are defined by `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
 _OF_STEPS = ("labels", "features", "fan_in", "penultimate", "mode", "steps")
 _OF_DIRECT = ("labels", "inputs", "fan_in", "batch", "density", "vocabulary")
 _OF_ENCODER = ("labels", "fan_in", "penultimate", "vocabulary", "batch", "tokens")
 _FAN_IN = 32
-# The sizes of an op where flags give none: of direct_inputs, those of `experiments/flags/text.cfg`.
+# Default sizes of an op; for direct_inputs, those in `experiments/flags/text.cfg`.
 _SIZES = {"inputs": 32_768, "batch": 32, "density": 1.0}
 _DIRECT_SIZES = {"inputs": 8192, "batch": 256, "density": 0.01}
 
@@ -81,7 +82,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Prints the table, and writes --json."""
+    """Measures, prints the table, and writes --json."""
     values = flags.FLAGS
     of_others = {
         "training_step": _OF_STEPS,
@@ -125,5 +126,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _define_flags()  # not on import: tests import several programs, and their flags share names
+    _define_flags()  # not on import: tests import several programs, whose flags share names
     program.start(main)

@@ -1,4 +1,4 @@
-"""The console command: `sparse-xmc run --flagfile=X` is what `python -m experiments.run --flagfile=X` is."""
+"""The console command: `sparse-xmc run --flagfile=X` runs `python -m experiments.run --flagfile=X`."""
 
 import importlib.metadata
 import runpy
@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs a command with its flags, as a module of its own name."""
+    """Runs the module of a command with its flags."""
     command, *arguments = sys.argv[1:] or [""]
     if command in ("--help", "-h", "help"):
         print(_usage())

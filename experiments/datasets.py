@@ -1,4 +1,4 @@
-"""Loads the data sets that experiments name by their files."""
+"""Loading of the data sets of experiments from files."""
 
 import dataclasses
 import re
@@ -25,14 +25,14 @@ from .flagfiles import find
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """A data set's two parts, and, where they came as raw text, what encoded them.
+    """The training and test points of a data set, and the encoders of raw text.
 
     Attributes:
       train: the training points.
       test: the test points.
-      text_encoder: turns text into features, or None.
-      label_encoder: names the labels, or None.
-      unseen_labels: how many labels test points have that no training point has, and no model can predict.
+      text_encoder: encoder of texts as bags of words, or None.
+      label_encoder: names of the labels, or None.
+      unseen_labels: number of labels of test points that no training point has, and that cannot be predicted.
     """
 
     train: Dataset
@@ -59,22 +59,23 @@ def load(
     Args:
       train: path of `labels<TAB>text` lines (`.tsv`), or of a file in the text format of the Extreme
         Classification Repository (any other name); either may end in `.gz` or `.xz`.
-      test: likewise.
-      train_features: path of a `.npy` of dense features beside the labels in `train`.
-      test_features: likewise.
-      train_filter: path of `row label` lines, labels that are left out of a point's ranking in evaluation.
-        Beside raw text, a label's number is its name.
-      test_filter: likewise.
-      cache_dir: where parsed files of the repository's format are kept, to be memory-mapped.
-      ngrams: of raw text, 1 for words alone, 2 for pairs of neighbouring words as well.
-      pretrained: of raw text, what gives `Dataset.encoded`.
+      test: path of the test points, in the same format.
+      train_features: path of a `.npy` file of dense features, if `train` has only labels; or None.
+      test_features: path of the dense features of the test points, or None.
+      train_filter: path of a file of `row label` lines, labels that are excluded from the ranking of a point
+        in evaluation; or None. For raw text, the number of a label is its name.
+      test_filter: path of such a file for the test points, or None.
+      cache_dir: directory in which parsed files of the repository's format are cached and memory-mapped; None
+        for no cache.
+      ngrams: for raw text, 1 for words only, 2 for words and pairs of neighbouring words.
+      pretrained: for raw text, function that computes `Dataset.encoded`; or None.
 
     Returns:
-      The two sets, with the same features and labels. Of raw text, labels and words that no training point
-      has are left out.
+      Both sets, with the same features and labels. For raw text, labels and words that no training point has
+      are dropped.
 
     Raises:
-      ValueError: a file is malformed, or the two sets do not fit each other.
+      ValueError: a file is malformed, or the sets differ in format or sizes.
       FileNotFoundError: a file is missing.
     """
     train, test = str(find(train)), str(find(test))
@@ -120,16 +121,19 @@ def load(
 def load_points(
     saved: SavedModel, path: str, *, features: str | None = None, filter: str | None = None
 ) -> tuple[Dataset, int]:
-    """Points with labels, as a saved model takes them, and how many of their labels it does not know.
+    """Loads labelled points for a saved model.
 
     Args:
-      saved: the model; whether it takes texts, sparse or dense features says what the file must be.
-      path: as `test` of `load`.
-      features: as `test_features`, which a model of dense features needs.
-      filter: as `test_filter`.
+      saved: the model; the file must match its inputs: texts, sparse or dense features.
+      path: path of the points, as `test` in `load`.
+      features: path of dense features, as `test_features` in `load`; required for a model of dense features.
+      filter: path of excluded labels, as `test_filter` in `load`.
+
+      Returns:
+        The points, and the number of their labels that the model does not know.
 
     Raises:
-      ValueError: a file is malformed, or not what the model takes.
+      ValueError: a file is malformed, or does not match the model.
       FileNotFoundError: a file is missing.
     """
     path = str(find(path))
@@ -162,7 +166,7 @@ def _check_not_empty(path: str, points: Sized) -> None:
 
 
 def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -> Dataset:
-    """The data set with what a filter file excludes."""
+    """Returns the data set with the exclusions of a filter file."""
     if path is None:
         return dataset
     if encoder is None:
@@ -205,5 +209,5 @@ def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | T
 
 
 def printable(name: object) -> str:
-    """A label's name without what a terminal would obey, or what would look like another column."""
+    """Returns a label name with control characters and tabs escaped, for output to a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))

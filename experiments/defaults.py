@@ -1,9 +1,9 @@
-r"""Trains `XMCClassifier` with its defaults on a data set of texts, and scores it on the test points.
+r"""Trains `XMCClassifier` with its defaults on a data set of texts, and evaluates it on the test points.
 
     python -m experiments.defaults --train=data/manpages/train.tsv.gz --test=data/manpages/test.tsv.gz \
         --json=experiments/results/defaults/manpages.json
 
-What defaults are worth shows on data that they were not chosen on.
+Use data sets on which the defaults were not chosen.
 """
 
 import json
@@ -22,15 +22,15 @@ from .measure import environment
 
 
 def measure(train: str, test: str) -> dict:
-    """Trains and scores; the report is ready for JSON."""
+    """Trains and evaluates a classifier; returns a report that is serializable as JSON."""
     labels, texts = read_tsv(train)
     start = time.perf_counter()
     classifier = XMCClassifier(verbose=True).fit(texts, labels)
     seconds = time.perf_counter() - start
     saved = classifier.saved_
     text_encoder, label_encoder = saved.text_encoder, saved.label_encoder
-    assert text_encoder is not None  # as it was given texts
-    assert label_encoder is not None  # and names
+    assert text_encoder is not None  # The classifier was given texts
+    assert label_encoder is not None  # and label names.
     test_labels, test_texts = read_tsv(test)
     points = Dataset(text_encoder(test_texts), label_encoder(test_labels))
     weights = inverse_propensities(label_encoder(labels))
@@ -53,7 +53,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Prints the metrics, and writes --json."""
+    """Trains, prints the metrics, and writes --json."""
     values = flags.FLAGS
     report = measure(values.train, values.test)
     precisions = "/".join(f"{100 * report['test'][f'p@{k}']:.2f}" for k in (1, 3, 5))

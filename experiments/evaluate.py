@@ -1,8 +1,9 @@
-"""The metrics of a saved model: `python -m experiments.evaluate --workdir=RUN --test=test.tsv`.
+"""Evaluates a saved model: `python -m experiments.evaluate --workdir=RUN --test=test.tsv`.
 
-RUN is as for `experiments.predict`, and the points are in a format of `experiments.run`. Prints P@k, nDCG@k
-and recall@k, and propensity-scored metrics and P@1 by label group, of the training points' frequencies; or
-writes all of it as JSON. Labels that the model does not know are left out, and counted.
+RUN is as for `experiments.predict`, and the points are in a format of `experiments.run`. The program prints
+P@k, nDCG@k and recall@k, and if the model has statistics of the training labels, propensity-scored metrics
+and P@1 by label group; --json writes all of them to a file. Labels that the model does not know are ignored
+and counted.
 """
 
 import json
@@ -24,7 +25,7 @@ _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 
 
 def main():
-    """Evaluates."""
+    """Evaluates the model that the flags describe."""
     saved = trained.load().saved_
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics

@@ -1,8 +1,8 @@
-"""Flagfiles, tables and data of this package: by name, and from any directory.
+"""Lookup of flagfiles, tables and data of this package, by name and from any working directory.
 
-`--flagfile=quickstart` is `flags/quickstart.cfg`, and `--flagfile=wordnet` `flags/data/wordnet.cfg`. A path
-such as `experiments/data/wordnet/train.tsv.xz`, from the root of the repository, is also found where there
-is no such file: then it is this package's, wherever that is installed.
+`--flagfile=quickstart` means `flags/quickstart.cfg`, and `--flagfile=wordnet` means `flags/data/wordnet.cfg`.
+A path such as `experiments/data/wordnet/train.tsv.xz` is first looked up relative to the working directory,
+and then in this package, wherever it is installed.
 """
 
 import difflib
@@ -12,11 +12,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 _COMMENTS = ("#", "//")
-_DEEPEST, _MOST = 32, 1000  # flagfiles within each other, and in all
+_DEEPEST, _MOST = 32, 1000  # maximum nesting depth, and total number, of flagfiles
 
 
 def find(path: str) -> Path:
-    """A path, or that of this package's file where it begins with `experiments/` and is not there."""
+    """Returns a path, or if it does not exist and begins with `experiments/`, the path in this package."""
     found = Path(path).expanduser()
     first, *others = found.parts or ("",)
     ours = PACKAGE.joinpath(*others)
@@ -24,10 +24,10 @@ def find(path: str) -> Path:
 
 
 def find_named(name: str, directory: str) -> Path:
-    """A file by its path, or by its name among those in a directory of this package and below.
+    """Returns a file given by its path, or by its name within a directory of this package.
 
     Raises:
-      FileNotFoundError: there is none; the message has names that are like it.
+      FileNotFoundError: there is no such file; the message suggests similar names.
     """
     path = find(name)
     if path.exists() and not path.is_dir():
@@ -41,17 +41,17 @@ def find_named(name: str, directory: str) -> Path:
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the lines of a flagfile in the place of each `--flagfile=FILE`, in flagfiles too.
+    """Replaces each `--flagfile=FILE` in arguments by the lines of the file, recursively.
 
     Raises:
-      FileNotFoundError: there is no such flagfile.
-      ValueError: flagfiles include each other in a circle, too deeply or too often.
+      FileNotFoundError: a flagfile does not exist.
+      ValueError: flagfiles include each other in a cycle, too deeply or too often.
     """
     return _expand(arguments, (), itertools.count(1))
 
 
 def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[int]) -> list[str]:
-    """Expands the arguments in the innermost of nested flagfiles; `count` numbers all that are read."""
+    """Expands the arguments of the innermost of nested flagfiles; `count` counts all files read."""
     expanded: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:

@@ -1,27 +1,27 @@
-r"""Builds, tests and measures everything on a machine with an NVIDIA GPU, and writes what it found as JSON.
+r"""Builds, tests and measures the library on a machine with an NVIDIA GPU, and writes the results as JSON.
 
     python -m experiments.gpu_check --json=gpu.json --quick
     python -m experiments.gpu_check --json=gpu.json
     python -m experiments.gpu_check --json=gpu.json --parts=benchmark,claim
 
-From the root of a clone, with nvcc, jax[cuda12] or jax[cuda13], and the packages that pyproject.toml names
-(for building too); nothing is installed, and there need be no network. The parts run one after the other,
-each in processes of its own and for so many minutes at the most:
+Run it from the root of a clone, with nvcc, jax[cuda12] or jax[cuda13], and the packages in pyproject.toml
+(including the build requirements) installed. It installs nothing, and needs no network. The parts run one
+after the other, each in processes of its own, with a limit in minutes:
 
-  device     1    what it runs on: GPU, driver, CUDA, jax, commit
-  build      10   the native modules, CUDA's for this device alone
+  device     1    description of the machine: GPU, driver, CUDA, jax, commit
+  build      10   the native modules, with CUDA for this device only
   tests      40   the whole test suite, on the GPU
   claim      5    training steps of the paper's model in 4 GiB (see `experiments.measure.gpu_claim`)
   benchmark  25   the ops at the size of Amazon-670K (see `experiments.measure.gpu_ops`)
-  words      10   steps and top k with words among the inputs (see `experiments.measure.direct_inputs`)
+  words      10   training steps and ranking with words as direct inputs (`measure.direct_inputs`)
   training   10   two epochs of experiments/flags/quickstart.cfg
 
-A part that fails, or is stopped when its time is up, is recorded as such, and the rest go on. What it has
-found until then, such as each test and each row of a benchmark, is in the file as soon as it is found. What
-is in the file already of other parts stays.
+A part that fails or exceeds its limit is recorded as failed, and the other parts still run. Partial results,
+such as each test and each row of a benchmark, are written to the file immediately. Results of other parts
+that are in the file already are kept.
 
---quick does the first five within 8 minutes: of the tests those of the ops, and a row of the benchmark per
-kernel.
+--quick runs the first five parts within 8 minutes: only the tests of the ops, and one row of the benchmark
+per kernel.
 """
 
 import collections
@@ -46,9 +46,9 @@ from . import program
 ROOT = Path(__file__).parents[1]
 CLAIM_BYTES = 4 << 30
 _TAIL_CHARACTERS = 4000
-_LOOK_SECONDS = 0.5  # between two looks at what a process has written
+_LOOK_SECONDS = 0.5  # interval between two reads of the partial results of a process
 
-# What of the tests is about the ops, and needs a device.
+# The tests of the ops, which need a device.
 OPS_TESTS = [
     f"tests/xla_ops/test_{name}.py"
     for name in (
@@ -65,21 +65,21 @@ OPS_TESTS = [
 
 
 class PartError(Exception):
-    """A part of the check failed; the message is the end of what it printed."""
+    """Raised if a part of the check fails; the message is the end of its output."""
 
 
 class OutOfTimeError(PartError):
-    """It was stopped at its deadline."""
+    """Raised if a part was stopped at its deadline."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A part that runs.
+    """A running part of the check.
 
     Attributes:
-      quick: whether it is to do the least.
-      deadline: when it is stopped, by `time.monotonic`.
-      enter: takes what it has found so far.
+      quick: whether to run the short version.
+      deadline: time at which the part is stopped, by `time.monotonic`.
+      enter: function that records the results so far.
     """
 
     quick: bool
@@ -93,12 +93,18 @@ def run(
     look: Callable[[], None] = lambda: None,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """Runs a command from the root of the repository and returns what it printed.
+    """Runs a command from the root of the repository and returns its output.
 
-    It is stopped, with all that it started, at the job's deadline. Meanwhile `look` is called now and then.
+    The command and all its child processes are killed at the job's deadline.
+
+    Args:
+      job: the running part.
+      command: program and arguments.
+      look: function that is called at intervals while the command runs.
+      env: additional environment variables.
 
     Raises:
-      PartError: it failed; OutOfTimeError if it was stopped.
+      PartError: the command failed; OutOfTimeError if it was killed at the deadline.
     """
     with tempfile.TemporaryFile("w+") as output, _running(command, env, output) as process:
         while process.poll() is None:
@@ -118,7 +124,7 @@ def run(
 
 @contextlib.contextmanager
 def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> Iterator[subprocess.Popen]:
-    """A process that is not left behind, nor what it started, whatever happens."""
+    """Starts a process, and kills it and all its child processes at the end in any case."""
     try:
         process = subprocess.Popen(
             command,
@@ -139,12 +145,12 @@ def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> I
 
 
 def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> dict:
-    """Runs `python -m experiments.NAME --json=FILE`, enters what is in it so far, and returns all of it."""
+    """Runs `python -m experiments.NAME --json=FILE`, records partial results, and returns the final one."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
 
         def look():
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there, or half written
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # missing or incomplete
                 job.enter(json.loads(path.read_text()))
 
         command = (sys.executable, "-m", f"{__package__}.{name}", f"--json={path}", *arguments)
@@ -156,7 +162,7 @@ def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | No
 
 
 def device(job: Job) -> dict:
-    """The GPU, its driver, and what JAX says of it. Raises PartError unless JAX computes on it."""
+    """Describes the GPU, its driver and JAX. Raises PartError unless JAX computes on the GPU."""
     fields = ("name", "driver_version", "memory.total", "compute_cap")
     values = run(job, "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     script = (
@@ -175,7 +181,7 @@ def device(job: Job) -> dict:
 
 
 def build(job: Job) -> dict:
-    """Builds what of both modules is not built yet, in place, for this device."""
+    """Builds both native modules in place for this device, as far as they are not built yet."""
     query = run(job, "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader,nounits")
     env = {"XLA_OPS_CUDA": "on", "XLA_OPS_CUDA_ARCHITECTURES": query.splitlines()[0].replace(".", "")}
     run(job, sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel=2", env=env)
@@ -186,7 +192,7 @@ def tests(job: Job) -> dict:
     """Runs the test suite; failures are a result, not an error."""
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows"
-        # Warnings of packages that are newer than those of the suite are no failures here.
+        # Newer packages may give warnings that the suite does not know; they must not count as failures.
         options = ["-p", f"{__package__}.measure.pytest_rows", f"--rows={rows}", "-W", "default"]
         options += [
             f"-n={min(8, os.cpu_count() or 1)}",
@@ -207,12 +213,12 @@ def tests(job: Job) -> dict:
 
 
 def count_tests(rows: str) -> dict:
-    """From `pytest_rows`' lines: how many passed, were skipped (by reason) and failed (with the message)."""
+    """Counts tests in the lines of `pytest_rows`: passed, skipped (by reason) and failed (with messages)."""
     passed, seconds = 0, 0.0
     skipped: collections.Counter[str] = collections.Counter()
     failed: dict[str, str] = {}
     for line in rows.splitlines(keepends=True):
-        if not line.endswith("\n"):  # it is being written
+        if not line.endswith("\n"):  # The line is still being written.
             break
         row = json.loads(line)
         seconds += row["seconds"]
@@ -226,7 +232,7 @@ def count_tests(rows: str) -> dict:
 
 
 def claim(job: Job) -> dict:
-    """Trains at the size of the paper's experiment, with the allocator held to CLAIM_BYTES."""
+    """Trains at the size of the paper's experiment, with the allocator limited to CLAIM_BYTES."""
     query = run(job, "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     fraction = CLAIM_BYTES / (float(query.splitlines()[0]) * 2**20)
     steps = ["--steps=50"] if job.quick else []
@@ -241,7 +247,7 @@ def benchmark(job: Job) -> dict:
 
 
 def words(job: Job) -> dict:
-    """Times steps and top k of labels that read words beside units."""
+    """Times training steps and ranking for labels with words as direct inputs."""
     return run_module(job, "benchmark", "--op=direct_inputs")
 
 
@@ -261,9 +267,9 @@ class Part(NamedTuple):
     """A part of the check.
 
     Attributes:
-      run: does it, and returns what it found.
-      seconds: how long it may take.
-      quick_seconds: how long under --quick; None where it is left out.
+      run: function that runs the part and returns its results.
+      seconds: time limit in seconds.
+      quick_seconds: time limit in seconds with --quick; None if --quick omits the part.
     """
 
     run: Callable[[Job], dict]
@@ -285,7 +291,17 @@ PARTS = {
 def check(
     parts: Mapping[str, Part], report: dict, save: Callable[[dict], object], *, quick: bool = False
 ) -> dict:
-    """Runs parts, enters what they find or how they failed into the report, and saves that as it changes."""
+    """Runs parts and records their results or failures in a report.
+
+    Args:
+      parts: the parts by name.
+      report: the report to add to.
+      save: function that saves the report; called after every change.
+      quick: whether to run the short versions.
+
+    Returns:
+      The report.
+    """
     for name, part in parts.items():
         print(f"{name} ...", flush=True)
         start = time.monotonic()
@@ -303,7 +319,7 @@ def check(
         try:
             outcome["result"] = part.run(Job(quick, start + seconds, enter))
             del outcome["failed"]
-        except Exception as error:  # whatever it is, the other parts go on
+        except Exception as error:  # The other parts must run after any failure.
             outcome["failed"] = str(error) if isinstance(error, PartError) else repr(error)
         outcome["seconds"] = round(time.monotonic() - start, 1)
         save(report)
@@ -328,12 +344,12 @@ def main() -> None:
     path = Path(values.json)
     report = json.loads(path.read_text()) if path.exists() else {}
 
-    def save(report: dict) -> None:  # a file that is whole at any time
+    def save(report: dict) -> None:  # replaces the file atomically
         beside = path.with_name(f"{path.name}.new")
         beside.write_text(json.dumps(report, indent=2) + "\n")
         beside.replace(path)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that no process is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that child processes are killed
     check({name: PARTS[name] for name in names}, report, save, quick=values.quick)
     failed = [name for name in names if "failed" in report[name]]
     failed += ["tests"] if report.get("tests", {}).get("result", {}).get("failed") else []

@@ -1,14 +1,14 @@
-r"""Memory and time of training steps from ten thousand to nine million labels, on synthetic points.
+r"""Measures memory and time of training steps from ten thousand to nine million labels, on synthetic points.
 
     python -m experiments.label_scale --results=experiments/results/label_scale
 
-trains, for each number of labels and each system, a few steps at batch 32 on 768 features, each in a process
-of its own; `experiments.tables --label_scale` shows the results. What has a result already is skipped.
-`experiments.measure.scale` says what is measured, and how.
+trains each system with each number of labels for a few steps at batch size 32 with 768 features, each in a
+process of its own; `experiments.tables --label_scale` renders the results. Measurements with existing results
+are skipped. See `experiments.measure.scale` for the method.
 
     JAX_NUM_CPU_DEVICES=8 python -m experiments.label_scale --results=DIR --mesh=label:8 --labels=8623847
 
-measures what each device of a mesh holds and sends, of fixed fan-in; see `experiments.measure.meshes`.
+measures memory and communication of each device of a mesh for fixed fan-in; see `experiments.measure.meshes`.
 """
 
 import sys
@@ -22,7 +22,7 @@ from . import program
 from .measure.scale import run_all, run_here, run_on_mesh
 from .measure.workloads import SCALES, flags_without_use
 
-_ON_MESH = "fixed_fan_in_32_32k"  # the cell
+_ON_MESH = "fixed_fan_in_32_32k"  # the cell that is measured on a mesh
 
 
 def _define_flags() -> None:
@@ -38,7 +38,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Measures."""
+    """Measures the systems that the flags describe."""
     if unused := flags_without_use("mesh"):
         raise app.UsageError(f"--cells say what is trained, so {', '.join(f'--{n}' for n in unused)} may not")
     values, results = flags.FLAGS, Path(flags.FLAGS.results)

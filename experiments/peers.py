@@ -1,14 +1,14 @@
-"""Train Omikuji and napkinXC on the split that our models use, and print one table of all of them.
+"""Trains Omikuji and napkinXC on the split of our models, and prints one table of all models.
 
     pip install '.[peers]'
     python -m experiments.peers --ours=result.json
 
-Every model sees the same TF-IDF features and is scored by `sparse_xmc.metrics`. Each peer runs with its
+All models use the same TF-IDF features and are evaluated by `sparse_xmc.metrics`. Each peer runs with its
 own defaults and all CPUs, in a fresh process:
 
-* training time runs from the data file to the saved model;
-* model size is that of the saved files;
-* peak memory is the largest resident set of the process up to the end of training, less the resident
+* training time is measured from reading the data file to the saved model;
+* model size is the total size of the saved files;
+* peak memory is the largest resident set of the process up to the end of training, minus the resident
   set just before it (with the libraries and the test set loaded). It is read from VmHWM in
   /proc/self/status, hence Linux only: ru_maxrss of getrusage survives exec, so that in a fresh process
   it starts at the peak of the parent, which holds the whole data set.
@@ -42,7 +42,7 @@ from .measure.memory import status_bytes
 _KS = (1, 3, 5)
 _PACKAGES = ("omikuji", "napkinxc")
 
-# Maps [n, features] to the ranked label ids of each point, best first.
+# Function from features [n, features] to the ranked label ids of each point, best first.
 Predict = Callable[[csr_array], Iterable[Iterable[int]]]
 
 
@@ -54,7 +54,7 @@ def require_peers() -> None:
 
 
 def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
-    """Trains and saves a forest of Parabel-like trees, the default of Omikuji."""
+    """Trains and saves a forest of Parabel-like trees, Omikuji's default model."""
     import omikuji
 
     parameters = omikuji.Model.default_hyper_param()
@@ -92,7 +92,7 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
     """Trains one of PEERS on `data_file` in this process and predicts from `features`.
 
     Returns:
-      Its row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
+      The row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
     """
     for package in _PACKAGES:
         importlib.import_module(package)
@@ -116,7 +116,7 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
 def run_peers(train: Dataset, test: Dataset) -> list[dict]:
     """Trains and scores every peer, each in a process of its own; returns their rows of the table.
 
-    Training points without features are left out, as Omikuji does not read them.
+    Training points without features are dropped, as Omikuji cannot read them.
 
     Raises:
       ValueError: the features are not sparse.
@@ -138,7 +138,7 @@ def run_peers(train: Dataset, test: Dataset) -> list[dict]:
 
 
 def markdown_table(rows: Iterable[dict]) -> str:
-    """Renders results as a Markdown table, with a dash for what a result does not have.
+    """Renders results as a Markdown table, with a dash for missing values.
 
     Args:
       rows: results as in our result.json, with the keys name, test (of p@1, p@3 and p@5 as
@@ -166,7 +166,7 @@ def _scaled(value: float | None, factor: float, digits: int) -> str:
 
 
 def _stdout_to_stderr() -> None:
-    """Keeps the peers' logs, which native code writes to stdout, out of the table."""
+    """Redirects stdout to stderr, so that logs of the peers' native code do not mix with the table."""
     os.dup2(2, 1)
 
 
@@ -205,5 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _define_flags()  # not on import: tests import several programs, and their flags share names
+    _define_flags()  # not on import: tests import several programs, whose flags share names
     program.start(main)

@@ -1,10 +1,10 @@
-"""Prints the memory that training a classifier of any size is planned to take; no data is needed.
+"""Prints the planned memory of training a classifier of any size, without data.
 
     python -m experiments.plan --labels=670091 --features=768 --penultimate=32768 --fan_in=32
     python -m experiments.plan --labels=670091 --words=100000 --flagfile=text_direct
 
-Settings are the flags of `experiments.run`, whose `--plan` prints the same for its data. Where it is more
-than there is, the exit status is 1, and settings with which it would fit are named.
+Settings are the flags of `experiments.run`, whose `--plan` prints the plan for its data. If the memory is not
+available, the exit status is 1, and the message names settings that fit.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ flags.DEFINE_float("labels_per_point", 5.0, "The mean number of labels of a poin
 
 
 def main():
-    """Prints the plan of the sizes that the flags describe."""
+    """Prints the memory plan for the sizes that the flags describe."""
     settings = Settings.of({flag.name: flag.value for flag in run.own_flags()})
     if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
@@ -41,7 +41,7 @@ def main():
 
 
 def _bags(size: int) -> scipy.sparse.csr_array:
-    """Points of `words_per_point` words, one after another."""
+    """Returns `size` bags of `words_per_point` words each, with consecutive word ids."""
     count = min(FLAGS.words_per_point, FLAGS.words)
     words = np.arange(size * count, dtype=np.int32) % FLAGS.words
     pointers = np.arange(0, size * count + 1, count)

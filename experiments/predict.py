@@ -1,13 +1,13 @@
-"""Labels for new points: `python -m experiments.predict --workdir=RUN --input=texts.txt`.
+"""Predicts labels of new points: `python -m experiments.predict --workdir=RUN --input=texts.txt`.
 
-RUN is the working directory of a finished `experiments.run`, or a directory that `XMCClassifier.save` wrote.
-The model says what is read: texts, one a line (of a `.tsv`, what is behind the tab), from a file or standard
-input; for sparse features a file in the repository's format, whose labels do not matter; for dense features
-a `.npy`. All but the last may be compressed (`.gz`, `.xz`). It reads, predicts and prints some points at a
-time.
+RUN is the working directory of a finished `experiments.run`, or a directory written by `XMCClassifier.save`.
+The format of the input depends on the model: for texts, one per line (in a `.tsv`, the part after the tab),
+from a file or standard input; for sparse features, a file in the repository's format, whose labels are
+ignored; for dense features, a `.npy` file. All but the last may be compressed (`.gz`, `.xz`). Points are
+read, predicted and printed in blocks.
 
-For each point it prints a line of its best labels: as tab-separated values `label`, `score`, with
---probabilities `probability`, and so on; or as a JSON object of "labels", "scores" and "probabilities".
+The output has one line for each point with its best labels: tab-separated values `label`, `score`, and with
+--probabilities `probability`, for each label; or a JSON object of "labels", "scores" and "probabilities".
 """
 
 import itertools
@@ -40,7 +40,7 @@ _POINTS_AT_ONCE = 1024
 
 
 def main():
-    """Predicts."""
+    """Predicts labels of the points that the flags describe."""
     classifier = trained.load()
     calibration = classifier.saved_.calibration
     if _PROBABILITIES.value and calibration is None:
@@ -60,7 +60,7 @@ def main():
 
 
 def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
-    """Yields the points of a file, some at a time, as the classifier takes them."""
+    """Yields the points of a file in blocks, in the format of the classifier."""
     if classifier.saved_.text_encoder is not None:
         lines = read_text_lines(path)
         is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
@@ -85,7 +85,7 @@ def _behind_tab(path: str, number: int, line: str) -> str:
 
 
 def line(names: np.ndarray, columns: dict[str, np.ndarray]) -> str:
-    """A point's labels with their scores, as --format says."""
+    """Returns the labels of a point and their scores as a line in the format given by --format."""
     if _FORMAT.value == "jsonl":
         labels = [name if isinstance(name, str) else int(name) for name in names]
         return json.dumps({"labels": labels} | {name: values.tolist() for name, values in columns.items()})

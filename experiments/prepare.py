@@ -1,21 +1,22 @@
-r"""Prepares a public data set: says which files go where, checks them, and converts them.
+r"""Prepares a public data set: lists the required files, checks them, and converts them.
 
     python -m experiments.prepare --dataset=Amazon-670K
 
-The files go to DIR/DATASET in lower case, such as data/amazon-670k, where the flagfiles in
-experiments/flags/data look for them. Labels and text are those of the Extreme Classification Repository,
+The files belong into DIR/DATASET in lower case, such as data/amazon-670k, where the flagfiles in
+experiments/flags/data expect them. Labels and text come from the Extreme Classification Repository,
 http://manikvarma.org/downloads/XC/XMLRepository.html, in either of its formats:
 
 * train.txt and test.txt, a header `N D L` and lines of `label,label,... feature:value ...`;
-* for the sets named LF-, trn.json.gz and tst.json.gz, one JSON object a line, with filter_labels_train.txt
+* for data sets named LF-, trn.json.gz and tst.json.gz, one JSON object per line, with filter_labels_train.txt
   and filter_labels_test.txt.
 
-Dense features are not from there: row i of such a file belongs to line i of the labels. Nor is the raw text
-of the other sets: --raw_text takes it as LightXML, CascadeXML and ELMO share it, train_raw_texts.txt and
-test_raw_texts.txt with a point a line, and train_labels.txt and test_labels.txt, its labels between spaces.
+Dense features are not in the repository: row i of such a file belongs to line i of the labels. Neither is the
+raw text of other data sets: --raw_text reads it in the format of LightXML, CascadeXML and ELMO,
+train_raw_texts.txt and test_raw_texts.txt with one point per line, and train_labels.txt and test_labels.txt
+with their labels, separated by spaces.
 
-It writes trn_X_Y.txt and tst_X_Y.txt, the labels alone, and for raw text train.tsv.gz and test.tsv.gz. What
-is there already is checked and kept. All that is wrong is reported together, and the exit status is 1.
+The program writes trn_X_Y.txt and tst_X_Y.txt, the labels only, and for raw text train.tsv.gz and
+test.tsv.gz. Existing files are checked and kept. All errors are reported together, with exit status 1.
 """
 
 import contextlib
@@ -43,22 +44,22 @@ from sparse_xmc.data import (
 
 from . import program
 
-# The sizes of dense features.
+# Number of dense features of each kind.
 FEATURES = {"slice": 512, "cascade": 768}
 
-_TOLERANCE = 0.01  # of the labels per point, which are published with two decimals
+_TOLERANCE = 0.01  # relative, for labels per point, which are published with two decimals
 
 
 class Statistics(NamedTuple):
-    """What a public data set must look like.
+    """Published statistics of a data set, which its files must match.
 
     Attributes:
       train: the number of training points.
       test: the number of test points.
-      labels: L.
-      labels_per_point: the mean over the training points.
-      features: the dense features that the paper uses, a key of `FEATURES` each.
-      titles: whether raw text is the title alone, though files have more.
+      labels: L, the number of labels.
+      labels_per_point: mean number of labels of a training point.
+      features: kinds of dense features used in the paper, keys of `FEATURES`.
+      titles: whether to use only the title as raw text.
     """
 
     train: int
@@ -85,7 +86,7 @@ _SPLITS = {"train": "trn", "test": "tst"}
 
 
 def required_files(name: str, features: tuple[str, ...], raw_text: bool = False) -> list[tuple[str, str]]:
-    """The files of a data set, as (name, what it is); `raw_text` as for `prepare`."""
+    """Returns the required files of a data set, as pairs (name, description); arguments as for `prepare`."""
     statistics, required = DATASETS[name], []
     for split, short in _SPLITS.items():
         points = f"{getattr(statistics, split):,} {split} points"
@@ -107,12 +108,13 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
 
     Args:
       name: a key of `DATASETS`.
-      directory: where its files are.
-      features: the dense features to check.
-      raw_text: of a set whose name has no LF-, prepare the raw text in place of the labels' file.
+      directory: directory of the files.
+      features: kinds of dense features to check.
+      raw_text: whether to prepare the raw text instead of the label file, for a data set without LF- in its
+        name.
 
     Returns:
-      What is wrong, a message each, which names the file, what was expected and what came.
+      Messages of all errors; each names the file, and what was expected and found.
     """
     statistics, faults = DATASETS[name], []
 
@@ -140,7 +142,7 @@ def _is_raw_text(name: str) -> bool:
 
 
 def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None:
-    """Writes and checks the labels of a set in the old format."""
+    """Writes and checks the labels of a data set in the old format."""
     target = directory / f"{_SPLITS[split]}_X_Y.txt"
     if not target.exists():
         labels = read_xmc_text(_existing(directory / f"{split}.txt")).labels
@@ -154,7 +156,7 @@ def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None
 
 
 def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> None:
-    """Writes and checks the text and the labels of an LF- set."""
+    """Writes and checks the text and the labels of an LF- data set."""
     short = _SPLITS[split]
     source, text_file = directory / f"{short}.json.gz", directory / f"{split}.tsv.gz"
     labels_file = directory / f"{short}_X_Y.txt"
@@ -180,7 +182,7 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
 
 
 def _prepare_text_lines(directory: Path, split: str, statistics: Statistics) -> None:
-    """Writes and checks the text and the labels of a set that has each in a file, a line a point."""
+    """Writes and checks the text and the labels of a data set with one file for each, one point per line."""
     source, target = directory / f"{split}_labels.txt", directory / f"{split}.tsv.gz"
     if target.exists():
         names, _ = read_tsv(target)
@@ -200,7 +202,7 @@ def _prepare_text_lines(directory: Path, split: str, statistics: Statistics) -> 
 
 
 def _check_names(path: Path, names: list[list[str]], split: str, statistics: Statistics) -> None:
-    """As `check_labels`, of labels by name: which of all there are is not known from one of the two files."""
+    """Runs `check_labels` on labels by name; a single file need not contain all labels."""
     numbers: dict[str, int] = {}
     rows = [[numbers.setdefault(name, len(numbers)) for name in row] for row in names]
     if len(numbers) > statistics.labels:
@@ -215,17 +217,17 @@ def _check_filter(directory: Path, split: str, statistics: Statistics) -> None:
 
 
 def read_json(path: Path, titles: bool = False) -> tuple[list[list[int]], list[str]]:
-    """Reads the points of an LF- set: a JSON object a line, with `title`, `content` and `target_ind`.
+    """Reads the points of an LF- data set: one JSON object per line, with `title`, `content`, `target_ind`.
 
     Args:
       path: the file.
-      titles: whether to leave the content out.
+      titles: whether to ignore the content.
 
     Returns:
-      The label ids of each point, and its text: title and content, if it has one, in one line.
+      The label ids of each point, and its text on one line: the title, and the content if there is one.
 
     Raises:
-      ValueError: a line is malformed, or the compressed data is damaged or cut off; the message names it.
+      ValueError: a line is malformed, or the compressed data is damaged or truncated; the message names it.
     """
     labels, texts = [], []
     for number, line in files.read_text_lines(path):
@@ -233,7 +235,7 @@ def read_json(path: Path, titles: bool = False) -> tuple[list[list[int]], list[s
             point = json.loads(line)
             parts = [point["title"], *([] if titles else [point.get("content", "")])]
             text, ids = _in_one_line(" ".join(parts)), point["target_ind"]
-            text.encode()  # JSON has escapes for what UTF-8 has no bytes for
+            text.encode()  # JSON may contain escapes for characters that UTF-8 cannot encode.
             if type(ids) is not list or any(type(label) is not int for label in ids):
                 raise TypeError("target_ind must be a list of whole numbers")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -251,7 +253,7 @@ def _in_one_line(text: str) -> str:
 
 
 def check_labels(path: Path, labels: scipy.sparse.csr_array, split: str, statistics: Statistics) -> None:
-    """Raises ValueError unless the numbers of points, labels, and labels per training point are right."""
+    """Raises ValueError unless the numbers of points and labels, and labels per point, are as published."""
     expected = (getattr(statistics, split), statistics.labels)
     if labels.shape != expected:
         raise ValueError(
@@ -267,15 +269,16 @@ def check_labels(path: Path, labels: scipy.sparse.csr_array, split: str, statist
 
 
 def check_features(path: Path, shape: tuple[int, int]) -> None:
-    """Checks a file of dense features, without loading it as a whole.
+    """Checks a file of dense features without loading it as a whole.
 
     Args:
       path: a `.npy` file.
-      shape: what it must have.
+      shape: the expected shape.
 
     Raises:
-      FileNotFoundError: it is missing.
-      ValueError: it is no `.npy` file, has another shape or dtype, is cut off, or has infinite or NaN values.
+      FileNotFoundError: the file is missing.
+      ValueError: the file is not a `.npy` file, has another shape or dtype, is truncated, or has infinite or
+        NaN values.
     """
     features = storage.open_npy(_existing(path))
     if features.shape != shape or features.dtype != np.float32 or np.isfortran(features):
@@ -294,7 +297,7 @@ def _numbers(where: str, names: list[str]) -> list[int]:
 
 
 def _matrix(path: Path, rows: list[list[int]], num_labels: int) -> scipy.sparse.csr_array:
-    """The labels of each point as a matrix; raises if one is out of range."""
+    """Converts the labels of each point to a matrix; raises ValueError if one is out of range."""
     for number, row in enumerate(rows, start=1):
         if row and not 0 <= min(row) <= max(row) < num_labels:
             raise ValueError(f"{path}:{number}: expected labels in 0..{num_labels - 1}, got {row}")
@@ -311,7 +314,7 @@ def _existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _whole_file(target: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `target` when the block ends without an exception."""
+    """Yields a temporary path, which is renamed to `target` when the block ends without an exception."""
     partial = target.with_name(f".partial-{target.name}")
     try:
         yield partial
@@ -335,7 +338,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Lists the files, and prepares the data set."""
+    """Lists the required files, and prepares the data set."""
     values = flags.FLAGS
     name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
     default = () if values.raw_text else DATASETS[name].features

@@ -1,14 +1,14 @@
 r"""Builds an extreme classification data set from manual pages.
 
-A point is a manual page, its text the page without the section SEE ALSO, and its labels are the pages that
-this section names:
+A point is a manual page, its text is the page without the section SEE ALSO, and its labels are the pages that
+this section references:
 
   python -m experiments.prepare_manpages --out=data/manpages
 
-takes the pages of some Debian packages (--packages), in the versions that apt offers. They are downloaded,
-not installed, and typeset by mandoc, which is downloaded as well. Needs apt and dpkg, but not root; apt's own
-lists and the installed packages do not matter and stay as they are. Equal versions of the packages give the
-same bytes every time.
+uses the pages of some Debian packages (--packages), in the versions that apt offers. The packages are
+downloaded, not installed, and their pages are typeset by mandoc, which is downloaded as well. Needs apt and
+dpkg, but not root; apt's own lists and the installed packages are neither used nor changed. Equal versions of
+the packages always give identical files.
 """
 
 import collections
@@ -29,7 +29,7 @@ from sparse_xmc.data import files
 from . import prepare_packages, program
 from .prepare_packages import Point, run
 
-# Packages of Debian 12 with many pages that have references, in few megabytes.
+# Small packages of Debian 12 with many pages that have references.
 PACKAGES = """
 aircrack-ng allegro4-doc allegro5-doc amanda-common argus-client babeltrace2 binutils-common bpfcc-tools
 btrfs-progs containers-storage coreutils cryptsetup-bin cyrus-common debhelper devscripts dovecot-core
@@ -69,7 +69,7 @@ own licences apply to its pages: see `copyright/`.
 
 
 def download(packages: Iterable[str], directory: Path) -> dict[str, str]:
-    """Downloads packages as NAME_VERSION_ARCHITECTURE.deb; returns the versions of those that apt knows."""
+    """Downloads packages as NAME_VERSION_ARCHITECTURE.deb; returns the versions of all known packages."""
     options = prepare_packages.update_apt(directory / "apt")
     known = run("apt-cache", *options, "show", "--no-all-versions", *packages).decode()
     versions = {stanza["Package"]: stanza["Version"] for stanza in prepare_packages.read_stanzas(known)}
@@ -81,8 +81,8 @@ def read_pages(tar: tarfile.TarFile) -> tuple[dict[str, bytes], dict[str, str], 
     """Reads the English manual pages of a package.
 
     Returns:
-      The sources of the pages, keyed by file name, such as `printf.3`; for each file that is a link, or does
-      nothing but include another, the name of that other; and the copyright files, keyed by package.
+      The sources of the pages, keyed by file name, such as `printf.3`; for each file that is a link, or only
+      includes another file, the name of the other file; and the copyright files, keyed by package.
     """
     pages, aliases, copyrights = {}, {}, {}
     for member in tar:
@@ -103,16 +103,16 @@ def read_pages(tar: tarfile.TarFile) -> tuple[dict[str, bytes], dict[str, str], 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    assert file is not None  # as for every regular file
+    assert file is not None  # true for every regular file
     return file.read()
 
 
 def parse(page: str) -> tuple[str, set[str]]:
-    """Returns a page's text on one line, and the pages that its section SEE ALSO names.
+    """Returns the text of a page on one line, and the pages referenced in its section SEE ALSO.
 
     Args:
-      page: a page as mandoc typesets it for a terminal: between header and footer, headings begin in the
-        first column, and little else does.
+      page: a page typeset by mandoc for a terminal: between header and footer, headings begin in the first
+        column, and hardly any other line does.
     """
     lines: dict[bool, list[str]] = {False: [], True: []}
     in_see_also = False
@@ -124,16 +124,16 @@ def parse(page: str) -> tuple[str, set[str]]:
         lines[in_see_also].append(line)
     # mandoc breaks long lines at hyphens, too.
     text, see_also = (re.sub(r"(?<=\w)-\n +(?=\w)", "-", "\n".join(part)) for part in lines.values())
-    # Borders of tables are no words.
+    # Drop borders of tables.
     words = [word for word in text.split() if len(word) < 4 or re.search(r"[^\W_]", word)]
     return " ".join(words), {f"{name}({section})" for name, section in _REFERENCE.findall(see_also)}
 
 
 def build(pages: dict[str, str], aliases: dict[str, str]) -> list[Point]:
-    """Returns the points, sorted by text, that have any labels.
+    """Returns the points with at least one label, sorted by text.
 
     Args:
-      pages: the pages as mandoc typesets them, keyed by file name.
+      pages: the pages typeset by mandoc, keyed by file name.
       aliases: the second result of `read_pages`.
     """
     names: dict[str, set[str]] = collections.defaultdict(set)
@@ -151,9 +151,9 @@ def build(pages: dict[str, str], aliases: dict[str, str]) -> list[Point]:
 
 
 def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
-    """Downloads the packages, and writes the data set to `out`, as a whole or not at all.
+    """Downloads the packages, and writes the data set to `out` atomically.
 
-    Packages that apt does not know are left out, with a message.
+    Packages that apt does not know are skipped with a message.
     """
     packages = set(packages)
     pages: dict[str, bytes] = {}
@@ -169,7 +169,7 @@ def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
         for deb in sorted(directory.glob("*.deb")):
             with tarfile.open(fileobj=io.BytesIO(run("dpkg-deb", "--fsys-tarfile", deb))) as tar:
                 found = read_pages(tar)
-            # Of pages with the same name, that of the package whose name sorts first stays.
+            # Of pages with equal names, the page of the alphabetically first package is kept.
             pages, aliases, copyrights = found[0] | pages, found[1] | aliases, found[2] | copyrights
         run("dpkg-deb", "--extract", next(directory.glob(f"{_RENDERER}_*.deb")), directory / _RENDERER)
         command = (directory / _RENDERER / "usr/bin/mandoc", "-Tutf8", "-Owidth=1000")

@@ -1,12 +1,12 @@
 """Builds an extreme classification data set from the descriptions of Debian's packages.
 
-A point is a source package, its text the descriptions of the packages built from it, and its labels are the
-packages that these depend on:
+A point is a source package, its text consists of the descriptions of the packages built from it, and its
+labels are the packages that they depend on:
 
   python -m experiments.prepare_packages --out=data/packages
 
-takes all that apt offers. Needs apt, but not root; apt's own lists and the installed packages do not matter
-and stay as they are. Equal versions of the packages give the same bytes every time.
+uses all packages that apt offers. Needs apt, but not root; apt's own lists and the installed packages are
+neither used nor changed. Equal versions of the packages always give identical files.
 """
 
 import collections
@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
 
 def run(*command: str | Path, cwd: Path | None = None, stdin: bytes | None = None) -> bytes:
-    """Returns what a command prints. Raises RuntimeError if it is missing or fails."""
+    """Returns the output of a command. Raises RuntimeError if it is missing or fails."""
     env = os.environ | {"LC_ALL": "C.UTF-8"}
     try:
         result = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=env)
@@ -71,16 +71,16 @@ def run(*command: str | Path, cwd: Path | None = None, stdin: bytes | None = Non
 
 
 def update_apt(directory: Path) -> list[str]:
-    """Fetches the lists of packages into a directory; returns the options that make apt use them."""
+    """Downloads the lists of packages into a directory; returns options that make apt use them."""
     for name in ("state/lists/partial", "cache/archives/partial"):
         (directory / name).mkdir(parents=True)
-    (directory / "status").touch()  # as if nothing were installed
+    (directory / "status").touch()  # No packages count as installed.
     settings = {
         "Dir::State": directory / "state",
         "Dir::State::status": directory / "status",
         "Dir::Cache": directory / "cache",
         "Acquire::Languages": "en",
-        "Acquire::GzipIndexes": "false",  # apt-cache is slow on compressed ones
+        "Acquire::GzipIndexes": "false",  # apt-cache is slow on compressed lists.
         "APT::Sandbox::User": "root",
     }
     options = [f"-o{name}={value}" for name, value in settings.items()]
@@ -89,7 +89,7 @@ def update_apt(directory: Path) -> list[str]:
 
 
 def read_stanzas(text: str) -> Iterator[dict[str, str]]:
-    """Yields the fields of each stanza of a Debian control file; continuation lines stay as they are."""
+    """Yields the fields of each stanza of a Debian control file; continuation lines are not changed."""
     for stanza in re.split(r"\n\n+", text):
         fields = re.findall(r"^([^\s:]+):[ \t]*(.*(?:\n[ \t].*)*)", stanza, re.MULTILINE)
         if fields:
@@ -97,7 +97,7 @@ def read_stanzas(text: str) -> Iterator[dict[str, str]]:
 
 
 def build(stanzas: Iterable[dict[str, str]]) -> list[Point]:
-    """Returns the points, sorted by text, that have any labels."""
+    """Returns the points with at least one label, sorted by text."""
     sources = collections.defaultdict(list)
     for stanza in sorted(stanzas, key=lambda stanza: stanza["Package"]):
         sources[stanza.get("Source", stanza["Package"]).split()[0]].append(stanza)
@@ -117,7 +117,7 @@ def build(stanzas: Iterable[dict[str, str]]) -> list[Point]:
 
 
 def split(points: list[Point], seed: int) -> dict[str, list[Point]]:
-    """Returns training and test points in random order, with the labels that two training points have."""
+    """Returns training and test points in random order, without labels of fewer than two training points."""
     points = random.Random(seed).sample(points, len(points))
     num_test = round(_TEST_SHARE * len(points))
     counts = collections.Counter(label for point in points[num_test:] for label in point.labels)
@@ -144,14 +144,14 @@ def describe(points: list[Point]) -> dict[str, float]:
 
 
 def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], readme: str) -> None:
-    """Splits the points, and writes the files of the data set; prints its statistics.
+    """Splits the points, writes the files of the data set, and prints its statistics.
 
     Args:
-      out: the directory to write; it must exist.
+      out: directory for the files; it must exist.
       points: all points.
-      seed: of the split.
-      versions: of the packages that the points are from.
-      readme: what README.md says beside the statistics and the format.
+      seed: seed of the random split.
+      versions: versions of the packages from which the points come.
+      readme: beginning of README.md, before the statistics and the format.
 
     Raises:
       RuntimeError: one part would be empty.
@@ -173,19 +173,19 @@ def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], r
 
 
 def define_flags() -> None:
-    """Defines the flags of the programs that build data sets from packages."""
+    """Defines the common flags of the programs that build data sets from packages."""
     flags.DEFINE_string("out", None, "Directory to write; it must not exist.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of the random split.")
 
 
 def check_out(out: str) -> None:
-    """Raises UsageError if the directory to write exists."""
+    """Raises UsageError if the output directory exists."""
     if Path(out).exists():
         raise app.UsageError(f"--out={out} exists: remove it, or name another directory")
 
 
 def prepare(out: str | Path, seed: int) -> None:
-    """Fetches the lists of packages, and writes the data set to `out`, as a whole or not at all."""
+    """Downloads the lists of packages, and writes the data set to `out` atomically."""
     with tempfile.TemporaryDirectory() as directory:
         options = update_apt(Path(directory))
         text = run("apt-cache", *options, "show", "--no-all-versions", "?name(.)").decode()

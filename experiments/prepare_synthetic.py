@@ -1,9 +1,9 @@
-r"""Writes a synthetic data set with dense features, for the paper's setting without its data.
+r"""Writes a synthetic data set with dense features, in the setting of the paper.
 
     python -m experiments.prepare_synthetic --labels=10000 --points=50000 --out=data/synthetic
 
-`experiments.measure.synthetic` says what the points are. Test points come after the training points; equal
-sizes give the same bytes.
+See `experiments.measure.synthetic` for the definition of the points. Test points follow the training points;
+equal sizes give identical files.
 """
 
 from pathlib import Path

@@ -1,14 +1,15 @@
 r"""Builds an extreme classification data set from WordNet 3.0.
 
-A point is a synset, its text the synset's lemmas and gloss, and its labels are lemmas of related synsets:
+A point is a synset, its text consists of the synset's lemmas and gloss, and its labels are lemmas of related
+synsets:
 
   python -m experiments.prepare_wordnet --out=experiments/data/wordnet
 
 writes the data set that is shipped in that directory. The labels are the lemmas of the hypernyms up to three
-steps above, and only part of WordNet is taken, to keep the files small. With --full, all of WordNet is taken,
-and the labels also include the lemmas of every synset that the synset points to.
+steps above, and only a part of WordNet is used, to keep the files small. With --full, all of WordNet is used,
+and the labels also include the lemmas of all synsets to which the synset points.
 
-WordNet's files are those of the Debian package wordnet-base; their format is described in its manual page
+WordNet's files come from the Debian package wordnet-base; their format is described in its manual page
 wndb(5).
 """
 
@@ -104,7 +105,7 @@ def _parse_synset(line: str) -> tuple[str, Synset]:
 
 
 def _without_examples(gloss: str) -> str:
-    """Drops the quoted sentences that follow the definition, with what follows them (their source)."""
+    """Removes the quoted example sentences after a definition, and the sources that follow them."""
     return re.sub(r'[;:,]\s*"[^"]*("[^;]*|$)', "", gloss).strip(" ;\n")
 
 
@@ -113,8 +114,8 @@ def related_lemmas(synsets: dict[str, Synset], synset_id: str, full: bool) -> li
 
     Args:
       synsets: all of WordNet.
-      synset_id: the synset in question.
-      full: also take the lemmas of all synsets one pointer away, whatever the kind of the pointer.
+      synset_id: id of the synset.
+      full: whether to include the lemmas of all synsets one pointer of any kind away.
     """
     related = {target for _, target in synsets[synset_id].pointers} if full else set()
     frontier = {synset_id}
@@ -126,16 +127,16 @@ def related_lemmas(synsets: dict[str, Synset], synset_id: str, full: bool) -> li
 
 
 def _hash(synset_id: str) -> float:
-    """A number in [0, 1) that depends on nothing but the id."""
+    """Returns a hash of the id as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(synset_id.encode()).digest()[:8]) / 2**64
 
 
 def build(synsets: dict[str, Synset], full: bool) -> tuple[list[Point], list[Point]]:
     """Returns the training and the test points, sorted by synset id.
 
-    The test points are those whose hash is below 0.1. Of the others, the data set that is shipped takes the
-    50,000 with the lowest hash, while the full one takes all. The labels then are those that at least two
-    training points (full: one) have; other labels are dropped, and points with no label left as well.
+    Points with a hash below 0.1 are test points. Of the others, the shipped data set contains the 50,000 with
+    the lowest hash, the full one all. Labels that fewer than two (full: one) training points have are
+    dropped, and then points without labels.
     """
     points = []
     for synset_id, synset in sorted(synsets.items()):
@@ -159,7 +160,7 @@ def _restrict(points: list[Point], kept: set[str]) -> Iterator[Point]:
 
 
 def statistics(train: list[list[str]], test: list[list[str]]) -> str:
-    """Describes a data set given the labels of each of its points; a Markdown table."""
+    """Returns statistics of a data set as a Markdown table, given the labels of each of its points."""
     labels = {label for names in train for label in names}
     rows = [f"| {len(labels):,} labels | points | labels per point | points per label |", "|---|---|---|---|"]
     for name, points in (("training", train), ("test", test)):
@@ -169,7 +170,7 @@ def statistics(train: list[list[str]], test: list[list[str]]) -> str:
 
 
 def main():
-    """Reads WordNet, writes the two files, and prints their statistics."""
+    """Reads WordNet, writes both files, and prints their statistics."""
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     splits = build(read_wordnet(_DICT_DIR.value), _FULL.value)

@@ -1,8 +1,9 @@
-"""How every program of `experiments` starts and ends.
+"""Start of the programs of `experiments`, with their flags, errors and exit status.
 
-Exit status 1 is an error and 2 one in the flags, each of a line on standard error; with `--verbosity=1` the
-traceback is above it. 130 is Ctrl-C, and 141 that nobody reads what is printed any more, as after `| head`.
-What is not an error of data, files, memory or the environment is a defect, and has its traceback.
+The exit status is 1 for an error and 2 for an error in the flags, each with a one-line message on standard
+error; --verbosity=1 adds the traceback. It is 130 after Ctrl-C, and 141 if the reader of the output has
+closed it, as in `| head`. Errors that are not caused by data, files, memory or the environment are defects of
+the program, and are shown with their traceback.
 """
 
 import os
@@ -20,12 +21,12 @@ _ERRORS = (ValueError, OSError, MemoryError, ArithmeticError, ImportError, Runti
 
 
 def start(main: Callable[[], object]) -> None:
-    """Runs a program with the flags of the command line: what `app.run` does, but for what is said above."""
+    """Runs a program with the flags of the command line, with the errors described above."""
     app.run(lambda _: _run(main), flags_parser=_parse)
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Sets all flags; ends the program where it cannot, or where only --help was asked for."""
+    """Parses all flags; ends the program on an error, or after --help."""
     try:
         program, *others = flags.FLAGS([arguments[0], *flagfiles.expand(arguments[1:])])
     except (flags.Error, ValueError, OSError) as error:
@@ -36,13 +37,13 @@ def _parse(arguments: list[str]) -> list[str]:
     if others:
         _refuse(f"expected flags only, got {' '.join(others)}")
     if not flags.FLAGS["verbosity"].present:
-        # Or else JAX reports every backend that there is not, and Orbax every step of every save.
+        # By default, JAX would report every missing backend, and Orbax every step of every save.
         logging.set_verbosity(logging.WARNING)
     return [program]
 
 
 def _run(main: Callable[[], object]) -> object:
-    """Runs it; returns the exit status."""
+    """Runs a program and returns the exit status."""
     try:
         try:
             return main()
@@ -51,7 +52,7 @@ def _run(main: Callable[[], object]) -> object:
     except app.UsageError as error:
         _refuse(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that is still buffered
         return 141
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""Flags from dataclasses of settings: names, types, defaults, choices and help are written once, there."""
+"""Flags made from configuration dataclasses, with their names, types, defaults, choices and help texts."""
 
 import dataclasses
 import inspect
@@ -9,12 +9,12 @@ from typing import Any, get_origin, get_type_hints
 
 from absl import flags
 
-# The value of a flag whose setting may be None: a flag without a value was not given, and has the default.
+# Flag value for a setting of None. A flag whose own value is None was not given, and means the default.
 NONE = "none"
 
 
 def define_flags(settings: type, prefix: str = "", flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines a flag for each field; settings within settings have the field's name in front of theirs."""
+    """Defines a flag for each field; flags of nested configurations have the field's name as a prefix."""
     for field, kind in _fields(settings):
         name = f"{prefix}{field.name}"
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -24,7 +24,7 @@ def define_flags(settings: type, prefix: str = "", flag_values: flags.FlagValues
 
 
 def read_flags(settings: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The settings that the flags of `define_flags` say, given by name.
+    """Makes a configuration from the values of the flags of `define_flags`, given by name.
 
     Raises:
       ValueError: a value is not allowed.
@@ -44,9 +44,9 @@ def define_kinds(
     help: str,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> None:
-    """Defines a flag that chooses between kinds of settings, and a flag for each field that any kind has.
+    """Defines a flag that chooses one of several configuration classes, and a flag for each of their fields.
 
-    The flags of fields have no default: what is not given has the default of the kind that is chosen.
+    The flags of fields have no default: a field that is not given has the default of the chosen class.
     """
     flags.DEFINE_enum(name, default, list(kinds), help, flag_values=flag_values)
     found: dict[str, tuple] = {}
@@ -61,23 +61,23 @@ def define_kinds(
 
 
 def read_kind(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> Any:
-    """The settings of the kind that the flags of `define_kinds` choose, given by name."""
+    """Makes a configuration of the chosen class from the values of the flags of `define_kinds`."""
     return kinds[values[name]](**_given(kinds[values[name]], values))
 
 
 def kind_of(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields of those settings, unchecked: what is not given has its default."""
+    """Returns all fields of the chosen configuration, unchecked; fields that are not given have defaults."""
     settings = kinds[values[name]]
     return {field.name: field.default for field, _ in _fields(settings)} | _given(settings, values)
 
 
 def fields_of_kinds(kinds: Mapping[str, type]) -> list[str]:
-    """The names of the fields that any kind has."""
+    """Returns the names of the fields of all classes, sorted."""
     return sorted({field.name for settings in kinds.values() for field, _ in _fields(settings)})
 
 
 def flags_without_use(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
-    """The names of flags that are given, but are for other kinds than the one chosen."""
+    """Returns the names of given flags that are not fields of the chosen class."""
     used = {field.name for field, _ in _fields(kinds[values[name]])}
     return [field for field in fields_of_kinds(kinds) if field not in used and values[field] is not None]
 
@@ -91,12 +91,12 @@ def _given(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _setting(value: Any) -> Any:
-    """The value of a setting, from that of its flag."""
+    """Returns the value of a setting, given the value of its flag."""
     return None if value == NONE else value
 
 
 class _OptionalFloatParser(flags.FloatParser):
-    """Parses a finite number, or "none"."""
+    """A parser of a finite number or "none"."""
 
     def parse(self, argument):
         return NONE if argument == NONE else super().parse(argument)
@@ -129,7 +129,7 @@ def _define(
 
 
 def _help(settings: type, name: str) -> str:
-    """What the docstring of the class, or of one that it inherits from, says of an attribute."""
+    """Returns the help text of an attribute from the docstring of a class or of its base classes."""
     for base in settings.__mro__:
         text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
         if found := re.search(rf"^  {name}: (.*?)(?=^  \w|\Z)", text, re.MULTILINE | re.DOTALL):

@@ -1,13 +1,14 @@
 """Trains and evaluates one classifier: `python -m experiments.run --flagfile=FILE --workdir=DIR`.
 
-Flagfiles compose, and the last flag wins: `--flagfile=wordnet --flagfile=dense` is the dense classifier on
-the shipped data set. They are paths, or names of those in `experiments/flags`.
+Flagfiles compose, and the last value of a flag is used: `--flagfile=wordnet --flagfile=dense` trains the
+  dense
+classifier on the shipped data set. A flagfile is given by its path, or by its name in `experiments/flags`.
 
-The working directory receives `result.json`, `metrics.jsonl` (a line per epoch), `flags.cfg` (the flags that
-repeat the run) and the saved model with what encodes its text. A run that was stopped goes on from its last
-checkpoint when it is started again with the same flags; with --schedule=plateau, --epochs may be more than
-before, and a run that is finished goes on too. Ctrl-C and SIGTERM end it after the step that it is at, once
-its state is saved, with exit status 130 and 143.
+The working directory receives `result.json`, `metrics.jsonl` (one line per epoch), `flags.cfg` (the flags
+that repeat the run) and the saved model with its encoders of texts and labels. A stopped run is resumed from
+its last checkpoint when it is started again with the same flags. With --schedule=plateau, --epochs may be
+increased, also after a run has finished. Ctrl-C and SIGTERM stop the run after the current step, once its
+state is saved, with exit status 130 and 143.
 """
 
 import copy
@@ -57,7 +58,7 @@ from .measure.memory import PeakMemory
 
 FLAGS = flags.FLAGS
 
-# Flags that change no result, so that a run may go on with others.
+# Flags that do not affect results, so that a run may be resumed with other values of them.
 INCIDENTAL_FLAGS = (
     "workdir",
     "plan",
@@ -69,7 +70,7 @@ INCIDENTAL_FLAGS = (
     "process_id",
 )
 
-# What a result keeps of each epoch's record.
+# Fields of each epoch's record that are kept in a result.
 _HISTORY = ("epoch", "loss", "seconds", "learning_rate", "p@1", "p@3", "p@5", "gradient_density")
 
 flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
@@ -135,7 +136,7 @@ flags.adopt_module_key_flags(reflection)  # so that --help shows them
 def main():
     """Runs the experiment that the flags describe."""
     mesh = _open_mesh()
-    is_first = jax.process_index() == 0  # the one that writes and prints
+    is_first = jax.process_index() == 0  # Only the first process writes and prints.
     workdir = Path(FLAGS.workdir)
     _check_flags(workdir / "flags.cfg")
     if (note := _finished(workdir / "result.json")) is not None:
@@ -256,7 +257,7 @@ def main():
 
 
 class _Signals:
-    """While it is entered, the first SIGINT or SIGTERM is kept in `received`; a second ends the process."""
+    """A context that stores the first SIGINT or SIGTERM in `received`; a second one ends the process."""
 
     def __init__(self):
         self.received = 0
@@ -278,7 +279,7 @@ class _Signals:
 
 
 def _fit_or_exit(signals: _Signals, *arguments, **options) -> list[dict[str, Any]]:
-    """`fit`, or an exit with 128 plus the number of a signal that came, once the state is saved."""
+    """Runs `fit`; after a signal, exits with status 128 plus the number of the signal, with saved state."""
     try:
         return fit(*arguments, **options, should_stop=lambda: signals.received > 0)
     except Stopped as stopped:
@@ -287,7 +288,7 @@ def _fit_or_exit(signals: _Signals, *arguments, **options) -> list[dict[str, Any
 
 
 def _open_mesh() -> Mesh | None:
-    """The mesh that the flags describe, after this process has joined the others."""
+    """Connects the processes, and returns the mesh that the flags describe, or None."""
     if FLAGS.coordinator is not None:
         address = None if FLAGS.coordinator == "auto" else FLAGS.coordinator
         connect(address, FLAGS.num_processes, FLAGS.process_id)
@@ -307,7 +308,7 @@ def _say(line: str) -> None:
 
 
 def _tell_unused_of_encoder() -> None:
-    """Prints which flags that were given have no use for want of an encoder, or of one that is trained."""
+    """Prints the given flags that have no effect without an encoder, or without fine-tuning it."""
     of_trained = ("encoder_dtype", "encoder_remat")
     unused = [name for name in of_trained if FLAGS[name].present and not FLAGS.encoder_trainable]
     of_any = ("text_scale", "text_dropout")
@@ -318,7 +319,7 @@ def _tell_unused_of_encoder() -> None:
 
 
 def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
-    """The points to train on and those to validate on."""
+    """Returns the training and the validation points."""
     if FLAGS.validate_on_test:
         _say("validation is on the test set, as in the paper: with --schedule=plateau it chooses the epoch")
         return splits.train, splits.test
@@ -326,7 +327,7 @@ def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
 
 
 def _tell_sizes(splits: datasets.Splits, validation: Dataset) -> None:
-    """Prints the numbers of points, labels and features, and the most frequent labels; warns if odd."""
+    """Prints the numbers of points, labels and features, and frequent labels; warns of odd labels."""
     train, test = splits.train, splits.test
     held_out = "" if FLAGS.validate_on_test else f", {len(validation):,} of them to validate on"
     _say(f"{len(train):,} training points{held_out}; {len(test):,} test points")
@@ -348,13 +349,13 @@ def _tell_sizes(splits: datasets.Splits, validation: Dataset) -> None:
 
 
 def own_flags() -> list[flags.Flag]:
-    """The flags of this program, also where another imports it."""
+    """Returns the flags of this program, even if another program imports it."""
     modules = FLAGS.flags_by_module_dict()
     return [*modules[sys.argv[0] if __name__ == "__main__" else __name__], *modules[reflection.__name__]]
 
 
 def values_of(arguments: Sequence[str]) -> dict[str, Any]:
-    """What this program would see of these arguments, by flag, whatever the program that runs was given."""
+    """Returns the values of this program's flags for given arguments, independent of the command line."""
     values = flags.FlagValues()
     for flag in own_flags():
         values[flag.name] = copied = copy.deepcopy(flag)
@@ -368,7 +369,7 @@ def _flag_lines() -> list[str]:
 
 
 def _lock(workdir: Path) -> IO:
-    """Takes a working directory for this process; the file that is returned holds it."""
+    """Locks a working directory for this process; the lock is held while the returned file is open."""
     file = open(workdir / ".lock", "w", opener=open_no_follow)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -378,11 +379,11 @@ def _lock(workdir: Path) -> IO:
 
 
 def _check_flags(path: Path) -> None:
-    """Raises if a run with other flags began in this directory; flags that change no result may differ."""
+    """Raises ValueError if the directory contains a run with other flags that affect results."""
 
     is_begun = any((path.parent / "checkpoints" / "latest").glob("*.json"))
     if not is_begun and not (path.parent / "result.json").exists():
-        return  # there is nothing to go on from
+        return  # There is no run to resume.
 
     def that_matter(lines):
         return {line for line in lines if not line.startswith(tuple(f"--{n}=" for n in INCIDENTAL_FLAGS))}
@@ -406,7 +407,7 @@ def _check_flags(path: Path) -> None:
 
 
 def _finished(path: Path) -> str | None:
-    """None if there is no result, or one of fewer epochs that may be more; else what to say of it."""
+    """Returns None if the run can start or be resumed with more epochs; else a note on its result."""
     if not path.exists():
         return None
     result = json.loads(path.read_text())

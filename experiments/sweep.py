@@ -1,30 +1,29 @@
-r"""Runs a table of experiments: every data set with every cell and seed that a table file lists.
+r"""Runs a table of experiments: each data set with each cell and seed that a table file lists.
 
     python -m experiments.sweep --table=wordnet --results=experiments/results/sweeps
 
-Each run is a process of `experiments.run` with the flagfiles of the table, the data set and the cell, in that
-order. Its result goes to RESULTS/DATA/CELL_seedN.json, for `experiments.tables`.
+Each run is a process of `experiments.run` with the flagfiles of the table, the data set and the cell, in this
+order. Its result is written to RESULTS/DATA/CELL_seedN.json, for `experiments.tables`.
 
-* A run whose result is there already, with the same flags, is skipped. One that was stopped goes on from its
-  last checkpoint.
-* Two entries with the same flags, such as a cell that is in two tables, share one run: what identifies a run
-  is all of its flags but those that change no result. After a change of the code, remove the results.
-* A run that fails does not stop the others. The last lines of its output are shown at the end, when the
+* A run is skipped if a result with the same flags exists. A stopped run is resumed from its last checkpoint.
+* Entries with equal flags, such as a cell in two tables, share one run: a run is identified by all of its
+  flags that affect results. After a change of the code, remove the results.
+* A failed run does not stop the other runs. The last lines of its output are shown at the end, and the
   program exits with status 1.
 
-A table file, by its path or by its name among those of `experiments/tables`, is TOML:
+A table file, given by its path or by its name in `experiments/tables`, is TOML:
 
     title = "The shipped data set"
     data = ["wordnet"]                                        # experiments/flags/data/wordnet.cfg
-    flagfiles = ["experiments/flags/text.cfg"]                # what all runs share
+    flagfiles = ["experiments/flags/text.cfg"]                # flagfiles of all runs
 
     [[runs]]
     cells = ["dense"]                                         # experiments/flags/cells/dense.cfg
     seeds = [0, 1, 2]
-    flagfiles = ["experiments/flags/text_dense.cfg"]          # if these share more: after those of all runs
-    grid = {dropout = [0, 0.2], loss = ["bce"]}               # if these vary flags: all combinations
+    flagfiles = ["experiments/flags/text_dense.cfg"]          # optional: further flagfiles of these runs
+    grid = {dropout = [0, 0.2], loss = ["bce"]}               # optional: all combinations of these flags
 
-A run of a grid is named by its cell and the flags that vary, as in dense_dropout_0.2_loss_bce.
+A run of a grid is named by its cell and the varied flags, as in dense_dropout_0.2_loss_bce.
 """
 
 import hashlib
@@ -54,11 +53,11 @@ class Entry(NamedTuple):
 
     Attributes:
       data: the data set, a flagfile in experiments/flags/data.
-      cell: its name in the table.
-      seed: its seed.
-      flagfiles: what it shares with others.
-      base: the flagfile in experiments/flags/cells; the name of the cell where no grid varies it.
-      varied: the flags of its grid, each as (name, value).
+      cell: name of the run in the table.
+      seed: seed of the run.
+      flagfiles: flagfiles shared with other runs.
+      base: flagfile in experiments/flags/cells; equal to `cell` without a grid.
+      varied: the flags of the grid, as pairs (name, value).
     """
 
     data: str
@@ -79,7 +78,7 @@ class Entry(NamedTuple):
         return [*(f"--flagfile={file}" for file in files), *varied, f"--seed={self.seed}"]
 
     def result(self, results: Path) -> Path:
-        """The path of its result below the directory of results."""
+        """Returns the path of the result within the directory of results."""
         return results / self.data / f"{self.cell}_seed{self.seed}.json"
 
 
@@ -89,7 +88,7 @@ def _combinations(grid: dict[str, list]) -> Iterator[tuple[tuple[str, object], .
 
 
 class Table(NamedTuple):
-    """A table file's contents."""
+    """The contents of a table file."""
 
     title: str
     entries: list[Entry]
@@ -148,12 +147,12 @@ def read_table(path: str) -> Table:
 
 
 def effective_flags(arguments: list[str]) -> dict:
-    """What `experiments.run` would see of these arguments, but for flags that change no result."""
+    """Returns the values of the flags of `experiments.run` that affect results, for given arguments."""
     return _that_matter(run.values_of(arguments))
 
 
 def _that_matter(values: dict) -> dict:
-    """Those that change a result, as they take effect; one that a result knows nothing of had its default."""
+    """Returns the effective values of flags that affect results; missing flags have their defaults."""
     values = {flag.name: flag.default for flag in run.own_flags()} | values
     head = reflection.kind_of("head", HEADS, values)
     values |= {name: head.get(name) for name in reflection.fields_of_kinds(HEADS)}
@@ -161,17 +160,23 @@ def _that_matter(values: dict) -> dict:
 
 
 def _directory(runs: Path, values: dict) -> Path:
-    """The working directory of a run, named by its flags: those that are not at their defaults."""
+    """Returns the working directory of a run, named by a hash of its flags that differ from the defaults."""
     defaults = _that_matter({})
     special = {name: value for name, value in values.items() if value != defaults.get(name)}
     return runs / hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dict[Entry, str]:
-    """Runs what has no result yet.
+    """Runs all entries without a result.
+
+    Args:
+      table: the table.
+      results: directory of the results.
+      runs: directory of the working directories.
+      dry_run: whether to print the commands instead of running them.
 
     Returns:
-      For each run that failed, the last lines of its output.
+      The last lines of the output of each failed run.
     """
     failures = {}
     for i, entry in enumerate(table.entries, start=1):
@@ -200,7 +205,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
 
 
 def _run(command: list[str], log: Path) -> str | None:
-    """Runs a command to its end; returns the last lines of its output if it failed."""
+    """Runs a command; returns the last lines of its output if it failed, else None."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8", opener=open_no_follow) as output:
         output.write(f"$ {shlex.join(command)}\n")
@@ -237,5 +242,5 @@ def main():
 
 
 if __name__ == "__main__":
-    _define_flags()  # not on import: experiments.tables, which imports this, has flags of the same names
+    _define_flags()  # not on import: experiments.tables imports this module and has flags of the same names
     program.start(main)

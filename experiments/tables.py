@@ -1,17 +1,17 @@
-r"""Renders the tables and pictures of a sweep, from its result files alone.
+r"""Renders the tables and figures of a sweep from its result files.
 
     python -m experiments.tables --table=wordnet --results=experiments/results/sweeps \
         --out=experiments/results/tables
 
-writes, in OUT, one Markdown, CSV and LaTeX file named like the table file, and the pictures that the first
-shows. The paper's numbers (experiments/paper) stand beside ours where it has any for the data set and the
-cell, and below ours what others report of encoders trained on the same raw text. Numbers are means over
-seeds, with the standard deviation between seeds after a ±. What has no result is shown as missing.
+writes to OUT a Markdown, a CSV and a LaTeX file named like the table file, and the figures of the Markdown
+file. The paper's numbers (experiments/paper) are shown beside ours where it reports the data set and the
+cell; published results of encoders trained on the same raw text are shown below. Numbers are means over
+seeds, with the standard deviation between seeds after a ±. Missing results are marked.
 
     python -m experiments.tables --label_scale=experiments/results/label_scale \
         --out=experiments/results/tables
 
-does the same for what `experiments.label_scale` measured.
+renders the results of `experiments.label_scale`.
 """
 
 import collections
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 PAPER = Path(__file__).parent / "paper" / "reported_results.csv"
 END_TO_END = PAPER.with_name("end_to_end.csv")
 MISSING = "missing"
-_FOUR_GB = 4.0  # GiB: what the paper calls a commodity GPU
+_FOUR_GB = 4.0  # GiB, the memory of a commodity GPU according to the paper
 
 
 class Column(NamedTuple):
     """A column of the table.
 
     Attributes:
-      title: its heading, with the unit.
-      value: takes it from a result, as read from JSON.
-      reported: the column of the paper's file.
-      digits: how many digits after the point are shown.
+      title: heading, with the unit.
+      value: function from a result, as read from JSON, to the value.
+      reported: name of the column in the paper's file.
+      digits: number of decimals.
     """
 
     title: str
@@ -68,13 +68,13 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """A cell of a sweep on a data set.
+    """A row of the table: a cell of a sweep on a data set.
 
     Attributes:
       data: the data set.
       cell: the cell.
-      results: the results of its seeds, as read from JSON; as many as there are.
-      wanted: how many seeds there should be.
+      results: the existing results of its seeds, as read from JSON.
+      wanted: number of seeds in the table file.
       paper: the paper's numbers by column name, or None.
     """
 
@@ -86,15 +86,15 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The cell in words."""
+        """The name of the cell as text."""
         return _words(self.cell)
 
     def values(self, column: Column) -> np.ndarray:
-        """Our numbers, one for each result."""
+        """Returns the values of a column, one for each result."""
         return np.array([column.value(result) for result in self.results])
 
     def reported(self, column: Column) -> float | None:
-        """The paper's number, if it has one."""
+        """Returns the paper's value of a column, or None."""
         text = self.paper and self.paper[column.reported]
         return float(text) if text else None
 
@@ -104,7 +104,7 @@ def _words(cell: str) -> str:
 
 
 def read_reported() -> dict[tuple[str, str], dict[str, str]]:
-    """The paper's rows, by the names that our flagfiles have for the data set and the cell."""
+    """Reads the paper's rows, by our names of the data set and the cell."""
     with open(PAPER, encoding="utf-8", newline="") as file:
         return {(_data_name(row), _cell_name(row)): row for row in csv.DictReader(file)}
 
@@ -114,7 +114,7 @@ def _data_name(row: dict[str, str]) -> str:
 
 
 def read_end_to_end() -> dict[str, list[dict[str, str]]]:
-    """What others report of encoders that are trained with the output layer, by our names of the raw text."""
+    """Reads published results of encoders trained end to end, by our names of the raw text."""
     found: dict[str, list[dict[str, str]]] = {}
     with open(END_TO_END, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -138,7 +138,7 @@ def _cell_name(row: dict[str, str]) -> str:
 
 
 def read_rows(table: sweep.Table, results: Path) -> list[Row]:
-    """The rows of a table, with what results there are.
+    """Returns the rows of a table with all existing results.
 
     Raises:
       ValueError: a result file is malformed; the message names it.
@@ -164,7 +164,7 @@ def _read(path: Path) -> dict:
 
 
 def cells_of(rows: list[Row]) -> list[list[str]]:
-    """The table as text, its heading first. The paper's columns are there if it has any row of these."""
+    """Returns the table as text, with the heading first, and the paper's columns if any row has them."""
     with_paper = any(row.paper for row in rows)
     heading = ["system"]
     for column in COLUMNS:
@@ -189,13 +189,14 @@ def _mean_and_spread(values: np.ndarray, digits: int) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A Markdown table of lines of text, the heading first."""
+    """Returns a Markdown table of lines of text, of which the first is the heading."""
     heading, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([heading, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *rest])
 
 
 def latex(lines: list[list[str]]) -> str:
-    r"""A LaTeX `tabular` (it needs the package booktabs) of lines of text, the heading first."""
+    r"""Returns a LaTeX `tabular` (for the package booktabs) of lines of text, of which the first is the
+    heading."""
     escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$"})
     heading, *rest = (" & ".join(field.translate(escape) for field in line) + r" \\" for line in lines)
     columns = "l" + "r" * (len(lines[0]) - 1)
@@ -204,7 +205,7 @@ def latex(lines: list[list[str]]) -> str:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes means, standard deviations and the paper's numbers, empty where there are none."""
+    """Writes means, standard deviations and the paper's numbers; missing values are empty."""
     names = ["data", "cell", "seeds"]
     for column in COLUMNS:
         names += [column.reported, f"{column.reported}_std", f"{column.reported}_paper"]
@@ -222,7 +223,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def provenance(results: Iterable[dict]) -> list[str]:
-    """Markdown lines: the machine, versions and commits of results, and how their memory was measured."""
+    """Returns the machines, versions, commits and memory measurements of results, as Markdown lines."""
     commits: dict[str, collections.Counter] = {}
     for result in results:
         e = result["environment"]
@@ -239,17 +240,17 @@ def provenance(results: Iterable[dict]) -> list[str]:
 
 
 def end_to_end_lines(rows: list[dict[str, str]]) -> list[list[str]]:
-    """Rows of `read_end_to_end` as a table of text, its heading first."""
+    """Returns rows of `read_end_to_end` as a table of text, with the heading first."""
     columns = {"system": "system", "encoder": "encoder", "P@1": "test_p1", "memory, GiB": "peak_memory_gib"}
     columns |= {"s/epoch": "seconds_per_epoch", "source": "source"}
     return [list(columns), *([row[column] for column in columns.values()] for row in rows)]
 
 
-# ---- pictures ----
+# ---- figures ----
 
 
 def draw(rows: list[Row], prefix: str, out: Path) -> list[Path]:
-    """Draws what the results of one data set allow, and returns the pictures' paths."""
+    """Draws all figures that the results of one data set allow, and returns their paths."""
     finished = [row for row in rows if row.results]
     figures = {
         "memory": _draw_memory(rows),
@@ -265,7 +266,7 @@ def draw(rows: list[Row], prefix: str, out: Path) -> list[Path]:
 
 
 def _new_figure(**options: Any) -> "Figure":
-    """Return an empty figure of matplotlib, which is an optional dependency and is imported here only."""
+    """Returns an empty figure of matplotlib, an optional dependency that is imported only here."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -278,7 +279,7 @@ def _new_figure(**options: Any) -> "Figure":
 
 def _save(figure: "Figure", path: Path) -> Path:
     with new_file(path) as file:
-        # Without the version of matplotlib in it, equal pictures are equal files.
+        # The version of matplotlib is omitted, so that equal figures are identical files.
         figure.savefig(
             file, format=path.suffix[1:], dpi=100, bbox_inches="tight", metadata={"Software": None}
         )
@@ -286,7 +287,7 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def _draw_curves(axes, rows: list[Row], name: str, scale: float = 1) -> None:
-    """What the results' history has under a name, by epoch: the mean over the seeds that came so far."""
+    """Draws a field of the history by epoch, as the mean over the seeds that reached the epoch."""
     for i, row in enumerate(rows):
         series = [[scale * record[name] for record in result["history"]] for result in row.results]
         longest = max(map(len, series))
@@ -304,7 +305,7 @@ def _draw_curves(axes, rows: list[Row], name: str, scale: float = 1) -> None:
 
 
 def _draw_memory(rows: list[Row]) -> "Figure | None":
-    """P@k against peak memory; the paper's in hollow marks."""
+    """Draws P@k against peak memory; the paper's results have hollow markers."""
     rows = [row for row in rows if row.results or row.paper]
     if not rows:
         return None
@@ -328,7 +329,7 @@ def _draw_memory(rows: list[Row]) -> "Figure | None":
 
 
 def _draw_epochs(rows: list[Row]) -> "Figure | None":
-    """P@k on the validation points after each epoch."""
+    """Draws P@k on the validation points after each epoch."""
     if not rows:
         return None
     figure = _new_figure(figsize=(15, 4.5))
@@ -340,7 +341,7 @@ def _draw_epochs(rows: list[Row]) -> "Figure | None":
 
 
 def _draw_density(rows: list[Row]) -> "Figure | None":
-    """The part of the logits with a gradient after each epoch."""
+    """Draws the fraction of logits with a gradient after each epoch."""
     rows = [row for row in rows if "gradient_density" in row.results[0]["history"][0]]
     if not rows:
         return None
@@ -353,7 +354,7 @@ def _draw_density(rows: list[Row]) -> "Figure | None":
 
 
 def _draw_groups(rows: list[Row]) -> "Figure | None":
-    """P@1 among head, middle and tail labels."""
+    """Draws P@1 within head, middle and tail labels."""
     if not rows:
         return None
     figure = _new_figure(figsize=(10, 4.5))
@@ -392,7 +393,7 @@ _CAPTIONS = {
 
 
 def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
-    """Writes `name`.md, .csv and .tex, and the pictures."""
+    """Writes `name`.md, .csv and .tex, and the figures."""
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# {table.title}"]
     tex = []
@@ -422,10 +423,10 @@ _PARTS = ("features", "loss", "gradients", "step", "step, all gradients", "rewir
 
 
 def read_label_scale(results: Path) -> list[dict]:
-    """The results of `experiments.label_scale`, by number of labels and system.
+    """Reads the results of `experiments.label_scale`, sorted by number of labels and system.
 
     Raises:
-      ValueError: there is none, or one is malformed.
+      ValueError: there are no results, or one is malformed.
     """
     found = [_read(path) for path in sorted(results.glob("*.json"))]
     if not found:
@@ -434,7 +435,7 @@ def read_label_scale(results: Path) -> list[dict]:
 
 
 def report_label_scale(results: list[dict], out: Path) -> None:
-    """Writes label_scale.md, .csv and .tex, and the picture."""
+    """Writes label_scale.md, .csv and .tex, and the figure."""
     out.mkdir(parents=True, exist_ok=True)
     heading = ["labels", "system", "memory, GiB", *(f"{part}, ms" for part in _PARTS), "epoch, min"]
     lines = [heading]
@@ -466,10 +467,10 @@ def report_label_scale(results: list[dict], out: Path) -> None:
 
 
 def _draw_label_scale(results: list[dict]) -> "Figure":
-    """Memory, with a line at 4 GiB and the paper's rows of the same systems, and time, by number of labels.
+    """Draws memory, with a line at 4 GiB and the paper's results, and time, by number of labels.
 
-    A colour is a system, named at the end of its line. Bars of a time go from the first quartile of the steps
-    to the third.
+    Each system has a colour, and its name is at the end of its line. Error bars of times are from the first
+    to the third quartile over the steps.
     """
     figure = _new_figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
@@ -495,7 +496,7 @@ def _draw_label_scale(results: list[dict]) -> "Figure":
             )
     for (_, cell), row in read_reported().items():
         published = float(row["peak_memory_gib"])
-        if cell in colors and published > 0:  # one of 0.0 has no place on this axis
+        if cell in colors and published > 0:  # 0.0 cannot be shown on a logarithmic axis.
             at = prepare.DATASETS[row["dataset"]].labels
             memory.plot(at, published, color=colors[cell], marker="o", linestyle="", markerfacecolor="none")
     memory.axhline(_FOUR_GB, color="grey", linestyle="--", linewidth=1)
@@ -517,7 +518,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Writes the report."""
+    """Writes the report that the flags describe."""
     values = flags.FLAGS
     out = Path(values.out)
     if (values.table is None) == (values.label_scale is None):

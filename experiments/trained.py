@@ -1,4 +1,4 @@
-"""The trained classifier that a program uses, and the flags that say which."""
+"""Flags that name a trained classifier, and a function that loads it."""
 
 from absl import flags
 
@@ -11,6 +11,6 @@ _MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as 
 
 
 def load() -> XMCClassifier:
-    """The classifier that the flags describe."""
+    """Loads the classifier that the flags describe."""
     mesh = None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value))
     return XMCClassifier.load(_WORKDIR.value, encoder=_ENCODER.value, mesh=mesh)

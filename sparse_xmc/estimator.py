@@ -1,4 +1,4 @@
-"""The classifier after scikit-learn's conventions: texts or features in, labels out."""
+"""`XMCClassifier`, a classifier of texts or features with the interface of scikit-learn."""
 
 import dataclasses
 import os
@@ -32,12 +32,12 @@ _DEFAULT_K = 5
 
 
 class Predictions(NamedTuple):
-    """The best labels of N points.
+    """The predicted labels of N points.
 
     Attributes:
-      labels: [N, k], names (str) if the classifier was trained with names, else numbers (int), best first.
-      scores: float32 [N, k], the logits, descending. A label that the classifier holds for right has a score
-        near 1 or above, one that it holds for wrong near -1 or below (with the squared hinge).
+      labels: [N, k], best first: names (str) if the classifier was trained with names, else numbers (int).
+      scores: float32 [N, k], the logits, descending. With the squared hinge loss, a score near 1 or above
+        means that the label is probably correct, and a score near -1 or below that it is probably wrong.
     """
 
     labels: np.ndarray
@@ -46,7 +46,7 @@ class Predictions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Parameters:
-    """The parameters of an `XMCClassifier` but for its mesh: checked, and of types that JSON has."""
+    """The parameters of an `XMCClassifier` without its mesh, validated and serializable as JSON."""
 
     fan_in: int | None = setting(None, at_least=1, or_else=(None,))
     penultimate: int | None = setting(None, at_least=0, or_else=(None,))
@@ -71,38 +71,39 @@ class _Parameters:
 class XMCClassifier(BaseEstimator):
     """A multi-label classifier for many labels, with a fixed fan-in output layer.
 
-    What is None is chosen from the data when `fit` is called, as `sparse_xmc.defaults` says.
+    Parameters that are None are chosen from the data in `fit`; see `sparse_xmc.defaults`.
 
     Args:
-      fan_in: F, how many inputs each label reads.
-      penultimate: the width of the layer that labels read from; 0 for none.
-      embedding: the size of a word's embedding, for texts and sparse features.
-      dropout: the rate of dropout on the features.
-      epochs: how often each point is seen.
-      batch_size: how many points a step takes.
-      learning_rate: that of the first step; it falls to 0.
-      ngrams: of texts, 1 for words alone, 2 for pairs of neighbouring words as well.
-      min_df: a word must occur in this many of the texts.
-      encoder: the directory of a pretrained encoder of texts, as Hugging Face saves it, whose embeddings are
-        features beside the words; None for words alone.
-      encoder_trainable: whether it is trained too, which takes a GPU; otherwise each text is embedded once.
-      max_length: how many tokens of a text it reads. More than the `max_seq_length` in the directory gives a
-        warning.
-      cache_dir: where a frozen encoder's embeddings are kept for the next `fit` on the same texts, if
-        anywhere.
-      mesh: the devices to split the labels over, as of `sparse_xmc.mesh.make_mesh`; None for one device.
-        It is not saved: `load` takes another. A classifier with a mesh cannot be pickled.
-      seed: of everything random, in 0..2^32-1; the same seed on the same machine gives the same classifier.
-        None draws one from the operating system.
+      fan_in: F, the number of inputs of each label.
+      penultimate: number of hidden units, which labels read; 0 for no penultimate layer.
+      embedding: size of word embeddings, for texts and sparse features.
+      dropout: dropout rate of the features.
+      epochs: number of passes over the training points.
+      batch_size: number of points in a batch.
+      learning_rate: learning rate of the first step; it decreases linearly to 0.
+      ngrams: for texts, 1 for words only, 2 for words and pairs of neighbouring words.
+      min_df: minimum number of texts that contain a word.
+      encoder: directory of a pretrained encoder of texts, in the format of Hugging Face, whose embeddings are
+        used as features in addition to bags of words; None for bags of words only.
+      encoder_trainable: whether to fine-tune the encoder, which needs a GPU; if false, each text is embedded
+        once.
+      max_length: maximum number of tokens of a text that the encoder reads; longer texts are truncated. A
+        value above the `max_seq_length` of the encoder gives a warning.
+      cache_dir: directory in which embeddings of a frozen encoder are cached for later calls of `fit` on the
+        same texts; None for no cache.
+      mesh: mesh over whose devices the labels are sharded, from `sparse_xmc.mesh.make_mesh`; None for one
+        device. The mesh is not saved: give `load` a mesh again. A classifier with a mesh cannot be pickled.
+      seed: seed of all random choices, in 0..2^32-1; the same seed on the same machine gives the same
+        classifier. None for a seed from the operating system.
       verbose: whether to show progress.
 
     Attributes:
-      n_labels_: L.
-      classes_: the labels by their numbers: names, or the numbers themselves.
-      n_features_in_: the number of features, of words for texts.
-      saved_: the `SavedModel`: the Flax module with its configuration and what encodes text.
-      history_: a record for each epoch.
-      seed_: the seed that `fit` used: `seed`, or the one that was drawn.
+      n_labels_: L, the number of labels.
+      classes_: [L], the names of the labels, or their numbers if they have no names.
+      n_features_in_: number of features; for texts, the number of words.
+      saved_: the `SavedModel`, which contains the Flax module, its configuration and the text encoder.
+      history_: a record for each epoch, as returned by `sparse_xmc.train.fit`.
+      seed_: the seed used by `fit`: `seed`, or the one drawn from the operating system.
 
     Example:
       >>> from sparse_xmc import XMCClassifier
@@ -151,27 +152,28 @@ class XMCClassifier(BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Features, y: Labels) -> "XMCClassifier":
-        """Trains the classifier, anew if it was trained before.
+        """Trains the classifier from scratch.
 
-        X and y are not written to.
+        X and y are not modified.
 
         Args:
           X: N texts: an iterable of str, such as a list or a column of a data frame; or features [N, D]: an
             array, a sparse matrix, such as TF-IDF, or a data frame of numbers.
-          y: the labels: for each point an iterable of the names of its labels; or a matrix [N, L], sparse or
-            not, whose nonzero elements are a point's labels; or a data frame of numbers [N, L] likewise,
-            whose columns are named as the labels are, or by the numbers 0..L-1.
+          y: for each point an iterable of the names of its labels; or a matrix [N, L], sparse or dense, whose
+            nonzero elements are the labels of the points; or a data frame of numbers [N, L], whose column
+            names are the label names or the numbers 0..L-1.
 
         Returns:
-          Itself.
+          The classifier itself.
 
         Raises:
-          ValueError, TypeError: X or y is none of these, X is not finite, they do not fit each other, or a
-            parameter is out of range.
-          MemoryError: training would take more memory than there is; see `plan_memory`.
+          ValueError: X or y has a wrong shape or values that are not finite, X and y differ in the number of
+            points, or a parameter is out of range.
+          TypeError: X or y is of another type.
+          MemoryError: training needs more memory than is available; see `plan_memory`.
 
         Warns:
-          UserWarning: nearly every point has a label of its own, or labels look like unseparated names.
+          UserWarning: nearly every point has a label of its own, or names look like several names in one.
         """
         parameters = self._checked_parameters()
         seed = _draw_seed() if parameters.seed is None else parameters.seed
@@ -223,13 +225,13 @@ class XMCClassifier(BaseEstimator):
                 penultimate=sizes["penultimate"],
                 fan_in=sizes["fan_in"],
                 direct=sizes["direct"],
-                output_bias=-1.0,  # on the negative side of the margin, so that easy negatives cost nothing
+                output_bias=-1.0,  # on the negative side of the margin: easy negatives have no gradient
                 output_bound=0.05,
             ),
             **ClassifierConfig.beside_words(pretrained, trained),
         )
         scale = 1.0
-        if text_encoder is None:  # of texts it is right as it is
+        if text_encoder is None:  # The TF-IDF of texts is scaled already.
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
         check_memory(config, training, train, mesh=self.mesh)
         model = config.make(train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(seed))
@@ -243,21 +245,22 @@ class XMCClassifier(BaseEstimator):
         return self
 
     def _checked_parameters(self) -> _Parameters:
-        """Raises ValueError if a parameter has a value that it does not take."""
+        """Returns the parameters; raises ValueError if one of them has an invalid value."""
         values = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
         paths = {name: os.fspath(v) for name, v in values.items() if isinstance(v, os.PathLike)}
         return _Parameters(**values | paths | {"verbose": bool(self.verbose)})
 
     def predict(self, X: Features, k: int | None = None) -> Predictions:
-        """The k best labels of each point with their scores.
+        """Returns the k best labels of each point and their scores.
 
         Args:
-          X: as for `fit`. Of no points, the results have the shape [0, k].
-          k: how many labels, at most `n_labels_`; by default 5, or all where there are fewer.
+          X: as for `fit`. Without points, the results have the shape [0, k].
+          k: number of labels to return, at most `n_labels_`; None for 5, or all labels if there are fewer.
 
         Raises:
           NotFittedError: `fit` has not been called.
-          ValueError, TypeError: X is not what the classifier was trained on, or k is out of range.
+          ValueError, TypeError: X is not of the kind that the classifier was trained on, or k is out of
+            range.
           FloatingPointError: a score is not finite.
         """
         points = self._points(X)
@@ -268,7 +271,9 @@ class XMCClassifier(BaseEstimator):
         return Predictions(self.classes_[labels], scores)
 
     def score(self, X: Features, y: Labels) -> float:
-        """P@1: the part of the points whose best label is right; labels that `fit` has not seen never are.
+        """Returns P@1, the fraction of points whose best label is correct.
+
+        Labels that were not seen in `fit` are never predicted.
 
         Args:
           X: as for `fit`, at least one point.
@@ -276,7 +281,8 @@ class XMCClassifier(BaseEstimator):
 
         Raises:
           NotFittedError: `fit` has not been called.
-          ValueError, TypeError: X or y is not what the classifier was trained on, or X has no points.
+          ValueError, TypeError: X or y is not of the kind that the classifier was trained on, or X has no
+            points.
         """
         points = self._points(X)
         labels, _ = _encode_labels(y, self._fitted.label_encoder, self.n_labels_)
@@ -289,11 +295,14 @@ class XMCClassifier(BaseEstimator):
         return evaluate(self._fitted.model, dataclasses.replace(points, labels=labels), ks=(1,))["p@1"]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Saves the trained classifier in a directory, which `load` and `experiments.predict` read.
+        """Saves the trained classifier to a directory, for `load` and `experiments.predict`.
+
+        Args:
+          directory: the directory; created if missing.
 
         Raises:
           NotFittedError: `fit` has not been called.
-          ValueError: a parameter has been set to a value that it does not take. Nothing is written then.
+          ValueError: a parameter has been set to an invalid value. No file is written in this case.
         """
         parameters = dataclasses.asdict(self._checked_parameters())
         if hasattr(self, "seed_"):
@@ -308,16 +317,16 @@ class XMCClassifier(BaseEstimator):
         encoder: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "XMCClassifier":
-        """Loads a classifier that was saved, by `save` or by `experiments.run` in its working directory.
+        """Loads a classifier saved by `save`, or by `experiments.run` in its working directory.
 
         Args:
-          directory: where it was saved.
-          encoder: the directory of its frozen encoder, if that moved.
-          mesh: the devices to split its labels over, whatever they were split over before.
+          directory: the directory of the saved classifier.
+          encoder: current directory of its frozen encoder; None for the saved one.
+          mesh: mesh over whose devices the labels are sharded; it need not be the mesh used in training.
 
         Raises:
-          FileNotFoundError: the directory lacks a part of it.
-          ValueError: the parts do not fit each other.
+          FileNotFoundError: a file is missing.
+          ValueError: files are damaged or inconsistent.
         """
         saved = SavedModel.load(directory, encoder, mesh)
         parameters = dict(saved.parameters or {})
@@ -359,7 +368,7 @@ class XMCClassifier(BaseEstimator):
         return self.saved_
 
     def _points(self, X: Features) -> Dataset:
-        """Points whose labels do not matter."""
+        """Returns the points as a `Dataset` without labels, after checking their kind."""
         saved, points = self._fitted, read_points(X)
         config = saved.config
         if isinstance(points, list) and not points and saved.text_encoder is None:
@@ -379,7 +388,7 @@ class XMCClassifier(BaseEstimator):
 
 
 def number_to_rank(k: int | None, num_labels: int) -> int:
-    """How many labels to rank: k, or by default 5, or all where there are fewer.
+    """Returns the number of labels to rank: k, or if it is None 5, or all labels if there are fewer.
 
     Raises:
       ValueError: k is not a whole number between 1 and the number of labels.
@@ -392,7 +401,7 @@ def number_to_rank(k: int | None, num_labels: int) -> int:
 
 
 def _draw_seed() -> int:
-    """A seed from the operating system's entropy."""
+    """Returns a seed drawn from the entropy of the operating system."""
     return int(np.random.SeedSequence().generate_state(1)[0])
 
 
@@ -403,11 +412,12 @@ def _only(values: dict[str, Any], *names: str) -> dict[str, Any]:
 def _encode_labels(
     y: Labels, encoder: LabelEncoder | None = None, num_labels: int | None = None
 ) -> tuple[scipy.sparse.csr_array, LabelEncoder | None]:
-    """The label matrix bool [N, L], and the encoder that names its labels.
+    """Returns the label matrix bool [N, L], and the encoder of the label names or None.
 
     Args:
       y: as for `XMCClassifier.fit`.
-      encoder, num_labels: those of a trained classifier; both None for one that is to be trained.
+      encoder: label encoder of a trained classifier; None if labels have no names, or before training.
+      num_labels: number of labels of a trained classifier; None before training.
     """
     labels = read_labels(y)
     if isinstance(labels, LabelMatrix):
@@ -421,7 +431,7 @@ def _encode_labels(
             expected = "names" if encoder is not None else f"a matrix [N, {num_labels}]"
             raise ValueError(f"y must be {expected}, got a matrix {shape}")
         return matrix, None
-    if not labels and encoder is None:  # of no points there is nothing else to say
+    if not labels and encoder is None:  # There are no points, so y can be names or a matrix.
         return scipy.sparse.csr_array((0, num_labels or 0), dtype=bool), None
     if num_labels is not None and encoder is None:
         raise ValueError("y must be a matrix, as the classifier was trained with, got names")
@@ -432,7 +442,7 @@ def _encode_labels(
 def _reorder(
     matrix: scipy.sparse.csr_array, columns: list[str], encoder: LabelEncoder
 ) -> scipy.sparse.csr_array:
-    """The matrix with the columns of the encoder's labels; others are dropped."""
+    """Returns the matrix with its columns in the order of the encoder; unknown columns are dropped."""
     ids = {name: label for label, name in enumerate(encoder.names)}
     known = [(column, ids[name]) for column, name in enumerate(columns) if name in ids]
     ones = np.ones(len(known), bool)

@@ -1,4 +1,4 @@
-"""Ranking metrics of a model on a data set, its predictions, and the density of its gradient."""
+"""Evaluation of a model on a data set: predictions, ranking metrics, density of the gradient."""
 
 import functools
 import weakref
@@ -18,12 +18,12 @@ from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation
 
-# How many labels are ranked where some of them may be left out afterwards.
+# Number of labels that are ranked if some of them may be excluded afterwards.
 CANDIDATES = 100
 
 
 class _Ranking:
-    """The compiled programs that rank labels for classifiers of one structure: one for each shape and k."""
+    """The compiled ranking programs of classifiers of one structure, one for each shape and k."""
 
     def __init__(self, graphdef: nnx.GraphDef):
         def top_k(state, inputs, k):
@@ -32,8 +32,8 @@ class _Ranking:
         self.top_k = jax.jit(top_k, static_argnums=2)
 
 
-# Programs are shared by classifiers of the same structure, and freed with the last of them. The two used last
-# are kept besides: each `Trainer.model` is a new object.
+# Classifiers of the same structure share programs, which are freed with the last of these classifiers. The
+# two programs used last are kept in any case, because each `Trainer.model` is a new object.
 _of_structure: weakref.WeakValueDictionary[nnx.GraphDef, _Ranking] = weakref.WeakValueDictionary()
 _of_classifier: weakref.WeakKeyDictionary[Classifier, _Ranking] = weakref.WeakKeyDictionary()
 
@@ -47,7 +47,7 @@ def _ranking_of(graphdef: nnx.GraphDef) -> _Ranking:
 
 
 def _ranking(model: Classifier) -> tuple[_Ranking, nnx.State]:
-    """The programs that rank the labels of a classifier, and the state that they take."""
+    """Returns the ranking programs of a classifier, and the state that they take."""
     graphdef, state = nnx.split(in_evaluation(model))
     ranking = _of_classifier[model] = _ranking_of(graphdef)
     return ranking, state
@@ -56,13 +56,16 @@ def _ranking(model: Classifier) -> tuple[_Ranking, nnx.State]:
 def predict(
     model: Classifier, dataset: Dataset, k: int, *, batch_size: int = 256
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yields (points, scores [n, k], labels [n, k]) batch by batch, best first, in the data set's order.
+    """Yields the k best labels of all points, batch by batch, in the order of the data set.
 
     Args:
-      model: the classifier; used without dropout, and not changed.
-      dataset: the points; their labels are not looked at, nor what is excluded.
-      k: how many labels; no more than the model has.
-      batch_size: how many points are scored at once.
+      model: the classifier; it is applied without dropout, and is not changed.
+      dataset: the points; their labels and exclusions are ignored.
+      k: number of labels for each point, at most the number of labels of the model.
+      batch_size: number of points in a batch.
+
+      Yields:
+        The range of n points, their scores [n, k] and labels [n, k], best first.
 
     Raises:
       FloatingPointError: a score is not finite.
@@ -81,7 +84,12 @@ def predict(
 
 
 def trace_top_k(model: Classifier, inputs: Any) -> jax.stages.Traced:
-    """The program that ranks a batch of inputs when a model is evaluated, not run; both may be abstract."""
+    """Traces the program that ranks a batch in evaluation, without running it.
+
+    Args:
+      model: the classifier; its arrays may be shapes.
+      inputs: the inputs of the batch, or their shapes.
+    """
     ranking, state = _ranking(model)
     return ranking.top_k.trace(state, inputs, min(5, model.head.num_labels))
 
@@ -94,10 +102,21 @@ def evaluate(
     inv_propensities: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> dict[str, float]:
-    """The metrics of `RankingMetrics` of a model on a data set; never holds more than one batch of scores.
+    """Computes ranking metrics of a model on a data set, holding the scores of one batch at a time.
 
-    Labels that the data set excludes are left out of the ranking; ranks beyond the number of labels count as
+    Excluded labels of the data set are removed from the ranking; ranks beyond the number of labels count as
     misses.
+
+    Args:
+      model: the classifier.
+      dataset: the points and their labels.
+      ks: cut-offs of the metrics.
+      inv_propensities: float64 [L], inverse propensities of the labels, for the propensity-scored metrics;
+        None to leave these out.
+      batch_size: number of points in a batch.
+
+    Returns:
+      The metrics of `RankingMetrics`, by names such as "p@1".
 
     Raises:
       ValueError: the data set has no points.
@@ -114,19 +133,19 @@ def evaluate(
 def evaluate_groups(
     model: Classifier, dataset: Dataset, groups: np.ndarray, *, batch_size: int = 256
 ) -> dict[str, float | None]:
-    """P@1 among head, middle and tail labels: of each point's best label of that group.
+    """Computes P@1 within head, middle and tail labels, with the best-ranked label of each group.
 
-    The mean is over the points with at least one label of the group, None where there is no such point. A
-    point with none of the group among its `CANDIDATES` best labels counts as a miss.
+    The mean is over the points with at least one label of the group. A point without any label of the group
+    among its `CANDIDATES` best labels counts as a miss.
 
     Args:
       model: the classifier.
-      dataset: the points; labels that it excludes are left out.
+      dataset: the points; labels that it excludes are removed from the ranking.
       groups: int [L], from `sparse_xmc.metrics.label_groups`.
-      batch_size: how many points are scored at once.
+      batch_size: number of points in a batch.
 
     Returns:
-      P@1 under each name in `LABEL_GROUPS`.
+      P@1 for each name in `LABEL_GROUPS`; None if no point has a label of the group.
     """
     hits, totals = np.zeros((2, len(LABEL_GROUPS)), np.int64)
     members = [dataset.labels @ (groups == group).astype(np.int64) > 0 for group in range(len(LABEL_GROUPS))]
@@ -147,7 +166,7 @@ def evaluate_groups(
 def _rankings(
     model: Classifier, dataset: Dataset, k: int, batch_size: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields (points, labels [n, k]), best first, without excluded labels, padded with -1."""
+    """Yields ranges of n points and their labels [n, k] without excluded ones, best first, padded with -1."""
     candidates = k
     if dataset.excluded is not None:
         candidates = max(CANDIDATES, k + np.diff(dataset.excluded.indptr).max(initial=0))
@@ -161,16 +180,17 @@ def _rankings(
 
 
 def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "squared_hinge") -> float:
-    """The part of all logits at which a loss has a gradient: those within its margin, `y s < 1`.
+    """Computes the fraction of logits at which the loss has a gradient: logits within the margin, `y s < 1`.
 
-    This is the work that implicit negative mining leaves for the backward pass. Labels are taken in blocks,
-    so that the logits of all labels do not exist at once (but for an unstructured layer, whose training step
-    has them as well).
+    This is the work that implicit negative mining leaves for the backward pass. Labels are processed in
+    blocks, so that the logits of all labels never exist at once (except for an unstructured layer, whose
+    training step needs them too).
 
     Args:
-      model: the classifier, used as in training: with dropout, unless it was set to evaluation. Not changed.
+      model: the classifier; it is applied with dropout as in training, unless it was set to evaluation, and
+        is not changed.
       batches: a few training batches.
-      loss: a name in `LOSSES`; one without a margin has a gradient everywhere.
+      loss: name of the loss, a key of `LOSSES`; the density of a loss without a margin is 1.
 
     Returns:
       A number in 0..1, over all points and labels of the batches.
@@ -198,7 +218,7 @@ def _features(graphdef, state, inputs):
 
 @jax.jit
 def _count_within_margin(logits, labels, positives, margin):
-    """How many logits [B, n] of the given labels [n], ascending, have a gradient."""
+    """Counts the logits [B, n] of the given labels [n], ascending, that have a gradient."""
     at = jnp.searchsorted(labels, positives)
     inside = labels[jnp.minimum(at, len(labels) - 1)] == positives
     at_positives = jnp.take_along_axis(logits, jnp.where(inside, at, 0), axis=1)

@@ -1,4 +1,4 @@
-"""A trained classifier as a program that runs without this library."""
+"""Export of a trained classifier as a program that runs without this library."""
 
 import os
 from typing import Any
@@ -19,28 +19,30 @@ from xla_ops import save_exported
 def export_predict(
     model: Classifier | SavedModel | XMCClassifier, path: str | os.PathLike, k: int | None = None
 ) -> None:
-    """Saves the ranking of a trained classifier for processes that have JAX and `xla_ops`, and no more.
+    """Exports the prediction of a trained classifier, for processes that have only JAX and `xla_ops`.
 
-    There `predict = xla_ops.load_exported(path)` is a function of arrays, for batches of any size B:
+    In such a process, `predict = xla_ops.load_exported(path)` is a function for batches of any size B:
 
-    - of dense features: `predict(x)`, x float32 [B, D];
-    - of bags of words: `predict(indptr, indices, data)`, int32 [B + 1], int32 [N] and float32 [N], as of a
-      `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: filled up with zeros behind
-      the last entry (`np.pad`), the two take few sizes;
-    - with a frozen encoder beside the words: `predict(indptr, indices, data, embeddings)`, float32 [B, E].
+    - for dense features: `predict(x)`, x float32 [B, D];
+    - for bags of words: `predict(indptr, indices, data)`, int32 [B + 1], int32 [N] and float32 [N], the
+    arrays of
+      a `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: pad `indices` and `data`
+      with zeros after the last entry (`np.pad`) to a few sizes;
+    - for bags of words and a frozen encoder: `predict(indptr, indices, data, embeddings)`, embeddings float32
+      [B, E].
 
-    It returns the scores float32 [B, k] and the numbers of the labels int32 [B, k], best first; names are
-    the lines of `labels.txt` in the directory of a saved model. Texts are encoded before, as `text_encoder`
-    and `pretrained` of the `SavedModel` do. Nothing checks that scores are finite.
+    It returns the scores float32 [B, k] and the labels int32 [B, k], best first; label names are the lines of
+    `labels.txt` in the directory of a saved model. Encode texts before with `text_encoder` and `pretrained`
+    of the `SavedModel`. The program does not check that scores are finite.
 
     Args:
-      model: the classifier. Of other encoders than these inputs are not known: see `xla_ops.save_exported`.
+      model: the classifier. For encoders with other inputs, use `xla_ops.save_exported`.
       path: a new directory.
-      k: how many labels, at most L; by default 5, or all where there are fewer.
+      k: number of labels to return, at most L; None for 5, or all labels if there are fewer.
 
     Raises:
-      FileExistsError: there is something at the path.
-      ValueError: k is out of range, or the classifier is on a mesh, or has another encoder.
+      FileExistsError: the path exists.
+      ValueError: k is out of range, the classifier is on a mesh, or its encoder is of another class.
 
     Example:
       >>> import tempfile, numpy as np, xla_ops
@@ -84,6 +86,6 @@ def export_predict(
 
 
 def _bags(indptr: jax.Array, indices: jax.Array, data: jax.Array) -> BagOfWords:
-    """The rows of a CSR matrix; entries behind the last row's are padding."""
+    """Converts the arrays of a CSR matrix to a `BagOfWords`; entries after the last row are padding."""
     ends = jnp.zeros(indices.shape, jnp.int32).at[indptr[1:]].add(1, mode="drop")
     return BagOfWords(jnp.cumsum(ends), indices, data, indptr.shape[0] - 1)

@@ -1,4 +1,4 @@
-"""The fixed fan-in output layer, and how kernels start."""
+"""The fixed fan-in output layer, and initializers of kernels and biases."""
 
 import functools
 import math
@@ -16,28 +16,28 @@ from xla_ops import SparseInputs, fan_in_matmul
 
 Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
-# The kernel of a sparse output layer starts uniformly in +-OUTPUT_BOUND. A much smaller kernel passes almost
-# no gradient on to the layers in front.
+# Default bound of the uniform initializer of sparse output layers. A much smaller kernel would pass almost no
+# gradient to the layers before.
 OUTPUT_BOUND = 0.05
 
 
 class Connectivity(nnx.Variable):
-    """Which inputs each output reads. Not an `nnx.Param`, so gradients and optimizers pass it by."""
+    """The inputs of each output. It is no `nnx.Param`, so gradients and optimizers ignore it."""
 
 
 def _uniform(
     key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: ArrayLike, first: ArrayLike = 0
 ) -> Array:
-    """Uniform in +-bound, a block of rows at a time: the generator takes many times its result's memory.
+    """Draws an array uniformly in +-bound, in blocks of rows, as the generator needs many times their memory.
 
-    What a row is depends on the key and its number alone; `first` is that of the first.
+    A row depends only on the key and its number; `first` is the number of the first row.
     """
     return _uniform_of(tuple(shape), jnp.dtype(dtype))(key, bound, first)
 
 
-@functools.lru_cache(maxsize=8)  # jit by itself would keep the programs for all shapes
+@functools.lru_cache(maxsize=8)  # A jit of its own would keep the programs for all shapes.
 def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array]:
-    """The compiled `_uniform` for a shape: a function of the key, the bound and `first`."""
+    """Returns `_uniform` compiled for a shape, as a function of the key, the bound and `first`."""
 
     def uniform(key, bound, first):
         def draw(row, fresh, blocks):
@@ -51,10 +51,10 @@ def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array
 
 
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Glorot-uniform on the flat array of all N = L*F weights, as the paper's code has it: +-sqrt(3 / N).
+    """Initializes a kernel as the paper's code does: Glorot-uniform on the flat array of all N = L*F weights.
 
-    The logits of a wide layer then start at almost exactly the bias, and the layers in front have almost no
-    gradient at first.
+    The bound is sqrt(3 / N). The initial logits of a wide layer are then almost exactly its bias, and the
+    layers before it have almost no gradient at first.
     """
     return _uniform(key, shape, dtype, _flat_bound(math.prod(shape)))
 
@@ -64,14 +64,18 @@ def _flat_bound(weights: int) -> float:
 
 
 def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Uniform in +-sqrt(6 / (inputs + outputs)), as Flax's, with little memory beside the result."""
+    """Initializes a kernel uniformly in +-sqrt(6 / (inputs + outputs)), like Flax, but with less memory."""
     return _uniform(key, shape, dtype, (6 / (shape[0] + shape[1])) ** 0.5)
 
 
 def start_of_kernel(bound: float | None, num_labels: int | None = None, first: ArrayLike = 0) -> Initializer:
-    """How the kernel of a sparse output layer starts: uniform in +-bound, or None for the paper's bound.
+    """Returns the initializer of the kernel of a sparse output layer, uniform in +-bound.
 
-    Of a layer that is a part of `num_labels` labels, from `first` on, as that part of the whole.
+    Args:
+      bound: the bound; None for the bound of the paper's code.
+      num_labels: number of labels of the whole layer, if the kernel is for a shard of it; None for a whole
+        layer.
+      first: number of the first label of the shard. The result is the shard of the kernel of the whole layer.
     """
 
     def init(key, shape, dtype=jnp.float32):
@@ -84,10 +88,10 @@ def start_of_kernel(bound: float | None, num_labels: int | None = None, first: A
 
 
 def rare_label_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Initializer of the bias of L labels: -log(L), about the logit of the probability 1 / L.
+    """Initializes the bias of L labels to -log(L), about the logit of the probability 1 / L.
 
     It suits binary cross-entropy: with a bias of 0 all labels would start at the probability 1/2, and the
-    first steps would do little but lower it.
+    first steps would mostly lower the bias.
     """
     return jnp.full(shape, -math.log(max(1, math.prod(shape))), dtype)
 
@@ -96,23 +100,23 @@ class FixedFanInLinear(nnx.Module):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
-    inputs are drawn at random; `sparse_xmc.rewire_layer` moves them during training. It is differentiated
-    once, by `jax.grad` or `jax.vjp`.
+    inputs are drawn at random; `sparse_xmc.rewire_layer` moves connections during training. The layer is
+    differentiable once, by `jax.grad` or `jax.vjp`.
 
     Args:
       in_features: D, the size of the last axis of the input.
       out_features: L, the number of outputs (labels).
       fan_in: F, the number of inputs of each output, at most D.
       use_bias: whether to add a bias.
-      dtype: the dtype of the computation (float32 or bfloat16); by default that of the parameters.
+      dtype: dtype of the computation (float32 or bfloat16); None for the dtype of the parameters.
       param_dtype: the dtype of the parameters, float32 or bfloat16.
-      kernel_init: initializer of the kernel [L, F]; by default uniform in +-0.05. The paper's code has
+      kernel_init: initializer of the kernel [L, F]; by default uniform in +-0.05. The paper's code uses
         `flat_glorot_uniform`.
       bias_init: initializer of the bias [L]; by default -log(L), which suits binary cross-entropy. For the
-        squared hinge loss give `nnx.initializers.constant(-1)`.
+        squared hinge loss use `nnx.initializers.constant(-1)`.
       distinct: whether the inputs of an output are distinct; in the paper's code they may repeat.
-      first_output: the number of the first output, where these are a part of more: each then draws the inputs
-        that it has in the whole.
+      first_output: number of the first output, if the layer is a shard of a larger one, so that each output
+        gets the same inputs as in the whole layer.
       rngs: random keys; the stream `params` is used.
 
     Attributes:
@@ -122,12 +126,11 @@ class FixedFanInLinear(nnx.Module):
 
     Raises:
       ValueError: fan_in is not in 1..in_features.
-      TypeError: a dtype is another than float32 or bfloat16.
+      TypeError: a dtype is neither float32 nor bfloat16.
 
-    Which inputs an output reads belongs to the layer as its weights do, but is not an `nnx.Param`: what is to
-    be saved is `nnx.state(model, (nnx.Param, Connectivity))`, or all variables. The parameters alone, given
-    to a new layer, would be those of other inputs. `sparse_xmc.saving.load_weights` refuses what is of
-    another model.
+    The indices belong to the layer like its weights, but are not an `nnx.Param`. Therefore save
+    `nnx.state(model, (nnx.Param, Connectivity))`, or all variables: the parameters alone would be combined
+    with the inputs of another layer. `sparse_xmc.saving.load_weights` rejects the weights of another model.
 
     Example:
       >>> import tempfile
@@ -177,7 +180,7 @@ class FixedFanInLinear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 
     def cast(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
-        """x, kernel, indices and bias in the dtype of the computation, as the ops of `xla_ops` take them."""
+        """Returns x, kernel, indices and bias in the dtype of the computation, as arguments of `xla_ops`."""
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         dtype = kernel.dtype if self.dtype is None else self.dtype
@@ -189,7 +192,12 @@ class FixedFanInLinear(nnx.Module):
         )
 
     def __call__(self, x: Array, sparse: SparseInputs | None = None) -> Array:
-        """Maps x [..., D] to [..., L]; of D inputs the last may be sparse ones instead."""
+        """Maps x [..., D] to [..., L].
+
+        Args:
+          x: [..., D], or [..., D - C] if C sparse inputs follow the dense ones.
+          sparse: the last C inputs, or None.
+        """
         dense = self.in_features - (0 if sparse is None else sparse.num_columns)
         check_features(self, x, dense)
         return fan_in_matmul(*self.cast(x), sparse=sparse)

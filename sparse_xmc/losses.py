@@ -1,7 +1,7 @@
-"""Losses against sparse positives: a label that is not listed is a negative, and no target matrix is made.
+"""Losses with sparse positives: labels that are not listed are negatives, and no target matrix is made.
 
-All are means over labels, then over the batch, as in the paper. With L labels a logit's gradient is of order
-1/L, so Adam's epsilon must be far below: see `sparse_xmc.heads.HeadTraining`.
+All losses are means over labels and over the batch, as in the paper. With L labels, the gradient of a logit
+is of order 1/L, so Adam's epsilon must be far below: see `sparse_xmc.heads.HeadTraining`.
 
 Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2 ("implicit negative mining" for the squared hinge).
 """
@@ -16,13 +16,13 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss that is a sum over logits.
+    """A loss that is a mean of terms of single logits.
 
     Attributes:
-      of_positive: from the logit of a label that the point has.
-      of_negative: from that of one that it does not have.
-      margin: at a logit s of a label, y = +1 for a positive and -1 for a negative, the gradient is exactly 0
-        wherever `y s >= margin`; None where it never is.
+      of_positive: function from the logit of a positive to its loss.
+      of_negative: function from the logit of a negative to its loss.
+      margin: the gradient at a logit s is exactly 0 if `y s >= margin`, where y is +1 for a positive and -1
+        for a negative; None if the gradient is nonzero everywhere.
     """
 
     of_positive: Callable[[Array], Array]
@@ -30,22 +30,22 @@ class Loss:
     margin: float | None
 
     def __call__(self, logits: Array, positives: Array) -> Array:
-        """The mean over batch and labels.
+        """Returns the mean of the loss over batch and labels.
 
         Args:
           logits: [B, L], float32.
-          positives: [B, P] int32, the labels of each point, distinct, padded with -1. What is outside [0, L)
-            does not count, as in `xla_ops.fan_in_loss`.
+          positives: [B, P] int32, the labels of each point, distinct, padded with -1. Values outside [0, L)
+            are ignored, as in `xla_ops.fan_in_loss`.
 
         Returns:
-          A scalar.
+          Scalar, the loss.
         """
         batch, labels = logits.shape
-        positives = jnp.where(positives < 0, labels, positives)  # a negative index would count from the end
+        positives = jnp.where(positives < 0, labels, positives)  # Negative indices would count from the end.
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
         of_positives = self.of_positive(jnp.asarray(logits).at[rows, positives].get(mode="clip"))
         losses = self.of_negative(logits).at[rows, positives].set(of_positives, mode="drop")
-        return jnp.sum(losses) / batch / labels  # their product may be beyond int32
+        return jnp.sum(losses) / batch / labels  # The product of both may exceed int32.
 
 
 LOSSES = {
@@ -65,7 +65,7 @@ squared_hinge = LOSSES["squared_hinge"]
 
 
 def find_loss(name: str) -> Loss:
-    """The loss of a name; raises ValueError if there is none."""
+    """Returns the loss with this name; raises ValueError if there is none."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
     return LOSSES[name]

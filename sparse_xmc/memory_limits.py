@@ -1,12 +1,12 @@
-"""The memory that Linux lets this process take: limits of control groups, and of its address space."""
+"""Memory limits of this process on Linux, set by control groups or on its address space."""
 
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-# By version of control groups: the files of the limit and of the memory in use, and the name of the part of
-# the latter that is dropped first, in `memory.stat`: pages of files.
+# For each version of control groups: the file of the limit, the file of the memory in use, and the entry of
+# `memory.stat` for the part of it that the kernel can drop first, pages of files.
 _FILES = {
     "cgroup2": ("memory.max", "memory.current", "inactive_file"),
     "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -14,23 +14,23 @@ _FILES = {
 
 
 def memory_left(root: Path = Path("/")) -> int | None:
-    """The bytes that limits leave to this process: the least of all limits; None where there are none.
+    """Returns the number of bytes that this process may still allocate under all limits; None without limits.
 
     Args:
-      root: the directory with `proc` and all that is mounted; another one than "/" is for tests.
+      root: the root of the file system, with `proc` and all mounts; not "/" in tests only.
     """
     left = [*_left_by_cgroups(root), *_left_of_address_space(root)]
     return max(0, min(left)) if left else None
 
 
 def _left_by_cgroups(root: Path) -> Iterator[int]:
-    """Yields what each control group leaves that the process is in, from its own to the outermost visible."""
+    """Yields the bytes left in each control group of the process, from the innermost to the outermost."""
     for kind, directory, mount in _memory_cgroups(root):
         limit_file, usage_file, cache = _FILES[kind]
         for group in (directory, *directory.parents):
             try:
                 limit, used = (int((group / name).read_text()) for name in (limit_file, usage_file))
-            except (OSError, ValueError):  # the outermost has no files, and "max" is no number
+            except (OSError, ValueError):  # The outermost group has no files, and "max" is not a number.
                 pass
             else:
                 yield limit - max(0, used - _statistic(group / "memory.stat", cache))
@@ -39,7 +39,7 @@ def _left_by_cgroups(root: Path) -> Iterator[int]:
 
 
 def _memory_cgroups(root: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Yields the version, the directory of this process' group, and where these are mounted."""
+    """Yields the version, the directory of the process's group, and the mount point of its hierarchy."""
     own: dict[str, PurePosixPath] = {}  # the process' group, by version
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -56,14 +56,14 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[str, Path, Path]]:
         top, point = map(_unescape, fields[3:5])
         mount = root / point.lstrip("/")
         path = own[kind]
-        # A container sees its own group alone, mounted as if it were the outermost.
+        # A container sees only its own group, mounted as if it were the outermost one.
         inside = path.relative_to(top) if path.is_relative_to(top) and ".." not in path.parts else ""
         directory = mount / inside
         yield kind, directory if directory.is_dir() else mount, mount
 
 
 def _left_of_address_space(root: Path) -> Iterator[int]:
-    """Yields what is left of the limit that `ulimit -v` sets, if there is one."""
+    """Yields the bytes left under the limit set by `ulimit -v`, if there is one."""
     for line in _lines(root / "proc/self/limits"):
         if match := re.match(r"Max address space\s+(\d+)\s", line):
             pages = int(next(_lines(root / "proc/self/statm")).split()[0])
@@ -75,7 +75,7 @@ def _statistic(path: Path, name: str) -> int:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a file, none if it is not there."""
+    """Yields the lines of a file, or nothing if it cannot be read."""
     try:
         yield from path.read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -83,5 +83,5 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _unescape(field: str) -> str:
-    r"""A path of `mountinfo`, where a blank is \040."""
+    r"""Decodes a path of `mountinfo`, in which a blank is written as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -1,7 +1,7 @@
-"""Many devices: a mesh with the axes "data" and "label", and what is where on it.
+"""Training on several devices: a mesh with the axes "data" and "label", and the placement of arrays on it.
 
-Labels are split over all devices, the rows of a batch over `data`; everything else is on all of them, alike.
-What the encoder does is partitioned by XLA; a head knows its mesh itself (`heads/sharded.py`).
+Labels are sharded over all devices, the rows of a batch over `data`; everything else is replicated. XLA
+partitions the encoder; a head uses its mesh explicitly (`heads/sharded.py`).
 """
 
 import re
@@ -21,14 +21,15 @@ _HEARTBEAT_SECONDS = 20
 def connect(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Makes this process one of several that train together; before anything else of JAX.
+    """Connects this process to the others of a distributed run; call it before any other function of JAX.
 
-    When one of them dies, the others end with an error within a minute.
+    If a process dies, the others end with an error within a minute.
 
     Args:
-      coordinator: address:port of process 0; None where JAX finds all of it in the environment (as under
+      coordinator: address:port of process 0; None if JAX finds all arguments in the environment (as under
         Slurm or on Cloud TPUs).
-      num_processes, process_id: how many there are, and which this is, from 0.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -37,10 +38,14 @@ def connect(
 
 
 def make_mesh(data: int = 1, label: int = 1) -> Mesh:
-    """A mesh of the first `data * label` devices, of all processes.
+    """Makes a mesh of the first `data * label` devices of all processes.
+
+    Args:
+      data: size of the axis "data".
+      label: size of the axis "label".
 
     Raises:
-      ValueError: there are fewer devices, or, with several processes, more.
+      ValueError: there are fewer devices, or with several processes, not exactly as many.
     """
     size, there = data * label, jax.device_count()
     if min(data, label) < 1 or size > there or (jax.process_count() > 1 and size != there):
@@ -52,10 +57,10 @@ def make_mesh(data: int = 1, label: int = 1) -> Mesh:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The sizes in "data:2,label:4", for `make_mesh`; an axis that is left out has the size 1.
+    """Parses the sizes of a mesh, such as "data:2,label:4", for `make_mesh`; missing axes have size 1.
 
     Raises:
-      ValueError: it is not of that form.
+      ValueError: the text is malformed.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -67,19 +72,22 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def data_size(mesh: Mesh | None) -> int:
-    """Over how many groups of devices the rows of a batch are split."""
+    """Returns the size of the axis "data", over which the rows of a batch are sharded; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape.get("data", 1)
 
 
 def own_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
-    """Which rows of a batch of so many this process' devices take, bool [B]; None where they take all."""
+    """Returns a function from B to bool [B], true for the rows of a batch on this process's devices.
+
+    Returns None if this process needs all rows.
+    """
     if mesh is None or jax.process_count() == 1:
         return None
 
     def own(size: int) -> np.ndarray:
         rows = np.zeros(size, bool)
         for taken in _by_row(mesh).addressable_devices_indices_map((size,)).values():
-            assert taken is not None  # as of devices that have nothing
+            assert taken is not None  # None would mean a device without rows.
             rows[taken] = True
         return rows
 
@@ -91,9 +99,9 @@ def _by_row(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays on all devices of a mesh, but for those that are on it already.
+    """Replicates the arrays of a pytree over a mesh, except for arrays that are on the mesh already.
 
-    Every process gives the same values.
+    All processes must pass equal values.
     """
     return jax.tree.map(lambda array: _place(array, mesh), tree)
 
@@ -119,12 +127,12 @@ def _split(array: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch with its rows split over `data`; bags of words and positives are on all devices.
+    """Places a batch on a mesh: rows are sharded over `data`, bags of words and positives are replicated.
 
-    Without a mesh it is the batch as it is.
+    Without a mesh, the batch is returned unchanged.
 
     Raises:
-      ValueError: the number of rows is no multiple of the size of that axis.
+      ValueError: the number of rows is not a multiple of the size of `data`.
     """
     if mesh is None:
         return batch

@@ -18,14 +18,14 @@ from sparse_xmc.data.validation import to_binary
 # The constants (a, b) of `inverse_propensities` that Jain et al. (2016) fitted to each family of data sets.
 PROPENSITY_CONSTANTS = {"wikipedia": (0.5, 0.4), "amazon": (0.6, 2.6), "default": (0.55, 1.5)}
 
-# What `label_groups` parts labels into, from frequent to rare.
+# The groups of labels in `label_groups`, from frequent to rare.
 LABEL_GROUPS = ("head", "middle", "tail")
 
 
 def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> np.ndarray:
     """Returns one weight per label, larger for rarer labels, under the model of missing labels.
 
-    With N training points, n_l of them carrying label l, the weight is 1 + C (n_l + b)^-a, where
+    With N training points, of which n_l have the label l, the weight is 1 + C (n_l + b)^-a, where
     C = (ln N - 1) (b + 1)^a.
 
     Args:
@@ -37,7 +37,7 @@ def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> 
       [L] float64 array of weights, each greater than 1.
 
     Raises:
-      ValueError: if `labels` is no CSR matrix or has fewer than 3 rows (C would be negative), or
+      ValueError: `labels` is not a CSR matrix or has fewer than 3 rows (C would be negative), or
           `a` or `b` is not positive.
 
     Source: Jain, Prabhu and Varma, "Extreme Multi-label Loss Functions for Recommendation, Tagging,
@@ -57,11 +57,11 @@ def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> 
 
 @dataclasses.dataclass(frozen=True)
 class LabelStatistics:
-    """What evaluation needs to know of the training points' labels.
+    """Statistics of the training labels that evaluation needs.
 
     Attributes:
-      inv_propensities: float64 [L], as of `inverse_propensities`.
-      groups: int8 [L], as of `label_groups`.
+      inv_propensities: float64 [L], from `inverse_propensities`.
+      groups: int8 [L], from `label_groups`.
     """
 
     inv_propensities: np.ndarray
@@ -69,26 +69,26 @@ class LabelStatistics:
 
     @classmethod
     def of(cls, labels: csr_array, a: float = 0.55, b: float = 1.5) -> "LabelStatistics":
-        """Those of a label matrix [N, L]; for the constants see `inverse_propensities`."""
+        """Computes the statistics of a label matrix [N, L]; for a and b see `inverse_propensities`."""
         return cls(inverse_propensities(labels, a, b), label_groups(labels))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes them as `.npz`."""
+        """Writes the statistics as an `.npz` file."""
         with new_file(path) as file:
             np.savez(file, inv_propensities=self.inv_propensities, groups=self.groups)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LabelStatistics":
-        """Reads what `save` wrote.
+        """Reads statistics saved by `save`.
 
         Raises:
-          ValueError: the file is not one of such statistics; the message names it.
+          ValueError: the file does not contain such statistics; the message names it.
         """
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 weights, groups = arrays["inv_propensities"], arrays["groups"]
-        except Exception as error:  # NumPy raises what zipfile, zlib and its parser of headers raise
-            reason = " ".join(str(error).split())  # some are paragraphs
+        except Exception as error:  # NumPy passes on any exception of zipfile, zlib and its header parser.
+            reason = " ".join(str(error).split())  # Some messages span several lines.
             raise ValueError(f"{path}: not the statistics of labels: {reason}") from error
         for name, array, dtype in (("inv_propensities", weights, "float64"), ("groups", groups, "int8")):
             if array.dtype != dtype or array.shape != (weights.size,):
@@ -107,18 +107,18 @@ class LabelStatistics:
 class RankingMetrics:
     """Streaming averages of ranking metrics at several cut-offs k.
 
-    Call `update` once per batch, then `compute`. All metrics are fractions in [0, 1], over all
-    points; a point without labels counts, and contributes 0.
+    Call `update` once per batch, then `compute`. All metrics are fractions in [0, 1] over all points; points
+    without labels are included and contribute 0.
 
     * ``p@k``: hits among the first k, divided by k.
     * ``ndcg@k``: DCG of the first k, divided by the DCG of min(k, labels of the point) hits. The hit
       at rank r (from 1) gains 1 / log2(r + 1).
     * ``recall@k``: hits among the first k, divided by the point's number of labels.
     * ``psp@k``: the sum over hits of the inverse propensity, divided by k, and then by the best value
-      that any ranking could reach. The division is one of means over the points, not point by point.
+      that any ranking could reach. Both are means over the points before the division.
     * ``psndcg@k``: DCG with the inverse propensities as gains, divided point by point by the same
-      unweighted ideal DCG as ``ndcg@k``; the mean of that over the points is divided by its mean for
-      the best ranking, which is by decreasing inverse propensity.
+      unweighted ideal DCG as ``ndcg@k``; the mean over the points is divided by the mean for the best
+      ranking, by decreasing inverse propensity.
 
     These are the definitions of pyxclib and napkinXC, with which published numbers are computed.
 
@@ -128,7 +128,7 @@ class RankingMetrics:
           and ``psndcg@k`` are left out.
 
     Raises:
-      ValueError: if `ks` or `inv_propensities` are not as described.
+      ValueError: `ks` or `inv_propensities` are not as described.
     """
 
     def __init__(self, ks: Sequence[int] = (1, 3, 5), inv_propensities: ArrayLike | None = None):
@@ -161,7 +161,7 @@ class RankingMetrics:
         if self._inv_propensities is not None:
             names += ["psp", "psndcg"]
         self._sums = {name: np.zeros(len(self.ks)) for name in names}
-        # What each sum is divided by: the number of points, or the sum for the best ranking.
+        # The divisor of each sum: the number of points, or the sum for the best ranking.
         self._totals = {name: np.zeros(len(self.ks)) for name in names}
 
     def update(self, top_labels: ArrayLike, positives: csr_array) -> None:
@@ -173,13 +173,13 @@ class RankingMetrics:
           positives: [n, L] label matrix; nonzero entries are positives. L is the same in all calls.
 
         Raises:
-          ValueError: if a shape or type is not as described, an id is outside [-1, L), or a row
-              names a label twice.
+          ValueError: a shape or type is not as described, an id is outside [-1, L), or a row names a label
+              twice.
         """
         positives = _binary_csr(positives, "positives")
         top_labels = self._checked_top_labels(top_labels, positives.shape)
         hits = is_listed(top_labels, positives)
-        # A point without labels has no hits: dividing by 1 gives the 0 that it contributes.
+        # A point without labels has no hits: the divisor 1 gives its contribution of 0.
         label_counts = np.maximum(np.diff(positives.indptr), 1)[:, None]
         ideal_dcg = self._ideal_dcg[np.minimum(label_counts, self.ks)]
 
@@ -200,14 +200,14 @@ class RankingMetrics:
         """Returns the metrics of all points so far, under keys such as ``"p@1"`` and ``"psndcg@5"``.
 
         Raises:
-          ValueError: if there has been no point yet.
+          ValueError: `update` has not been called with any point.
         """
         if self._num_points == 0:
             raise ValueError("compute: expected at least one point from update(), got none")
         results: dict[str, float] = {}
         for name, sums in self._sums.items():
             totals = self._totals[name]
-            # A total is 0 only for psp and psndcg where no point has a label.
+            # A total is 0 only for psp and psndcg, if no point has a label.
             values = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
             results |= {f"{name}@{k}": float(value) for k, value in zip(self.ks, values, strict=True)}
         return results
@@ -239,11 +239,13 @@ class RankingMetrics:
 
 
 def label_groups(labels: csr_array) -> np.ndarray:
-    """Parts labels by their frequency, so that each group has a third of all label occurrences.
+    """Divides labels by frequency into groups that each have a third of all label occurrences.
 
-    Labels are taken from the most to the least frequent, and those of equal frequency by their ids. A label
-    is in the group in which its first occurrence falls: head labels (0) are few and have the first third of
-    the occurrences, middle labels (1) the second, tail labels (2) the last and those that never occur.
+    Labels are ordered from the most to the least frequent, and labels of equal frequency by their ids. The
+    first
+    occurrence of a label decides its group: head labels (0) are few and have the first third of the
+    occurrences, middle labels (1) the second, tail labels (2) the last; labels that never occur are tail
+    labels.
 
     Args:
       labels: [N, L] label matrix of the training set; nonzero entries are positives.
@@ -252,7 +254,7 @@ def label_groups(labels: csr_array) -> np.ndarray:
       int8 [L]: an index into `LABEL_GROUPS` for each label.
 
     Raises:
-      ValueError: `labels` is no CSR matrix.
+      ValueError: `labels` is not a CSR matrix.
     """
     labels = _binary_csr(labels, "labels")
     counts = np.bincount(labels.indices, minlength=labels.shape[1])
@@ -264,17 +266,17 @@ def label_groups(labels: csr_array) -> np.ndarray:
 
 
 def _binary_csr(matrix: csr_array, name: str) -> csr_array:
-    """A matrix as bool with sorted columns, no duplicates and no stored zeros; it is not changed."""
+    """Returns a CSR matrix as bool with sorted, distinct columns and no stored zeros; does not modify it."""
     if not issparse(matrix) or matrix.format != "csr" or matrix.ndim != 2:
         raise ValueError(f"{name}: expected a two-dimensional CSR matrix, got {type(matrix).__name__}")
     return to_binary(matrix)
 
 
 def is_listed(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
-    """Whether each ranked label is among those that a matrix lists for its point.
+    """Returns for each ranked label whether it is among the positives of its point.
 
     Args:
-      top_labels: integer [n, k], label ids; -1 stands for none.
+      top_labels: integer [n, k], label ids, or -1 for no label.
       positives: [n, L] CSR matrix with sorted indices without duplicates.
 
     Returns:
@@ -284,11 +286,11 @@ def is_listed(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
         return np.zeros(top_labels.shape, dtype=bool)
     num_points, num_labels = positives.shape
     rows = np.arange(num_points, dtype=np.int64)
-    # Keys ascend, as the columns of each row do, so that one binary search finds a (point, label).
+    # Keys ascend, because the columns of each row do, so a binary search finds a pair (point, label).
     keys = np.repeat(rows, np.diff(positives.indptr)) * num_labels + positives.indices
     wanted = rows[:, None] * num_labels + top_labels
     found = keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
-    # The key of label -1 is that of the previous point's last label.
+    # The key of label -1 equals the key of the last label of the previous point.
     return found & (top_labels >= 0)
 
 

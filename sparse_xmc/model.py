@@ -1,4 +1,4 @@
-"""The classifier: an encoder of the inputs, and a head over the labels."""
+"""The classifier, which consists of an encoder of the inputs and a head over the labels."""
 
 import dataclasses
 from typing import Any
@@ -19,12 +19,12 @@ from sparse_xmc.settings import check, setting
 
 
 class Classifier(nnx.Module):
-    """An extreme multi-label classifier of any inputs.
+    """An extreme multi-label classifier, which consists of an encoder and a head.
 
     Args:
-      encoder: an `nnx.Module` from inputs (an array, a `BagOfWords`, any pytree with a batch) to float32
-        features [B, E].
-      head: a `sparse_xmc.heads.Head` on E features.
+      encoder: an `nnx.Module` that maps inputs (an array, a `BagOfWords`, or any pytree with a batch axis) to
+        float32 features [B, E].
+      head: a `sparse_xmc.heads.Head` that maps the features to L labels.
     """
 
     def __init__(self, encoder: nnx.Module, head: Head):
@@ -32,27 +32,38 @@ class Classifier(nnx.Module):
         self.head = head
 
     def __call__(self, inputs: Any) -> Array:
-        """The logits [B, L]."""
+        """Returns the logits [B, L]."""
         return self.head(self.encoder(inputs))
 
     def loss(self, inputs: Any, positives: Array, loss: str = "squared_hinge") -> Array:
-        """The loss of a batch: `positives` [B, P] int32 padded with -1; `loss` names one of `LOSSES`."""
+        """Returns the mean loss of a batch.
+
+        Args:
+          inputs: the inputs of B points.
+          positives: int32 [B, P], the labels of each point, padded with -1.
+          loss: name of the loss, a key of `LOSSES`.
+        """
         return self.head.loss(self.encoder(inputs), positives, loss)
 
     def top_k(self, inputs: Any, k: int) -> tuple[Array, Array]:
-        """Scores and label ids, each [B, k], of the k best labels; of equal scores the lower label wins."""
+        """Returns the k best labels of each point.
+
+        Returns:
+          Scores float32 [B, k] and labels int32 [B, k], best first. Of labels with equal scores, the lower
+          one comes first.
+        """
         return self.head.top_k(self.encoder(inputs), k)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The encoder of a data set's features.
+    """Configuration of the encoder.
 
     Attributes:
-      embedding: E, the size of the embedding of bags of words; dense features stay as they are.
-      dropout: the rate of dropout on the features (after the embedding).
-      text_dropout: the rate of dropout on the embeddings of a pretrained encoder.
-      text_scale: what these are multiplied by.
+      embedding: E, the size of the embeddings of bags of words; not used for dense features.
+      dropout: dropout rate of the features (after the embedding).
+      text_dropout: dropout rate of the embeddings of a pretrained encoder.
+      text_scale: factor by which the embeddings of a pretrained encoder are multiplied.
     """
 
     embedding: int = setting(512, at_least=1)
@@ -66,13 +77,14 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedSettings:
-    """What a `PretrainedEncoder` is made of, but for its weights.
+    """Configuration of a `PretrainedEncoder`, without its weights.
 
     Attributes:
-      network: its sizes.
-      pooling, normalize: see there.
-      dtype: "float32" or "bfloat16", that of its computation.
-      remat: see there.
+      network: the architecture.
+      pooling: how the features of a text are computed, as in `PretrainedEncoder`.
+      normalize: whether features are scaled to unit length.
+      dtype: dtype of the computation, "float32" or "bfloat16".
+      remat: whether a backward pass recomputes the activations within each layer.
     """
 
     network: PretrainedConfig
@@ -86,12 +98,12 @@ class PretrainedSettings:
 
     @classmethod
     def of(cls, encoder: PretrainedEncoder) -> "PretrainedSettings":
-        """Those of an encoder."""
+        """Returns the configuration of an encoder."""
         dtype = jnp.dtype(encoder.dtype).name
         return cls(encoder.config, encoder.pooling, encoder.normalize, dtype, encoder.remat)
 
     def make(self, rngs: nnx.Rngs) -> PretrainedEncoder:
-        """An encoder with random weights."""
+        """Makes an encoder with random weights."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return PretrainedEncoder(
             fields.pop("network"), **fields | {"dtype": jnp.dtype(self.dtype)}, rngs=rngs
@@ -100,16 +112,16 @@ class PretrainedSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """What a `Classifier` of a data set is made of; a JSON object through `to_json` and `from_json`.
+    """Configuration of a `Classifier`; `to_json` and `from_json` convert it to and from a JSON object.
 
     Attributes:
-      num_features: D of dense features, or V, the number of words.
-      num_labels: L.
-      bag_of_words: whether the features are bags of words; they are embedded first.
-      encoder: the encoder's sizes.
-      head: the head's: one of the configurations in `sparse_xmc.heads.HEADS`.
-      text_features: beside bags of words, the size of the embeddings of a pretrained encoder; 0 for none.
-      pretrained: that encoder, where it is trained too.
+      num_features: D, the number of dense features, or V, the number of words.
+      num_labels: L, the number of labels.
+      bag_of_words: whether the inputs are bags of words, which are embedded.
+      encoder: configuration of the encoder.
+      head: configuration of the head, one of the classes in `sparse_xmc.heads.HEADS`.
+      text_features: size of the embeddings of a pretrained encoder, in addition to bags of words; 0 for none.
+      pretrained: configuration of this encoder if it is fine-tuned; else None.
     """
 
     num_features: int = setting(dataclasses.MISSING, at_least=1)
@@ -127,7 +139,7 @@ class ClassifierConfig:
     def beside_words(
         cls, frozen: FrozenEncoder | Tokenizer | None, trained: PretrainedEncoder | None
     ) -> dict[str, Any]:
-        """The fields "text_features" and "pretrained" for what `open_pretrained` returned, or for None."""
+        """Returns the fields "text_features" and "pretrained" for results of `open_pretrained`, or None."""
         if trained is not None:
             return {"text_features": trained.features, "pretrained": PretrainedSettings.of(trained)}
         return {"text_features": frozen.features} if isinstance(frozen, FrozenEncoder) else {}
@@ -141,15 +153,16 @@ class ClassifierConfig:
         mesh: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
     ) -> Classifier:
-        """A new classifier.
+        """Makes a new classifier.
 
         Args:
-          train: the training points, that heads may start from; see `HeadConfig.make`.
-          text: the pretrained encoder that is trained too; without it one like it has random weights.
-          input_scale: what the features are multiplied by.
-          mesh: the devices to split the labels over, as of `sparse_xmc.mesh.make_mesh`; the weights are those
-            that they would be without one.
-          rngs: random keys; streams `params` and `dropout`.
+          train: the training points, from which heads may be initialized; see `HeadConfig.make`.
+          text: the pretrained encoder that is fine-tuned; None for one with random weights, if `pretrained`
+            is set.
+          input_scale: factor by which the features are multiplied.
+          mesh: mesh over whose devices the labels are sharded, from `sparse_xmc.mesh.make_mesh`; the initial
+            weights do not depend on it. None for one device.
+          rngs: random keys; the streams `params` and `dropout` are used.
         """
         width, num_words = self.num_features, 0
         options: dict[str, Any] = {"dropout": self.encoder.dropout, "scale": input_scale, "rngs": rngs}
@@ -174,17 +187,17 @@ class ClassifierConfig:
         return Classifier(encoder, head)
 
     def to_json(self) -> dict[str, Any]:
-        """An object for JSON; the head has its kind beside its sizes."""
+        """Returns a JSON object; the object of the head has its name in `HEADS` as "kind"."""
         (kind,) = (name for name, config in HEADS.items() if type(self.head) is config)
         fields = dataclasses.asdict(self)
         return fields | {"head": {"kind": kind, **fields["head"]}}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ClassifierConfig":
-        """What `to_json` made.
+        """Makes the configuration from a result of `to_json`.
 
         Raises:
-          ValueError: it is not such an object.
+          ValueError: the object was not made by `to_json`.
         """
         try:
             head = dict(fields["head"])

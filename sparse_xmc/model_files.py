@@ -1,9 +1,9 @@
-"""The files of a saved model, all of which a save replaces at once.
+"""The files of a saved model, which a save replaces atomically.
 
-A save writes the new model into `.new_model.partial`, and renames that to `.new_model`. Until then the
-directory has the model that was there, and from then on the new one. Its files are then moved to their
-places, the checksums last. Readers find the files that a killed process has not moved, and the next save
-moves them.
+A save writes the new model into `.new_model.partial`, and renames this directory to `.new_model`. Before the
+renaming the directory contains the old model, and afterwards the new one. The files are then moved to
+their final places, the checksums last. If a process is killed before it has moved all files, readers find
+the remaining ones in `.new_model`, and the next save moves them.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ PARAMETERS = "estimator.json"
 PARTS = (CONFIG, MODEL, TEXT_ENCODER, LABELS, FROZEN, TOKENIZER, CALIBRATION, LABEL_STATISTICS, PARAMETERS)
 CHECKSUMS = "checksums.json"
 
-_FORMAT = 1  # of a saved model: a higher one is refused, and so is a lower one
+_FORMAT = 1  # format version of saved models; models of other versions are rejected
 _NEW, _PARTIAL = ".new_model", ".new_model.partial"
 
 
 @contextlib.contextmanager
 def new_files(directory: Path) -> Iterator[Path]:
-    """Yields a directory for the parts of a model, which take the place of those in `directory` at the end.
+    """Yields a directory for the parts of a model, which replace the parts in `directory` at the end.
 
-    Of several processes all call it, and the first one moves the files. When the block ends with an
-    exception, the model that was there is still there.
+    All processes must call it; the first one moves the files. If the block raises an exception, the old model
+    stays in place.
 
     Args:
-      directory: made if missing; other files in it stay.
+      directory: directory of the model; created if missing. Other files in it are not changed.
     """
     scratch = directory / _PARTIAL
     if jax.process_index() != 0:
@@ -50,7 +50,7 @@ def new_files(directory: Path) -> Iterator[Path]:
         yield scratch
         record = {"format": _FORMAT, "files": checksums(scratch, PARTS)}
         write_text(scratch / CHECKSUMS, json.dumps(record, indent=2) + "\n")
-        with contextlib.suppress(ValueError):  # of damaged checksums, of files that are replaced now
+        with contextlib.suppress(ValueError):  # Damaged checksums do not matter, as the files are replaced.
             _move(directory)
         remove(directory / _NEW)
         scratch.rename(directory / _NEW)
@@ -63,7 +63,7 @@ def new_files(directory: Path) -> Iterator[Path]:
 
 
 def find_files(directory: Path) -> dict[str, Path]:
-    """The paths of a saved model's parts, and of its checksums, by their names; of those that are there."""
+    """Returns the paths of the existing parts of a saved model and of its checksums, by name."""
     new = directory / _NEW
     if not _is_whole(new):
         return {name: directory / name for name in (*PARTS, CHECKSUMS) if (directory / name).exists()}
@@ -73,14 +73,14 @@ def find_files(directory: Path) -> dict[str, Path]:
 
 
 def check_files(directory: Path, files: dict[str, Path]) -> None:
-    """Raises ValueError unless a saved model's files, as of `find_files`, are those that were saved."""
+    """Raises ValueError if files of a saved model, from `find_files`, do not match their checksums."""
     path = files.get(CHECKSUMS, directory / CHECKSUMS)
     if not path.exists():
         raise ValueError(f"{path}: not there: the model was saved only in part, or by another version")
     expected = _read_record(path)
     actual: dict[str, str] = {}
     for name, part in files.items():
-        # Models that were saved before `estimator.json` had a checksum are read too.
+        # Older models have an `estimator.json` without a checksum.
         if name != CHECKSUMS and (name != PARAMETERS or PARAMETERS in expected):
             actual |= checksums(part.parent, [name])
     if wrong := difference(expected, actual):
@@ -92,7 +92,7 @@ def _is_whole(new: Path) -> bool:
 
 
 def _move(directory: Path) -> None:
-    """Moves the files of a new model, if there is one, to their places; deletes those of the old one."""
+    """Moves the files of a new model, if there is one, to their final places, and deletes the old files."""
     new = directory / _NEW
     if _is_whole(new):
         names = _parts_of(_read_record(new / CHECKSUMS))
@@ -111,10 +111,10 @@ def _parts_of(expected: dict[str, str]) -> set[str]:
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """The checksums of a saved model's files, by their names.
+    """Reads the checksums of a saved model, by file name.
 
     Raises:
-      ValueError: the file has none, or those of another format.
+      ValueError: the file does not contain checksums, or is of another format version.
     """
     try:
         record = json.loads(path.read_bytes())

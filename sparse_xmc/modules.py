@@ -1,4 +1,4 @@
-"""What is done to any Flax module: taking it apart, and having it in training or in use."""
+"""Helpers for Flax NNX modules."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -10,17 +10,17 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Scale(nnx.Variable):
-    """What inputs are multiplied by. Not an `nnx.Param`, so it stays as it is, and is saved."""
+    """A constant factor of the inputs. It is no `nnx.Param`, so it is saved but not trained."""
 
 
 def split(module: nnx.Module, *filters: type[nnx.Variable]) -> tuple[nnx.GraphDef, list[nnx.State]]:
-    """The structure of a module, and its variables of each of these types in turn, then all others."""
+    """Splits a module into its structure, its variables of each given type, and all other variables."""
     graphdef, *states = nnx.split(module, *filters, ...)
     return graphdef, states
 
 
 def check_features(module: nnx.Module, x: Any, features: int, ndim: int | None = None) -> None:
-    """Raises ValueError unless x is [..., features], and if `ndim` is given, has so many dimensions."""
+    """Raises ValueError unless x is [..., features] and has `ndim` axes, if `ndim` is given."""
     if x.ndim < 1 or x.shape[-1] != features or ndim not in (None, x.ndim):
         lead = "..." if ndim is None else "B"
         raise ValueError(
@@ -29,34 +29,34 @@ def check_features(module: nnx.Module, x: Any, features: int, ndim: int | None =
 
 
 def parameters_of(module: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter by its path."""
+    """Returns the parameters of a module by their paths."""
     return {path_name(path): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)}
 
 
 def count_parameters(module: nnx.Module) -> int:
-    """How many numbers its parameters have."""
+    """Returns the total number of elements of all parameters of a module."""
     return sum(parameter.size for parameter in parameters_of(module).values())
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """A path in a module as one name, such as "output.kernel"."""
+    """Joins a path in a module into one name, such as "output.kernel"."""
     return ".".join(map(str, path))
 
 
 def key_path_names(path: Iterable[Any]) -> list[str]:
-    """The names in a path as `jax.tree_util` gives it, of whatever kinds of nodes."""
+    """Returns the names in a key path of `jax.tree_util`, for any type of nodes."""
     return [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
 
 
 def in_training(module: Module) -> Module:
-    """The module as it is trained, with dropout, on the same arrays; the module itself stays as it is."""
+    """Returns a copy of a module in training mode, with dropout, that shares its arrays."""
     copy = _of_same_arrays(module)
     copy.train()
     return copy
 
 
 def in_evaluation(module: Module) -> Module:
-    """The module as it is used, without dropout, on the same arrays; the module itself stays as it is."""
+    """Returns a copy of a module in evaluation mode, without dropout, that shares its arrays."""
     copy = _of_same_arrays(module)
     copy.eval()
     return copy
@@ -64,4 +64,4 @@ def in_evaluation(module: Module) -> Module:
 
 def _of_same_arrays(module: Module) -> Module:
     graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # with Variables of its own
+    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # new variables, shared arrays

@@ -1,4 +1,4 @@
-"""The memory that training will take, before anything is allocated."""
+"""Planning of the memory of training, before anything is allocated."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,21 +19,21 @@ from sparse_xmc.memory_limits import memory_left
 from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
 
-# Compiled programs and what the allocator holds, as measured: what a process takes beside its arrays.
+# Measured memory of a process in addition to its arrays: compiled programs and overhead of the allocator.
 RUNTIME_BYTES = 50 * 2**20
-# Below these, settings are not proposed.
+# Smallest values that are proposed for settings.
 _LEAST = {"batch_size": 32, "penultimate": 1024, "fan_in": 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """The planned memory of training, on each device that labels are split over.
+    """The planned memory of training on each device.
 
     Attributes:
-      parts: bytes by what they are for; all of it is there at the same time.
-      available: the bytes that the device, or the machine, can still give; of several devices of one machine
-        that share its memory, an equal part.
-      device: what these are of, in words.
+      parts: the number of bytes of each part, by its name; all parts are in memory at the same time.
+      available: bytes available on the device or machine; if several devices share the memory of one machine,
+        an equal share of it.
+      device: description of the device or machine.
     """
 
     parts: dict[str, int]
@@ -42,12 +42,12 @@ class MemoryPlan:
 
     @property
     def bytes(self) -> int:
-        """The sum of the parts."""
+        """Planned peak of the memory, the sum of all parts."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether so much is available."""
+        """Whether the planned memory is available."""
         return self.bytes <= self.available
 
     def __str__(self) -> str:
@@ -63,19 +63,19 @@ class MemoryPlan:
 def plan_memory(
     config: ClassifierConfig, training: TrainingConfig, train: Dataset, *, mesh: Mesh | None = None
 ) -> MemoryPlan:
-    """Plans the memory of training a classifier; nothing of its size is allocated.
+    """Plans the memory of training a classifier, without allocating memory of that size.
 
-    The training state is known from shapes. The temporaries are those of a step, of a rewiring, or of ranking
-    a batch, whichever are larger: as XLA plans them when it compiles these for the present device, with the
-    scratch memory of the ops. The data sets are not in it, nor what choosing inputs or saving takes for a
-    while.
+    The size of the training state follows from shapes. The temporaries are the largest of a training step, a
+    rewiring, and the ranking of a batch: XLA plans them when it compiles these programs for the current
+    device, and the scratch memory of the ops is added. The plan does not include the data sets, nor the
+    temporary memory of choosing connections and of saving.
 
     Args:
-      config: the classifier.
-      training: how it is trained.
-      train: the training points, or some of them: a batch is taken for its size.
-      mesh: the devices that labels are split over. Each is planned with its part of the labels, and with all
-        rows of a batch, which is more than it has where batches are split too.
+      config: configuration of the classifier.
+      training: the training configuration.
+      train: the training points, or some of them; the size of one batch is used.
+      mesh: mesh over whose devices the labels are sharded. The plan is for one device with its shard of the
+        labels and all rows of a batch, which is an upper bound if batches are sharded too.
     """
     config = dataclasses.replace(
         config, num_labels=-(-config.num_labels // (1 if mesh is None else mesh.size))
@@ -93,10 +93,10 @@ def plan_memory(
 def check_memory(
     config: ClassifierConfig, training: TrainingConfig, train: Dataset, *, mesh: Mesh | None = None
 ) -> MemoryPlan:
-    """The plan of `plan_memory`, if it fits.
+    """Returns the plan of `plan_memory` if the memory is available; arguments are the same.
 
     Raises:
-      MemoryError: it does not; the message has the plan, and settings with which it would.
+      MemoryError: the memory is not available; the message contains the plan, and settings that fit.
     """
     plan = plan_memory(config, training, train, mesh=mesh)
     if plan.fits:
@@ -112,12 +112,12 @@ def check_memory(
 
 
 def abstract_trainer(config: ClassifierConfig, training: TrainingConfig) -> Trainer:
-    """A trainer whose state is shapes. It cannot step; its programs can be traced."""
+    """Makes a trainer whose state consists of shapes. It cannot take steps; its programs can be traced."""
     return Trainer(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))), training)
 
 
 def state_parts(trainer: Trainer) -> dict[str, int]:
-    """The bytes of a training state, by what they are for; the trainer may be an abstract one."""
+    """Returns the number of bytes of each part of a training state, of arrays or of shapes."""
     parts = dict.fromkeys(("encoder", "encoder's moments", "words", "head", "head's moments"), 0)
     for state in (trainer.state["params"], trainer.state["other"]):
         for path, variable in nnx.to_flat_state(state):
@@ -130,7 +130,7 @@ def state_parts(trainer: Trainer) -> dict[str, int]:
 
 
 def _temporaries(traced: jax.stages.Traced) -> int:
-    """The bytes that a program takes beside its arguments."""
+    """Returns the number of bytes that a program needs in addition to its arguments."""
     compiled = traced.lower().compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -140,7 +140,7 @@ def _temporaries(traced: jax.stages.Traced) -> int:
 
 
 def _available(mesh: Mesh | None) -> tuple[int, str]:
-    """The bytes that a device can still give, and its name."""
+    """Returns the number of bytes available on a device, and a description of the device."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -148,7 +148,7 @@ def _available(mesh: Mesh | None) -> tuple[int, str]:
             raise RuntimeError(f"{device} does not say how much memory it has")
         return stats["bytes_limit"] - stats["bytes_in_use"], device.device_kind
     free = psutil.virtual_memory().available
-    if (left := memory_left()) is not None:  # a container or a job may have less
+    if (left := memory_left()) is not None:  # A container or a job may have less memory.
         free = min(free, left)
     share = 1 if mesh is None else len(mesh.local_devices)
     return free // share, "this machine" if share == 1 else f"this machine for each of {share} devices"
@@ -157,7 +157,7 @@ def _available(mesh: Mesh | None) -> tuple[int, str]:
 def _smaller(
     config: ClassifierConfig, training: TrainingConfig
 ) -> Iterator[tuple[ClassifierConfig, TrainingConfig]]:
-    """Yields settings that take less and less memory; what costs the least accuracy comes first."""
+    """Yields settings with decreasing memory, in the order of increasing loss of accuracy."""
     if not hasattr(config.head, "output_dtype"):
         config = dataclasses.replace(config, head=ClassifierConfig.head)
         yield config, training
@@ -177,7 +177,7 @@ def _smaller(
 
 
 def _differences(before: Any, after: Any) -> Iterator[str]:
-    """Yields "name=value" of the fields that differ, of dataclasses in these too."""
+    """Yields "name=value" for each field that differs between two dataclasses, including nested ones."""
     for field in dataclasses.fields(after):
         old, new = getattr(before, field.name), getattr(after, field.name)
         if type(old) is not type(new) and dataclasses.is_dataclass(new):
@@ -189,5 +189,5 @@ def _differences(before: Any, after: Any) -> Iterator[str]:
 
 
 def bytes_of(tree: Any) -> int:
-    """The size of all arrays, or shapes of arrays, in a tree."""
+    """Returns the total number of bytes of all arrays, or shapes of arrays, in a pytree."""
     return sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Saved models: a directory with the weights, their sizes, and what encodes texts and names labels."""
+"""Saved models: directories with the weights, the configuration, and the encoders of texts and labels."""
 
 import dataclasses
 import json
@@ -39,24 +39,25 @@ from sparse_xmc.weights import dtype_and_shape, load_weights, save_weights, shap
 
 __all__ = ["SavedModel", "load_weights", "save_weights"]
 
-_LABEL_ROWS = "label_rows"  # of the weights, where a mesh has filled them up
+_LABEL_ROWS = "label_rows"  # number of rows by label in the weights, including padding labels of a mesh
 CARD = "README.md"
 
 
 @dataclasses.dataclass
 class SavedModel:
-    """A trained classifier with all that it takes to use it.
+    """A trained classifier with everything needed to use it.
 
     Attributes:
-      config: what the classifier is made of.
+      config: configuration of the classifier.
       model: the classifier.
-      text_encoder: turns text into its features, or None where it takes features.
-      label_encoder: names its labels, or None where they are numbers.
-      pretrained: what encodes text beside its words: a frozen encoder, of which the directory is saved, not
-        the weights; or the tokenizer of one that is part of the classifier; or None.
-      calibration: from scores to probabilities, or None.
-      label_statistics: what evaluation needs to know of the training points' labels, or None.
-      parameters: the parameters of the `XMCClassifier` that it is part of, as an object for JSON, or None.
+      text_encoder: encoder of texts as bags of words, or None if the classifier takes features.
+      label_encoder: names of the labels, or None if labels are numbers.
+      pretrained: pretrained encoder of texts in addition to bags of words: a frozen encoder, of which the
+        directory is saved but not the weights; or the tokenizer of a fine-tuned encoder, which is part of the
+        classifier; or None.
+      calibration: mapping from scores to probabilities, or None.
+      label_statistics: statistics of the training labels for evaluation, or None.
+      parameters: parameters of the `XMCClassifier` that contains the model, as a JSON object, or None.
     """
 
     config: ClassifierConfig
@@ -69,7 +70,7 @@ class SavedModel:
     parameters: dict[str, Any] | None = None
 
     def points(self, texts: Sequence[str]) -> Dataset:
-        """Points without labels, for prediction.
+        """Encodes texts as points without labels, for prediction.
 
         Raises:
           ValueError: the classifier does not take texts.
@@ -88,19 +89,19 @@ class SavedModel:
         data: Mapping[str, object] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Writes all of it into a directory, which is made if missing, in place of a model that is there.
+        """Saves the model to a directory, replacing any model there.
 
-        At any time the directory has the model that was there or the new one. A model card, README.md, is
-        written too, unless there is another file of this name.
+        The replacement is atomic: at any time the directory contains either the old model or the new one. A
+        model card, README.md, is written too, unless there is another file with this name.
 
         Args:
-          directory: where.
-          data, metrics: for the card, as of `model_card`.
+          directory: the directory; created if missing.
+          data, metrics: content of the model card, as for `model_card`.
 
         Raises:
-          ValueError: the directory is that of a pretrained encoder, whose tokenizer would be lost.
-          TypeError: `parameters` is not an object for JSON; nothing is written then.
-          OSError: the model could not be written; one that was there is still there.
+          ValueError: the directory contains a pretrained encoder, whose tokenizer would be overwritten.
+          TypeError: `parameters` is not serializable as JSON; no file is written in this case.
+          OSError: the model could not be written; an old model in the directory is kept.
         """
         directory = Path(directory)
         if (directory / "config.json").exists():
@@ -135,13 +136,13 @@ class SavedModel:
             write_text(card, model_card(self, data=data, metrics=metrics))
 
     def start_from(self, trained: "SavedModel") -> None:
-        """Gives the classifier the weights and connections of a trained one, to be trained further.
+        """Replaces the weights and connections of the classifier by those of a trained model.
 
-        A pretrained encoder that this one trains, and of the other was frozen, keeps its own weights. The two
-        share arrays then, so that training this one uses the other up.
+        A pretrained encoder that is fine-tuned here, but was frozen in the trained model, keeps its own
+        weights. Both models share arrays afterwards, so training this model invalidates the trained one.
 
         Raises:
-          ValueError: the two have other sizes, words or labels.
+          ValueError: the models differ in sizes, words or labels.
         """
         if self.config.num_labels != trained.config.num_labels:
             raise ValueError(
@@ -171,16 +172,16 @@ class SavedModel:
         encoder: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "SavedModel":
-        """Reads what `save` wrote.
+        """Loads a model saved by `save`.
 
         Args:
-          directory: where it was saved.
-          encoder: the directory of its frozen encoder, if that moved.
-          mesh: the devices to split its labels over, whatever they were split over when it was saved.
+          directory: the directory of the saved model.
+          encoder: current directory of its frozen encoder; None for the saved one.
+          mesh: mesh over whose devices the labels are sharded; it need not be the mesh used in training.
 
         Raises:
-          FileNotFoundError: a part is missing.
-          ValueError: the parts do not fit each other, or are not as they were saved.
+          FileNotFoundError: a file is missing.
+          ValueError: files are damaged or inconsistent.
         """
         directory = Path(directory)
         files = find_files(directory)
@@ -221,7 +222,8 @@ class SavedModel:
         if mesh is None:
             model = nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0)))
         else:
-            # For the places of its arrays, which are given back before others are read.
+            # The model is made for the shardings of its arrays, which are freed before the saved ones are
+            # read.
             graphdef, state = nnx.split(config.make(mesh=mesh, rngs=nnx.Rngs(0)))
             model = nnx.merge(graphdef, shapes_of(state))
         weights = load_weights(files[MODEL], model, label_rows=rows)
@@ -229,10 +231,13 @@ class SavedModel:
 
 
 def read_config(path: Path) -> tuple[ClassifierConfig, int | None]:
-    """Reads `model.json`: the configuration, and how many rows arrays by label had on a mesh, or None.
+    """Reads `model.json`.
+
+    Returns:
+      The configuration, and the number of rows by label in the weights, or None if it is not recorded.
 
     Raises:
-      ValueError: the file is not such a configuration; the message names it.
+      ValueError: the file is not a configuration; the message names it.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -263,7 +268,7 @@ def _labels(saved: SavedModel) -> list[str] | None:
 
 
 def _weights(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Parameters, connections and scales by their paths: all but random states."""
+    """Returns all variables except random states (parameters, connections and scales) by their paths."""
     return {
         path_name(path): node
         for path, node in nnx.iter_graph(model)

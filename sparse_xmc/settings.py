@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses whose fields say which values they take, checked when one is made."""
+"""Configurations: frozen dataclasses that check the values of their fields when they are made."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ def setting(
     below: float | None = None,
     or_else: tuple[Any, ...] = (),
 ) -> Any:
-    """A field of a dataclass of settings.
+    """Declares a field of a configuration and its allowed values.
 
     Args:
-      default: its default; `dataclasses.MISSING` for none.
-      choices: the values that it takes, if only some.
-      at_least, above, at_most, below: bounds of a number, which must be finite too.
-      or_else: values that are allowed besides, such as None.
+      default: default value; `dataclasses.MISSING` for none.
+      choices: the allowed values; None for no restriction.
+      at_least, above, at_most, below: bounds of a number, which must also be finite.
+      or_else: further allowed values, such as None.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -42,15 +42,15 @@ _HOLDS = {
 
 
 def check(settings: Any) -> None:
-    """Raises ValueError if a field has a value that its type or its `setting` does not allow, naming it.
+    """Raises ValueError, naming the field, if a value is not allowed by the type or the `setting` of a field.
 
-    Scalars of NumPy become those of Python; a whole number becomes a float where a float is expected. To be
-    called by `__post_init__`.
+    NumPy scalars are converted to Python scalars, and integers to float if the field is a float. Call it in
+    `__post_init__`.
     """
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, np.generic):  # JSON has no scalars of NumPy
+        if isinstance(value, np.generic):  # JSON cannot represent NumPy scalars.
             value = value.item()
             object.__setattr__(settings, field.name, value)
         kinds = get_args(hints[field.name]) or (hints[field.name],)
@@ -80,14 +80,14 @@ def check(settings: Any) -> None:
         object.__setattr__(settings, field.name, int(value) if float not in kinds else float(value))
 
 
-LARGEST_SEED = 2**32 - 1  # of the ops, which round stochastically by it, and of NumPy
+LARGEST_SEED = 2**32 - 1  # limit of NumPy, and of stochastic rounding in the ops
 
 
 def check_seed(seed: Any) -> int:
-    """A seed as an int.
+    """Returns a seed as an int.
 
     Raises:
-      ValueError: it is not a whole number in 0..2^32-1.
+      ValueError: the seed is not an integer in 0..2^32-1.
     """
     is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
     if not is_whole or not 0 <= seed <= LARGEST_SEED:

@@ -1,4 +1,4 @@
-"""Arrays of a module or a training state on disk, by Orbax, in directories of any name."""
+"""Saving of the arrays of modules and training states by Orbax, in directories of any name."""
 
 import contextlib
 import errno
@@ -27,19 +27,19 @@ from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import key_path_names, path_name
 
-# Orbax numbers the saves of a process, and two threads that save at once mix these numbers up.
+# Orbax numbers the saves of a process; concurrent saves of two threads would get wrong numbers.
 _ORBAX = threading.Lock()
 _LIKE_A_PATTERN = re.compile(r"[][*?\\]")
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
-    """Saves all arrays of a module in a new directory, in place of one that is there.
+    """Saves all arrays of a module to a directory, replacing an existing directory.
 
     Raises:
-      OSError: they could not be written; a directory that was there is still there.
+      OSError: the arrays could not be written; an existing directory is kept.
     """
     path = Path(path).absolute()
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # a name for Orbax, whatever this one is
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # a name without special characters
     new, old = (path.with_name(f".{digest}.{end}") for end in ("new", "old"))
     is_first = jax.process_index() == 0
     if is_first:
@@ -55,14 +55,14 @@ def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
 
 
 def write_weights(path: Path, model: nnx.Module) -> None:
-    """Saves all arrays of a module in a new directory, and checks that they can be read.
+    """Saves all arrays of a module to a new directory, and checks that they can be read.
 
     Args:
-      path: its name is like no pattern of `glob`.
+      path: the directory; its name must not contain characters with a meaning in `glob`.
       model: the module.
 
     Raises:
-      OSError: they could not be written.
+      OSError: the arrays could not be written.
     """
     state = nnx.split(model)[1]
     with writing(path) as target, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -71,13 +71,19 @@ def write_weights(path: Path, model: nnx.Module) -> None:
 
 
 def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int | None = None) -> Any:
-    """What `save_weights` saved of a module like `model`, of which only the shapes matter.
+    """Loads the arrays saved by `save_weights` into a copy of a module.
 
-    `label_rows` are those of the head that was saved, if it was on a mesh.
+    Args:
+      path: the directory.
+      model: a module of the same structure; only the shapes of its arrays are used.
+      label_rows: number of rows by label in the saved head, if it was sharded over a mesh; else None.
+
+    Returns:
+      A module like `model` with the saved arrays.
 
     Raises:
-      FileNotFoundError: there is no such directory.
-      ValueError: what is there is of another model.
+      FileNotFoundError: the directory does not exist.
+      ValueError: the directory contains the weights of another model.
     """
     graphdef, state = nnx.split(model)
     path = Path(path).absolute()
@@ -95,7 +101,7 @@ def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int 
 
 
 def _check_connections(model: nnx.Module, path: Path) -> None:
-    """Raises ValueError if a layer has connections to inputs that it lacks, which no array's size tells."""
+    """Raises ValueError if a layer has connections to inputs out of range, which shapes do not reveal."""
     for where, layer in nnx.iter_modules(model):
         if isinstance(layer, FixedFanInLinear | UnstructuredLinear):
             indices = layer.indices[...]
@@ -109,13 +115,13 @@ def _check_connections(model: nnx.Module, path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(directory: Path) -> Iterator[Path]:
-    """Yields a path of a directory for Orbax, to one thread at a time.
+    """Yields a path by which Orbax can read a directory, to one thread at a time.
 
-    Orbax looks for files by `glob`, with the directory as a part of the pattern. A directory whose path has a
-    character with a meaning in patterns is therefore reached through a symbolic link.
+    Orbax finds files by `glob`, with the directory as a part of the pattern. Therefore a directory whose path
+    contains a character with a meaning in patterns is accessed by a symbolic link.
 
     Raises:
-      ValueError: the directory of temporary files, where the link would be, has such a path too.
+      ValueError: the path of the temporary directory, which would contain the link, has such a character.
     """
     directory = directory.absolute()
     with _ORBAX:
@@ -132,10 +138,10 @@ def reading(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yields the path of a new directory for Orbax, as `reading` does, in place of one that is there.
+    """Yields a path by which Orbax can write a new directory, which replaces an existing one.
 
     Args:
-      path: its name has no character with a meaning in patterns.
+      path: the directory; its name must not contain characters with a meaning in `glob`.
 
     Raises:
       OSError: the block raised an exception; the message has the path.
@@ -152,7 +158,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def _remove_partial(path: Path) -> None:
-    """Deletes what a save that did not end has left, if this is the first process."""
+    """Deletes the files of an incomplete save, if this is the first process."""
     if jax.process_index() == 0:
         for left in (path, *path.parent.glob(f"{path.name}.orbax*")):
             remove(left)
@@ -160,7 +166,7 @@ def _remove_partial(path: Path) -> None:
 
 @contextlib.contextmanager
 def _errors_of_one_line(path: Path) -> Iterator[None]:
-    """Turns all that a save by Orbax raises into an OSError of one line; tracebacks it prints are left out.
+    """Converts exceptions of an Orbax save to an OSError with a one-line message, without tracebacks.
 
     Raises:
       OSError: the block raised an exception; the message has the path.
@@ -169,7 +175,7 @@ def _errors_of_one_line(path: Path) -> Iterator[None]:
     level = logger.level
 
     def ignore_writes_under_way(unraisable):
-        """Leaves out that writes which were under way meanwhile found the save ended."""
+        """Ignores errors of pending writes after the save has ended."""
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
@@ -178,10 +184,10 @@ def _errors_of_one_line(path: Path) -> Iterator[None]:
         sys.unraisablehook = ignore_writes_under_way
         try:
             yield
-        except Exception as error:  # of many types, by what failed
+        except Exception as error:  # The class depends on the cause.
             reason = _reason(error)
         if reason is not None:
-            gc.collect()  # the coroutines of writes that have ended, while the hook is there
+            gc.collect()  # Collects the coroutines of ended writes while the hook is installed.
             raise OSError(f"{path}: could not be written: {reason}")
     finally:
         sys.unraisablehook = hook
@@ -189,7 +195,7 @@ def _errors_of_one_line(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, of 300 characters at most; for a full disk no more than that."""
+    """Returns the first line of an error message, at most 300 characters; for a full disk only this cause."""
     full = os.strerror(errno.ENOSPC)
     if full in str(error):
         return full
@@ -199,7 +205,7 @@ def _reason(error: BaseException) -> str:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes are here, if there are several."""
+    """Waits until all processes have called this function, if there are several."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"sparse_xmc {what}")
 
@@ -207,23 +213,23 @@ def wait_for_all(what: str) -> None:
 def check_sizes(
     metadata: Any, expected: Any, path: Path, head: Head | None = None, label_rows: int | None = None
 ) -> None:
-    """Raises ValueError unless what was saved fits a state, but for the rows that fill up a mesh's labels.
+    """Raises ValueError unless saved arrays have the shapes and dtypes of a state, except for padding labels.
 
-    Compared before anything is read: Orbax' own complaint comes half way.
+    The check precedes the reading of arrays, as Orbax would report a mismatch only after reading a part.
 
     Args:
-      metadata: Orbax's, of what was saved.
-      expected: the state, of arrays or their shapes.
-      path: where it was saved, for the message.
-      head: that of the state, if it has one.
-      label_rows: how many rows what is `by_label` had when it was saved.
+      metadata: Orbax metadata of the saved arrays.
+      expected: the state, of arrays or shapes.
+      path: the saved directory, for the message.
+      head: the head in the state, or None.
+      label_rows: number of rows of the saved variables `by_label`; None for the number in the state.
     """
     there, here = _leaves(metadata.tree), _leaves(expected)
     by_label = "|".join(map(re.escape, head.by_label)) if head is not None else ""
     has_rows = re.compile(rf"(((params|other)\.)?head|moments\.\w+)\.({by_label})" if by_label else "(?!)")
 
     def as_saved(name: str) -> str:
-        """The size that an array must have had."""
+        """Returns the dtype and shape that an array must have in the saved state."""
         array = here[name]
         if label_rows is None or not has_rows.fullmatch(name):
             return dtype_and_shape(array)
@@ -240,7 +246,7 @@ def check_sizes(
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """Each array, or its shape, by its path; random keys as they are saved."""
+    """Returns the arrays or shapes of a pytree by their paths; random keys as saved, as integers."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -250,12 +256,15 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def dtype_and_shape(array: Any) -> str:
-    """The dtype and the shape of an array, for messages."""
+    """Returns the dtype and the shape of an array as text, for messages."""
     return f"{array.dtype} {list(array.shape)}"
 
 
 def shapes_of(state: Any) -> Any:
-    """The shapes of a tree's arrays, to be restored where these are, or on this process' first device."""
+    """Returns the shapes of the arrays of a pytree with their shardings, for restoring.
+
+    Arrays without a sharding are restored on the first device of this process.
+    """
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shape_of(array):

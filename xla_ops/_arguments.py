@@ -1,6 +1,6 @@
-"""Conversion and checks of arguments, which all ops share: errors are raised in Python, before XLA runs.
+"""Conversion and validation of the arguments of ops, with errors raised in Python before XLA runs.
 
-Dtypes and shapes are checked of traced values too. Values of traced arrays cannot be, and pass unchecked.
+Dtypes and shapes are checked for traced values too. The values of traced arrays cannot be checked.
 """
 
 import numbers
@@ -21,7 +21,7 @@ UINT32_MAX = 2**32 - 1
 
 
 def index_dtype(in_features: int):
-    """The narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536 of them, else int32."""
+    """Returns the narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536, else int32."""
     in_features = as_integer("in_features", in_features, 0, 2**31 - 1)
     return jnp.uint16 if in_features <= UINT16_FEATURES else jnp.int32
 
@@ -30,13 +30,13 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
     """Returns `value` as a JAX array; a big-endian NumPy array is converted to native byte order.
 
     Args:
-      name: the argument's name, for errors.
-      value: an array, traced or not, a number, or nested lists of these.
-      expected: what it must be, for errors.
+      name: name of the argument, for errors.
+      value: an array, traced or not, a number, or nested lists of them.
+      expected: description of the expected value, for errors.
 
     Raises:
       TypeError: `value` is not an array of numbers: None, a string, a masked array, a ragged list.
-      ValueError: an integer does not fit the dtype that JAX converts to, int32 without x64.
+      ValueError: an integer is out of range of the dtype to which JAX converts it, int32 without x64.
     """
     if isinstance(value, Array):
         return jnp.asarray(value)
@@ -51,7 +51,7 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be {expected}, got {_describe(value)}") from error
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu" and value.size:
-        limits = np.iinfo(array.dtype)  # JAX wraps 64-bit integers without an error
+        limits = np.iinfo(array.dtype)  # JAX wraps 64-bit integers around without an error.
         for extreme in (value.min(), value.max()) if value.dtype != array.dtype else ():
             if not limits.min <= extreme <= limits.max:
                 raise ValueError(f"{name} must hold integers that fit {array.dtype.name}, got {extreme}")
@@ -59,13 +59,13 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
 
 
 def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int:
-    """Returns a static argument as an int; a symbolic dimension stays one.
+    """Returns a static argument as an int; a symbolic dimension is returned unchanged.
 
     Args:
-      name: the argument's name, for errors.
+      name: name of the argument, for errors.
       value: an integer of Python or NumPy, or an integer array without axes; not a bool.
-      low, high: the range of the values that are allowed, both included.
-      why: follows the range in the error, such as " (the size of x)".
+      low, high: bounds of the allowed values, inclusive.
+      why: text after the range in the error, such as " (the size of x)".
 
     Raises:
       TypeError: `value` is not an integer, or traced.
@@ -86,7 +86,7 @@ def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int
 
 
 def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32:
-    """Returns a static argument as a finite float32, at least 0 and, if given, below `below`.
+    """Returns a static argument as a finite float32 of at least 0 that is less than `below`, if given.
 
     Raises:
       TypeError: `value` is not a real number, or traced.
@@ -108,7 +108,7 @@ def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32
 def as_uint32(name: str, value: ArrayLike) -> np.uint32 | Array:
     """Returns an integer scalar as uint32.
 
-    An int32 array, such as a counter of steps that wrapped, and a traced one are cut to their lower 32 bits.
+    Traced arrays, and int32 arrays such as a wrapped step counter, are reduced to their lower 32 bits.
 
     Raises:
       TypeError: `value` is not an integer.
@@ -130,14 +130,14 @@ def _is_real(array: np.ndarray | Array) -> bool:
 
 
 def _is_concrete(value: Any) -> bool:
-    """Whether this process can read the values of a number or an array now."""
+    """Returns whether this process can read the values of a number or an array now."""
     if isinstance(value, jax.core.Tracer):
         return False
     return not isinstance(value, Array) or value.is_fully_addressable
 
 
 def _describe(value: Any) -> str:
-    """What an error says of a value that is not of the type expected: one short line."""
+    """Describes a value of a wrong type in one short line, for errors."""
     if value is None or isinstance(value, bool | int | float | complex | np.bool_ | np.number):
         return str(value)
     if isinstance(value, np.ndarray | Array):
@@ -158,13 +158,13 @@ def check_dtype(name: str, array, dtypes) -> None:
 
 
 def check_shape(name: str, array, shape: tuple[int, ...], why: str) -> None:
-    """Raises ValueError unless `array` has `shape`; `why` says what fixes that shape."""
+    """Raises ValueError unless `array` has `shape`; `why` explains the shape in the error."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)} ({why}), got {list(array.shape)}")
 
 
 def check_values(name: str, array, *, ndim_at_least: int) -> None:
-    """Raises unless `array` holds float32 or bfloat16 values in at least so many dimensions."""
+    """Raises TypeError or ValueError unless `array` is float32 or bfloat16 with enough axes."""
     check_dtype(name, array, VALUE_DTYPES)
     if array.ndim < ndim_at_least:
         raise ValueError(
@@ -173,7 +173,13 @@ def check_values(name: str, array, *, ndim_at_least: int) -> None:
 
 
 def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None:
-    """Raises unless kernel [L, F], indices [L, F] and bias ([L] or None) fit inputs of `dtype`."""
+    """Raises TypeError or ValueError unless kernel [L, F], indices [L, F] and bias ([L] or None) fit inputs.
+
+    Args:
+      kernel, indices, bias: the arrays of the layer.
+      dtype: dtype of the inputs.
+      in_features: number of inputs.
+    """
     check_dtype("kernel", kernel, [dtype])
     check_dtype("indices", indices, INDEX_DTYPES)
     if indices.ndim != 2 or indices.shape[1] < 1:
@@ -190,7 +196,7 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
 
 
 def next_step(state, kind) -> Array:
-    """Returns the number of the step, from 1, after Adam's `state`, which must be a `kind` with a count."""
+    """Returns the number of the next step, from 1, given Adam's `state`, an instance of `kind`."""
     if not isinstance(state, kind):
         raise TypeError(f"state must be of type {kind.__name__}, got {type(state).__name__}")
     count = as_array("state.count", state.count)
@@ -200,12 +206,12 @@ def next_step(state, kind) -> Array:
 
 
 def check_rate(learning_rate: ArrayLike) -> Array:
-    """Returns the learning rate as a float32 scalar; raises unless it is a finite number."""
+    """Returns the learning rate as a float32 scalar; raises an error unless it is a finite number."""
     rate = as_array("learning_rate", learning_rate, "a number")
     if not _is_real(rate):
         raise TypeError(f"learning_rate must be a number, got {_describe(learning_rate)}")
     check_shape("learning_rate", rate, (), "a scalar")
-    # Numbers are checked as they were given: under jit, JAX's arrays of them are traced.
+    # Numbers are checked before conversion: under jit, JAX's arrays of them are traced.
     known = learning_rate if isinstance(learning_rate, numbers.Real | np.ndarray | np.generic) else rate
     if _is_concrete(known):
         with np.errstate(over="ignore"):
@@ -215,7 +221,7 @@ def check_rate(learning_rate: ArrayLike) -> Array:
 
 
 def adam_attributes(b1: float, b2: float, epsilon: float) -> dict[str, np.float32]:
-    """Returns the attributes that the handlers of Adam take; b1 and b2 must be below 1 in float32."""
+    """Returns the attributes of Adam's handlers; raises an error unless b1 and b2 are below 1 in float32."""
     return {
         "b1": as_float("b1", b1, below=1),
         "b2": as_float("b2", b2, below=1),
@@ -224,21 +230,21 @@ def adam_attributes(b1: float, b2: float, epsilon: float) -> dict[str, np.float3
 
 
 def adam_rates(learning_rate: ArrayLike, count: Array, b1: np.float32, b2: np.float32) -> Array:
-    """Returns what the handlers of Adam take as rates, float32 [3], for step `count` (from 1).
+    """Returns the rates of Adam's handlers for step `count` (from 1), float32 [3].
 
-    The learning rate, and the factors that undo the moments' start at 0.
+    They are the learning rate, and the bias-correction factors of both moments.
     """
     t = count.astype(jnp.float32)
     return jnp.stack([check_rate(learning_rate), 1 / (1 - b1**t), 1 / (1 - b2**t)])
 
 
 def rounding_key(seed: ArrayLike, step: ArrayLike, **more: ArrayLike) -> Array:
-    """Returns what the handlers take as the key of stochastic rounding, uint32 [3 + ...].
+    """Returns the key of stochastic rounding for the handlers, uint32 [3 + ...].
 
     Args:
-      seed: integer scalar, the lower word of the kernels' seed, whose upper word is 0.
+      seed: integer scalar, the lower word of the seed; the upper word is 0.
       step: integer scalar, the number of the step.
-      more: integer scalars that follow in the key, by their names as arguments.
+      more: further integer scalars of the key, by argument name.
     """
     words = [as_uint32("seed", seed), np.uint32(0), as_uint32("step", step)]
     words += [as_uint32(name, value) for name, value in more.items()]

@@ -1,4 +1,4 @@
-"""A training step of a dense layer that updates the kernel where it is."""
+"""In-place training step of a dense layer."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from xla_ops._arguments import (
 
 
 class DenseAdamState(NamedTuple):
-    """What Adam remembers of a dense kernel.
+    """The state of Adam for a dense kernel.
 
     Attributes:
       count: int32 scalar, the number of steps taken.
@@ -34,7 +34,7 @@ class DenseAdamState(NamedTuple):
 
 
 def dense_adam_init(kernel: ArrayLike, dtype=jnp.float32) -> DenseAdamState:
-    """The state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
+    """Returns the state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
     kernel = as_array("kernel", kernel)
     return DenseAdamState(jnp.zeros((), jnp.int32), *(jnp.zeros_like(kernel, dtype) for _ in range(2)))
 
@@ -52,26 +52,27 @@ def dense_adam_step(
     seed: ArrayLike = 0,
     before: ArrayLike | None = None,
 ) -> tuple[Array, DenseAdamState]:
-    """One step of Adam for `y = x @ kernel`, whose gradient `x.T @ dy` is never held.
+    """Takes one Adam step for `y = x @ kernel`, without ever holding the gradient `x.T @ dy`.
 
-    Gives what `optax.adam(learning_rate, b1, b2, eps=epsilon)` gives, to within rounding. Of moments in
-    bfloat16 the first is rounded to nearest, as by Optax's `mu_dtype`. The second changes by less than its
-    precision in a step, so it is rounded stochastically: up or down with the probability that makes it right
-    on average. Kernel and moments are updated in place if the caller's `jit` donates them; otherwise XLA
-    copies them first. Within `jax.shard_map` it is a step on the device's own part of the batch.
+    The result equals that of `optax.adam(learning_rate, b1, b2, eps=epsilon)` up to rounding. For moments in
+    bfloat16, the first is rounded to nearest, as with Optax's `mu_dtype`. The second changes by less than its
+    precision in a step, so it is rounded stochastically, which is exact on average. Kernel and moments are
+    updated in place if the caller's `jit` donates them; otherwise XLA copies them first. Within
+    `jax.shard_map`, the step uses the part of the batch on the device.
 
     Args:
-      x: the layer's input [B, D], float32.
-      dy: the gradient of its output [B, O], float32.
+      x: [B, D], float32, the input of the layer.
+      dy: [B, O], float32, the gradient with respect to its output.
       kernel: [D, O], float32.
       state: from `dense_adam_init`, or the last step.
       learning_rate: float32 scalar.
-      b1, b2: the decay rates of the moments, at least 0 and below 1.
+      b1, b2: decay rates of the moments, at least 0 and below 1.
       epsilon: added to the root of the second moment, at least 0.
-      seed: uint32 scalar, of the rounding. With the number of the step and a weight's position it fixes the
-        random bits, on any machine: those of `round_stochastically`.
-      before: an array that is computed from the kernel as it was, such as the gradient of x: naming it here
-        puts it before the update; XLA might else copy the kernel for it.
+      seed: uint32 scalar, the seed of stochastic rounding. The random bits depend only on the seed, the
+        number of the step and the position of a weight, on any machine; they equal those of
+        `round_stochastically`.
+      before: an array computed from the old kernel, such as the gradient with respect to x, or None. The
+        update waits for it, as XLA might otherwise copy the kernel to compute it.
 
     Returns:
       The new kernel and state.

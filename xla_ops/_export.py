@@ -1,4 +1,4 @@
-"""Programs with these ops as files of `jax.export`, for processes that lack the code that made them."""
+"""Export of programs with these ops as files, for processes without the code of the programs."""
 
 import functools
 import os
@@ -17,18 +17,20 @@ _PROGRAM, _WEIGHTS = "program.jax_export", "weights.npz"
 def save_exported(
     path: str | os.PathLike, function: Callable, weights: Any, *inputs: jax.ShapeDtypeStruct
 ) -> None:
-    """Saves a function and its weights for `load_exported`: a program, by `jax.export`, and a file of arrays.
+    """Saves a function, as a program of `jax.export`, and its weights, for `load_exported`.
 
-    The program is for CPUs, and for CUDA too where the CUDA module is built, whatever this process runs on.
+    The program runs on CPUs, and also on CUDA if the CUDA module is built, whatever the platform of this
+    process.
 
     Args:
       path: a new directory.
-      function: of the weights and the inputs; it returns arrays, or tuples, lists or dictionaries of them.
-      weights: any pytree of arrays, without random keys. They are arguments of the program, not within it.
-      inputs: the shapes and dtypes of its inputs; sizes may be symbols (`jax.export.symbolic_shape`).
+      function: function of the weights and the inputs that returns arrays, or tuples, lists or dictionaries
+        of arrays.
+      weights: any pytree of arrays, without random keys. They are arguments of the program, not constants.
+      inputs: shapes and dtypes of the inputs; sizes may be symbolic (`jax.export.symbolic_shape`).
 
     Raises:
-      FileExistsError: there is something at the path.
+      FileExistsError: the path exists.
     """
     path = Path(path)
     leaves, tree = jax.tree.flatten(weights)
@@ -47,17 +49,18 @@ def save_exported(
 
 
 def load_exported(path: str | os.PathLike) -> Callable:
-    """The function that `save_exported` saved, of its inputs alone: arrays of JAX or NumPy.
+    """Loads a function saved by `save_exported`; it takes the inputs, as arrays of JAX or NumPy.
 
-    It is compiled when it is called with inputs of new sizes: where these are symbols, few sizes are better
-    than many. Files of one version of JAX are read by later ones for half a year.
+    The function is compiled for each new size of its inputs; with symbolic sizes, use few different sizes.
+    Files written by one version of JAX can be read by later versions for half a year.
 
-    The program in the file is run as it is, with the rights of this process, and nothing checks what it does:
-    load files of authors whom you would trust to give you code, from places where others cannot write.
+    The program is run without any checks, with the permissions of this process. Load only files of authors
+    whom you would trust to give you code, from places where others cannot write.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the program is not for this process' platform, or the files are not of one program.
+      ValueError: the program does not support the platform of this process, or the files do not belong
+        together.
     """
     path = Path(path)
     register()
@@ -67,7 +70,7 @@ def load_exported(path: str | os.PathLike) -> Callable:
             weights = [arrays[name] for name in arrays.files]
     except (OSError, ImportError):
         raise
-    except Exception as error:  # of what is damaged JAX may raise anything
+    except Exception as error:  # JAX may raise any exception for a damaged file.
         raise ValueError(f"{path}: not an exported program: {error!r}") from error
     if (platform := jax.export.default_export_platform()) not in exported.platforms:
         raise ValueError(
@@ -75,7 +78,7 @@ def load_exported(path: str | os.PathLike) -> Callable:
             f"export it where xla_ops is built for {platform}, or set JAX_PLATFORMS"
         )
     (expected, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    if [w.shape for w in weights] == [a.shape for a in expected]:  # NumPy's files have bfloat16 as two bytes
+    if [w.shape for w in weights] == [a.shape for a in expected]:  # NumPy stores bfloat16 as raw two bytes.
         pairs = zip(weights, expected, strict=True)
         weights = [w.view(a.dtype) if w.dtype.kind == "V" else w for w, a in pairs]
     if [(w.shape, w.dtype) for w in weights] != [(a.shape, a.dtype) for a in expected]:

@@ -1,4 +1,4 @@
-"""The loss of a fixed fan-in output layer, without ever holding the logits of all labels."""
+"""The loss of a fixed fan-in output layer, computed without holding the logits of all labels."""
 
 import functools
 
@@ -27,33 +27,34 @@ def fan_in_loss(
     num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """The mean over batch and labels of a loss of `fan_in_matmul(x, kernel, indices, bias)`.
+    """Computes the mean over batch and labels of a loss of `fan_in_matmul(x, kernel, indices, bias)`.
 
-    Labels are taken in blocks through logits, loss and all gradients, so that neither logits nor their
-    gradient [B, L] exist, forward or backward; and where the squared hinge has no gradient the backward
-    products are skipped. Differentiable (reverse mode, once) in x, kernel and bias. Results repeat bit for
-    bit on the same machine with the same number of threads; on a GPU all but the gradient of x do. Where
-    nothing is differentiated in x, that is left out. Under `jax.checkpoint` both passes compute gradients.
+    Logits, loss and gradients are computed in blocks of labels, so that neither the logits nor their gradient
+    [B, L] ever exist. Where the squared hinge has no gradient, the backward products are skipped.
+    Differentiable (reverse mode, once) in x, kernel and bias; the gradient with respect to x is computed only
+    if it is needed. Results are bit-for-bit reproducible on the same machine with the same number of threads,
+    except for the gradient with respect to x on a GPU. Under `jax.checkpoint` both passes compute gradients.
 
     Args:
       x: [B, D], float32 or bfloat16.
       kernel: [L, F], of x's dtype.
-      indices: [L, F], uint16 (for D + C <= 65,536) or int32; one outside [0, D + C) contributes nothing.
+      indices: [L, F], uint16 (for D + C <= 65,536) or int32; indices outside [0, D + C) contribute nothing.
       bias: [L], of x's dtype, or None.
-      positives: [B, P] int32, the labels of each point, padded with -1. A label listed twice counts once, one
-        outside [0, L) not at all. All other labels are negatives.
+      positives: [B, P] int32, the labels of each point, padded with -1. Repeated labels count once, values
+        outside [0, L) are ignored. All other labels are negatives.
       loss: "squared_hinge", `max(0, 1 - y s)^2` with y = +1 for positives and -1 for negatives, or "bce", the
         binary cross-entropy with logits.
-      num_labels: the number of labels that the sum over labels is divided by; by default L. Where each device
-        has a part of the labels, it is that of all, and what the devices return adds up to the loss, and
-        their gradients of x to its gradient.
+      num_labels: divisor of the sum over labels; None for L. If labels are sharded over devices, pass the
+        total number of labels: the loss is then the sum of the results of all devices, and the gradient with
+          respect to
+        x the sum of their gradients.
       sparse: C more inputs, D to D + C - 1, or None.
 
     Returns:
-      float32 scalar. Where B or L is 0 it is NaN, as the mean of nothing.
+      float32 scalar. NaN if B or L is 0, as the mean of no values.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
     Reference: Schultheis & Babbar, ECML-PKDD 2023, section 2.
     """
@@ -72,7 +73,7 @@ def fan_in_loss_reference(
     num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """`fan_in_loss` in plain `jax.numpy`, with a dense target matrix. Same arguments and result."""
+    """Computes `fan_in_loss` with plain `jax.numpy` and a dense target matrix. Same arguments and result."""
     layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, kernel, indices, bias, _ = layer
     logits = matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias).astype(jnp.float32)
@@ -111,7 +112,7 @@ def loss_operands(
     """Checks the arguments of `fan_in_loss`.
 
     Returns:
-      x, rows, columns, values, kernel, indices, bias and positives as the handlers take them, and their
+      The operands of the handlers, x, rows, columns, values, kernel, indices, bias and positives, and their
       attributes `loss`, `num_labels` and `num_columns`.
     """
     layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)

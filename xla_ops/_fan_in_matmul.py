@@ -1,4 +1,4 @@
-"""The fixed fan-in matrix product: every output reads exactly F inputs."""
+"""The fixed fan-in matrix product, in which every output reads exactly F inputs."""
 
 import functools
 import math
@@ -24,24 +24,24 @@ def fan_in_matmul(
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
 
-    Differentiable (reverse mode, once) in x, kernel and bias. An input that is listed twice in a row of
-    `indices` counts twice; an index outside [0, D + C) contributes nothing (given a finite weight) and gets
-    no gradient. float32 accumulation, also for bfloat16. Results repeat bit for bit on the same machine with
-    the same number of threads; on a GPU all but the gradient of x do, whose sums are taken by atomic
-    additions in whatever order they come.
+    Differentiable (reverse mode, once) in x, kernel and bias. An input that is repeated in a row of `indices`
+    counts as often; an index outside [0, D + C) contributes nothing (for a finite weight) and gets no
+    gradient. Sums are accumulated in float32, also for bfloat16. Results are bit-for-bit reproducible on the
+    same machine with the same number of threads, except for the gradient with respect to x on a GPU, which is
+    summed by atomic additions in varying order.
 
     Args:
       x: [..., D], float32 or bfloat16.
       kernel: [L, F], of x's dtype.
       indices: [L, F], uint16 (for D + C <= 65,536) or int32.
       bias: [L], of x's dtype, or None.
-      sparse: C more inputs, D to D + C - 1, of the examples [...] in order; or None.
+      sparse: C further inputs, numbered D to D + C - 1, of the points [...] in order; or None.
 
     Returns:
       [..., L], of x's dtype.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
     Reference: Schultheis & Babbar, "Towards Memory-Efficient Training for Extremely Large Output Spaces",
     ECML-PKDD 2023, section 3.
@@ -61,13 +61,13 @@ def fan_in_matmul_reference(
     *,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """`fan_in_matmul` in plain `jax.numpy`: slow, and [..., L, F] in memory. Same arguments and result."""
+    """Computes `fan_in_matmul` with plain `jax.numpy`; slow, with [..., L, F] in memory. Same arguments."""
     x, _, kernel, indices, bias, _ = check_layer(x, kernel, indices, bias, sparse)
     return matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias)
 
 
 def matmul_in_jnp(x: Array, kernel: Array, indices: Array, bias: Array) -> Array:
-    """`fan_in_matmul_reference` of arguments as `check_layer` returns them, with all inputs in x."""
+    """Computes `fan_in_matmul_reference` for arguments from `check_layer`, with all inputs in x."""
     indices = indices.astype(jnp.int32)
     valid = (indices >= 0) & (indices < x.shape[-1])
     inputs = jnp.take(x, jnp.where(valid, indices, 0), axis=-1)
@@ -84,7 +84,8 @@ def _matmul(num_columns, x, rows, columns, values, kernel, indices, bias):
 
 
 def _matmul_fwd(num_columns, *operands):
-    # What is asked for is told by a structure, () or None, which is known when the backward pass is traced.
+    # The structure, () or None, tells whether d_x is needed, as it is static when the backward pass is
+    # traced.
     asked_for_d_x = () if operands[0].perturbed else None
     operands = tuple(operand.value for operand in operands)
     return _forward(num_columns)(*operands), (asked_for_d_x, operands)
@@ -109,7 +110,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 @functools.cache
 def _forward(num_columns):
-    """The forward pass; `jax.vmap` of it with one layer for all widens the batch, in place of a loop."""
+    """Returns the forward pass. `jax.vmap` with one layer for all enlarges the batch instead of looping."""
 
     def call(x, *others):
         result = jax.ShapeDtypeStruct((x.shape[0], others[3].shape[0]), x.dtype)

@@ -1,4 +1,4 @@
-"""Training steps of a fixed fan-in output layer that update its weights where they are."""
+"""In-place training steps of a fixed fan-in output layer."""
 
 from typing import NamedTuple
 
@@ -23,12 +23,12 @@ from xla_ops._inputs import SparseInputs, gradient_of
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers of a layer.
+    """The state of Adam for a layer.
 
     Attributes:
       count: int32 scalar, the number of steps taken.
       mu_kernel, nu_kernel: first and second moment of the kernel, float32 [L, F].
-      mu_bias, nu_bias: those of the bias, float32 [L], or None where there is none.
+      mu_bias, nu_bias: first and second moment of the bias, float32 [L], or None without a bias.
     """
 
     count: Array  # type: ignore[assignment]  # a tuple has a method of this name
@@ -39,7 +39,7 @@ class AdamState(NamedTuple):
 
 
 def adam_init(kernel: ArrayLike, bias: ArrayLike | None) -> AdamState:
-    """The state before the first step, for kernel [L, F] and bias ([L] or None)."""
+    """Returns the state before the first step, for kernel [L, F] and bias ([L] or None)."""
     kernel = as_array("kernel", kernel)
     bias = None if bias is None else as_array("bias", bias)
     return AdamState(
@@ -66,12 +66,13 @@ def fan_in_adam_step(
     sparse: SparseInputs | None = None,
     wants_d_x: bool = True,
 ) -> tuple[Array, Array | None, Array, Array | None, AdamState]:
-    """One step of Adam on `fan_in_loss`, in one sweep over the labels: the kernel's gradient is never held.
+    """Takes one Adam step on `fan_in_loss` in one pass over the labels.
 
-    Gives what `fan_in_loss`, `jax.grad` and `optax.adam(learning_rate, b1, b2, eps=epsilon)` give, to within
-    rounding. Kernel, bias and moments are updated in place if the caller's `jit` donates them; otherwise XLA
-    copies them first. Not differentiable: pass `d_x` on to the layers in front (`jax.vjp`). Within
-    `jax.shard_map` it is a step on the device's own part of the batch.
+    The gradient of the kernel is never held. The result equals that of `fan_in_loss`, `jax.grad` and
+    `optax.adam(learning_rate, b1, b2, eps=epsilon)` up to rounding. Kernel, bias and moments are updated in
+    place if the caller's `jit` donates them; otherwise XLA copies them first. Not differentiable: pass the
+    returned gradient to the layers before this one (`jax.vjp`). Within `jax.shard_map`, the step uses the
+    part of the batch on the device.
 
     Args:
       x: [B, D], float32.
@@ -79,16 +80,17 @@ def fan_in_adam_step(
         float32.
       state: from `adam_init`, or the last step.
       learning_rate: float32 scalar.
-      b1, b2: the decay rates of the moments, at least 0 and below 1.
-      epsilon: added to the root of the second moment, at least 0; by default the paper's framework's.
-      wants_d_x: whether the gradient with respect to x is used. What is left out costs nothing.
+      b1, b2: decay rates of the moments, at least 0 and below 1.
+      epsilon: added to the root of the second moment, at least 0; the default is that of the paper's
+        framework.
+      wants_d_x: whether to compute the gradient with respect to x.
 
     Returns:
       The loss (of the weights before the step), its gradient with respect to x [B, D], or None unless
       `wants_d_x`, and the new kernel, bias and state.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
@@ -143,25 +145,25 @@ def fan_in_sgd_step(
     sparse: SparseInputs | None = None,
     wants_d_x: bool = True,
 ) -> tuple[Array, Array | None, Array, Array | None]:
-    """One step of SGD without momentum on `fan_in_loss`, in one sweep over the labels.
+    """Takes one step of SGD without momentum on `fan_in_loss` in one pass over the labels.
 
-    `kernel -= learning_rate * gradient`, and the same for the bias: no moments, and the kernel's gradient is
-    never held. Sums are float32; a bfloat16 weight is then rounded stochastically, up or down with the
-    probability that makes it right on average, so that updates far below its precision are not lost. Updated
-    in place if the caller's `jit` donates kernel and bias. Not differentiable: pass `d_x` on to the layers in
-    front (`jax.vjp`).
+    The update is `kernel -= learning_rate * gradient`, and likewise for the bias. There are no moments, and
+    the gradient of the kernel is never held. Sums are float32; bfloat16 weights are then rounded
+    stochastically, which is exact on average, so that updates far below their precision are not lost. Kernel
+    and bias are updated in place if the caller's `jit` donates them. Not differentiable: pass the returned
+    gradient to the layers before this one (`jax.vjp`).
 
-    The loss is a mean over B and L: for a rate that does not depend on either, multiply it by B * L.
+    The loss is a mean over B and L: for an update that is independent of both, multiply the rate by B * L.
 
     Args:
       x: [B, D], float32 or bfloat16.
       kernel, indices, bias, positives, loss, num_labels, sparse: as for `fan_in_loss`.
       learning_rate: float32 scalar.
-      seed: uint32 scalar, of the rounding. With `step` and a weight's position it fixes the random bits, on
-        any machine (Philox4x32-10; how exactly stands in `csrc/cpu/kernels.h`).
-      step: uint32 or int32 scalar, the number of the step; each must have its own.
-      first_label: integer scalar, the number of the first label where these are a part of `num_labels`, so
-        that their weights are rounded as in the whole layer.
+      seed: uint32 scalar, the seed of stochastic rounding. The random bits depend only on the seed, `step`
+        and the position of a weight, on any machine (Philox4x32-10; the details are in `csrc/cpu/kernels.h`).
+      step: uint32 or int32 scalar, the number of the step; every step must have a different number.
+      first_label: integer scalar, the number of the first label if the labels are a shard of `num_labels`
+        labels, so that their weights are rounded as in the whole layer.
       wants_d_x: as for `fan_in_adam_step`.
 
     Returns:
@@ -169,7 +171,7 @@ def fan_in_sgd_step(
       `wants_d_x`, the new kernel and bias.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
     Reference: Zhang et al., "ELMO: Efficiency via Low-precision and Peak Memory Optimization in Large Output
     Spaces", ICML 2025, for momentum-free SGD with stochastic rounding in an extreme classifier.

@@ -1,4 +1,4 @@
-"""The best labels of a fixed fan-in output layer, streaming over all labels."""
+"""Ranking of the labels of a fixed fan-in output layer, in one pass over all labels."""
 
 import math
 
@@ -22,25 +22,25 @@ def fan_in_top_k(
     *,
     sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array]:
-    """The k largest of `fan_in_matmul(x, kernel, indices, bias)` for each row of x, and their labels.
+    """Returns the k largest values of `fan_in_matmul(x, kernel, indices, bias)` per row, and their labels.
 
-    The logits [B, L] never exist. Not differentiable.
+    The logits [..., L] never exist in memory. Not differentiable.
 
     Args:
       x: [..., D], float32 or bfloat16.
       kernel: [L, F], of x's dtype.
-      indices: [L, F], uint16 (for D + C <= 65,536) or int32; one outside [0, D + C) contributes nothing.
+      indices: [L, F], uint16 (for D + C <= 65,536) or int32; indices outside [0, D + C) contribute nothing.
       bias: [L], of x's dtype, or None.
-      k: from 0 to L.
-      sparse: C more inputs, D to D + C - 1, of the rows of x in order; or None.
+      k: number of labels to return, from 0 to L.
+      sparse: C further inputs, numbered D to D + C - 1, of the rows of x in order; or None.
 
     Returns:
-      scores float32 [..., k], descending, and labels int32 [..., k]. Of equal scores the lower label comes
-      first. Scores of NaN or -inf are never chosen: where fewer than k others exist, the rest has score -inf
-      and label -1.
+      Scores float32 [..., k], descending, and labels int32 [..., k]. Of labels with equal scores, the lower
+      one comes first. Labels with scores NaN or -inf are never chosen: missing entries have the score -inf
+      and the label -1.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,7 +66,7 @@ def fan_in_top_k(
 def fan_in_top_k_reference(
     x, kernel, indices, bias, k: int, *, sparse: SparseInputs | None = None
 ) -> tuple[Array, Array]:
-    """`fan_in_top_k` in plain `jax.numpy`, with the logits of all labels. Same arguments and result."""
+    """Computes `fan_in_top_k` with plain `jax.numpy`, holding all logits. Same arguments and result."""
     (x, _, kernel, indices, bias, _), k = _check(x, kernel, indices, bias, k, sparse)
     x, kernel = with_sparse(x, sparse).astype(jnp.float32), kernel.astype(jnp.float32)
     return jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)

@@ -1,4 +1,4 @@
-"""The inputs of a fixed fan-in layer: dense ones, and sparse ones behind them in the same index space."""
+"""Inputs of a fixed fan-in layer: dense inputs, followed by sparse inputs in the same index space."""
 
 import dataclasses
 import math
@@ -25,16 +25,16 @@ _INT32_MAX = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseInputs:
-    """Sparse inputs [B, C] of a batch, such as the words of its texts, as one flat list of entries.
+    """Sparse inputs [B, C] of a batch, such as bags of words, as a flat list of entries.
 
-    An op that takes x [B, D] and these reads input i of an example from x if i < D, else from column i - D
-    here. What a batch has no entry of costs nothing: it is 0, and is neither gathered nor gets a gradient.
+    An op with the inputs x [B, D] and sparse inputs reads input i of a point from x if i < D, else from
+    column i - D of the sparse inputs. Missing entries are 0 and take neither memory nor time.
 
     Attributes:
-      rows: int32 [N], which example an entry is of. Entries out of range, of rows or columns, are padding.
-      columns: int32 [N], in 0..C-1.
-      values: [N], of x's dtype. Entries of the same row and column are added. Not differentiable.
-      num_columns: C (static under `jit`).
+      rows: int32 [N], the point of each entry. Entries with rows or columns out of range are padding.
+      columns: int32 [N], the column of each entry, in 0..C-1.
+      values: [N], of x's dtype. Values of equal row and column are added. Not differentiable.
+      num_columns: C, the number of columns (static under `jit`).
     """
 
     rows: ArrayLike
@@ -43,10 +43,13 @@ class SparseInputs:
     num_columns: int = dataclasses.field(metadata={"static": True})
 
     def densify(self, batch: int) -> Array:
-        """Returns the same inputs as an array [B, C], for B examples.
+        """Returns the inputs as a dense array [B, C].
+
+        Args:
+          batch: B, the number of points.
 
         Raises:
-          TypeError, ValueError: for an attribute of the wrong dtype or shape, or a batch out of range.
+          TypeError, ValueError: an attribute has a wrong dtype or shape, or `batch` is out of range.
         """
         rows, columns, values = check_entries(self)
         batch = as_integer("batch", batch, 0, _INT32_MAX)
@@ -56,15 +59,15 @@ class SparseInputs:
 
 
 class Layer(NamedTuple):
-    """The arguments of a fixed fan-in layer, converted to arrays and checked, as the handlers take them.
+    """The checked arguments of a fixed fan-in layer, as arrays for the handlers.
 
     Attributes:
       x: [..., D], float32 or bfloat16.
-      entries: rows, columns and values of the sparse inputs; of no entries where there are none.
+      entries: rows, columns and values of the sparse inputs; empty arrays without sparse inputs.
       kernel: [L, F], of x's dtype.
       indices: [L, F], uint16 or int32.
       bias: [L], of x's dtype; [0] for none.
-      num_columns: the handlers' attribute C; 0 where there are no sparse inputs.
+      num_columns: C, an attribute of the handlers; 0 without sparse inputs.
     """
 
     x: Array
@@ -84,10 +87,10 @@ def check_layer(
     *,
     ndim_at_least: int = 1,
 ) -> Layer:
-    """Converts and checks the arguments that all ops of a fixed fan-in layer have.
+    """Converts and checks the common arguments of all ops of a fixed fan-in layer.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong type, dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong type, dtype or shape; the message names it.
     """
     x, kernel, indices = as_array("x", x), as_array("kernel", kernel), as_array("indices", indices)
     bias = None if bias is None else as_array("bias", bias)
@@ -103,7 +106,7 @@ def check_layer(
 
 
 def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, Array, Array]:
-    """Returns rows, columns and values of sparse inputs as checked arrays, which fit x [..., D] if given."""
+    """Returns the checked rows, columns and values of sparse inputs, which must fit x [..., D] if given."""
     if not isinstance(sparse, SparseInputs):
         raise TypeError(f"sparse must be SparseInputs or None, got a value of type {type(sparse).__name__}")
     rows, columns, values = (
@@ -123,12 +126,12 @@ def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, 
 
 
 def gradient_of(x: Array, wanted: bool) -> jax.ShapeDtypeStruct:
-    """The result of a handler for the gradient of x [B, D]: of no elements where nobody asks for it."""
+    """Returns the shape of a handler's result for the gradient of x [B, D]; empty if it is not wanted."""
     return jax.ShapeDtypeStruct(x.shape if wanted else (0, 0), x.dtype)
 
 
 def with_sparse(x: Array, sparse: SparseInputs | None) -> Array:
-    """Returns all inputs [..., D + C] in one array, for references."""
+    """Returns the dense and the sparse inputs in one array [..., D + C], for reference implementations."""
     if sparse is None:
         return x
     examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,4 +1,4 @@
-"""Selection by magnitude, for rewiring."""
+"""Selection of the k-th smallest magnitude, for rewiring."""
 
 import functools
 import math
@@ -17,21 +17,21 @@ _HANDLER = "xla_ops.kth_smallest"
 
 
 def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
-    """The k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
+    """Returns the k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
 
-    Two counting passes over x on a CPU, three on a GPU, without temporaries of its size.
+    It takes two counting passes over x on a CPU, three on a GPU, without temporaries of its size.
 
     Args:
       x: array of any shape, float32 or bfloat16, without NaN.
-      k: in 1..x.size, or the size of all parts together.
-      axes: within `jax.shard_map`, the mesh axes over which devices have parts of an array, of one size each;
-        the result is that of the whole. 31 passes over x then, and as many sums of two numbers over devices.
+      k: in 1..x.size, or up to the total size of all shards with `axes`.
+      axes: within `jax.shard_map`, the mesh axes over which an array is sharded evenly; the result is for the
+        whole array. This takes 31 passes over x, and as many sums of two numbers over devices.
 
     Returns:
       float32 scalar.
 
     Raises:
-      TypeError, ValueError: x of another dtype, or k out of range.
+      TypeError, ValueError: x has another dtype, or k is out of range.
     """
     x, k = _check(x, k, axes)
     if axes:
@@ -59,7 +59,7 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
 
 
 def kth_smallest_magnitude_reference(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
-    """`kth_smallest_magnitude` in plain `jax.numpy`. Same arguments and result."""
+    """Computes `kth_smallest_magnitude` with plain `jax.numpy`. Same arguments and result."""
     x, k = _check(x, k, axes)
     return _bisect(x, k, axes)
 
@@ -72,14 +72,14 @@ def _check(x: ArrayLike, k: int, axes: tuple[str, ...]) -> tuple[Array, int]:
 
 
 def _bisect(x: Array, k: int, axes: tuple[str, ...]) -> Array:
-    """Bisects on the bits, which are in the order of |x|; k may exceed the size of this part of an array."""
+    """Bisects on the bits, which have the order of |x|; k may exceed the size of x with `axes`."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
-    def halve(_, bounds):  # the answer's bits are in low..high
+    def halve(_, bounds):  # Invariant: the bits of the answer are in low..high.
         low, high = bounds
         middle = low + (high - low) // 2
         count = jnp.sum(bits <= middle, dtype=jnp.uint32)
-        # By halves of words: together parts may have more elements than an integer can count.
+        # Sums are by half words, as all shards together may have more elements than an integer can count.
         upper, lower = count >> 16, count & 0xFFFF
         if axes:
             upper, lower = jax.lax.psum((upper, lower), axes)
@@ -88,7 +88,7 @@ def _bisect(x: Array, k: int, axes: tuple[str, ...]) -> Array:
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     bounds = jnp.uint32(0), jnp.uint32(0x7F800000)
-    if not axes:  # else they are the same everywhere
+    if not axes:  # With axes, the bounds are equal on all devices.
         _, low, high = _native.varying(bits, *bounds)
         bounds = (low, high)
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[0], jnp.float32)

@@ -1,4 +1,4 @@
-"""Loads the compiled module of each platform, registers its handlers with XLA, and calls them."""
+"""Native modules: loading, registration of their handlers with XLA, and calls of the handlers."""
 
 import functools
 import importlib
@@ -18,7 +18,7 @@ _REBUILD = "python -m pip install --force-reinstall --no-deps -e ."
 
 
 def runtime_ffi_version() -> tuple[int, int]:
-    """The version of XLA's FFI that the installed jaxlib speaks, read from the headers it ships."""
+    """Returns the XLA FFI version of the installed jaxlib, read from its headers."""
     header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text()
     versions = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
@@ -28,8 +28,8 @@ def runtime_ffi_version() -> tuple[int, int]:
 def check_ffi_version(module) -> None:
     """Raises ImportError unless the installed jaxlib can run the handlers of a native module.
 
-    Registering handlers built with newer headers than jaxlib's would make every JAX operation fail with
-    "Unable to initialize backend", so this is asked first.
+    If handlers built with newer headers than jaxlib's were registered, every JAX operation would fail with
+    "Unable to initialize backend"; therefore call this function before registration.
     """
     built, runtime = tuple(module.ffi_version), runtime_ffi_version()
     if built[0] != runtime[0] or built > runtime:
@@ -44,8 +44,8 @@ def check_ffi_version(module) -> None:
 def register() -> tuple[str, ...]:
     """Registers the handlers with XLA, as the first call of any op does, and returns their names.
 
-    `save_exported` and `load_exported` do what `jax.export` needs. Without them a program that runs what was
-    exported needs the first, and exporting with ops in it the second:
+    It is needed only for direct use of `jax.export`, without `save_exported` and `load_exported`. A program
+    that runs an exported program must call it first. To export a program with ops, pass
     `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]`.
     """
     cuda()
@@ -53,13 +53,17 @@ def register() -> tuple[str, ...]:
 
 
 def platforms() -> tuple[str, ...]:
-    """The backends, by JAX's names, that the ops run on: "cpu", and "gpu" where the CUDA module is built."""
+    """Returns the JAX backends that the ops support: "cpu", and "gpu" if the CUDA module is built."""
     return ("cpu",) if cuda() is None else ("cpu", "gpu")
 
 
 @functools.cache
 def cpu():
-    """The CPU module, its handlers registered. Raises ImportError if it is missing or does not fit jaxlib."""
+    """Returns the CPU module after registration of its handlers.
+
+    Raises:
+      ImportError: the module is missing, or does not match the installed jaxlib.
+    """
     try:
         module = importlib.import_module("xla_ops._cpu")
     except ModuleNotFoundError as error:
@@ -75,9 +79,9 @@ def cpu():
 
 @functools.cache
 def cuda():
-    """The CUDA module, its handlers registered under the same names; None where there is none.
+    """Returns the CUDA module after registration of its handlers under the same names; None without one.
 
-    It needs neither a GPU nor CUDA's libraries to load. Raises ImportError if it does not fit jaxlib.
+    Loading needs neither a GPU nor the CUDA libraries. Raises ImportError if it does not match jaxlib.
     """
     try:
         module = importlib.import_module("xla_ops._cuda")
@@ -97,15 +101,15 @@ def call(
     aliases: Mapping[int, int] | None = None,
     **attributes: np.generic,
 ) -> tuple[Array, ...]:
-    """Calls a handler that all platforms have; `jax.vmap` makes a loop of it.
+    """Calls a handler that exists on all platforms; `jax.vmap` turns the call into a loop.
 
     Args:
-      handler: its name.
-      results: what it returns, but for the workspace that those for CUDA have as their last result.
-      operands: x [B, D], the kernel, a matrix, and the others, all `varying` alike; those that take
-        sparse inputs have rows, columns and values of these between the two.
-      aliases: results that take the place of operands, by number of the operand.
-      attributes: of NumPy's scalar types.
+      handler: name of the handler.
+      results: shapes of the results, without the workspace that CUDA handlers have as their last result.
+      operands: x [B, D], the kernel (a matrix), and all others, after `varying`. Handlers with sparse inputs
+        have rows, columns and values between x and the kernel.
+      aliases: number of the result that reuses the memory of an operand, by number of the operand.
+      attributes: attributes of the handler, NumPy scalars.
     """
     return _call(
         handler, tuple(results), tuple((aliases or {}).items()), tuple(attributes.items()), *operands
@@ -113,26 +117,26 @@ def call(
 
 
 def varying(*operands: Array) -> tuple[Array, ...]:
-    """The operands of an op, all varying over the mesh axes that any of them varies over.
+    """Makes the operands of an op vary over all mesh axes over which any of them varies.
 
-    Within `jax.shard_map` a batch varies over devices where a layer does not; the gradient of the layer is
-    then summed over the devices. Anywhere else nothing happens.
+    Within `jax.shard_map` a batch may vary over devices and a layer not; the gradient of the layer is then
+    summed over the devices. Elsewhere the operands are returned unchanged.
     """
     axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
     missing = [tuple(sorted(frozenset().union(*axes) - its)) for its in axes]
     return tuple(jax.lax.pcast(a, names, to="varying") for a, names in zip(operands, missing, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # eager calls would compile each time
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # Else eager calls compile each time.
 def _call(handler, results, aliases, attributes, *operands):
-    if all(0 in result.shape for result in results):  # nothing to do, and a graph must not be empty
+    if all(0 in result.shape for result in results):  # No work to do; a CUDA graph must not be empty.
         return tuple(varying(jnp.zeros(result.shape, result.dtype), *operands)[0] for result in results)
 
     def call(results):
-        """The call for these results: all, or those of one device's part of the operands."""
+        """Returns the call for results of these shapes, for whole operands or the shards of one device."""
 
         def native(*operands, workspace=()):
-            # Within `jax.shard_map` results vary as the operands do.
+            # Within `jax.shard_map`, results vary over the same axes as the operands.
             mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
             whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
             types = [
@@ -151,21 +155,21 @@ def _call(handler, results, aliases, attributes, *operands):
             on_cuda = functools.partial(native, workspace=workspace)
             return jax.lax.platform_dependent(*operands, cuda=on_cuda, default=native)
 
-        # The loop that ffi_call would make for vmap would keep the workspace of each turn.
+        # The loop that ffi_call makes for vmap would keep the workspace of each iteration.
         return jax.custom_batching.sequential_vmap(on_any_platform)
 
     return partitioned(handler, results, call, *operands)
 
 
-# A batch whose size is a symbol gets as many workspaces for one of this size as it takes, and where the
-# number of entries is a symbol, as many more of these as it takes of so many entries.
+# For a batch of symbolic size, the workspace is that of a batch of this size, as often as needed to cover the
+# batch; for a symbolic number of entries, as many more pieces as needed to cover the entries.
 _SYMBOLIC_BATCH, _SYMBOLIC_ENTRIES = 256, 4096
 
 
 def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeDtypeStruct:
-    """The last result of a handler for CUDA: memory for its temporaries, as the module says how much.
+    """Returns the shape of the workspace, the last result of every CUDA handler, as the module specifies it.
 
-    That may be none: no handler does without this result.
+    Its size may be 0.
     """
     entries, kernel = (0, others[0]) if num_columns is None else (others[0].shape[0], others[3])
     pieces, (batch, in_features) = 1, x.shape

@@ -1,7 +1,8 @@
-"""How the calls of handlers are cut where `jax.jit` spreads arrays over devices.
+"""Partitioning of handler calls when `jax.jit` shards arrays over devices.
 
-XLA does not know what is in a custom call: left alone it gathers all operands on every device. Here each call
-says what it can be cut along, which is batch, labels, and what `jax.vmap` maps over, and refuses the rest.
+XLA cannot partition a custom call by itself: it would gather all operands on every device. Each call here
+defines along which dimensions it can be partitioned (batch, labels, and axes mapped by `jax.vmap`), and
+raises an error for others.
 """
 
 import functools
@@ -17,15 +18,15 @@ from jax.experimental.custom_partitioning import custom_partitioning
 
 
 class _Handler(NamedTuple):
-    """What a handler's arrays have as dimensions, by letters: B (batch) and L (labels) can be cut.
+    """The dimensions of a handler's arrays as letters; B (batch) and L (labels) can be partitioned.
 
-    What devices have of a result is added up: over the labels where it has no dimension of labels, and over
-    the batch where it has none of that.
+    Results without the dimension L are summed over shards of labels, and results without the dimension B over
+    shards of the batch.
     """
 
     operands: dict[str, str]
     results: tuple[str, ...]
-    is_mean: bool = False  # over the batch, so that sums of means are divided by their number
+    is_mean: bool = False  # The result is a mean over the batch: sums over shards are divided by their count.
 
 
 _INPUTS = {"x": "BD", "sparse.rows": "N", "sparse.columns": "N", "sparse.values": "N"}
@@ -39,7 +40,7 @@ _HANDLERS = {
     "xla_ops.fan_in_loss.gradients": _Handler(_LOSS, ("", "BD", "LF", "L"), is_mean=True),
     _TOP_K: _Handler(_LAYER | {"bias": "L"}, ("BK", "BK")),
 }
-_OPS = {  # as users know those whose handlers have other names
+_OPS = {  # Public names of ops whose handlers have other names.
     "xla_ops.fan_in_step.adam": "fan_in_adam_step",
     "xla_ops.fan_in_step.sgd": "fan_in_sgd_step",
     "xla_ops.dense_step.adam": "dense_adam_step",
@@ -58,21 +59,22 @@ def partitioned(
     *operands: Array,
     mapped: tuple[tuple[bool, ...], ...] = (),
 ) -> tuple[Array, ...]:
-    """`call(results)(*operands)`, cut as the operands are.
+    """Computes `call(results)(*operands)`, partitioned according to the shardings of the operands.
 
     Args:
-      handler: its name.
-      results: their shapes.
-      call: makes the call for results of given shapes; `jax.vmap` of it is a loop.
-      operands: in the order of `_HANDLERS`.
-      mapped: for each `jax.vmap` around, the outermost first, which operands have its axis.
+      handler: name of the handler.
+      results: shapes of the results.
+      call: function from shapes of results to the call; `jax.vmap` of the call is a loop.
+      operands: the operands in the order of `_HANDLERS`.
+      mapped: for each enclosing `jax.vmap`, the outermost first, which operands are mapped.
 
     Raises:
-      ValueError: if operands are cut in any other way, or the handler cannot be cut. It is raised when XLA
-        compiles the program, which makes a `JaxRuntimeError` of it; for mesh axes of type Explicit, at once.
+      ValueError: operands are sharded in any other way, or the handler cannot be partitioned. The error is
+        raised when XLA compiles the program, and becomes a `JaxRuntimeError`; for mesh axes of type Explicit
+        it is raised immediately.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_manual:  # the caller cuts
+    if not mesh.empty and mesh.are_all_axes_manual:  # within `jax.shard_map`
         return _once(handler, _vmap(call(results), mapped))(*operands)
     cut = _Cut(handler, operands, results, mapped)
     if mesh.explicit_axes:
@@ -90,17 +92,17 @@ def partitioned(
         on_device = _under_no_mesh(_vmap(functools.partial(_on_device, cut, call, axes), mapped))
         return mesh, on_device, *(shardings(mesh, axes, d) for d in (cut.result_dims, cut.operand_dims))
 
-    def infer(mesh, operands, _):  # asked for where Shardy is switched off
+    def infer(mesh, operands, _):  # used if Shardy is disabled
         try:
             axes = cut.axes(operands)
         except ValueError:
-            axes = {}  # an error here would end the process; `partition` raises it
+            axes = {}  # An error here would end the process; `partition` raises it instead.
         return shardings(mesh, axes, cut.result_dims)
 
     function = custom_partitioning(_vmap(call(results), mapped))
     function.def_partition(partition, infer, sharding_rule=cut.rule())
 
-    # custom_partitioning has no rules of its own, and a loop around it would gather what vmap maps over.
+    # custom_partitioning has no batching rule, and a loop around it would gather the mapped axes.
     many = jax.custom_batching.custom_vmap(_once(handler, function))
 
     @many.def_vmap
@@ -112,7 +114,7 @@ def partitioned(
 
 
 def _once(handler, function):
-    """The call, with an error where it is differentiated beyond what its op has rules for."""
+    """Returns the call, with an error for derivatives beyond those that the op defines."""
     once = jax.custom_jvp(lambda *operands: function(*operands))
 
     @once.defjvp
@@ -129,10 +131,10 @@ def _once(handler, function):
 
 
 def _under_no_mesh(function):
-    """The function of one device, traced under an empty abstract mesh.
+    """Returns the function of one device, traced under an empty abstract mesh.
 
-    jax 0.10 traces it so by itself. jax 0.12 traces it under the caller's mesh, where axes of type Explicit
-    would give its arrays, which are shards already, sharding types of the whole.
+    jax 0.10 does so by itself. jax 0.12 traces it under the caller's mesh, where axes of type Explicit would
+    give its arrays, which are shards, the sharding types of whole arrays.
     """
 
     def traced(*operands):
@@ -153,15 +155,15 @@ def _spec(axes: dict[str, _Axes], dims: str) -> jax.P:
 
 
 class _Cut:
-    """What the dimensions of a call are.
+    """The dimensions of the arrays of a call, and how they can be partitioned.
 
     Attributes:
-      names: those of the operands, for errors.
-      results: their shapes, of a call that is not mapped.
-      dims_of_a_call: a letter for each dimension of these.
-      operand_dims, result_dims: a letter for each dimension of each array: B, L, a digit for what is mapped
-        over, and others, which are never cut.
-      can_be_cut: the letters of what can be, the layer's first.
+      names: names of the operands, for errors.
+      results: shapes of the results of a call that is not mapped.
+      dims_of_a_call: a letter for each dimension of these results.
+      operand_dims, result_dims: a letter for each dimension of each array: B, L, a digit for a mapped axis,
+        and other letters for dimensions that are never partitioned.
+      can_be_cut: letters of the dimensions that can be partitioned, dimensions of the layer first.
     """
 
     def __init__(self, handler, operands, results, mapped):
@@ -191,21 +193,21 @@ class _Cut:
         self.can_be_cut = sorted(can_be_cut, key=lambda letter: letter not in self.of_layer)
 
     def rule(self) -> str:
-        """For Shardy: what can be cut is cut alike in all arrays, and of the rest nothing is known."""
+        """Returns the rule for Shardy: dimensions in `can_be_cut` are sharded equally in all arrays."""
         number = itertools.count()
 
         def factors(dims):
-            # Each of the rest is on its own: one that arrays share would spread to them from where an
-            # operand is cut, which is an error, or a result is wanted so, which is none.
+            # All other dimensions get separate factors. With a common factor, the sharding of one operand (an
+            # error) or of a wanted result (no error) would spread to other arrays.
             return " ".join(f"cut{d}" if d in self.can_be_cut else f"other{next(number)}" for d in dims)
 
         return " -> ".join(", ".join(map(factors, dims)) for dims in (self.operand_dims, self.result_dims))
 
     def axes(self, operands, wanted=(), *, is_explicit: bool = False) -> dict[str, _Axes]:
-        """The mesh axes along which each letter is cut, from how operands are, and results are wanted.
+        """Returns the mesh axes of each letter, from the shardings of operands and of wanted results.
 
-        Where the batch is cut along the same mesh axis as the layer, it is gathered, and not the layer; an
-        error where sharding is explicit.
+        If the batch is sharded along the same mesh axis as the layer, the batch is gathered, and not the
+        layer; with explicit sharding this is an error.
         """
         found: dict[str, list[_Axes]] = {letter: [] for letter in self.can_be_cut}
         for name, array, dims in zip(self.names, operands, self.operand_dims, strict=True):
@@ -225,7 +227,7 @@ class _Cut:
                 raise self._error(f"{_called(letter)} is sharded along a mesh axis of another dimension")
             if is_explicit and letter.isdigit() and chosen[letter]:
                 raise self._error(f"{_called(letter)} is sharded along an axis of type Explicit")
-        # Of operands that are whole everywhere a device makes what it is to have of the results.
+        # If operands are replicated, each device computes its shard of the wanted results.
         for array, dims in zip(wanted, self.result_dims if wanted else (), strict=True):
             for i, letter in enumerate(dims):
                 if letter in chosen and not chosen[letter]:
@@ -233,7 +235,7 @@ class _Cut:
         return chosen
 
     def _common(self, letter, choices, is_explicit) -> _Axes:
-        """The axes of all; some may be cut along the first of these only, and are then cut further."""
+        """Returns the longest of the choices; the others must be prefixes of it, and are sharded further."""
         longest = max(choices, key=len, default=())
         for axes in choices:
             if longest[: len(axes)] != axes or (is_explicit and axes != longest):
@@ -243,7 +245,7 @@ class _Cut:
         return longest
 
     def _axes(self, array, dim, operand: str | None = None) -> _Axes:
-        """The mesh axes along which a dimension is cut; of a result, none if its parts would be uneven."""
+        """Returns the mesh axes of a dimension of an array; () for a result with uneven shards."""
         sharding = array.sharding
         axes: _Axes = ()
         if isinstance(sharding, jax.NamedSharding):
@@ -269,7 +271,7 @@ class _Cut:
 
 
 def _of(shape, dims: str) -> str:
-    """Dimensions, those without elements as such that are not cut: no bias is one of no elements."""
+    """Returns the letters of dimensions, with "-" for size 0, as in a missing bias, which has no elements."""
     return "".join("-" if size == 0 else letter for size, letter in zip(shape, dims, strict=True))
 
 
@@ -282,11 +284,11 @@ def _without(axes: _Axes, others: _Axes) -> _Axes:
 
 
 def _on_device(cut: _Cut, call: Call, axes: dict[str, _Axes], *operands: Array) -> tuple[Array, ...]:
-    """What each device computes from its parts of the operands, and all of them from that."""
+    """Computes the results of one device from its shards of the operands, and sums them if necessary."""
     parts = {letter: math.prod(map(jax.lax.axis_size, axes.get(letter, ()))) for letter in "BL"}
     local = dict(zip(cut.names, operands, strict=True))
     for name, letter, counted in (("positives", "L", "kernel"), ("sparse.rows", "B", "x")):
-        if name in local and parts[letter] > 1:  # handlers leave out the numbers of what other devices have
+        if name in local and parts[letter] > 1:  # Handlers ignore numbers of other shards, as out of range.
             first = jax.lax.axis_index(axes[letter]) * local[counted].shape[0]
             local[name] = local[name] - first.astype(jnp.int32)
     results = [
@@ -307,13 +309,13 @@ def _on_device(cut: _Cut, call: Call, axes: dict[str, _Axes], *operands: Array) 
 
 
 def _top_k(results, call: Call, label_axes: _Axes, local: dict[str, Array]) -> tuple[Array, ...]:
-    """The best of the best of each part of the labels."""
+    """Merges the best labels of all shards of the labels."""
     labels, (batch, k) = local["kernel"].shape[0], results[0].shape
     shapes = [jax.ShapeDtypeStruct((batch, min(k, labels)), r.dtype) for r in results]
     scores, chosen = call(shapes)(*local.values())
     first = (jax.lax.axis_index(label_axes) * labels).astype(jnp.int32)
     chosen = jnp.where(chosen < 0, chosen, chosen + first)
-    # In the order of the devices: of equal scores the lower label still comes first.
+    # Shards are in the order of the devices, so that of equal scores the lower label still comes first.
     scores, chosen = (jax.lax.all_gather(a, label_axes, axis=1, tiled=True) for a in (scores, chosen))
-    _, order = jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)  # XLA puts -0 below 0
+    _, order = jax.lax.top_k(jnp.where(scores == 0, 0, scores), k)  # XLA orders -0 below 0.
     return tuple(jnp.take_along_axis(a, order, axis=1) for a in (scores, chosen))

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, with the bits of the kernels that update weights where they are."""
+"""Stochastic rounding to bfloat16, with the random bits of the ops that update weights in place."""
 
 import functools
 import math
@@ -21,35 +21,34 @@ def round_stochastically(
     row_length: int | None = None,
     first_row: ArrayLike = 0,
 ) -> Array:
-    """Rounds to bfloat16, up or down with the probability that makes it right on average.
+    """Rounds to bfloat16, up or down at random with probabilities that make the result exact on average.
 
-    A value is rounded as `fan_in_sgd_step` and `dense_adam_step` round it, bit for bit, given the same seed
-    and step and the position that it has there. Column n of row r has position
-    `first + (first_row + r) * row_length + n`, where all axes but the last make up the rows. What they round
-    has:
+    A value is rounded exactly as in `fan_in_sgd_step` and `dense_adam_step`, given the same seed, step and
+    position. Column n of row r has the position `first + (first_row + r) * row_length + n`, where all axes
+    but the last form the rows. The positions of their arrays are:
 
-    - kernel [L, F] of `fan_in_sgd_step`: the positions by default; its bias: `first=L * F`.
+    - kernel [L, F] of `fan_in_sgd_step`: the defaults here; its bias: `first=L * F`.
     - second moment [D, O] of `dense_adam_step`: a `row_length` of O rounded up to a multiple of 128.
 
-    A value that bfloat16 holds stays, and so do infinity and NaN. Plain `jax.numpy`, on 32-bit integers; its
-    gradient is 0, as that of `jax.numpy.round`.
+    Values that bfloat16 represents exactly, infinity and NaN do not change. Computed with plain `jax.numpy`,
+    on 32-bit integers; the gradient is 0, as for `jax.numpy.round`.
 
     Args:
       x: [..., N], float32.
-      seed: uint32 scalar.
-      step: uint32 or int32 scalar; with one seed, each rounding of a value must have its own.
-      first: the position of the first value, at least 0.
-      row_length: how many positions lie between the starts of rows, N to 2**32 - 1; by default N.
-      first_row: uint32 scalar, the number of the first row, where these are a part of a matrix.
+      seed: uint32 scalar, the seed.
+      step: uint32 or int32 scalar; with one seed, each rounding of a value must have a different step.
+      first: position of the first value, at least 0.
+      row_length: number of positions between the starts of rows, N to 2**32 - 1; None for N.
+      first_row: uint32 scalar, the number of the first row, if the rows are a part of a matrix.
 
     Returns:
       x in bfloat16.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape or out of range, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape, or is out of range; the message names it.
 
-    Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, for Philox4x32-10, whose
-    bits these are; which of them a position has stands in `csrc/cpu/kernels.h`.
+    Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, for the generator
+    Philox4x32-10; `csrc/cpu/kernels.h` defines which of its bits belong to a position.
     """
     x = as_array("x", x)
     check_dtype("x", x, [jnp.float32])
@@ -66,13 +65,13 @@ def _round(x, key, first_row, first, row_length):
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
     random = _rounding_bits(key, *_positions(rows.shape, first_row, first, row_length))
-    is_nan = jnp.isnan(rows)  # adding could carry one over into 0
+    is_nan = jnp.isnan(rows)  # The addition could overflow the bits of a NaN to 0.
     rounded = jnp.where(is_nan, bits | np.uint32(0x400000), bits + random) >> np.uint32(16)
     return jax.lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16).reshape(x.shape)
 
 
 def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
-    """The high and the low word of each position."""
+    """Returns the high and the low word of each position."""
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     row += first_row
     first_high, first_low = np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF)
@@ -84,7 +83,7 @@ def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Ar
 
 
 def _rounding_bits(key: Array, high: Array, low: Array) -> Array:
-    """The 16 bits of each position: of a word of its counter's, which 128 positions have 16 of, a half."""
+    """Returns 16 random bits for each position: a run of 128 positions shares 16 counters of 4 words each."""
 
     def bits(first, count):
         return (low >> np.uint32(first)) & np.uint32(2**count - 1)
@@ -97,7 +96,7 @@ def _rounding_bits(key: Array, high: Array, low: Array) -> Array:
 
 
 def _philox(key: Array, counter_high: Array, counter_low: Array) -> tuple[Array, ...]:
-    """The four words of Philox4x32-10 for each counter; `key` is the seed's two words, and the step."""
+    """Returns the four words of Philox4x32-10 for each counter; `key` has two words of seed and the step."""
     k0, k1, step = key
     c0, c1, c2, c3 = counter_low, counter_high, jnp.full_like(counter_low, step), jnp.zeros_like(counter_low)
     for _ in range(10):
@@ -109,7 +108,7 @@ def _philox(key: Array, counter_high: Array, counter_low: Array) -> tuple[Array,
 
 
 def _product(a: Array, b: np.uint32) -> tuple[Array, Array]:
-    """The high and the low word of a * b, by halves of words: no type is wider by default."""
+    """Returns the high and the low word of a * b, computed by half words, as no wider type is available."""
     half = np.uint32(0xFFFF)
     a_high, a_low, b_high, b_low = a >> np.uint32(16), a & half, b >> np.uint32(16), b & half
     middle = a_high * b_low + (a_low * b_low >> np.uint32(16))
