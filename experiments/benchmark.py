@@ -82,7 +82,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Measures, prints the table, and writes --json."""
+    """Measure, prints the table, and write --json."""
     values = flags.FLAGS
     of_others = {
         "training_step": _OF_STEPS,

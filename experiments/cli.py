@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the module of a command with its flags."""
+    """Run the module of a command with its flags."""
     command, *arguments = sys.argv[1:] or [""]
     if command in ("--help", "-h", "help"):
         print(_usage())

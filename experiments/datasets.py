@@ -54,7 +54,7 @@ def load(
     ngrams: int = 1,
     pretrained: FrozenEncoder | Tokenizer | None = None,
 ) -> Splits:
-    """Loads a training and a test set.
+    """Load a training and a test set.
 
     Args:
       train: path of `labels<TAB>text` lines (`.tsv`), or of a file in the text format of the Extreme
@@ -121,7 +121,7 @@ def load(
 def load_points(
     saved: SavedModel, path: str, *, features: str | None = None, filter: str | None = None
 ) -> tuple[Dataset, int]:
-    """Loads labelled points for a saved model.
+    """Load labelled points for a saved model.
 
     Args:
       saved: the model; the file must match its inputs: texts, sparse or dense features.
@@ -160,13 +160,13 @@ def load_points(
 
 
 def _check_not_empty(path: str, points: Sized) -> None:
-    """Raises ValueError, naming the file, if there are no points."""
+    """Raise ValueError, naming the file, if there are no points."""
     if not len(points):
         raise ValueError(f"{path}: expected points, got none")
 
 
 def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -> Dataset:
-    """Returns the data set with the exclusions of a filter file."""
+    """Return the data set with the exclusions of a filter file."""
     if path is None:
         return dataset
     if encoder is None:
@@ -209,5 +209,5 @@ def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | T
 
 
 def printable(name: object) -> str:
-    """Returns a label name with control characters and tabs escaped, for output to a terminal."""
+    """Return a label name with control characters and tabs escaped, for output to a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))

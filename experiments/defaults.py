@@ -22,7 +22,7 @@ from .measure import environment
 
 
 def measure(train: str, test: str) -> dict:
-    """Trains and evaluates a classifier; returns a report that is serializable as JSON."""
+    """Train and evaluate a classifier; return a report that is serializable as JSON."""
     labels, texts = read_tsv(train)
     start = time.perf_counter()
     classifier = XMCClassifier(verbose=True).fit(texts, labels)
@@ -53,7 +53,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Trains, prints the metrics, and writes --json."""
+    """Train, prints the metrics, and write --json."""
     values = flags.FLAGS
     report = measure(values.train, values.test)
     precisions = "/".join(f"{100 * report['test'][f'p@{k}']:.2f}" for k in (1, 3, 5))

@@ -25,7 +25,7 @@ _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 
 
 def main():
-    """Evaluates the model that the flags describe."""
+    """Evaluate the model that the flags describe."""
     saved = trained.load().saved_
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics

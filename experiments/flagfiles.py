@@ -16,7 +16,7 @@ _DEEPEST, _MOST = 32, 1000  # maximum nesting depth, and total number, of flagfi
 
 
 def find(path: str) -> Path:
-    """Returns a path, or if it does not exist and begins with `experiments/`, the path in this package."""
+    """Return a path, or if it does not exist and begins with `experiments/`, the path in this package."""
     found = Path(path).expanduser()
     first, *others = found.parts or ("",)
     ours = PACKAGE.joinpath(*others)
@@ -24,7 +24,7 @@ def find(path: str) -> Path:
 
 
 def find_named(name: str, directory: str) -> Path:
-    """Returns a file given by its path, or by its name within a directory of this package.
+    """Return a file given by its path, or by its name within a directory of this package.
 
     Raises:
       FileNotFoundError: there is no such file; the message suggests similar names.
@@ -41,7 +41,7 @@ def find_named(name: str, directory: str) -> Path:
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """Replaces each `--flagfile=FILE` in arguments by the lines of the file, recursively.
+    """Replace each `--flagfile=FILE` in arguments by the lines of the file, recursively.
 
     Raises:
       FileNotFoundError: a flagfile does not exist.
@@ -51,7 +51,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[int]) -> list[str]:
-    """Expands the arguments of the innermost of nested flagfiles; `count` counts all files read."""
+    """Expand the arguments of the innermost of nested flagfiles; `count` counts all files read."""
     expanded: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:

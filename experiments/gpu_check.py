@@ -93,7 +93,7 @@ def run(
     look: Callable[[], None] = lambda: None,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """Runs a command from the root of the repository and returns its output.
+    """Run a command from the root of the repository and return its output.
 
     The command and all its child processes are killed at the job's deadline.
 
@@ -124,7 +124,7 @@ def run(
 
 @contextlib.contextmanager
 def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> Iterator[subprocess.Popen]:
-    """Starts a process, and kills it and all its child processes at the end in any case."""
+    """Start a process, and kill it and all its child processes at the end in any case."""
     try:
         process = subprocess.Popen(
             command,
@@ -145,7 +145,7 @@ def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> I
 
 
 def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> dict:
-    """Runs `python -m experiments.NAME --json=FILE`, records partial results, and returns the final one."""
+    """Run `python -m experiments.NAME --json=FILE`, records partial results, and return the final one."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
 
@@ -162,7 +162,7 @@ def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | No
 
 
 def device(job: Job) -> dict:
-    """Describes the GPU, its driver and JAX. Raises PartError unless JAX computes on the GPU."""
+    """Describe the GPU, its driver and JAX. Raises PartError unless JAX computes on the GPU."""
     fields = ("name", "driver_version", "memory.total", "compute_cap")
     values = run(job, "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     script = (
@@ -181,7 +181,7 @@ def device(job: Job) -> dict:
 
 
 def build(job: Job) -> dict:
-    """Builds both native modules in place for this device, as far as they are not built yet."""
+    """Build the missing native modules in place for this device."""
     query = run(job, "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader,nounits")
     env = {"XLA_OPS_CUDA": "on", "XLA_OPS_CUDA_ARCHITECTURES": query.splitlines()[0].replace(".", "")}
     run(job, sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel=2", env=env)
@@ -189,7 +189,7 @@ def build(job: Job) -> dict:
 
 
 def tests(job: Job) -> dict:
-    """Runs the test suite; failures are a result, not an error."""
+    """Run the test suite; failures are a result, not an error."""
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows"
         # Newer packages may give warnings that the suite does not know; they must not count as failures.
@@ -213,7 +213,7 @@ def tests(job: Job) -> dict:
 
 
 def count_tests(rows: str) -> dict:
-    """Counts tests in the lines of `pytest_rows`: passed, skipped (by reason) and failed (with messages)."""
+    """Count tests in the lines of `pytest_rows`: passed, skipped (by reason) and failed (with messages)."""
     passed, seconds = 0, 0.0
     skipped: collections.Counter[str] = collections.Counter()
     failed: dict[str, str] = {}
@@ -232,7 +232,7 @@ def count_tests(rows: str) -> dict:
 
 
 def claim(job: Job) -> dict:
-    """Trains at the size of the paper's experiment, with the allocator limited to CLAIM_BYTES."""
+    """Train at the size of the paper's experiment, with the allocator limited to CLAIM_BYTES."""
     query = run(job, "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     fraction = CLAIM_BYTES / (float(query.splitlines()[0]) * 2**20)
     steps = ["--steps=50"] if job.quick else []
@@ -252,7 +252,7 @@ def words(job: Job) -> dict:
 
 
 def training(job: Job) -> dict:
-    """Trains on the shipped data set, for two epochs of 192 steps."""
+    """Train on the shipped data set, for two epochs of 192 steps."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = [
             "--flagfile=experiments/flags/quickstart.cfg",
@@ -291,7 +291,7 @@ PARTS = {
 def check(
     parts: Mapping[str, Part], report: dict, save: Callable[[dict], object], *, quick: bool = False
 ) -> dict:
-    """Runs parts and records their results or failures in a report.
+    """Run parts and record their results or failures in a report.
 
     Args:
       parts: the parts by name.
@@ -335,7 +335,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Runs the parts, and exits with an error if one failed."""
+    """Run the parts, and exit with an error if one failed."""
     values = flags.FLAGS
     usual = [name for name, part in PARTS.items() if not values.quick or part.quick_seconds is not None]
     names = usual if values.parts is None else values.parts

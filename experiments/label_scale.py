@@ -38,7 +38,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Measures the systems that the flags describe."""
+    """Measure the systems that the flags describe."""
     if unused := flags_without_use("mesh"):
         raise app.UsageError(f"--cells say what is trained, so {', '.join(f'--{n}' for n in unused)} may not")
     values, results = flags.FLAGS, Path(flags.FLAGS.results)

@@ -47,14 +47,14 @@ Predict = Callable[[csr_array], Iterable[Iterable[int]]]
 
 
 def require_peers() -> None:
-    """Exits with the command that installs the peers if one of them is missing."""
+    """Exit with the command that installs the peers if one of them is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"{' and '.join(missing)} not installed; run: pip install '.[peers]'")
 
 
 def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
-    """Trains and saves a forest of Parabel-like trees, Omikuji's default model."""
+    """Train and save a forest of Parabel-like trees, Omikuji's default model."""
     import omikuji
 
     parameters = omikuji.Model.default_hyper_param()
@@ -73,7 +73,7 @@ def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
 
 
 def train_napkinxc(data_file: str, model_dir: str) -> Predict:
-    """Trains a probabilistic label tree with the defaults of napkinXC, which saves it while training."""
+    """Train a probabilistic label tree with the defaults of napkinXC, which saves it while training."""
     from napkinxc.models import PLT
 
     model = PLT(model_dir, seed=0)
@@ -89,7 +89,7 @@ PEERS: dict[str, Callable[[str, str], Predict]] = {
 
 
 def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.ndarray]:
-    """Trains one of PEERS on `data_file` in this process and predicts from `features`.
+    """Train one of PEERS on `data_file` in this process and predict from `features`.
 
     Returns:
       The row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
@@ -114,7 +114,7 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
 
 
 def run_peers(train: Dataset, test: Dataset) -> list[dict]:
-    """Trains and scores every peer, each in a process of its own; returns their rows of the table.
+    """Train and scores every peer, each in a process of its own; return their rows of the table.
 
     Training points without features are dropped, as Omikuji cannot read them.
 
@@ -138,7 +138,7 @@ def run_peers(train: Dataset, test: Dataset) -> list[dict]:
 
 
 def markdown_table(rows: Iterable[dict]) -> str:
-    """Renders results as a Markdown table, with a dash for missing values.
+    """Render results as a Markdown table, with a dash for missing values.
 
     Args:
       rows: results as in our result.json, with the keys name, test (of p@1, p@3 and p@5 as
@@ -166,7 +166,7 @@ def _scaled(value: float | None, factor: float, digits: int) -> str:
 
 
 def _stdout_to_stderr() -> None:
-    """Redirects stdout to stderr, so that logs of the peers' native code do not mix with the table."""
+    """Redirect stdout to stderr, so that logs of the peers' native code do not mix with the table."""
     os.dup2(2, 1)
 
 
@@ -180,7 +180,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Prints the table of the peers and of --ours."""
+    """Print the table of the peers and of --ours."""
     require_peers()
     values = flags.FLAGS
     ours = [json.loads(Path(path).read_text()) for path in values.ours]

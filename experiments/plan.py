@@ -27,7 +27,7 @@ flags.DEFINE_float("labels_per_point", 5.0, "The mean number of labels of a poin
 
 
 def main():
-    """Prints the memory plan for the sizes that the flags describe."""
+    """Print the memory plan for the sizes that the flags describe."""
     settings = Settings.of({flag.name: flag.value for flag in run.own_flags()})
     if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
@@ -41,7 +41,7 @@ def main():
 
 
 def _bags(size: int) -> scipy.sparse.csr_array:
-    """Returns `size` bags of `words_per_point` words each, with consecutive word ids."""
+    """Return `size` bags of `words_per_point` words each, with consecutive word ids."""
     count = min(FLAGS.words_per_point, FLAGS.words)
     words = np.arange(size * count, dtype=np.int32) % FLAGS.words
     pointers = np.arange(0, size * count + 1, count)

@@ -40,7 +40,7 @@ _POINTS_AT_ONCE = 1024
 
 
 def main():
-    """Predicts labels of the points that the flags describe."""
+    """Predict labels of the points that the flags describe."""
     classifier = trained.load()
     calibration = classifier.saved_.calibration
     if _PROBABILITIES.value and calibration is None:
@@ -60,7 +60,7 @@ def main():
 
 
 def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
-    """Yields the points of a file in blocks, in the format of the classifier."""
+    """Yield the points of a file in blocks, in the format of the classifier."""
     if classifier.saved_.text_encoder is not None:
         lines = read_text_lines(path)
         is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
@@ -85,7 +85,7 @@ def _behind_tab(path: str, number: int, line: str) -> str:
 
 
 def line(names: np.ndarray, columns: dict[str, np.ndarray]) -> str:
-    """Returns the labels of a point and their scores as a line in the format given by --format."""
+    """Return the labels of a point and their scores as a line in the format given by --format."""
     if _FORMAT.value == "jsonl":
         labels = [name if isinstance(name, str) else int(name) for name in names]
         return json.dumps({"labels": labels} | {name: values.tolist() for name, values in columns.items()})

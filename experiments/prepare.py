@@ -86,7 +86,7 @@ _SPLITS = {"train": "trn", "test": "tst"}
 
 
 def required_files(name: str, features: tuple[str, ...], raw_text: bool = False) -> list[tuple[str, str]]:
-    """Returns the required files of a data set, as pairs (name, description); arguments as for `prepare`."""
+    """Return the required files of a data set, as pairs (name, description); arguments as for `prepare`."""
     statistics, required = DATASETS[name], []
     for split, short in _SPLITS.items():
         points = f"{getattr(statistics, split):,} {split} points"
@@ -104,7 +104,7 @@ def required_files(name: str, features: tuple[str, ...], raw_text: bool = False)
 
 
 def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: bool = False) -> list[str]:
-    """Checks and converts a data set.
+    """Check and convert a data set.
 
     Args:
       name: a key of `DATASETS`.
@@ -142,7 +142,7 @@ def _is_raw_text(name: str) -> bool:
 
 
 def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None:
-    """Writes and checks the labels of a data set in the old format."""
+    """Write and check the labels of a data set in the old format."""
     target = directory / f"{_SPLITS[split]}_X_Y.txt"
     if not target.exists():
         labels = read_xmc_text(_existing(directory / f"{split}.txt")).labels
@@ -156,7 +156,7 @@ def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None
 
 
 def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> None:
-    """Writes and checks the text and the labels of an LF- data set."""
+    """Write and check the text and the labels of an LF- data set."""
     short = _SPLITS[split]
     source, text_file = directory / f"{short}.json.gz", directory / f"{split}.tsv.gz"
     labels_file = directory / f"{short}_X_Y.txt"
@@ -182,7 +182,7 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
 
 
 def _prepare_text_lines(directory: Path, split: str, statistics: Statistics) -> None:
-    """Writes and checks the text and the labels of a data set with one file for each, one point per line."""
+    """Write and check the text and the labels of a data set with one file for each, one point per line."""
     source, target = directory / f"{split}_labels.txt", directory / f"{split}.tsv.gz"
     if target.exists():
         names, _ = read_tsv(target)
@@ -202,7 +202,7 @@ def _prepare_text_lines(directory: Path, split: str, statistics: Statistics) -> 
 
 
 def _check_names(path: Path, names: list[list[str]], split: str, statistics: Statistics) -> None:
-    """Runs `check_labels` on labels by name; a single file need not contain all labels."""
+    """Run `check_labels` on labels by name; a single file need not contain all labels."""
     numbers: dict[str, int] = {}
     rows = [[numbers.setdefault(name, len(numbers)) for name in row] for row in names]
     if len(numbers) > statistics.labels:
@@ -217,7 +217,7 @@ def _check_filter(directory: Path, split: str, statistics: Statistics) -> None:
 
 
 def read_json(path: Path, titles: bool = False) -> tuple[list[list[int]], list[str]]:
-    """Reads the points of an LF- data set: one JSON object per line, with `title`, `content`, `target_ind`.
+    """Read the points of an LF- data set: one JSON object per line, with `title`, `content`, `target_ind`.
 
     Args:
       path: the file.
@@ -253,7 +253,7 @@ def _in_one_line(text: str) -> str:
 
 
 def check_labels(path: Path, labels: scipy.sparse.csr_array, split: str, statistics: Statistics) -> None:
-    """Raises ValueError unless the numbers of points and labels, and labels per point, are as published."""
+    """Raise ValueError unless the numbers of points and labels, and labels per point, are as published."""
     expected = (getattr(statistics, split), statistics.labels)
     if labels.shape != expected:
         raise ValueError(
@@ -269,7 +269,7 @@ def check_labels(path: Path, labels: scipy.sparse.csr_array, split: str, statist
 
 
 def check_features(path: Path, shape: tuple[int, int]) -> None:
-    """Checks a file of dense features without loading it as a whole.
+    """Check a file of dense features without loading it as a whole.
 
     Args:
       path: a `.npy` file.
@@ -297,7 +297,7 @@ def _numbers(where: str, names: list[str]) -> list[int]:
 
 
 def _matrix(path: Path, rows: list[list[int]], num_labels: int) -> scipy.sparse.csr_array:
-    """Converts the labels of each point to a matrix; raises ValueError if one is out of range."""
+    """Convert the labels of each point to a matrix; raise ValueError if one is out of range."""
     for number, row in enumerate(rows, start=1):
         if row and not 0 <= min(row) <= max(row) < num_labels:
             raise ValueError(f"{path}:{number}: expected labels in 0..{num_labels - 1}, got {row}")
@@ -314,7 +314,7 @@ def _existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _whole_file(target: Path) -> Iterator[Path]:
-    """Yields a temporary path, which is renamed to `target` when the block ends without an exception."""
+    """Yield a temporary path, which is renamed to `target` when the block ends without an exception."""
     partial = target.with_name(f".partial-{target.name}")
     try:
         yield partial
@@ -338,7 +338,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Lists the required files, and prepares the data set."""
+    """List the required files, and prepares the data set."""
     values = flags.FLAGS
     name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
     default = () if values.raw_text else DATASETS[name].features

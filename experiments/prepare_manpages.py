@@ -69,7 +69,7 @@ own licences apply to its pages: see `copyright/`.
 
 
 def download(packages: Iterable[str], directory: Path) -> dict[str, str]:
-    """Downloads packages as NAME_VERSION_ARCHITECTURE.deb; returns the versions of all known packages."""
+    """Download packages as NAME_VERSION_ARCHITECTURE.deb; return the versions of all known packages."""
     options = prepare_packages.update_apt(directory / "apt")
     known = run("apt-cache", *options, "show", "--no-all-versions", *packages).decode()
     versions = {stanza["Package"]: stanza["Version"] for stanza in prepare_packages.read_stanzas(known)}
@@ -78,7 +78,7 @@ def download(packages: Iterable[str], directory: Path) -> dict[str, str]:
 
 
 def read_pages(tar: tarfile.TarFile) -> tuple[dict[str, bytes], dict[str, str], dict[str, bytes]]:
-    """Reads the English manual pages of a package.
+    """Read the English manual pages of a package.
 
     Returns:
       The sources of the pages, keyed by file name, such as `printf.3`; for each file that is a link, or only
@@ -108,7 +108,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def parse(page: str) -> tuple[str, set[str]]:
-    """Returns the text of a page on one line, and the pages referenced in its section SEE ALSO.
+    """Return the text of a page on one line, and the pages referenced in its section SEE ALSO.
 
     Args:
       page: a page typeset by mandoc for a terminal: between header and footer, headings begin in the first
@@ -130,7 +130,7 @@ def parse(page: str) -> tuple[str, set[str]]:
 
 
 def build(pages: dict[str, str], aliases: dict[str, str]) -> list[Point]:
-    """Returns the points with at least one label, sorted by text.
+    """Return the points with at least one label, sorted by text.
 
     Args:
       pages: the pages typeset by mandoc, keyed by file name.
@@ -151,7 +151,7 @@ def build(pages: dict[str, str], aliases: dict[str, str]) -> list[Point]:
 
 
 def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
-    """Downloads the packages, and writes the data set to `out` atomically.
+    """Download the packages, and write the data set to `out` atomically.
 
     Packages that apt does not know are skipped with a message.
     """
@@ -183,7 +183,7 @@ def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
 
 
 def main():
-    """Checks the flags, and writes the data set."""
+    """Check the flags, and write the data set."""
     values = flags.FLAGS
     prepare_packages.check_out(values.out)
     prepare(values.out, values.seed, values.packages)

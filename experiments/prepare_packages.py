@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
 
 def run(*command: str | Path, cwd: Path | None = None, stdin: bytes | None = None) -> bytes:
-    """Returns the output of a command. Raises RuntimeError if it is missing or fails."""
+    """Return the output of a command. Raises RuntimeError if it is missing or fails."""
     env = os.environ | {"LC_ALL": "C.UTF-8"}
     try:
         result = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=env)
@@ -71,7 +71,7 @@ def run(*command: str | Path, cwd: Path | None = None, stdin: bytes | None = Non
 
 
 def update_apt(directory: Path) -> list[str]:
-    """Downloads the lists of packages into a directory; returns options that make apt use them."""
+    """Download the lists of packages into a directory; return options that make apt use them."""
     for name in ("state/lists/partial", "cache/archives/partial"):
         (directory / name).mkdir(parents=True)
     (directory / "status").touch()  # No packages count as installed.
@@ -89,7 +89,7 @@ def update_apt(directory: Path) -> list[str]:
 
 
 def read_stanzas(text: str) -> Iterator[dict[str, str]]:
-    """Yields the fields of each stanza of a Debian control file; continuation lines are not changed."""
+    """Yield the fields of each stanza of a Debian control file; continuation lines are not changed."""
     for stanza in re.split(r"\n\n+", text):
         fields = re.findall(r"^([^\s:]+):[ \t]*(.*(?:\n[ \t].*)*)", stanza, re.MULTILINE)
         if fields:
@@ -97,7 +97,7 @@ def read_stanzas(text: str) -> Iterator[dict[str, str]]:
 
 
 def build(stanzas: Iterable[dict[str, str]]) -> list[Point]:
-    """Returns the points with at least one label, sorted by text."""
+    """Return the points with at least one label, sorted by text."""
     sources = collections.defaultdict(list)
     for stanza in sorted(stanzas, key=lambda stanza: stanza["Package"]):
         sources[stanza.get("Source", stanza["Package"]).split()[0]].append(stanza)
@@ -117,7 +117,7 @@ def build(stanzas: Iterable[dict[str, str]]) -> list[Point]:
 
 
 def split(points: list[Point], seed: int) -> dict[str, list[Point]]:
-    """Returns training and test points in random order, without labels of fewer than two training points."""
+    """Return training and test points in random order, without labels of fewer than two training points."""
     points = random.Random(seed).sample(points, len(points))
     num_test = round(_TEST_SHARE * len(points))
     counts = collections.Counter(label for point in points[num_test:] for label in point.labels)
@@ -130,7 +130,7 @@ def split(points: list[Point], seed: int) -> dict[str, list[Point]]:
 
 
 def describe(points: list[Point]) -> dict[str, float]:
-    """Returns the statistics of one part of a data set."""
+    """Return the statistics of one part of a data set."""
     counts = collections.Counter(label for point in points for label in point.labels)
     words = [len(point.text.split()) for point in points]
     return {
@@ -144,7 +144,7 @@ def describe(points: list[Point]) -> dict[str, float]:
 
 
 def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], readme: str) -> None:
-    """Splits the points, writes the files of the data set, and prints its statistics.
+    """Split the points, writes the files of the data set, and print its statistics.
 
     Args:
       out: directory for the files; it must exist.
@@ -173,19 +173,19 @@ def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], r
 
 
 def define_flags() -> None:
-    """Defines the common flags of the programs that build data sets from packages."""
+    """Define the common flags of the programs that build data sets from packages."""
     flags.DEFINE_string("out", None, "Directory to write; it must not exist.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of the random split.")
 
 
 def check_out(out: str) -> None:
-    """Raises UsageError if the output directory exists."""
+    """Raise UsageError if the output directory exists."""
     if Path(out).exists():
         raise app.UsageError(f"--out={out} exists: remove it, or name another directory")
 
 
 def prepare(out: str | Path, seed: int) -> None:
-    """Downloads the lists of packages, and writes the data set to `out` atomically."""
+    """Download the lists of packages, and write the data set to `out` atomically."""
     with tempfile.TemporaryDirectory() as directory:
         options = update_apt(Path(directory))
         text = run("apt-cache", *options, "show", "--no-all-versions", "?name(.)").decode()
@@ -196,7 +196,7 @@ def prepare(out: str | Path, seed: int) -> None:
 
 
 def main():
-    """Checks the flags, and writes the data set."""
+    """Check the flags, and write the data set."""
     values = flags.FLAGS
     check_out(values.out)
     prepare(values.out, values.seed)

@@ -22,7 +22,7 @@ _BATCH = 1000
 
 
 def write(out: Path, labels: int, train_points: int, test_points: int) -> None:
-    """Writes `{train,test}.npy`, float32 features, and `{train,test}.txt`, labels, to a directory."""
+    """Write `{train,test}.npy`, float32 features, and `{train,test}.txt`, labels, to a directory."""
     source = Synthetic(labels, _LABELS_PER_POINT)
     for name, first, points in (("train", 0, train_points), ("test", train_points, test_points)):
         batches = [
@@ -34,7 +34,7 @@ def write(out: Path, labels: int, train_points: int, test_points: int) -> None:
 
 
 def main():
-    """Checks the flags, and writes the data set."""
+    """Check the flags, and write the data set."""
     values = flags.FLAGS
     check_out(values.out)
     with files.new_directory(values.out) as directory:

@@ -55,7 +55,7 @@ class Point(NamedTuple):
 
 
 def read_wordnet(dict_dir: str) -> dict[str, Synset]:
-    """Reads all synsets, keyed by id: part of speech and offset, such as `n00001740`.
+    """Read all synsets, keyed by id: part of speech and offset, such as `n00001740`.
 
     Raises:
       FileNotFoundError: `dict_dir` does not hold WordNet.
@@ -90,7 +90,7 @@ def read_wordnet(dict_dir: str) -> dict[str, Synset]:
 
 
 def _parse_synset(line: str) -> tuple[str, Synset]:
-    """Parses `offset file type #words (word lex_id)... #pointers (symbol offset pos fields)... | gloss`."""
+    """Parse `offset file type #words (word lex_id)... #pointers (symbol offset pos fields)... | gloss`."""
     head, gloss = line.split(" | ", 1)
     offset, _, _, hex_words, *fields = head.split()
     num_words = int(hex_words, 16)
@@ -105,12 +105,12 @@ def _parse_synset(line: str) -> tuple[str, Synset]:
 
 
 def _without_examples(gloss: str) -> str:
-    """Removes the quoted example sentences after a definition, and the sources that follow them."""
+    """Remove the quoted example sentences after a definition, and the sources that follow them."""
     return re.sub(r'[;:,]\s*"[^"]*("[^;]*|$)', "", gloss).strip(" ;\n")
 
 
 def related_lemmas(synsets: dict[str, Synset], synset_id: str, full: bool) -> list[str]:
-    """Returns the sorted lemmas of a synset's hypernyms up to three steps above, other than its own.
+    """Return the sorted lemmas of a synset's hypernyms up to three steps above, other than its own.
 
     Args:
       synsets: all of WordNet.
@@ -127,12 +127,12 @@ def related_lemmas(synsets: dict[str, Synset], synset_id: str, full: bool) -> li
 
 
 def _hash(synset_id: str) -> float:
-    """Returns a hash of the id as a number in [0, 1)."""
+    """Return a hash of the id as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(synset_id.encode()).digest()[:8]) / 2**64
 
 
 def build(synsets: dict[str, Synset], full: bool) -> tuple[list[Point], list[Point]]:
-    """Returns the training and the test points, sorted by synset id.
+    """Return the training and the test points, sorted by synset id.
 
     Points with a hash below 0.1 are test points. Of the others, the shipped data set contains the 50,000 with
     the lowest hash, the full one all. Labels that fewer than two (full: one) training points have are
@@ -160,7 +160,7 @@ def _restrict(points: list[Point], kept: set[str]) -> Iterator[Point]:
 
 
 def statistics(train: list[list[str]], test: list[list[str]]) -> str:
-    """Returns statistics of a data set as a Markdown table, given the labels of each of its points."""
+    """Return statistics of a data set as a Markdown table, given the labels of each of its points."""
     labels = {label for names in train for label in names}
     rows = [f"| {len(labels):,} labels | points | labels per point | points per label |", "|---|---|---|---|"]
     for name, points in (("training", train), ("test", test)):
@@ -170,7 +170,7 @@ def statistics(train: list[list[str]], test: list[list[str]]) -> str:
 
 
 def main():
-    """Reads WordNet, writes both files, and prints their statistics."""
+    """Read WordNet, writes both files, and print their statistics."""
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     splits = build(read_wordnet(_DICT_DIR.value), _FULL.value)

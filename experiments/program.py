@@ -21,12 +21,12 @@ _ERRORS = (ValueError, OSError, MemoryError, ArithmeticError, ImportError, Runti
 
 
 def start(main: Callable[[], object]) -> None:
-    """Runs a program with the flags of the command line, with the errors described above."""
+    """Run a program with the flags of the command line, with the errors described above."""
     app.run(lambda _: _run(main), flags_parser=_parse)
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Parses all flags; ends the program on an error, or after --help."""
+    """Parse all flags; end the program on an error, or after --help."""
     try:
         program, *others = flags.FLAGS([arguments[0], *flagfiles.expand(arguments[1:])])
     except (flags.Error, ValueError, OSError) as error:
@@ -43,7 +43,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _run(main: Callable[[], object]) -> object:
-    """Runs a program and returns the exit status."""
+    """Run a program and return the exit status."""
     try:
         try:
             return main()

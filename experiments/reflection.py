@@ -14,7 +14,7 @@ NONE = "none"
 
 
 def define_flags(settings: type, prefix: str = "", flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines a flag for each field; flags of nested configurations have the field's name as a prefix."""
+    """Define a flag for each field; flags of nested configurations have the field's name as a prefix."""
     for field, kind in _fields(settings):
         name = f"{prefix}{field.name}"
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -24,7 +24,7 @@ def define_flags(settings: type, prefix: str = "", flag_values: flags.FlagValues
 
 
 def read_flags(settings: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Makes a configuration from the values of the flags of `define_flags`, given by name.
+    """Make a configuration from the values of the flags of `define_flags`, given by name.
 
     Raises:
       ValueError: a value is not allowed.
@@ -44,7 +44,7 @@ def define_kinds(
     help: str,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> None:
-    """Defines a flag that chooses one of several configuration classes, and a flag for each of their fields.
+    """Define a flag that chooses one of several configuration classes, and a flag for each of their fields.
 
     The flags of fields have no default: a field that is not given has the default of the chosen class.
     """
@@ -61,23 +61,23 @@ def define_kinds(
 
 
 def read_kind(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> Any:
-    """Makes a configuration of the chosen class from the values of the flags of `define_kinds`."""
+    """Make a configuration of the chosen class from the values of the flags of `define_kinds`."""
     return kinds[values[name]](**_given(kinds[values[name]], values))
 
 
 def kind_of(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all fields of the chosen configuration, unchecked; fields that are not given have defaults."""
+    """Return all fields of the chosen configuration, unchecked; fields that are not given have defaults."""
     settings = kinds[values[name]]
     return {field.name: field.default for field, _ in _fields(settings)} | _given(settings, values)
 
 
 def fields_of_kinds(kinds: Mapping[str, type]) -> list[str]:
-    """Returns the names of the fields of all classes, sorted."""
+    """Return the names of the fields of all classes, sorted."""
     return sorted({field.name for settings in kinds.values() for field, _ in _fields(settings)})
 
 
 def flags_without_use(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
-    """Returns the names of given flags that are not fields of the chosen class."""
+    """Return the names of given flags that are not fields of the chosen class."""
     used = {field.name for field, _ in _fields(kinds[values[name]])}
     return [field for field in fields_of_kinds(kinds) if field not in used and values[field] is not None]
 
@@ -91,7 +91,7 @@ def _given(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _setting(value: Any) -> Any:
-    """Returns the value of a setting, given the value of its flag."""
+    """Return the value of a setting, given the value of its flag."""
     return None if value == NONE else value
 
 
@@ -129,7 +129,7 @@ def _define(
 
 
 def _help(settings: type, name: str) -> str:
-    """Returns the help text of an attribute from the docstring of a class or of its base classes."""
+    """Return the help text of an attribute from the docstring of a class or of its base classes."""
     for base in settings.__mro__:
         text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
         if found := re.search(rf"^  {name}: (.*?)(?=^  \w|\Z)", text, re.MULTILINE | re.DOTALL):

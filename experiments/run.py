@@ -134,7 +134,7 @@ flags.adopt_module_key_flags(reflection)  # so that --help shows them
 
 
 def main():
-    """Runs the experiment that the flags describe."""
+    """Run the experiment that the flags describe."""
     mesh = _open_mesh()
     is_first = jax.process_index() == 0  # Only the first process writes and prints.
     workdir = Path(FLAGS.workdir)
@@ -279,7 +279,7 @@ class _Signals:
 
 
 def _fit_or_exit(signals: _Signals, *arguments, **options) -> list[dict[str, Any]]:
-    """Runs `fit`; after a signal, exits with status 128 plus the number of the signal, with saved state."""
+    """Run `fit`; after a signal, exits with status 128 plus the number of the signal, with saved state."""
     try:
         return fit(*arguments, **options, should_stop=lambda: signals.received > 0)
     except Stopped as stopped:
@@ -288,7 +288,7 @@ def _fit_or_exit(signals: _Signals, *arguments, **options) -> list[dict[str, Any
 
 
 def _open_mesh() -> Mesh | None:
-    """Connects the processes, and returns the mesh that the flags describe, or None."""
+    """Connect the processes, and return the mesh that the flags describe, or None."""
     if FLAGS.coordinator is not None:
         address = None if FLAGS.coordinator == "auto" else FLAGS.coordinator
         connect(address, FLAGS.num_processes, FLAGS.process_id)
@@ -302,13 +302,13 @@ def _open_mesh() -> Mesh | None:
 
 
 def _say(line: str) -> None:
-    """Prints a line, if this is the first process."""
+    """Print a line, if this is the first process."""
     if jax.process_index() == 0:
         print(line, flush=True)
 
 
 def _tell_unused_of_encoder() -> None:
-    """Prints the given flags that have no effect without an encoder, or without fine-tuning it."""
+    """Print the given flags that have no effect without an encoder, or without fine-tuning it."""
     of_trained = ("encoder_dtype", "encoder_remat")
     unused = [name for name in of_trained if FLAGS[name].present and not FLAGS.encoder_trainable]
     of_any = ("text_scale", "text_dropout")
@@ -319,7 +319,7 @@ def _tell_unused_of_encoder() -> None:
 
 
 def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
-    """Returns the training and the validation points."""
+    """Return the training and the validation points."""
     if FLAGS.validate_on_test:
         _say("validation is on the test set, as in the paper: with --schedule=plateau it chooses the epoch")
         return splits.train, splits.test
@@ -327,7 +327,7 @@ def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
 
 
 def _tell_sizes(splits: datasets.Splits, validation: Dataset) -> None:
-    """Prints the numbers of points, labels and features, and frequent labels; warns of odd labels."""
+    """Print the numbers of points, labels and features, and frequent labels; warn of odd labels."""
     train, test = splits.train, splits.test
     held_out = "" if FLAGS.validate_on_test else f", {len(validation):,} of them to validate on"
     _say(f"{len(train):,} training points{held_out}; {len(test):,} test points")
@@ -349,13 +349,13 @@ def _tell_sizes(splits: datasets.Splits, validation: Dataset) -> None:
 
 
 def own_flags() -> list[flags.Flag]:
-    """Returns the flags of this program, even if another program imports it."""
+    """Return the flags of this program, even if another program imports it."""
     modules = FLAGS.flags_by_module_dict()
     return [*modules[sys.argv[0] if __name__ == "__main__" else __name__], *modules[reflection.__name__]]
 
 
 def values_of(arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of this program's flags for given arguments, independent of the command line."""
+    """Return the values of this program's flags for given arguments, independent of the command line."""
     values = flags.FlagValues()
     for flag in own_flags():
         values[flag.name] = copied = copy.deepcopy(flag)
@@ -369,7 +369,7 @@ def _flag_lines() -> list[str]:
 
 
 def _lock(workdir: Path) -> IO:
-    """Locks a working directory for this process; the lock is held while the returned file is open."""
+    """Lock a working directory for this process; the lock is held while the returned file is open."""
     file = open(workdir / ".lock", "w", opener=open_no_follow)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -379,7 +379,7 @@ def _lock(workdir: Path) -> IO:
 
 
 def _check_flags(path: Path) -> None:
-    """Raises ValueError if the directory contains a run with other flags that affect results."""
+    """Raise ValueError if the directory contains a run with other flags that affect results."""
 
     is_begun = any((path.parent / "checkpoints" / "latest").glob("*.json"))
     if not is_begun and not (path.parent / "result.json").exists():
@@ -407,7 +407,7 @@ def _check_flags(path: Path) -> None:
 
 
 def _finished(path: Path) -> str | None:
-    """Returns None if the run can start or be resumed with more epochs; else a note on its result."""
+    """Return None if the run can start or be resumed with more epochs; else a note on its result."""
     if not path.exists():
         return None
     result = json.loads(path.read_text())

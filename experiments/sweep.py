@@ -78,7 +78,7 @@ class Entry(NamedTuple):
         return [*(f"--flagfile={file}" for file in files), *varied, f"--seed={self.seed}"]
 
     def result(self, results: Path) -> Path:
-        """Returns the path of the result within the directory of results."""
+        """Return the path of the result within the directory of results."""
         return results / self.data / f"{self.cell}_seed{self.seed}.json"
 
 
@@ -105,7 +105,7 @@ class Table(NamedTuple):
 
 
 def read_table(path: str) -> Table:
-    """Reads a table file.
+    """Read a table file.
 
     Raises:
       ValueError: the file is malformed, lists an entry twice, or names a flagfile that does not exist.
@@ -147,12 +147,12 @@ def read_table(path: str) -> Table:
 
 
 def effective_flags(arguments: list[str]) -> dict:
-    """Returns the values of the flags of `experiments.run` that affect results, for given arguments."""
+    """Return the values of the flags of `experiments.run` that affect results, for given arguments."""
     return _that_matter(run.values_of(arguments))
 
 
 def _that_matter(values: dict) -> dict:
-    """Returns the effective values of flags that affect results; missing flags have their defaults."""
+    """Return the effective values of flags that affect results; missing flags have their defaults."""
     values = {flag.name: flag.default for flag in run.own_flags()} | values
     head = reflection.kind_of("head", HEADS, values)
     values |= {name: head.get(name) for name in reflection.fields_of_kinds(HEADS)}
@@ -160,14 +160,14 @@ def _that_matter(values: dict) -> dict:
 
 
 def _directory(runs: Path, values: dict) -> Path:
-    """Returns the working directory of a run, named by a hash of its flags that differ from the defaults."""
+    """Return the working directory of a run, named by a hash of its flags that differ from the defaults."""
     defaults = _that_matter({})
     special = {name: value for name, value in values.items() if value != defaults.get(name)}
     return runs / hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dict[Entry, str]:
-    """Runs all entries without a result.
+    """Run all entries without a result.
 
     Args:
       table: the table.
@@ -205,7 +205,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
 
 
 def _run(command: list[str], log: Path) -> str | None:
-    """Runs a command; returns the last lines of its output if it failed, else None."""
+    """Run a command; return the last lines of its output if it failed, else None."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8", opener=open_no_follow) as output:
         output.write(f"$ {shlex.join(command)}\n")
@@ -232,7 +232,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Runs the table."""
+    """Run the table."""
     values = flags.FLAGS
     failures = sweep(read_table(values.table), Path(values.results), Path(values.runs), values.dry_run)
     if not values.dry_run:

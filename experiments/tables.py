@@ -90,11 +90,11 @@ class Row(NamedTuple):
         return _words(self.cell)
 
     def values(self, column: Column) -> np.ndarray:
-        """Returns the values of a column, one for each result."""
+        """Return the values of a column, one for each result."""
         return np.array([column.value(result) for result in self.results])
 
     def reported(self, column: Column) -> float | None:
-        """Returns the paper's value of a column, or None."""
+        """Return the paper's value of a column, or None."""
         text = self.paper and self.paper[column.reported]
         return float(text) if text else None
 
@@ -104,7 +104,7 @@ def _words(cell: str) -> str:
 
 
 def read_reported() -> dict[tuple[str, str], dict[str, str]]:
-    """Reads the paper's rows, by our names of the data set and the cell."""
+    """Read the paper's rows, by our names of the data set and the cell."""
     with open(PAPER, encoding="utf-8", newline="") as file:
         return {(_data_name(row), _cell_name(row)): row for row in csv.DictReader(file)}
 
@@ -114,7 +114,7 @@ def _data_name(row: dict[str, str]) -> str:
 
 
 def read_end_to_end() -> dict[str, list[dict[str, str]]]:
-    """Reads published results of encoders trained end to end, by our names of the raw text."""
+    """Read published results of encoders trained end to end, by our names of the raw text."""
     found: dict[str, list[dict[str, str]]] = {}
     with open(END_TO_END, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -138,7 +138,7 @@ def _cell_name(row: dict[str, str]) -> str:
 
 
 def read_rows(table: sweep.Table, results: Path) -> list[Row]:
-    """Returns the rows of a table with all existing results.
+    """Return the rows of a table with all existing results.
 
     Raises:
       ValueError: a result file is malformed; the message names it.
@@ -164,7 +164,7 @@ def _read(path: Path) -> dict:
 
 
 def cells_of(rows: list[Row]) -> list[list[str]]:
-    """Returns the table as text, with the heading first, and the paper's columns if any row has them."""
+    """Return the table as text, with the heading first, and the paper's columns if any row has them."""
     with_paper = any(row.paper for row in rows)
     heading = ["system"]
     for column in COLUMNS:
@@ -189,13 +189,13 @@ def _mean_and_spread(values: np.ndarray, digits: int) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """Returns a Markdown table of lines of text, of which the first is the heading."""
+    """Return a Markdown table of lines of text, of which the first is the heading."""
     heading, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([heading, "|---" + "|---:" * (len(lines[0]) - 1) + "|", *rest])
 
 
 def latex(lines: list[list[str]]) -> str:
-    r"""Returns a LaTeX `tabular` (for the package booktabs) of lines of text, of which the first is the
+    r"""Return a LaTeX `tabular` (for the package booktabs) of lines of text, of which the first is the
     heading."""
     escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$"})
     heading, *rest = (" & ".join(field.translate(escape) for field in line) + r" \\" for line in lines)
@@ -205,7 +205,7 @@ def latex(lines: list[list[str]]) -> str:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes means, standard deviations and the paper's numbers; missing values are empty."""
+    """Write means, standard deviations and the paper's numbers; missing values are empty."""
     names = ["data", "cell", "seeds"]
     for column in COLUMNS:
         names += [column.reported, f"{column.reported}_std", f"{column.reported}_paper"]
@@ -223,7 +223,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def provenance(results: Iterable[dict]) -> list[str]:
-    """Returns the machines, versions, commits and memory measurements of results, as Markdown lines."""
+    """Return the machines, versions, commits and memory measurements of results, as Markdown lines."""
     commits: dict[str, collections.Counter] = {}
     for result in results:
         e = result["environment"]
@@ -240,7 +240,7 @@ def provenance(results: Iterable[dict]) -> list[str]:
 
 
 def end_to_end_lines(rows: list[dict[str, str]]) -> list[list[str]]:
-    """Returns rows of `read_end_to_end` as a table of text, with the heading first."""
+    """Return rows of `read_end_to_end` as a table of text, with the heading first."""
     columns = {"system": "system", "encoder": "encoder", "P@1": "test_p1", "memory, GiB": "peak_memory_gib"}
     columns |= {"s/epoch": "seconds_per_epoch", "source": "source"}
     return [list(columns), *([row[column] for column in columns.values()] for row in rows)]
@@ -250,7 +250,7 @@ def end_to_end_lines(rows: list[dict[str, str]]) -> list[list[str]]:
 
 
 def draw(rows: list[Row], prefix: str, out: Path) -> list[Path]:
-    """Draws all figures that the results of one data set allow, and returns their paths."""
+    """Draw all figures that the results of one data set allow, and return their paths."""
     finished = [row for row in rows if row.results]
     figures = {
         "memory": _draw_memory(rows),
@@ -266,7 +266,7 @@ def draw(rows: list[Row], prefix: str, out: Path) -> list[Path]:
 
 
 def _new_figure(**options: Any) -> "Figure":
-    """Returns an empty figure of matplotlib, an optional dependency that is imported only here."""
+    """Return an empty figure of matplotlib, an optional dependency that is imported only here."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -287,7 +287,7 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def _draw_curves(axes, rows: list[Row], name: str, scale: float = 1) -> None:
-    """Draws a field of the history by epoch, as the mean over the seeds that reached the epoch."""
+    """Draw a field of the history by epoch, as the mean over the seeds that reached the epoch."""
     for i, row in enumerate(rows):
         series = [[scale * record[name] for record in result["history"]] for result in row.results]
         longest = max(map(len, series))
@@ -305,7 +305,7 @@ def _draw_curves(axes, rows: list[Row], name: str, scale: float = 1) -> None:
 
 
 def _draw_memory(rows: list[Row]) -> "Figure | None":
-    """Draws P@k against peak memory; the paper's results have hollow markers."""
+    """Draw P@k against peak memory; the paper's results have hollow markers."""
     rows = [row for row in rows if row.results or row.paper]
     if not rows:
         return None
@@ -329,7 +329,7 @@ def _draw_memory(rows: list[Row]) -> "Figure | None":
 
 
 def _draw_epochs(rows: list[Row]) -> "Figure | None":
-    """Draws P@k on the validation points after each epoch."""
+    """Draw P@k on the validation points after each epoch."""
     if not rows:
         return None
     figure = _new_figure(figsize=(15, 4.5))
@@ -341,7 +341,7 @@ def _draw_epochs(rows: list[Row]) -> "Figure | None":
 
 
 def _draw_density(rows: list[Row]) -> "Figure | None":
-    """Draws the fraction of logits with a gradient after each epoch."""
+    """Draw the fraction of logits with a gradient after each epoch."""
     rows = [row for row in rows if "gradient_density" in row.results[0]["history"][0]]
     if not rows:
         return None
@@ -354,7 +354,7 @@ def _draw_density(rows: list[Row]) -> "Figure | None":
 
 
 def _draw_groups(rows: list[Row]) -> "Figure | None":
-    """Draws P@1 within head, middle and tail labels."""
+    """Draw P@1 within head, middle and tail labels."""
     if not rows:
         return None
     figure = _new_figure(figsize=(10, 4.5))
@@ -393,7 +393,7 @@ _CAPTIONS = {
 
 
 def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
-    """Writes `name`.md, .csv and .tex, and the figures."""
+    """Write `name`.md, .csv and .tex, and the figures."""
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# {table.title}"]
     tex = []
@@ -423,7 +423,7 @@ _PARTS = ("features", "loss", "gradients", "step", "step, all gradients", "rewir
 
 
 def read_label_scale(results: Path) -> list[dict]:
-    """Reads the results of `experiments.label_scale`, sorted by number of labels and system.
+    """Read the results of `experiments.label_scale`, sorted by number of labels and system.
 
     Raises:
       ValueError: there are no results, or one is malformed.
@@ -435,7 +435,7 @@ def read_label_scale(results: Path) -> list[dict]:
 
 
 def report_label_scale(results: list[dict], out: Path) -> None:
-    """Writes label_scale.md, .csv and .tex, and the figure."""
+    """Write label_scale.md, .csv and .tex, and the figure."""
     out.mkdir(parents=True, exist_ok=True)
     heading = ["labels", "system", "memory, GiB", *(f"{part}, ms" for part in _PARTS), "epoch, min"]
     lines = [heading]
@@ -467,7 +467,7 @@ def report_label_scale(results: list[dict], out: Path) -> None:
 
 
 def _draw_label_scale(results: list[dict]) -> "Figure":
-    """Draws memory, with a line at 4 GiB and the paper's results, and time, by number of labels.
+    """Draw memory, with a line at 4 GiB and the paper's results, and time, by number of labels.
 
     Each system has a colour, and its name is at the end of its line. Error bars of times are from the first
     to the third quartile over the steps.
@@ -518,7 +518,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """Writes the report that the flags describe."""
+    """Write the report that the flags describe."""
     values = flags.FLAGS
     out = Path(values.out)
     if (values.table is None) == (values.label_scale is None):

@@ -11,6 +11,6 @@ _MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as 
 
 
 def load() -> XMCClassifier:
-    """Loads the classifier that the flags describe."""
+    """Load the classifier that the flags describe."""
     mesh = None if _MESH.value is None else make_mesh(**parse_mesh(_MESH.value))
     return XMCClassifier.load(_WORKDIR.value, encoder=_ENCODER.value, mesh=mesh)

@@ -40,7 +40,7 @@ class Calibration:
 
     @classmethod
     def fit(cls, model: Classifier, points: Dataset, *, batch_size: int = 256) -> "Calibration":
-        """Fits the calibration of a classifier on labelled points that it was not trained on.
+        """Fit the calibration of a classifier on labelled points that it was not trained on.
 
         Args:
           model: the classifier.
@@ -61,17 +61,17 @@ class Calibration:
         return cls(fitted.X_thresholds_, fitted.y_thresholds_)
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Returns the probabilities of scores, float64 of the same shape."""
+        """Return the probabilities of scores, float64 of the same shape."""
         return np.interp(scores, self.scores, self.probabilities)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the calibration as a JSON file."""
+        """Write the calibration as a JSON file."""
         fields = {name: values.tolist() for name, values in vars(self).items()}
         write_text(path, json.dumps(fields) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Calibration":
-        """Reads a calibration saved by `save`.
+        """Read a calibration saved by `save`.
 
         Raises:
           ValueError: the file is not a saved calibration.

@@ -20,7 +20,7 @@ def model_card(
     data: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
-    """Returns the model card of a saved model, in Markdown.
+    """Return the model card of a saved model, in Markdown.
 
     Args:
       saved: the saved model.

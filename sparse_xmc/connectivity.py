@@ -14,7 +14,7 @@ _AT_ONCE = 1 << 17
 
 
 def row_keys(key: Array, first: ArrayLike, rows: int) -> Array:
-    """Returns a random key for each of `rows` rows from the row `first` on.
+    """Return a random key for each of `rows` rows from the row `first` on.
 
     The key of a row depends only on `key` and the number of the row, not on `first` or the device.
     """
@@ -30,7 +30,7 @@ def redraw(
     distinct: bool = True,
     first: ArrayLike = 0,
 ) -> Array:
-    """Draws new inputs uniformly at random for the connections marked by `mask`.
+    """Draw new inputs uniformly at random for the connections marked by `mask`.
 
     The inputs of a label depend only on the key and the number of the label.
 
@@ -81,7 +81,7 @@ def redraw(
 def draw_connections(
     key: Array, labels: int, fan_in: int, in_features: int, *, distinct: bool = True, first: ArrayLike = 0
 ) -> Array:
-    """Draws F of D inputs uniformly at random for each of L labels.
+    """Draw F of D inputs uniformly at random for each of L labels.
 
     Args:
       key: random key.
@@ -98,7 +98,7 @@ def draw_connections(
 
 @functools.lru_cache(maxsize=8)  # A jit of its own would keep the programs for all sizes.
 def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Callable[..., Array]:
-    """Returns `draw_connections` compiled for these sizes, as a function of `key` and `first`."""
+    """Return `draw_connections` compiled for these sizes, as a function of `key` and `first`."""
 
     def draw_connections(key, first):
         (indices,) = update_in_blocks(
@@ -121,7 +121,7 @@ def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Call
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def draw_coordinates(key: Array, connections: int, labels: int, in_features: int) -> Array:
-    """Draws connections uniformly from all pairs of a label and an input; pairs may repeat.
+    """Draw connections uniformly from all pairs of a label and an input; pairs may repeat.
 
     Args:
       key: random key.
@@ -140,12 +140,12 @@ def draw_coordinates(key: Array, connections: int, labels: int, in_features: int
 
 
 def blank(shape: tuple[int, ...], dtype, first: ArrayLike) -> Array:
-    """Returns zeros; within `jax.shard_map` they vary over the same mesh axes as `first`."""
+    """Return zeros; within `jax.shard_map` they vary over the same mesh axes as `first`."""
     return jnp.full(shape, (0 * jnp.asarray(first)).astype(dtype))
 
 
 def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Updates arrays in blocks of rows, so that temporaries stay small.
+    """Update arrays in blocks of rows, so that temporaries stay small.
 
     Args:
       function: function from (first, fresh, blocks) to the new blocks: `first` is the first row of the block,

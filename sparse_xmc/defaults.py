@@ -23,12 +23,12 @@ _LONG_TEXT, _LONG_BAG = 250, 150
 
 
 def ngrams_for(texts: Sequence[str]) -> int:
-    """Returns the default of `ngrams`: 2, or 1 for long texts, for which pairs of words add little."""
+    """Return the default of `ngrams`: 2, or 1 for long texts, for which pairs of words add little."""
     return 1 if sum(len(text.split()) for text in texts) > _LONG_TEXT * len(texts) else 2
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
-    """Returns the default sizes "embedding", "penultimate", "fan_in" and "direct".
+    """Return the default sizes "embedding", "penultimate", "fan_in" and "direct".
 
     The penultimate layer has 8,192 hidden units, 4,096 if labels read words and there is no pretrained
     encoder, and fewer if there are fewer labels. The fan-in is 32, or the number of inputs if it is smaller.
@@ -51,7 +51,7 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
 
 
 def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
-    """Returns the default dropout rate of features: 0.1 if dense, 0.5 for words, 0.2 for words of long texts.
+    """Return the default dropout rate of features: 0.1 if dense, 0.5 for words, 0.2 for words of long texts.
 
     Args:
       dataset: the training points.
@@ -63,7 +63,7 @@ def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
 
 
 def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
-    """Returns a scale for the features, so that the default learning rates suit features of any scale.
+    """Return a scale for the features, so that the default learning rates suit features of any scale.
 
     Bags of words are scaled to a root mean square norm of 1, as in TF-IDF. Dense features are scaled so that
     the squares of a label's inputs sum to about 1 at the initialization of the penultimate layer.
@@ -92,7 +92,7 @@ def _mean_square(features: np.ndarray | scipy.sparse.csr_array) -> float:
 
 
 def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
-    """Returns the default training configuration for a data set.
+    """Return the default training configuration for a data set.
 
     Batches have 256 points, but fewer if an epoch would have less than 100 steps. There are 10 epochs, or as
     many as 1,000 steps take, but at most 100. For bags of words there are 6 epochs or 600 steps, as labels

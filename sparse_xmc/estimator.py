@@ -152,7 +152,7 @@ class XMCClassifier(BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Features, y: Labels) -> "XMCClassifier":
-        """Trains the classifier from scratch.
+        """Train the classifier from scratch.
 
         X and y are not modified.
 
@@ -245,13 +245,13 @@ class XMCClassifier(BaseEstimator):
         return self
 
     def _checked_parameters(self) -> _Parameters:
-        """Returns the parameters; raises ValueError if one of them has an invalid value."""
+        """Return the parameters; raise ValueError if one of them has an invalid value."""
         values = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
         paths = {name: os.fspath(v) for name, v in values.items() if isinstance(v, os.PathLike)}
         return _Parameters(**values | paths | {"verbose": bool(self.verbose)})
 
     def predict(self, X: Features, k: int | None = None) -> Predictions:
-        """Returns the k best labels of each point and their scores.
+        """Return the k best labels of each point and their scores.
 
         Args:
           X: as for `fit`. Without points, the results have the shape [0, k].
@@ -271,7 +271,7 @@ class XMCClassifier(BaseEstimator):
         return Predictions(self.classes_[labels], scores)
 
     def score(self, X: Features, y: Labels) -> float:
-        """Returns P@1, the fraction of points whose best label is correct.
+        """Return P@1, the fraction of points whose best label is correct.
 
         Labels that were not seen in `fit` are never predicted.
 
@@ -295,7 +295,7 @@ class XMCClassifier(BaseEstimator):
         return evaluate(self._fitted.model, dataclasses.replace(points, labels=labels), ks=(1,))["p@1"]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Saves the trained classifier to a directory, for `load` and `experiments.predict`.
+        """Save the trained classifier to a directory, for `load` and `experiments.predict`.
 
         Args:
           directory: the directory; created if missing.
@@ -317,7 +317,7 @@ class XMCClassifier(BaseEstimator):
         encoder: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "XMCClassifier":
-        """Loads a classifier saved by `save`, or by `experiments.run` in its working directory.
+        """Load a classifier saved by `save`, or by `experiments.run` in its working directory.
 
         Args:
           directory: the directory of the saved classifier.
@@ -368,7 +368,7 @@ class XMCClassifier(BaseEstimator):
         return self.saved_
 
     def _points(self, X: Features) -> Dataset:
-        """Returns the points as a `Dataset` without labels, after checking their kind."""
+        """Return the points as a `Dataset` without labels, after checking their kind."""
         saved, points = self._fitted, read_points(X)
         config = saved.config
         if isinstance(points, list) and not points and saved.text_encoder is None:
@@ -388,7 +388,7 @@ class XMCClassifier(BaseEstimator):
 
 
 def number_to_rank(k: int | None, num_labels: int) -> int:
-    """Returns the number of labels to rank: k, or if it is None 5, or all labels if there are fewer.
+    """Return the number of labels to rank: k, or if it is None 5, or all labels if there are fewer.
 
     Raises:
       ValueError: k is not a whole number between 1 and the number of labels.
@@ -401,7 +401,7 @@ def number_to_rank(k: int | None, num_labels: int) -> int:
 
 
 def _draw_seed() -> int:
-    """Returns a seed drawn from the entropy of the operating system."""
+    """Return a seed drawn from the entropy of the operating system."""
     return int(np.random.SeedSequence().generate_state(1)[0])
 
 
@@ -412,7 +412,7 @@ def _only(values: dict[str, Any], *names: str) -> dict[str, Any]:
 def _encode_labels(
     y: Labels, encoder: LabelEncoder | None = None, num_labels: int | None = None
 ) -> tuple[scipy.sparse.csr_array, LabelEncoder | None]:
-    """Returns the label matrix bool [N, L], and the encoder of the label names or None.
+    """Return the label matrix bool [N, L], and the encoder of the label names or None.
 
     Args:
       y: as for `XMCClassifier.fit`.
@@ -442,7 +442,7 @@ def _encode_labels(
 def _reorder(
     matrix: scipy.sparse.csr_array, columns: list[str], encoder: LabelEncoder
 ) -> scipy.sparse.csr_array:
-    """Returns the matrix with its columns in the order of the encoder; unknown columns are dropped."""
+    """Return the matrix with its columns in the order of the encoder; unknown columns are dropped."""
     ids = {name: label for label, name in enumerate(encoder.names)}
     known = [(column, ids[name]) for column, name in enumerate(columns) if name in ids]
     ones = np.ones(len(known), bool)

@@ -47,7 +47,7 @@ def _ranking_of(graphdef: nnx.GraphDef) -> _Ranking:
 
 
 def _ranking(model: Classifier) -> tuple[_Ranking, nnx.State]:
-    """Returns the ranking programs of a classifier, and the state that they take."""
+    """Return the ranking programs of a classifier, and the state that they take."""
     graphdef, state = nnx.split(in_evaluation(model))
     ranking = _of_classifier[model] = _ranking_of(graphdef)
     return ranking, state
@@ -56,7 +56,7 @@ def _ranking(model: Classifier) -> tuple[_Ranking, nnx.State]:
 def predict(
     model: Classifier, dataset: Dataset, k: int, *, batch_size: int = 256
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yields the k best labels of all points, batch by batch, in the order of the data set.
+    """Yield the k best labels of all points, batch by batch, in the order of the data set.
 
     Args:
       model: the classifier; it is applied without dropout, and is not changed.
@@ -84,7 +84,7 @@ def predict(
 
 
 def trace_top_k(model: Classifier, inputs: Any) -> jax.stages.Traced:
-    """Traces the program that ranks a batch in evaluation, without running it.
+    """Trace the program that ranks a batch in evaluation, without running it.
 
     Args:
       model: the classifier; its arrays may be shapes.
@@ -102,7 +102,7 @@ def evaluate(
     inv_propensities: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> dict[str, float]:
-    """Computes ranking metrics of a model on a data set, holding the scores of one batch at a time.
+    """Compute ranking metrics of a model on a data set, holding the scores of one batch at a time.
 
     Excluded labels of the data set are removed from the ranking; ranks beyond the number of labels count as
     misses.
@@ -133,7 +133,7 @@ def evaluate(
 def evaluate_groups(
     model: Classifier, dataset: Dataset, groups: np.ndarray, *, batch_size: int = 256
 ) -> dict[str, float | None]:
-    """Computes P@1 within head, middle and tail labels, with the best-ranked label of each group.
+    """Compute P@1 within head, middle and tail labels, with the best-ranked label of each group.
 
     The mean is over the points with at least one label of the group. A point without any label of the group
     among its `CANDIDATES` best labels counts as a miss.
@@ -166,7 +166,7 @@ def evaluate_groups(
 def _rankings(
     model: Classifier, dataset: Dataset, k: int, batch_size: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields ranges of n points and their labels [n, k] without excluded ones, best first, padded with -1."""
+    """Yield ranges of n points and their labels [n, k] without excluded ones, best first, padded with -1."""
     candidates = k
     if dataset.excluded is not None:
         candidates = max(CANDIDATES, k + np.diff(dataset.excluded.indptr).max(initial=0))
@@ -180,7 +180,7 @@ def _rankings(
 
 
 def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "squared_hinge") -> float:
-    """Computes the fraction of logits at which the loss has a gradient: logits within the margin, `y s < 1`.
+    """Compute the fraction of logits at which the loss has a gradient: logits within the margin, `y s < 1`.
 
     This is the work that implicit negative mining leaves for the backward pass. Labels are processed in
     blocks, so that the logits of all labels never exist at once (except for an unstructured layer, whose
@@ -218,7 +218,7 @@ def _features(graphdef, state, inputs):
 
 @jax.jit
 def _count_within_margin(logits, labels, positives, margin):
-    """Counts the logits [B, n] of the given labels [n], ascending, that have a gradient."""
+    """Count the logits [B, n] of the given labels [n], ascending, that have a gradient."""
     at = jnp.searchsorted(labels, positives)
     inside = labels[jnp.minimum(at, len(labels) - 1)] == positives
     at_positives = jnp.take_along_axis(logits, jnp.where(inside, at, 0), axis=1)

@@ -19,14 +19,14 @@ from xla_ops import save_exported
 def export_predict(
     model: Classifier | SavedModel | XMCClassifier, path: str | os.PathLike, k: int | None = None
 ) -> None:
-    """Exports the prediction of a trained classifier, for processes that have only JAX and `xla_ops`.
+    """Export the prediction of a trained classifier, for processes that have only JAX and `xla_ops`.
 
     In such a process, `predict = xla_ops.load_exported(path)` is a function for batches of any size B:
 
     - for dense features: `predict(x)`, x float32 [B, D];
     - for bags of words: `predict(indptr, indices, data)`, int32 [B + 1], int32 [N] and float32 [N], the
-    arrays of
-      a `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: pad `indices` and `data`
+      arrays of a `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: pad `indices`
+      and `data`
       with zeros after the last entry (`np.pad`) to a few sizes;
     - for bags of words and a frozen encoder: `predict(indptr, indices, data, embeddings)`, embeddings float32
       [B, E].
@@ -86,6 +86,6 @@ def export_predict(
 
 
 def _bags(indptr: jax.Array, indices: jax.Array, data: jax.Array) -> BagOfWords:
-    """Converts the arrays of a CSR matrix to a `BagOfWords`; entries after the last row are padding."""
+    """Convert the arrays of a CSR matrix to a `BagOfWords`; entries after the last row are padding."""
     ends = jnp.zeros(indices.shape, jnp.int32).at[indptr[1:]].add(1, mode="drop")
     return BagOfWords(jnp.cumsum(ends), indices, data, indptr.shape[0] - 1)

@@ -28,7 +28,7 @@ class Connectivity(nnx.Variable):
 def _uniform(
     key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: ArrayLike, first: ArrayLike = 0
 ) -> Array:
-    """Draws an array uniformly in +-bound, in blocks of rows, as the generator needs many times their memory.
+    """Draw an array uniformly in +-bound, in blocks of rows, as the generator needs many times their memory.
 
     A row depends only on the key and its number; `first` is the number of the first row.
     """
@@ -37,7 +37,7 @@ def _uniform(
 
 @functools.lru_cache(maxsize=8)  # A jit of its own would keep the programs for all shapes.
 def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array]:
-    """Returns `_uniform` compiled for a shape, as a function of the key, the bound and `first`."""
+    """Return `_uniform` compiled for a shape, as a function of the key, the bound and `first`."""
 
     def uniform(key, bound, first):
         def draw(row, fresh, blocks):
@@ -51,7 +51,7 @@ def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array
 
 
 def flat_glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Initializes a kernel as the paper's code does: Glorot-uniform on the flat array of all N = L*F weights.
+    """Initialize a kernel as the paper's code does: Glorot-uniform on the flat array of all N = L*F weights.
 
     The bound is sqrt(3 / N). The initial logits of a wide layer are then almost exactly its bias, and the
     layers before it have almost no gradient at first.
@@ -64,12 +64,12 @@ def _flat_bound(weights: int) -> float:
 
 
 def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Initializes a kernel uniformly in +-sqrt(6 / (inputs + outputs)), like Flax, but with less memory."""
+    """Initialize a kernel uniformly in +-sqrt(6 / (inputs + outputs)), like Flax, but with less memory."""
     return _uniform(key, shape, dtype, (6 / (shape[0] + shape[1])) ** 0.5)
 
 
 def start_of_kernel(bound: float | None, num_labels: int | None = None, first: ArrayLike = 0) -> Initializer:
-    """Returns the initializer of the kernel of a sparse output layer, uniform in +-bound.
+    """Return the initializer of the kernel of a sparse output layer, uniform in +-bound.
 
     Args:
       bound: the bound; None for the bound of the paper's code.
@@ -88,7 +88,7 @@ def start_of_kernel(bound: float | None, num_labels: int | None = None, first: A
 
 
 def rare_label_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Initializes the bias of L labels to -log(L), about the logit of the probability 1 / L.
+    """Initialize the bias of L labels to -log(L), about the logit of the probability 1 / L.
 
     It suits binary cross-entropy: with a bias of 0 all labels would start at the probability 1/2, and the
     first steps would mostly lower the bias.
@@ -180,7 +180,7 @@ class FixedFanInLinear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 
     def cast(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
-        """Returns x, kernel, indices and bias in the dtype of the computation, as arguments of `xla_ops`."""
+        """Return x, kernel, indices and bias in the dtype of the computation, as arguments of `xla_ops`."""
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         dtype = kernel.dtype if self.dtype is None else self.dtype
@@ -192,7 +192,7 @@ class FixedFanInLinear(nnx.Module):
         )
 
     def __call__(self, x: Array, sparse: SparseInputs | None = None) -> Array:
-        """Maps x [..., D] to [..., L].
+        """Map x [..., D] to [..., L].
 
         Args:
           x: [..., D], or [..., D - C] if C sparse inputs follow the dense ones.

@@ -30,7 +30,7 @@ class Loss:
     margin: float | None
 
     def __call__(self, logits: Array, positives: Array) -> Array:
-        """Returns the mean of the loss over batch and labels.
+        """Return the mean of the loss over batch and labels.
 
         Args:
           logits: [B, L], float32.
@@ -65,7 +65,7 @@ squared_hinge = LOSSES["squared_hinge"]
 
 
 def find_loss(name: str) -> Loss:
-    """Returns the loss with this name; raises ValueError if there is none."""
+    """Return the loss with this name; raise ValueError if there is none."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
     return LOSSES[name]

@@ -14,7 +14,7 @@ _FILES = {
 
 
 def memory_left(root: Path = Path("/")) -> int | None:
-    """Returns the number of bytes that this process may still allocate under all limits; None without limits.
+    """Return the number of bytes that this process may still allocate under all limits; None without limits.
 
     Args:
       root: the root of the file system, with `proc` and all mounts; not "/" in tests only.
@@ -24,7 +24,7 @@ def memory_left(root: Path = Path("/")) -> int | None:
 
 
 def _left_by_cgroups(root: Path) -> Iterator[int]:
-    """Yields the bytes left in each control group of the process, from the innermost to the outermost."""
+    """Yield the bytes left in each control group of the process, from the innermost to the outermost."""
     for kind, directory, mount in _memory_cgroups(root):
         limit_file, usage_file, cache = _FILES[kind]
         for group in (directory, *directory.parents):
@@ -39,7 +39,7 @@ def _left_by_cgroups(root: Path) -> Iterator[int]:
 
 
 def _memory_cgroups(root: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Yields the version, the directory of the process's group, and the mount point of its hierarchy."""
+    """Yield the version, the directory of the process's group, and the mount point of its hierarchy."""
     own: dict[str, PurePosixPath] = {}  # the process' group, by version
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -63,7 +63,7 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[str, Path, Path]]:
 
 
 def _left_of_address_space(root: Path) -> Iterator[int]:
-    """Yields the bytes left under the limit set by `ulimit -v`, if there is one."""
+    """Yield the bytes left under the limit set by `ulimit -v`, if there is one."""
     for line in _lines(root / "proc/self/limits"):
         if match := re.match(r"Max address space\s+(\d+)\s", line):
             pages = int(next(_lines(root / "proc/self/statm")).split()[0])
@@ -75,7 +75,7 @@ def _statistic(path: Path, name: str) -> int:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a file, or nothing if it cannot be read."""
+    """Yield the lines of a file, or nothing if it cannot be read."""
     try:
         yield from path.read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -83,5 +83,5 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _unescape(field: str) -> str:
-    r"""Decodes a path of `mountinfo`, in which a blank is written as \040."""
+    r"""Decode a path of `mountinfo`, in which a blank is written as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -21,7 +21,7 @@ _HEARTBEAT_SECONDS = 20
 def connect(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Connects this process to the others of a distributed run; call it before any other function of JAX.
+    """Connect this process to the others of a distributed run; call it before any other function of JAX.
 
     If a process dies, the others end with an error within a minute.
 
@@ -38,7 +38,7 @@ def connect(
 
 
 def make_mesh(data: int = 1, label: int = 1) -> Mesh:
-    """Makes a mesh of the first `data * label` devices of all processes.
+    """Make a mesh of the first `data * label` devices of all processes.
 
     Args:
       data: size of the axis "data".
@@ -57,7 +57,7 @@ def make_mesh(data: int = 1, label: int = 1) -> Mesh:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parses the sizes of a mesh, such as "data:2,label:4", for `make_mesh`; missing axes have size 1.
+    """Parse the sizes of a mesh, such as "data:2,label:4", for `make_mesh`; missing axes have size 1.
 
     Raises:
       ValueError: the text is malformed.
@@ -72,12 +72,12 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def data_size(mesh: Mesh | None) -> int:
-    """Returns the size of the axis "data", over which the rows of a batch are sharded; 1 without a mesh."""
+    """Return the size of the axis "data", over which the rows of a batch are sharded; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape.get("data", 1)
 
 
 def own_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
-    """Returns a function from B to bool [B], true for the rows of a batch on this process's devices.
+    """Return a function from B to bool [B], true for the rows of a batch on this process's devices.
 
     Returns None if this process needs all rows.
     """
@@ -99,7 +99,7 @@ def _by_row(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Replicates the arrays of a pytree over a mesh, except for arrays that are on the mesh already.
+    """Replicate the arrays of a pytree over a mesh, except for arrays that are on the mesh already.
 
     All processes must pass equal values.
     """
@@ -127,7 +127,7 @@ def _split(array: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """Places a batch on a mesh: rows are sharded over `data`, bags of words and positives are replicated.
+    """Place a batch on a mesh: rows are sharded over `data`, bags of words and positives are replicated.
 
     Without a mesh, the batch is returned unchanged.
 

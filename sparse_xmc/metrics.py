@@ -23,7 +23,7 @@ LABEL_GROUPS = ("head", "middle", "tail")
 
 
 def inverse_propensities(labels: csr_array, a: float = 0.55, b: float = 1.5) -> np.ndarray:
-    """Returns one weight per label, larger for rarer labels, under the model of missing labels.
+    """Return one weight per label, larger for rarer labels, under the model of missing labels.
 
     With N training points, of which n_l have the label l, the weight is 1 + C (n_l + b)^-a, where
     C = (ln N - 1) (b + 1)^a.
@@ -69,17 +69,17 @@ class LabelStatistics:
 
     @classmethod
     def of(cls, labels: csr_array, a: float = 0.55, b: float = 1.5) -> "LabelStatistics":
-        """Computes the statistics of a label matrix [N, L]; for a and b see `inverse_propensities`."""
+        """Compute the statistics of a label matrix [N, L]; for a and b see `inverse_propensities`."""
         return cls(inverse_propensities(labels, a, b), label_groups(labels))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the statistics as an `.npz` file."""
+        """Write the statistics as an `.npz` file."""
         with new_file(path) as file:
             np.savez(file, inv_propensities=self.inv_propensities, groups=self.groups)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LabelStatistics":
-        """Reads statistics saved by `save`.
+        """Read statistics saved by `save`.
 
         Raises:
           ValueError: the file does not contain such statistics; the message names it.
@@ -165,7 +165,7 @@ class RankingMetrics:
         self._totals = {name: np.zeros(len(self.ks)) for name in names}
 
     def update(self, top_labels: ArrayLike, positives: csr_array) -> None:
-        """Adds a batch of n points.
+        """Add a batch of n points.
 
         Args:
           top_labels: [n, >= max(ks)] integers, each row the label ids in ranked order, best first.
@@ -197,7 +197,7 @@ class RankingMetrics:
                 sums["psndcg"] += (self._at_ks(weights * self._discounts) / ideal_dcg).sum(0)
 
     def compute(self) -> dict[str, float]:
-        """Returns the metrics of all points so far, under keys such as ``"p@1"`` and ``"psndcg@5"``.
+        """Return the metrics of all points so far, under keys such as ``"p@1"`` and ``"psndcg@5"``.
 
         Raises:
           ValueError: `update` has not been called with any point.
@@ -213,11 +213,11 @@ class RankingMetrics:
         return results
 
     def _at_ks(self, values: np.ndarray) -> np.ndarray:
-        """Returns the sums of the first k columns of values [n, max_k], for each k: [n, len(ks)]."""
+        """Return the sums of the first k columns of values [n, max_k], for each k: [n, len(ks)]."""
         return np.cumsum(values, axis=1)[:, self.ks - 1]
 
     def _checked_top_labels(self, top_labels: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
-        """Returns the first max(ks) columns of top_labels as int64 [n, max_k]."""
+        """Return the first max(ks) columns of top_labels as int64 [n, max_k]."""
         num_points, num_labels = shape
         if self._num_labels not in (None, num_labels):
             raise ValueError(f"positives: expected {self._num_labels} columns (labels), got {num_labels}")
@@ -239,7 +239,7 @@ class RankingMetrics:
 
 
 def label_groups(labels: csr_array) -> np.ndarray:
-    """Divides labels by frequency into groups that each have a third of all label occurrences.
+    """Divide labels by frequency into groups that each have a third of all label occurrences.
 
     Labels are ordered from the most to the least frequent, and labels of equal frequency by their ids. The
     first
@@ -266,14 +266,14 @@ def label_groups(labels: csr_array) -> np.ndarray:
 
 
 def _binary_csr(matrix: csr_array, name: str) -> csr_array:
-    """Returns a CSR matrix as bool with sorted, distinct columns and no stored zeros; does not modify it."""
+    """Return a CSR matrix as bool with sorted, distinct columns and no stored zeros; does not modify it."""
     if not issparse(matrix) or matrix.format != "csr" or matrix.ndim != 2:
         raise ValueError(f"{name}: expected a two-dimensional CSR matrix, got {type(matrix).__name__}")
     return to_binary(matrix)
 
 
 def is_listed(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
-    """Returns for each ranked label whether it is among the positives of its point.
+    """Return for each ranked label whether it is among the positives of its point.
 
     Args:
       top_labels: integer [n, k], label ids, or -1 for no label.
@@ -295,7 +295,7 @@ def is_listed(top_labels: np.ndarray, positives: csr_array) -> np.ndarray:
 
 
 def _largest_weights(positives: csr_array, weights: np.ndarray, k: int) -> np.ndarray:
-    """Returns float64 [n, k]: the k largest weights of each point's positives, descending, 0 after them."""
+    """Return float64 [n, k]: the k largest weights of each point's positives, descending, 0 after them."""
     counts = np.diff(positives.indptr)
     rows = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((-weights[positives.indices], rows))

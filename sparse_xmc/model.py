@@ -32,11 +32,11 @@ class Classifier(nnx.Module):
         self.head = head
 
     def __call__(self, inputs: Any) -> Array:
-        """Returns the logits [B, L]."""
+        """Return the logits [B, L]."""
         return self.head(self.encoder(inputs))
 
     def loss(self, inputs: Any, positives: Array, loss: str = "squared_hinge") -> Array:
-        """Returns the mean loss of a batch.
+        """Return the mean loss of a batch.
 
         Args:
           inputs: the inputs of B points.
@@ -46,7 +46,7 @@ class Classifier(nnx.Module):
         return self.head.loss(self.encoder(inputs), positives, loss)
 
     def top_k(self, inputs: Any, k: int) -> tuple[Array, Array]:
-        """Returns the k best labels of each point.
+        """Return the k best labels of each point.
 
         Returns:
           Scores float32 [B, k] and labels int32 [B, k], best first. Of labels with equal scores, the lower
@@ -98,12 +98,12 @@ class PretrainedSettings:
 
     @classmethod
     def of(cls, encoder: PretrainedEncoder) -> "PretrainedSettings":
-        """Returns the configuration of an encoder."""
+        """Return the configuration of an encoder."""
         dtype = jnp.dtype(encoder.dtype).name
         return cls(encoder.config, encoder.pooling, encoder.normalize, dtype, encoder.remat)
 
     def make(self, rngs: nnx.Rngs) -> PretrainedEncoder:
-        """Makes an encoder with random weights."""
+        """Make an encoder with random weights."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return PretrainedEncoder(
             fields.pop("network"), **fields | {"dtype": jnp.dtype(self.dtype)}, rngs=rngs
@@ -139,7 +139,7 @@ class ClassifierConfig:
     def beside_words(
         cls, frozen: FrozenEncoder | Tokenizer | None, trained: PretrainedEncoder | None
     ) -> dict[str, Any]:
-        """Returns the fields "text_features" and "pretrained" for results of `open_pretrained`, or None."""
+        """Return the fields "text_features" and "pretrained" for results of `open_pretrained`, or None."""
         if trained is not None:
             return {"text_features": trained.features, "pretrained": PretrainedSettings.of(trained)}
         return {"text_features": frozen.features} if isinstance(frozen, FrozenEncoder) else {}
@@ -153,7 +153,7 @@ class ClassifierConfig:
         mesh: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
     ) -> Classifier:
-        """Makes a new classifier.
+        """Make a new classifier.
 
         Args:
           train: the training points, from which heads may be initialized; see `HeadConfig.make`.
@@ -187,14 +187,14 @@ class ClassifierConfig:
         return Classifier(encoder, head)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object; the object of the head has its name in `HEADS` as "kind"."""
+        """Return a JSON object; the object of the head has its name in `HEADS` as "kind"."""
         (kind,) = (name for name, config in HEADS.items() if type(self.head) is config)
         fields = dataclasses.asdict(self)
         return fields | {"head": {"kind": kind, **fields["head"]}}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ClassifierConfig":
-        """Makes the configuration from a result of `to_json`.
+        """Make the configuration from a result of `to_json`.
 
         Raises:
           ValueError: the object was not made by `to_json`.

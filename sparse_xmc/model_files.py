@@ -30,7 +30,7 @@ _NEW, _PARTIAL = ".new_model", ".new_model.partial"
 
 @contextlib.contextmanager
 def new_files(directory: Path) -> Iterator[Path]:
-    """Yields a directory for the parts of a model, which replace the parts in `directory` at the end.
+    """Yield a directory for the parts of a model, which replace the parts in `directory` at the end.
 
     All processes must call it; the first one moves the files. If the block raises an exception, the old model
     stays in place.
@@ -63,7 +63,7 @@ def new_files(directory: Path) -> Iterator[Path]:
 
 
 def find_files(directory: Path) -> dict[str, Path]:
-    """Returns the paths of the existing parts of a saved model and of its checksums, by name."""
+    """Return the paths of the existing parts of a saved model and of its checksums, by name."""
     new = directory / _NEW
     if not _is_whole(new):
         return {name: directory / name for name in (*PARTS, CHECKSUMS) if (directory / name).exists()}
@@ -73,7 +73,7 @@ def find_files(directory: Path) -> dict[str, Path]:
 
 
 def check_files(directory: Path, files: dict[str, Path]) -> None:
-    """Raises ValueError if files of a saved model, from `find_files`, do not match their checksums."""
+    """Raise ValueError if files of a saved model, from `find_files`, do not match their checksums."""
     path = files.get(CHECKSUMS, directory / CHECKSUMS)
     if not path.exists():
         raise ValueError(f"{path}: not there: the model was saved only in part, or by another version")
@@ -92,7 +92,7 @@ def _is_whole(new: Path) -> bool:
 
 
 def _move(directory: Path) -> None:
-    """Moves the files of a new model, if there is one, to their final places, and deletes the old files."""
+    """Move the files of a new model, if there is one, to their final places, and delete the old files."""
     new = directory / _NEW
     if _is_whole(new):
         names = _parts_of(_read_record(new / CHECKSUMS))
@@ -111,7 +111,7 @@ def _parts_of(expected: dict[str, str]) -> set[str]:
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """Reads the checksums of a saved model, by file name.
+    """Read the checksums of a saved model, by file name.
 
     Raises:
       ValueError: the file does not contain checksums, or is of another format version.

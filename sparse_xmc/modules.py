@@ -14,13 +14,13 @@ class Scale(nnx.Variable):
 
 
 def split(module: nnx.Module, *filters: type[nnx.Variable]) -> tuple[nnx.GraphDef, list[nnx.State]]:
-    """Splits a module into its structure, its variables of each given type, and all other variables."""
+    """Split a module into its structure, its variables of each given type, and all other variables."""
     graphdef, *states = nnx.split(module, *filters, ...)
     return graphdef, states
 
 
 def check_features(module: nnx.Module, x: Any, features: int, ndim: int | None = None) -> None:
-    """Raises ValueError unless x is [..., features] and has `ndim` axes, if `ndim` is given."""
+    """Raise ValueError unless x is [..., features] and has `ndim` axes, if `ndim` is given."""
     if x.ndim < 1 or x.shape[-1] != features or ndim not in (None, x.ndim):
         lead = "..." if ndim is None else "B"
         raise ValueError(
@@ -29,34 +29,34 @@ def check_features(module: nnx.Module, x: Any, features: int, ndim: int | None =
 
 
 def parameters_of(module: nnx.Module) -> dict[str, nnx.Param]:
-    """Returns the parameters of a module by their paths."""
+    """Return the parameters of a module by their paths."""
     return {path_name(path): node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)}
 
 
 def count_parameters(module: nnx.Module) -> int:
-    """Returns the total number of elements of all parameters of a module."""
+    """Return the total number of elements of all parameters of a module."""
     return sum(parameter.size for parameter in parameters_of(module).values())
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """Joins a path in a module into one name, such as "output.kernel"."""
+    """Join a path in a module into one name, such as "output.kernel"."""
     return ".".join(map(str, path))
 
 
 def key_path_names(path: Iterable[Any]) -> list[str]:
-    """Returns the names in a key path of `jax.tree_util`, for any type of nodes."""
+    """Return the names in a key path of `jax.tree_util`, for any type of nodes."""
     return [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
 
 
 def in_training(module: Module) -> Module:
-    """Returns a copy of a module in training mode, with dropout, that shares its arrays."""
+    """Return a copy of a module in training mode, with dropout, that shares its arrays."""
     copy = _of_same_arrays(module)
     copy.train()
     return copy
 
 
 def in_evaluation(module: Module) -> Module:
-    """Returns a copy of a module in evaluation mode, without dropout, that shares its arrays."""
+    """Return a copy of a module in evaluation mode, without dropout, that shares its arrays."""
     copy = _of_same_arrays(module)
     copy.eval()
     return copy

@@ -63,7 +63,7 @@ class MemoryPlan:
 def plan_memory(
     config: ClassifierConfig, training: TrainingConfig, train: Dataset, *, mesh: Mesh | None = None
 ) -> MemoryPlan:
-    """Plans the memory of training a classifier, without allocating memory of that size.
+    """Plan the memory of training a classifier, without allocating memory of that size.
 
     The size of the training state follows from shapes. The temporaries are the largest of a training step, a
     rewiring, and the ranking of a batch: XLA plans them when it compiles these programs for the current
@@ -93,7 +93,7 @@ def plan_memory(
 def check_memory(
     config: ClassifierConfig, training: TrainingConfig, train: Dataset, *, mesh: Mesh | None = None
 ) -> MemoryPlan:
-    """Returns the plan of `plan_memory` if the memory is available; arguments are the same.
+    """Return the plan of `plan_memory` if the memory is available; arguments are the same.
 
     Raises:
       MemoryError: the memory is not available; the message contains the plan, and settings that fit.
@@ -112,12 +112,12 @@ def check_memory(
 
 
 def abstract_trainer(config: ClassifierConfig, training: TrainingConfig) -> Trainer:
-    """Makes a trainer whose state consists of shapes. It cannot take steps; its programs can be traced."""
+    """Make a trainer whose state consists of shapes. It cannot take steps; its programs can be traced."""
     return Trainer(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))), training)
 
 
 def state_parts(trainer: Trainer) -> dict[str, int]:
-    """Returns the number of bytes of each part of a training state, of arrays or of shapes."""
+    """Return the number of bytes of each part of a training state, of arrays or of shapes."""
     parts = dict.fromkeys(("encoder", "encoder's moments", "words", "head", "head's moments"), 0)
     for state in (trainer.state["params"], trainer.state["other"]):
         for path, variable in nnx.to_flat_state(state):
@@ -130,7 +130,7 @@ def state_parts(trainer: Trainer) -> dict[str, int]:
 
 
 def _temporaries(traced: jax.stages.Traced) -> int:
-    """Returns the number of bytes that a program needs in addition to its arguments."""
+    """Return the number of bytes that a program needs in addition to its arguments."""
     compiled = traced.lower().compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -140,7 +140,7 @@ def _temporaries(traced: jax.stages.Traced) -> int:
 
 
 def _available(mesh: Mesh | None) -> tuple[int, str]:
-    """Returns the number of bytes available on a device, and a description of the device."""
+    """Return the number of bytes available on a device, and a description of the device."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -157,7 +157,7 @@ def _available(mesh: Mesh | None) -> tuple[int, str]:
 def _smaller(
     config: ClassifierConfig, training: TrainingConfig
 ) -> Iterator[tuple[ClassifierConfig, TrainingConfig]]:
-    """Yields settings with decreasing memory, in the order of increasing loss of accuracy."""
+    """Yield settings with decreasing memory, in the order of increasing loss of accuracy."""
     if not hasattr(config.head, "output_dtype"):
         config = dataclasses.replace(config, head=ClassifierConfig.head)
         yield config, training
@@ -177,7 +177,7 @@ def _smaller(
 
 
 def _differences(before: Any, after: Any) -> Iterator[str]:
-    """Yields "name=value" for each field that differs between two dataclasses, including nested ones."""
+    """Yield "name=value" for each field that differs between two dataclasses, including nested ones."""
     for field in dataclasses.fields(after):
         old, new = getattr(before, field.name), getattr(after, field.name)
         if type(old) is not type(new) and dataclasses.is_dataclass(new):
@@ -189,5 +189,5 @@ def _differences(before: Any, after: Any) -> Iterator[str]:
 
 
 def bytes_of(tree: Any) -> int:
-    """Returns the total number of bytes of all arrays, or shapes of arrays, in a pytree."""
+    """Return the total number of bytes of all arrays, or shapes of arrays, in a pytree."""
     return sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in jax.tree.leaves(tree))

@@ -70,7 +70,7 @@ class SavedModel:
     parameters: dict[str, Any] | None = None
 
     def points(self, texts: Sequence[str]) -> Dataset:
-        """Encodes texts as points without labels, for prediction.
+        """Encode texts as points without labels, for prediction.
 
         Raises:
           ValueError: the classifier does not take texts.
@@ -89,7 +89,7 @@ class SavedModel:
         data: Mapping[str, object] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves the model to a directory, replacing any model there.
+        """Save the model to a directory, replacing any model there.
 
         The replacement is atomic: at any time the directory contains either the old model or the new one. A
         model card, README.md, is written too, unless there is another file with this name.
@@ -136,7 +136,7 @@ class SavedModel:
             write_text(card, model_card(self, data=data, metrics=metrics))
 
     def start_from(self, trained: "SavedModel") -> None:
-        """Replaces the weights and connections of the classifier by those of a trained model.
+        """Replace the weights and connections of the classifier by those of a trained model.
 
         A pretrained encoder that is fine-tuned here, but was frozen in the trained model, keeps its own
         weights. Both models share arrays afterwards, so training this model invalidates the trained one.
@@ -172,7 +172,7 @@ class SavedModel:
         encoder: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "SavedModel":
-        """Loads a model saved by `save`.
+        """Load a model saved by `save`.
 
         Args:
           directory: the directory of the saved model.
@@ -231,7 +231,7 @@ class SavedModel:
 
 
 def read_config(path: Path) -> tuple[ClassifierConfig, int | None]:
-    """Reads `model.json`.
+    """Read `model.json`.
 
     Returns:
       The configuration, and the number of rows by label in the weights, or None if it is not recorded.
@@ -268,7 +268,7 @@ def _labels(saved: SavedModel) -> list[str] | None:
 
 
 def _weights(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Returns all variables except random states (parameters, connections and scales) by their paths."""
+    """Return all variables except random states (parameters, connections and scales) by their paths."""
     return {
         path_name(path): node
         for path, node in nnx.iter_graph(model)

@@ -18,7 +18,7 @@ def setting(
     below: float | None = None,
     or_else: tuple[Any, ...] = (),
 ) -> Any:
-    """Declares a field of a configuration and its allowed values.
+    """Declare a field of a configuration and its allowed values.
 
     Args:
       default: default value; `dataclasses.MISSING` for none.
@@ -42,7 +42,7 @@ _HOLDS = {
 
 
 def check(settings: Any) -> None:
-    """Raises ValueError, naming the field, if a value is not allowed by the type or the `setting` of a field.
+    """Raise ValueError, naming the field, if a value is not allowed by the type or the `setting` of a field.
 
     NumPy scalars are converted to Python scalars, and integers to float if the field is a float. Call it in
     `__post_init__`.
@@ -84,7 +84,7 @@ LARGEST_SEED = 2**32 - 1  # limit of NumPy, and of stochastic rounding in the op
 
 
 def check_seed(seed: Any) -> int:
-    """Returns a seed as an int.
+    """Return a seed as an int.
 
     Raises:
       ValueError: the seed is not an integer in 0..2^32-1.

@@ -33,7 +33,7 @@ _LIKE_A_PATTERN = re.compile(r"[][*?\\]")
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
-    """Saves all arrays of a module to a directory, replacing an existing directory.
+    """Save all arrays of a module to a directory, replacing an existing directory.
 
     Raises:
       OSError: the arrays could not be written; an existing directory is kept.
@@ -55,7 +55,7 @@ def save_weights(path: str | os.PathLike, model: nnx.Module) -> None:
 
 
 def write_weights(path: Path, model: nnx.Module) -> None:
-    """Saves all arrays of a module to a new directory, and checks that they can be read.
+    """Save all arrays of a module to a new directory, and check that they can be read.
 
     Args:
       path: the directory; its name must not contain characters with a meaning in `glob`.
@@ -71,7 +71,7 @@ def write_weights(path: Path, model: nnx.Module) -> None:
 
 
 def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int | None = None) -> Any:
-    """Loads the arrays saved by `save_weights` into a copy of a module.
+    """Load the arrays saved by `save_weights` into a copy of a module.
 
     Args:
       path: the directory.
@@ -101,7 +101,7 @@ def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int 
 
 
 def _check_connections(model: nnx.Module, path: Path) -> None:
-    """Raises ValueError if a layer has connections to inputs out of range, which shapes do not reveal."""
+    """Raise ValueError if a layer has connections to inputs out of range, which shapes do not reveal."""
     for where, layer in nnx.iter_modules(model):
         if isinstance(layer, FixedFanInLinear | UnstructuredLinear):
             indices = layer.indices[...]
@@ -115,7 +115,7 @@ def _check_connections(model: nnx.Module, path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(directory: Path) -> Iterator[Path]:
-    """Yields a path by which Orbax can read a directory, to one thread at a time.
+    """Yield a path by which Orbax can read a directory, to one thread at a time.
 
     Orbax finds files by `glob`, with the directory as a part of the pattern. Therefore a directory whose path
     contains a character with a meaning in patterns is accessed by a symbolic link.
@@ -138,7 +138,7 @@ def reading(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yields a path by which Orbax can write a new directory, which replaces an existing one.
+    """Yield a path by which Orbax can write a new directory, which replaces an existing one.
 
     Args:
       path: the directory; its name must not contain characters with a meaning in `glob`.
@@ -158,7 +158,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def _remove_partial(path: Path) -> None:
-    """Deletes the files of an incomplete save, if this is the first process."""
+    """Delete the files of an incomplete save, if this is the first process."""
     if jax.process_index() == 0:
         for left in (path, *path.parent.glob(f"{path.name}.orbax*")):
             remove(left)
@@ -166,7 +166,7 @@ def _remove_partial(path: Path) -> None:
 
 @contextlib.contextmanager
 def _errors_of_one_line(path: Path) -> Iterator[None]:
-    """Converts exceptions of an Orbax save to an OSError with a one-line message, without tracebacks.
+    """Convert exceptions of an Orbax save to an OSError with a one-line message, without tracebacks.
 
     Raises:
       OSError: the block raised an exception; the message has the path.
@@ -175,7 +175,7 @@ def _errors_of_one_line(path: Path) -> Iterator[None]:
     level = logger.level
 
     def ignore_writes_under_way(unraisable):
-        """Ignores errors of pending writes after the save has ended."""
+        """Ignore errors of pending writes after the save has ended."""
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
@@ -195,7 +195,7 @@ def _errors_of_one_line(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the first line of an error message, at most 300 characters; for a full disk only this cause."""
+    """Return the first line of an error message, at most 300 characters; for a full disk only this cause."""
     full = os.strerror(errno.ENOSPC)
     if full in str(error):
         return full
@@ -205,7 +205,7 @@ def _reason(error: BaseException) -> str:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes have called this function, if there are several."""
+    """Wait until all processes have called this function, if there are several."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"sparse_xmc {what}")
 
@@ -213,7 +213,7 @@ def wait_for_all(what: str) -> None:
 def check_sizes(
     metadata: Any, expected: Any, path: Path, head: Head | None = None, label_rows: int | None = None
 ) -> None:
-    """Raises ValueError unless saved arrays have the shapes and dtypes of a state, except for padding labels.
+    """Raise ValueError unless saved arrays have the shapes and dtypes of a state, except for padding labels.
 
     The check precedes the reading of arrays, as Orbax would report a mismatch only after reading a part.
 
@@ -229,7 +229,7 @@ def check_sizes(
     has_rows = re.compile(rf"(((params|other)\.)?head|moments\.\w+)\.({by_label})" if by_label else "(?!)")
 
     def as_saved(name: str) -> str:
-        """Returns the dtype and shape that an array must have in the saved state."""
+        """Return the dtype and shape that an array must have in the saved state."""
         array = here[name]
         if label_rows is None or not has_rows.fullmatch(name):
             return dtype_and_shape(array)
@@ -246,7 +246,7 @@ def check_sizes(
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """Returns the arrays or shapes of a pytree by their paths; random keys as saved, as integers."""
+    """Return the arrays or shapes of a pytree by their paths; random keys as saved, as integers."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -256,12 +256,12 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def dtype_and_shape(array: Any) -> str:
-    """Returns the dtype and the shape of an array as text, for messages."""
+    """Return the dtype and the shape of an array as text, for messages."""
     return f"{array.dtype} {list(array.shape)}"
 
 
 def shapes_of(state: Any) -> Any:
-    """Returns the shapes of the arrays of a pytree with their shardings, for restoring.
+    """Return the shapes of the arrays of a pytree with their shardings, for restoring.
 
     Arrays without a sharding are restored on the first device of this process.
     """

@@ -21,13 +21,13 @@ UINT32_MAX = 2**32 - 1
 
 
 def index_dtype(in_features: int):
-    """Returns the narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536, else int32."""
+    """Return the narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536, else int32."""
     in_features = as_integer("in_features", in_features, 0, 2**31 - 1)
     return jnp.uint16 if in_features <= UINT16_FEATURES else jnp.int32
 
 
 def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers") -> Array:
-    """Returns `value` as a JAX array; a big-endian NumPy array is converted to native byte order.
+    """Return `value` as a JAX array; a big-endian NumPy array is converted to native byte order.
 
     Args:
       name: name of the argument, for errors.
@@ -59,7 +59,7 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
 
 
 def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int:
-    """Returns a static argument as an int; a symbolic dimension is returned unchanged.
+    """Return a static argument as an int; a symbolic dimension is returned unchanged.
 
     Args:
       name: name of the argument, for errors.
@@ -86,7 +86,7 @@ def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int
 
 
 def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32:
-    """Returns a static argument as a finite float32 of at least 0 that is less than `below`, if given.
+    """Return a static argument as a finite float32 of at least 0 that is less than `below`, if given.
 
     Raises:
       TypeError: `value` is not a real number, or traced.
@@ -106,7 +106,7 @@ def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32
 
 
 def as_uint32(name: str, value: ArrayLike) -> np.uint32 | Array:
-    """Returns an integer scalar as uint32.
+    """Return an integer scalar as uint32.
 
     Traced arrays, and int32 arrays such as a wrapped step counter, are reduced to their lower 32 bits.
 
@@ -130,14 +130,14 @@ def _is_real(array: np.ndarray | Array) -> bool:
 
 
 def _is_concrete(value: Any) -> bool:
-    """Returns whether this process can read the values of a number or an array now."""
+    """Return whether this process can read the values of a number or an array now."""
     if isinstance(value, jax.core.Tracer):
         return False
     return not isinstance(value, Array) or value.is_fully_addressable
 
 
 def _describe(value: Any) -> str:
-    """Describes a value of a wrong type in one short line, for errors."""
+    """Describe a value of a wrong type in one short line, for errors."""
     if value is None or isinstance(value, bool | int | float | complex | np.bool_ | np.number):
         return str(value)
     if isinstance(value, np.ndarray | Array):
@@ -152,19 +152,19 @@ def _names(dtypes) -> str:
 
 
 def check_dtype(name: str, array, dtypes) -> None:
-    """Raises TypeError unless `array` has one of `dtypes`."""
+    """Raise TypeError unless `array` has one of `dtypes`."""
     if array.dtype not in [jnp.dtype(d) for d in dtypes]:
         raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {array.dtype.name}")
 
 
 def check_shape(name: str, array, shape: tuple[int, ...], why: str) -> None:
-    """Raises ValueError unless `array` has `shape`; `why` explains the shape in the error."""
+    """Raise ValueError unless `array` has `shape`; `why` explains the shape in the error."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)} ({why}), got {list(array.shape)}")
 
 
 def check_values(name: str, array, *, ndim_at_least: int) -> None:
-    """Raises TypeError or ValueError unless `array` is float32 or bfloat16 with enough axes."""
+    """Raise TypeError or ValueError unless `array` is float32 or bfloat16 with enough axes."""
     check_dtype(name, array, VALUE_DTYPES)
     if array.ndim < ndim_at_least:
         raise ValueError(
@@ -173,7 +173,7 @@ def check_values(name: str, array, *, ndim_at_least: int) -> None:
 
 
 def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None:
-    """Raises TypeError or ValueError unless kernel [L, F], indices [L, F] and bias ([L] or None) fit inputs.
+    """Raise TypeError or ValueError unless kernel [L, F], indices [L, F] and bias ([L] or None) fit inputs.
 
     Args:
       kernel, indices, bias: the arrays of the layer.
@@ -196,7 +196,7 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
 
 
 def next_step(state, kind) -> Array:
-    """Returns the number of the next step, from 1, given Adam's `state`, an instance of `kind`."""
+    """Return the number of the next step, from 1, given Adam's `state`, an instance of `kind`."""
     if not isinstance(state, kind):
         raise TypeError(f"state must be of type {kind.__name__}, got {type(state).__name__}")
     count = as_array("state.count", state.count)
@@ -206,7 +206,7 @@ def next_step(state, kind) -> Array:
 
 
 def check_rate(learning_rate: ArrayLike) -> Array:
-    """Returns the learning rate as a float32 scalar; raises an error unless it is a finite number."""
+    """Return the learning rate as a float32 scalar; raise an error unless it is a finite number."""
     rate = as_array("learning_rate", learning_rate, "a number")
     if not _is_real(rate):
         raise TypeError(f"learning_rate must be a number, got {_describe(learning_rate)}")
@@ -221,7 +221,7 @@ def check_rate(learning_rate: ArrayLike) -> Array:
 
 
 def adam_attributes(b1: float, b2: float, epsilon: float) -> dict[str, np.float32]:
-    """Returns the attributes of Adam's handlers; raises an error unless b1 and b2 are below 1 in float32."""
+    """Return the attributes of Adam's handlers; raise an error unless b1 and b2 are below 1 in float32."""
     return {
         "b1": as_float("b1", b1, below=1),
         "b2": as_float("b2", b2, below=1),
@@ -230,7 +230,7 @@ def adam_attributes(b1: float, b2: float, epsilon: float) -> dict[str, np.float3
 
 
 def adam_rates(learning_rate: ArrayLike, count: Array, b1: np.float32, b2: np.float32) -> Array:
-    """Returns the rates of Adam's handlers for step `count` (from 1), float32 [3].
+    """Return the rates of Adam's handlers for step `count` (from 1), float32 [3].
 
     They are the learning rate, and the bias-correction factors of both moments.
     """
@@ -239,7 +239,7 @@ def adam_rates(learning_rate: ArrayLike, count: Array, b1: np.float32, b2: np.fl
 
 
 def rounding_key(seed: ArrayLike, step: ArrayLike, **more: ArrayLike) -> Array:
-    """Returns the key of stochastic rounding for the handlers, uint32 [3 + ...].
+    """Return the key of stochastic rounding for the handlers, uint32 [3 + ...].
 
     Args:
       seed: integer scalar, the lower word of the seed; the upper word is 0.

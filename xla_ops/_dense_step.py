@@ -34,7 +34,7 @@ class DenseAdamState(NamedTuple):
 
 
 def dense_adam_init(kernel: ArrayLike, dtype=jnp.float32) -> DenseAdamState:
-    """Returns the state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
+    """Return the state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
     kernel = as_array("kernel", kernel)
     return DenseAdamState(jnp.zeros((), jnp.int32), *(jnp.zeros_like(kernel, dtype) for _ in range(2)))
 
@@ -52,7 +52,7 @@ def dense_adam_step(
     seed: ArrayLike = 0,
     before: ArrayLike | None = None,
 ) -> tuple[Array, DenseAdamState]:
-    """Takes one Adam step for `y = x @ kernel`, without ever holding the gradient `x.T @ dy`.
+    """Take one Adam step for `y = x @ kernel`, without ever holding the gradient `x.T @ dy`.
 
     The result equals that of `optax.adam(learning_rate, b1, b2, eps=epsilon)` up to rounding. For moments in
     bfloat16, the first is rounded to nearest, as with Optax's `mu_dtype`. The second changes by less than its

@@ -17,7 +17,7 @@ _PROGRAM, _WEIGHTS = "program.jax_export", "weights.npz"
 def save_exported(
     path: str | os.PathLike, function: Callable, weights: Any, *inputs: jax.ShapeDtypeStruct
 ) -> None:
-    """Saves a function, as a program of `jax.export`, and its weights, for `load_exported`.
+    """Save a function, as a program of `jax.export`, and its weights, for `load_exported`.
 
     The program runs on CPUs, and also on CUDA if the CUDA module is built, whatever the platform of this
     process.
@@ -49,7 +49,7 @@ def save_exported(
 
 
 def load_exported(path: str | os.PathLike) -> Callable:
-    """Loads a function saved by `save_exported`; it takes the inputs, as arrays of JAX or NumPy.
+    """Load a function saved by `save_exported`; it takes the inputs, as arrays of JAX or NumPy.
 
     The function is compiled for each new size of its inputs; with symbolic sizes, use few different sizes.
     Files written by one version of JAX can be read by later versions for half a year.

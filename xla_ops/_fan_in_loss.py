@@ -27,7 +27,7 @@ def fan_in_loss(
     num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """Computes the mean over batch and labels of a loss of `fan_in_matmul(x, kernel, indices, bias)`.
+    """Compute the mean over batch and labels of a loss of `fan_in_matmul(x, kernel, indices, bias)`.
 
     Logits, loss and gradients are computed in blocks of labels, so that neither the logits nor their gradient
     [B, L] ever exist. Where the squared hinge has no gradient, the backward products are skipped.
@@ -73,7 +73,7 @@ def fan_in_loss_reference(
     num_labels: int | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """Computes `fan_in_loss` with plain `jax.numpy` and a dense target matrix. Same arguments and result."""
+    """Compute `fan_in_loss` with plain `jax.numpy` and a dense target matrix. Same arguments and result."""
     layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, kernel, indices, bias, _ = layer
     logits = matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias).astype(jnp.float32)
@@ -88,7 +88,7 @@ def fan_in_loss_reference(
 
 
 def _check(x, kernel, indices, bias, positives, loss, num_labels, sparse) -> tuple[Layer, Array, int]:
-    """Checks the arguments of `fan_in_loss`; returns the layer, the positives and the number of labels."""
+    """Check the arguments of `fan_in_loss`; return the layer, the positives and the number of labels."""
     layer = check_layer(x, kernel, indices, bias, sparse, ndim_at_least=2)
     x, labels = layer.x, layer.kernel.shape[0]
     if x.ndim != 2:
@@ -109,7 +109,7 @@ def _check(x, kernel, indices, bias, positives, loss, num_labels, sparse) -> tup
 def loss_operands(
     x, kernel, indices, bias, positives, loss, num_labels, sparse
 ) -> tuple[tuple[Array, ...], dict[str, np.int64]]:
-    """Checks the arguments of `fan_in_loss`.
+    """Check the arguments of `fan_in_loss`.
 
     Returns:
       The operands of the handlers, x, rows, columns, values, kernel, indices, bias and positives, and their

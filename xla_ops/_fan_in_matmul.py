@@ -20,7 +20,7 @@ def fan_in_matmul(
     *,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """Multiplies by a sparse matrix in which every output has exactly F inputs.
+    """Multiply by a sparse matrix in which every output has exactly F inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
 
@@ -61,13 +61,13 @@ def fan_in_matmul_reference(
     *,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """Computes `fan_in_matmul` with plain `jax.numpy`; slow, with [..., L, F] in memory. Same arguments."""
+    """Compute `fan_in_matmul` with plain `jax.numpy`; slow, with [..., L, F] in memory. Same arguments."""
     x, _, kernel, indices, bias, _ = check_layer(x, kernel, indices, bias, sparse)
     return matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias)
 
 
 def matmul_in_jnp(x: Array, kernel: Array, indices: Array, bias: Array) -> Array:
-    """Computes `fan_in_matmul_reference` for arguments from `check_layer`, with all inputs in x."""
+    """Compute `fan_in_matmul_reference` for arguments from `check_layer`, with all inputs in x."""
     indices = indices.astype(jnp.int32)
     valid = (indices >= 0) & (indices < x.shape[-1])
     inputs = jnp.take(x, jnp.where(valid, indices, 0), axis=-1)
@@ -110,7 +110,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 @functools.cache
 def _forward(num_columns):
-    """Returns the forward pass. `jax.vmap` with one layer for all enlarges the batch instead of looping."""
+    """Return the forward pass. `jax.vmap` with one layer for all enlarges the batch instead of looping."""
 
     def call(x, *others):
         result = jax.ShapeDtypeStruct((x.shape[0], others[3].shape[0]), x.dtype)

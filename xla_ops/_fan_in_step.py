@@ -39,7 +39,7 @@ class AdamState(NamedTuple):
 
 
 def adam_init(kernel: ArrayLike, bias: ArrayLike | None) -> AdamState:
-    """Returns the state before the first step, for kernel [L, F] and bias ([L] or None)."""
+    """Return the state before the first step, for kernel [L, F] and bias ([L] or None)."""
     kernel = as_array("kernel", kernel)
     bias = None if bias is None else as_array("bias", bias)
     return AdamState(
@@ -66,7 +66,7 @@ def fan_in_adam_step(
     sparse: SparseInputs | None = None,
     wants_d_x: bool = True,
 ) -> tuple[Array, Array | None, Array, Array | None, AdamState]:
-    """Takes one Adam step on `fan_in_loss` in one pass over the labels.
+    """Take one Adam step on `fan_in_loss` in one pass over the labels.
 
     The gradient of the kernel is never held. The result equals that of `fan_in_loss`, `jax.grad` and
     `optax.adam(learning_rate, b1, b2, eps=epsilon)` up to rounding. Kernel, bias and moments are updated in
@@ -145,7 +145,7 @@ def fan_in_sgd_step(
     sparse: SparseInputs | None = None,
     wants_d_x: bool = True,
 ) -> tuple[Array, Array | None, Array, Array | None]:
-    """Takes one step of SGD without momentum on `fan_in_loss` in one pass over the labels.
+    """Take one step of SGD without momentum on `fan_in_loss` in one pass over the labels.
 
     The update is `kernel -= learning_rate * gradient`, and likewise for the bias. There are no moments, and
     the gradient of the kernel is never held. Sums are float32; bfloat16 weights are then rounded

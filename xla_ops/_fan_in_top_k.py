@@ -22,7 +22,7 @@ def fan_in_top_k(
     *,
     sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array]:
-    """Returns the k largest values of `fan_in_matmul(x, kernel, indices, bias)` per row, and their labels.
+    """Return the k largest values of `fan_in_matmul(x, kernel, indices, bias)` per row, and their labels.
 
     The logits [..., L] never exist in memory. Not differentiable.
 
@@ -66,7 +66,7 @@ def fan_in_top_k(
 def fan_in_top_k_reference(
     x, kernel, indices, bias, k: int, *, sparse: SparseInputs | None = None
 ) -> tuple[Array, Array]:
-    """Computes `fan_in_top_k` with plain `jax.numpy`, holding all logits. Same arguments and result."""
+    """Compute `fan_in_top_k` with plain `jax.numpy`, holding all logits. Same arguments and result."""
     (x, _, kernel, indices, bias, _), k = _check(x, kernel, indices, bias, k, sparse)
     x, kernel = with_sparse(x, sparse).astype(jnp.float32), kernel.astype(jnp.float32)
     return jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)

@@ -43,7 +43,7 @@ class SparseInputs:
     num_columns: int = dataclasses.field(metadata={"static": True})
 
     def densify(self, batch: int) -> Array:
-        """Returns the inputs as a dense array [B, C].
+        """Return the inputs as a dense array [B, C].
 
         Args:
           batch: B, the number of points.
@@ -87,7 +87,7 @@ def check_layer(
     *,
     ndim_at_least: int = 1,
 ) -> Layer:
-    """Converts and checks the common arguments of all ops of a fixed fan-in layer.
+    """Convert and check the common arguments of all ops of a fixed fan-in layer.
 
     Raises:
       TypeError, ValueError: an argument has a wrong type, dtype or shape; the message names it.
@@ -106,7 +106,7 @@ def check_layer(
 
 
 def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, Array, Array]:
-    """Returns the checked rows, columns and values of sparse inputs, which must fit x [..., D] if given."""
+    """Return the checked rows, columns and values of sparse inputs, which must fit x [..., D] if given."""
     if not isinstance(sparse, SparseInputs):
         raise TypeError(f"sparse must be SparseInputs or None, got a value of type {type(sparse).__name__}")
     rows, columns, values = (
@@ -126,12 +126,12 @@ def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, 
 
 
 def gradient_of(x: Array, wanted: bool) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a handler's result for the gradient of x [B, D]; empty if it is not wanted."""
+    """Return the shape of a handler's result for the gradient of x [B, D]; empty if it is not wanted."""
     return jax.ShapeDtypeStruct(x.shape if wanted else (0, 0), x.dtype)
 
 
 def with_sparse(x: Array, sparse: SparseInputs | None) -> Array:
-    """Returns the dense and the sparse inputs in one array [..., D + C], for reference implementations."""
+    """Return the dense and the sparse inputs in one array [..., D + C], for reference implementations."""
     if sparse is None:
         return x
     examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -17,7 +17,7 @@ _HANDLER = "xla_ops.kth_smallest"
 
 
 def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
-    """Returns the k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
+    """Return the k-th smallest |x| (k = 1 is the smallest), exactly and without sorting.
 
     It takes two counting passes over x on a CPU, three on a GPU, without temporaries of its size.
 
@@ -59,7 +59,7 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
 
 
 def kth_smallest_magnitude_reference(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) -> Array:
-    """Computes `kth_smallest_magnitude` with plain `jax.numpy`. Same arguments and result."""
+    """Compute `kth_smallest_magnitude` with plain `jax.numpy`. Same arguments and result."""
     x, k = _check(x, k, axes)
     return _bisect(x, k, axes)
 
@@ -72,7 +72,7 @@ def _check(x: ArrayLike, k: int, axes: tuple[str, ...]) -> tuple[Array, int]:
 
 
 def _bisect(x: Array, k: int, axes: tuple[str, ...]) -> Array:
-    """Bisects on the bits, which have the order of |x|; k may exceed the size of x with `axes`."""
+    """Bisect on the bits, which have the order of |x|; k may exceed the size of x with `axes`."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
     def halve(_, bounds):  # Invariant: the bits of the answer are in low..high.

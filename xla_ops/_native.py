@@ -18,7 +18,7 @@ _REBUILD = "python -m pip install --force-reinstall --no-deps -e ."
 
 
 def runtime_ffi_version() -> tuple[int, int]:
-    """Returns the XLA FFI version of the installed jaxlib, read from its headers."""
+    """Return the XLA FFI version of the installed jaxlib, read from its headers."""
     header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text()
     versions = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
@@ -26,7 +26,7 @@ def runtime_ffi_version() -> tuple[int, int]:
 
 
 def check_ffi_version(module) -> None:
-    """Raises ImportError unless the installed jaxlib can run the handlers of a native module.
+    """Raise ImportError unless the installed jaxlib can run the handlers of a native module.
 
     If handlers built with newer headers than jaxlib's were registered, every JAX operation would fail with
     "Unable to initialize backend"; therefore call this function before registration.
@@ -42,7 +42,7 @@ def check_ffi_version(module) -> None:
 
 @functools.cache
 def register() -> tuple[str, ...]:
-    """Registers the handlers with XLA, as the first call of any op does, and returns their names.
+    """Register the handlers with XLA, as the first call of any op does, and return their names.
 
     It is needed only for direct use of `jax.export`, without `save_exported` and `load_exported`. A program
     that runs an exported program must call it first. To export a program with ops, pass
@@ -53,13 +53,13 @@ def register() -> tuple[str, ...]:
 
 
 def platforms() -> tuple[str, ...]:
-    """Returns the JAX backends that the ops support: "cpu", and "gpu" if the CUDA module is built."""
+    """Return the JAX backends that the ops support: "cpu", and "gpu" if the CUDA module is built."""
     return ("cpu",) if cuda() is None else ("cpu", "gpu")
 
 
 @functools.cache
 def cpu():
-    """Returns the CPU module after registration of its handlers.
+    """Return the CPU module after registration of its handlers.
 
     Raises:
       ImportError: the module is missing, or does not match the installed jaxlib.
@@ -79,7 +79,7 @@ def cpu():
 
 @functools.cache
 def cuda():
-    """Returns the CUDA module after registration of its handlers under the same names; None without one.
+    """Return the CUDA module after registration of its handlers under the same names; None without one.
 
     Loading needs neither a GPU nor the CUDA libraries. Raises ImportError if it does not match jaxlib.
     """
@@ -101,7 +101,7 @@ def call(
     aliases: Mapping[int, int] | None = None,
     **attributes: np.generic,
 ) -> tuple[Array, ...]:
-    """Calls a handler that exists on all platforms; `jax.vmap` turns the call into a loop.
+    """Call a handler that exists on all platforms; `jax.vmap` turns the call into a loop.
 
     Args:
       handler: name of the handler.
@@ -117,7 +117,7 @@ def call(
 
 
 def varying(*operands: Array) -> tuple[Array, ...]:
-    """Makes the operands of an op vary over all mesh axes over which any of them varies.
+    """Make the operands of an op vary over all mesh axes over which any of them varies.
 
     Within `jax.shard_map` a batch may vary over devices and a layer not; the gradient of the layer is then
     summed over the devices. Elsewhere the operands are returned unchanged.
@@ -133,7 +133,7 @@ def _call(handler, results, aliases, attributes, *operands):
         return tuple(varying(jnp.zeros(result.shape, result.dtype), *operands)[0] for result in results)
 
     def call(results):
-        """Returns the call for results of these shapes, for whole operands or the shards of one device."""
+        """Return the call for results of these shapes, for whole operands or the shards of one device."""
 
         def native(*operands, workspace=()):
             # Within `jax.shard_map`, results vary over the same axes as the operands.
@@ -167,7 +167,7 @@ _SYMBOLIC_BATCH, _SYMBOLIC_ENTRIES = 256, 4096
 
 
 def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeDtypeStruct:
-    """Returns the shape of the workspace, the last result of every CUDA handler, as the module specifies it.
+    """Return the shape of the workspace, the last result of every CUDA handler, as the module specifies it.
 
     Its size may be 0.
     """

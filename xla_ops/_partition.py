@@ -2,7 +2,7 @@
 
 XLA cannot partition a custom call by itself: it would gather all operands on every device. Each call here
 defines along which dimensions it can be partitioned (batch, labels, and axes mapped by `jax.vmap`), and
-raises an error for others.
+raises an error for all other dimensions.
 """
 
 import functools
@@ -47,7 +47,7 @@ _OPS = {  # Public names of ops whose handlers have other names.
     "xla_ops.kth_smallest": "kth_smallest_magnitude",
 }
 
-# Makes the call for results of these shapes.
+# A function from shapes of results to the call with these results.
 Call = Callable[[Sequence[jax.ShapeDtypeStruct]], Callable[..., tuple[Array, ...]]]
 _Axes = tuple[str, ...]
 
@@ -59,7 +59,7 @@ def partitioned(
     *operands: Array,
     mapped: tuple[tuple[bool, ...], ...] = (),
 ) -> tuple[Array, ...]:
-    """Computes `call(results)(*operands)`, partitioned according to the shardings of the operands.
+    """Compute `call(results)(*operands)`, partitioned according to the shardings of the operands.
 
     Args:
       handler: name of the handler.
@@ -114,7 +114,7 @@ def partitioned(
 
 
 def _once(handler, function):
-    """Returns the call, with an error for derivatives beyond those that the op defines."""
+    """Return the call, with an error for derivatives beyond those that the op defines."""
     once = jax.custom_jvp(lambda *operands: function(*operands))
 
     @once.defjvp
@@ -131,7 +131,7 @@ def _once(handler, function):
 
 
 def _under_no_mesh(function):
-    """Returns the function of one device, traced under an empty abstract mesh.
+    """Return the function of one device, traced under an empty abstract mesh.
 
     jax 0.10 does so by itself. jax 0.12 traces it under the caller's mesh, where axes of type Explicit would
     give its arrays, which are shards, the sharding types of whole arrays.
@@ -193,7 +193,7 @@ class _Cut:
         self.can_be_cut = sorted(can_be_cut, key=lambda letter: letter not in self.of_layer)
 
     def rule(self) -> str:
-        """Returns the rule for Shardy: dimensions in `can_be_cut` are sharded equally in all arrays."""
+        """Return the rule for Shardy: dimensions in `can_be_cut` are sharded equally in all arrays."""
         number = itertools.count()
 
         def factors(dims):
@@ -204,7 +204,7 @@ class _Cut:
         return " -> ".join(", ".join(map(factors, dims)) for dims in (self.operand_dims, self.result_dims))
 
     def axes(self, operands, wanted=(), *, is_explicit: bool = False) -> dict[str, _Axes]:
-        """Returns the mesh axes of each letter, from the shardings of operands and of wanted results.
+        """Return the mesh axes of each letter, from the shardings of operands and of wanted results.
 
         If the batch is sharded along the same mesh axis as the layer, the batch is gathered, and not the
         layer; with explicit sharding this is an error.
@@ -235,7 +235,7 @@ class _Cut:
         return chosen
 
     def _common(self, letter, choices, is_explicit) -> _Axes:
-        """Returns the longest of the choices; the others must be prefixes of it, and are sharded further."""
+        """Return the longest of the choices; the others must be prefixes of it, and are sharded further."""
         longest = max(choices, key=len, default=())
         for axes in choices:
             if longest[: len(axes)] != axes or (is_explicit and axes != longest):
@@ -245,7 +245,7 @@ class _Cut:
         return longest
 
     def _axes(self, array, dim, operand: str | None = None) -> _Axes:
-        """Returns the mesh axes of a dimension of an array; () for a result with uneven shards."""
+        """Return the mesh axes of a dimension of an array; () for a result with uneven shards."""
         sharding = array.sharding
         axes: _Axes = ()
         if isinstance(sharding, jax.NamedSharding):
@@ -271,7 +271,7 @@ class _Cut:
 
 
 def _of(shape, dims: str) -> str:
-    """Returns the letters of dimensions, with "-" for size 0, as in a missing bias, which has no elements."""
+    """Return the letters of dimensions, with "-" for size 0, as in a missing bias, which has no elements."""
     return "".join("-" if size == 0 else letter for size, letter in zip(shape, dims, strict=True))
 
 
@@ -284,7 +284,7 @@ def _without(axes: _Axes, others: _Axes) -> _Axes:
 
 
 def _on_device(cut: _Cut, call: Call, axes: dict[str, _Axes], *operands: Array) -> tuple[Array, ...]:
-    """Computes the results of one device from its shards of the operands, and sums them if necessary."""
+    """Compute the results of one device from its shards of the operands, and sum them if necessary."""
     parts = {letter: math.prod(map(jax.lax.axis_size, axes.get(letter, ()))) for letter in "BL"}
     local = dict(zip(cut.names, operands, strict=True))
     for name, letter, counted in (("positives", "L", "kernel"), ("sparse.rows", "B", "x")):
@@ -309,7 +309,7 @@ def _on_device(cut: _Cut, call: Call, axes: dict[str, _Axes], *operands: Array) 
 
 
 def _top_k(results, call: Call, label_axes: _Axes, local: dict[str, Array]) -> tuple[Array, ...]:
-    """Merges the best labels of all shards of the labels."""
+    """Merge the best labels of all shards of the labels."""
     labels, (batch, k) = local["kernel"].shape[0], results[0].shape
     shapes = [jax.ShapeDtypeStruct((batch, min(k, labels)), r.dtype) for r in results]
     scores, chosen = call(shapes)(*local.values())

@@ -21,7 +21,7 @@ def round_stochastically(
     row_length: int | None = None,
     first_row: ArrayLike = 0,
 ) -> Array:
-    """Rounds to bfloat16, up or down at random with probabilities that make the result exact on average.
+    """Round to bfloat16, up or down at random with probabilities that make the result exact on average.
 
     A value is rounded exactly as in `fan_in_sgd_step` and `dense_adam_step`, given the same seed, step and
     position. Column n of row r has the position `first + (first_row + r) * row_length + n`, where all axes
@@ -71,7 +71,7 @@ def _round(x, key, first_row, first, row_length):
 
 
 def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
-    """Returns the high and the low word of each position."""
+    """Return the high and the low word of each position."""
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     row += first_row
     first_high, first_low = np.uint32(first >> 32), np.uint32(first & 0xFFFFFFFF)
@@ -83,7 +83,7 @@ def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Ar
 
 
 def _rounding_bits(key: Array, high: Array, low: Array) -> Array:
-    """Returns 16 random bits for each position: a run of 128 positions shares 16 counters of 4 words each."""
+    """Return 16 random bits for each position: a run of 128 positions shares 16 counters of 4 words each."""
 
     def bits(first, count):
         return (low >> np.uint32(first)) & np.uint32(2**count - 1)
@@ -96,7 +96,7 @@ def _rounding_bits(key: Array, high: Array, low: Array) -> Array:
 
 
 def _philox(key: Array, counter_high: Array, counter_low: Array) -> tuple[Array, ...]:
-    """Returns the four words of Philox4x32-10 for each counter; `key` has two words of seed and the step."""
+    """Return the four words of Philox4x32-10 for each counter; `key` has two words of seed and the step."""
     k0, k1, step = key
     c0, c1, c2, c3 = counter_low, counter_high, jnp.full_like(counter_low, step), jnp.zeros_like(counter_low)
     for _ in range(10):
@@ -108,7 +108,7 @@ def _philox(key: Array, counter_high: Array, counter_low: Array) -> tuple[Array,
 
 
 def _product(a: Array, b: np.uint32) -> tuple[Array, Array]:
-    """Returns the high and the low word of a * b, computed by half words, as no wider type is available."""
+    """Return the high and the low word of a * b, computed by half words, as no wider type is available."""
     half = np.uint32(0xFFFF)
     a_high, a_low, b_high, b_low = a >> np.uint32(16), a & half, b >> np.uint32(16), b & half
     middle = a_high * b_low + (a_low * b_low >> np.uint32(16))

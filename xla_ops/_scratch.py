@@ -10,7 +10,7 @@ _LANES = 16  # Batches are padded to a multiple of this.
 
 
 def scratch_bytes(program: str) -> int:
-    """Returns an estimate of the largest scratch memory of any op in a compiled CPU program, in bytes.
+    """Return an estimate of the largest scratch memory of any op in a compiled CPU program, in bytes.
 
     On a GPU, XLA's plan includes all memory.
 

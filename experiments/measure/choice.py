@@ -93,7 +93,7 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
 
 
 def table(report: dict) -> str:
-    """Renders a report for the terminal."""
+    """Render a report for the terminal."""
     return (
         f"choose_columns: {', '.join(f'{k} {v:,}' for k, v in report['sizes'].items())}\n"
         f"{report['seconds']:.1f} s, which is {100 * report['part_of_an_epoch']:.1f}% of an epoch "

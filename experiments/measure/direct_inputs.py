@@ -180,7 +180,7 @@ def _statistics(layer: Layer, shape: Shape) -> dict:
 
 
 def table(report: dict) -> str:
-    """Renders a report for the terminal."""
+    """Render a report for the terminal."""
     machine, words = report["environment"], report["words"]
     lines = [
         "direct_inputs: " + ", ".join(f"{k} {v:,}" for k, v in report["shape"].items()),

@@ -158,7 +158,7 @@ def measure(
     network: PretrainedConfig = BERT_BASE,
     variants: Sequence[tuple[str, bool]] = VARIANTS,
 ) -> dict[str, Any]:
-    """Plans of all shapes and variants, as (dtype, remat); prints each as it comes."""
+    """Plan of all shapes and variants, as (dtype, remat); print each as it comes."""
     rows = []
     for shape in shapes:
         for dtype, remat in variants:
@@ -186,7 +186,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Renders what `measure` has not printed yet: the parts of the state, and what others report."""
+    """Render what `measure` has not printed yet: the parts of the state, and what others report."""
     parts = report["steps"][0]["argument_parts_bytes"]
     state = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
     published = ", ".join(f"{name} {size}" for name, size in report["published_gib"].items())

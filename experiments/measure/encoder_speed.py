@@ -171,7 +171,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Prints the table, and writes --json."""
+    """Print the table, and write --json."""
     values = flags.FLAGS
     how = (values.dtype, values.repeats)
     if values.train is not None:

@@ -25,7 +25,7 @@ PAPER = {"memory_bytes": 1.45e9, "seconds_per_epoch": 271}
 
 
 def measure(network: Network, steps: int) -> dict:
-    """Trains for `steps` steps after two that are not counted; the returned report is ready for JSON."""
+    """Train for `steps` steps after two that are not counted; the returned report is ready for JSON."""
     trainer, batches, losses = network.trainer("adam"), network.batches(8), []
 
     def step():
@@ -57,7 +57,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Measures, and writes --json."""
+    """Measure, and write --json."""
     if unused := flags_without_use("fan_in", "penultimate"):
         raise app.UsageError(f"no use for {', '.join(f'--{name}' for name in unused)}")
     report = measure(network_of_flags(), flags.FLAGS.steps)

@@ -214,7 +214,7 @@ def our_call(case: Case) -> Callable[[], Any]:
 
 
 def _dense_step(case: Case, update: Callable) -> Callable[[], Any]:
-    """Updates a kernel [features, D] in place, D the inputs of the output layer."""
+    """Update a kernel [features, D] in place, D the inputs of the output layer."""
     features, width, batch = workloads.NUM_FEATURES, case.shape.inputs, case.shape.batch
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], (batch, features)), jax.random.normal(keys[1], (batch, width))
@@ -362,7 +362,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Prints a table, and writes --json after each row."""
+    """Print a table, and write --json after each row."""
     values = flags.FLAGS
     bandwidths = Bandwidths(
         memory=copy_bytes_per_second(values.rounds, values.copy_bytes),

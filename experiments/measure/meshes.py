@@ -25,7 +25,7 @@ _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16
 
 
 def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
-    """Takes a training step, and says what each device has of it; ready for JSON.
+    """Take a training step, and says what each device has of it; ready for JSON.
 
     Args:
       scale: the number of labels and the data's statistics.

@@ -54,7 +54,7 @@ def compile_contenders(problem: Problem) -> tuple[dict[_Key, Callable[[], Any]],
 
 
 def _require_memory(program) -> None:
-    """Raises MemoryError now, where the system would kill the whole process later (a GPU says so itself)."""
+    """Raise MemoryError now, where the system would kill the whole process later (a GPU says so itself)."""
     if jax.default_backend() != "cpu":
         return
     memory = program.memory_analysis()
@@ -65,7 +65,7 @@ def _require_memory(program) -> None:
 
 
 def check_agreement(problem: Problem) -> None:
-    """Raises AssertionError unless all contenders that run return what the first does."""
+    """Raise AssertionError unless all contenders that run return what the first does."""
     tolerance = 4 * float(jnp.finfo(problem.values[0].dtype).eps) * problem.values[0].shape[0] ** 0.5
     expected: dict[str, list[np.ndarray]] = {}
     compiled, _ = compile_contenders(problem)
@@ -118,7 +118,7 @@ def speedup(ours: str, seconds: Mapping[str, float]) -> dict | None:
 
 
 def table(report: dict) -> str:
-    """Renders a report for the terminal."""
+    """Render a report for the terminal."""
     shape, machine = report["shape"], report["environment"]
     lines = [
         f"{report['op']}, {report['dtype']}: " + ", ".join(f"{k} {v:,}" for k, v in shape.items()),

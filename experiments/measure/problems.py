@@ -120,7 +120,7 @@ def _scan(x, kernel, bias, indices):
 
 
 def _map_labels(function, *arrays):
-    """Applies `function` to a few labels at a time, the last ones included, so that they stay in cache."""
+    """Apply `function` to a few labels at a time, the last ones included, so that they stay in cache."""
     whole = arrays[0].shape[0] // _LABELS_AT_ONCE * _LABELS_AT_ONCE
     blocks = [a[:whole].reshape(-1, _LABELS_AT_ONCE, *a.shape[1:]) for a in arrays]
     results = jax.lax.map(lambda block: function(*block), blocks)

@@ -15,12 +15,12 @@ _MESSAGE_CHARACTERS = 400
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --rows."""
+    """Add --rows."""
     parser.addoption("--rows", help="File that each test's outcome is appended to.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Listens in the process that has all reports, which is not one of pytest-xdist's workers."""
+    """Listen in the process that has all reports, which is not one of pytest-xdist's workers."""
     if config.getoption("rows") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Rows(Path(config.getoption("rows"))))
 

@@ -53,7 +53,7 @@ _ALL_GRADIENTS, _FEW_GRADIENTS = ((f"--output_bias={bias}", "--output_bound=none
 
 
 def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.perf_counter) -> dict:
-    """Trains a few steps and times them; the report is ready for JSON.
+    """Train a few steps and times them; the report is ready for JSON.
 
     Args:
       scale: the number of labels and the data's statistics.
@@ -138,7 +138,7 @@ def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[],
 
 
 def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float) -> list[str]:
-    """Measures what has no result yet, each in a process of its own.
+    """Measure what has no result yet, each in a process of its own.
 
     Returns:
       For each process that failed, its command and the last lines of its output.
@@ -166,7 +166,7 @@ def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float
 
 
 def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
-    """Measures one system in this process, and writes its result."""
+    """Measure one system in this process, and write its result."""
     report = measure(scale, cell, seconds)
     _write(_path(results, scale, cell), report)
     if "failed" in report:
@@ -178,7 +178,7 @@ def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
 
 
 def run_on_mesh(scale: Scale, cell: str, sizes: dict[str, int], results: Path) -> None:
-    """Measures what each device of a mesh holds and sends, in this process, and writes the result."""
+    """Measure what each device of a mesh holds and send, in this process, and write the result."""
     results.mkdir(parents=True, exist_ok=True)
     report = meshes.measure(scale, cell, make_mesh(**sizes))
     of_mesh = "_".join(f"{axis}{size}" for axis, size in sizes.items())

@@ -27,7 +27,7 @@ _ARGUMENTS = ("--epsilon=1e-12", "--output_bias=-1", "--output_bound=none")
 
 
 def memory_cell(network: Network, mode: str, steps: int) -> dict:
-    """Trains for some steps, of which the first is followed by a rewiring, and reports memory and losses."""
+    """Train for some steps, of which the first is followed by a rewiring, and reports memory and losses."""
     tiny = network._replace(labels=1000, penultimate=max(128, network.fan_in))
     step = stepper(tiny.trainer(mode, *_ARGUMENTS), tiny.batches(1), _RATE)
     for _ in range(3):

@@ -31,7 +31,7 @@ _RATE = 1e-6  # nothing is learnt, so that the density stays
 
 
 def measure(networks: Sequence[Network], modes: Sequence[str], repeats: int, memory_steps: int) -> dict:
-    """Prints the time of the first network and the memory of all; returns them as a report for JSON."""
+    """Print the time of the first network and the memory of all; return them as a report for JSON."""
     times = {mode: measure_time(networks[0], mode, repeats) for mode in modes}
     for mode, report in times.items():
         print("\n".join(time_lines(networks[0], mode, report)), flush=True)

@@ -70,7 +70,7 @@ class Synthetic:
         return Batch(features, np.where(ordered == self.num_labels, -1, ordered).astype(np.int32))
 
     def _labels(self, rng: np.random.Generator, counts: np.ndarray) -> np.ndarray:
-        """Draws distinct labels [B, P], -1 after the first `counts`."""
+        """Draw distinct labels [B, P], -1 after the first `counts`."""
         labels = self._ranks(rng, (len(counts), self.max_labels))
         cluster = labels[:, :1] % self._num_clusters
         wanted = np.arange(self.max_labels) < counts[:, None]
@@ -85,7 +85,7 @@ class Synthetic:
         return np.where(wanted, labels, -1)
 
     def _ranks(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Draws labels by their frequency; label 0 is the most frequent."""
+        """Draw labels by their frequency; label 0 is the most frequent."""
         offset = self.num_labels / 1000
         ranks = offset * ((self.num_labels + offset) / offset) ** rng.random(shape) - offset
         return np.minimum(ranks.astype(np.int64), self.num_labels - 1)

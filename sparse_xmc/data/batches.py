@@ -53,8 +53,7 @@ class Batch:
 
     Attributes:
       inputs: the inputs of the encoder: float32 [B, D], a `BagOfWords` of size B, `WordsAndText`, or any
-        other
-        pytree of arrays.
+        other pytree of arrays.
       positives: int32 [B, P], the labels of each point, distinct, padded with -1.
     """
 
@@ -93,7 +92,7 @@ class Batches:
             self._entries = max(16, int(1.25 * mean * batch_size))
 
     def shuffled(self, seed: int, epoch: int, *, first: int = 0) -> Iterator[Batch]:
-        """Yields the batches of one epoch in random order.
+        """Yield the batches of one epoch in random order.
 
         Points that do not fill a batch are dropped, unless the data set is smaller than a batch.
 
@@ -106,7 +105,7 @@ class Batches:
             yield self._batch(rows)
 
     def rows_not_finite(self, seed: int, epoch: int, number: int) -> np.ndarray:
-        """Returns the points with NaN or infinite inputs in a batch of `shuffled`.
+        """Return the points with NaN or infinite inputs in a batch of `shuffled`.
 
         Args:
           seed, epoch: as for `shuffled`.
@@ -127,12 +126,12 @@ class Batches:
         return [order[start : start + size] for start in range(0, self.steps_per_epoch * size, size)]
 
     def in_order(self) -> Iterator[tuple[slice, Batch]]:
-        """Yields all points in order, as pairs (range of points, batch); the last batch may be smaller."""
+        """Yield all points in order, as pairs (range of points, batch); the last batch may be smaller."""
         for points in self._slices():
             yield points, self._batch(np.arange(points.start, points.stop))
 
     def to_predict(self, multiple_of: int = 1) -> Iterator[tuple[slice, Batch]]:
-        """Yields all points in order, in batches padded to a few sizes for data sets of any size and density.
+        """Yield all points in order, in batches padded to a few sizes for data sets of any size and density.
 
         The number of rows is padded to a power of two, or to B, and to a multiple of `multiple_of`, by
         repeating the last point; the number of entries of bags of words to 16, 64, 256, ... times the number
@@ -177,7 +176,7 @@ class Batches:
         return WordsAndText(bags, text)
 
     def _rows(self, matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Returns the rows of these points; rows that this process does not need are 0, and are not read."""
+        """Return the rows of these points; rows that this process does not need are 0, and are not read."""
         own = None if self._own_rows is None else self._own_rows(len(points))
         if own is None or own.all():
             return matrix[points]
@@ -199,7 +198,7 @@ class Batches:
 
 
 def _capacity(entries: int, rows: int) -> int:
-    """Returns the padded number of entries of `rows` bags: `rows` times a power of 4 that is at least 16."""
+    """Return the padded number of entries of `rows` bags: `rows` times a power of 4 that is at least 16."""
     capacity = 16 * rows
     while capacity < entries:
         capacity *= 4
@@ -207,5 +206,5 @@ def _capacity(entries: int, rows: int) -> int:
 
 
 def _power_of_two(size: int) -> int:
-    """Returns the smallest power of two that is at least `size`."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << max(0, size - 1).bit_length()

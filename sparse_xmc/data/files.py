@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
-    """Opens a file for reading ("rb") or writing ("wb"), with gzip or xz if its name ends in `.gz` or `.xz`.
+    """Open a file for reading ("rb") or writing ("wb"), with gzip or xz if its name ends in `.gz` or `.xz`.
 
     Writing is atomic, as in `new_file`. Writing the same bytes twice gives identical files.
     """
@@ -35,7 +35,7 @@ def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
 
 
 def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, None]:
-    """Yields `(number, line)` for each line of a file, numbered from 1 and without its line break.
+    """Yield `(number, line)` for each line of a file, numbered from 1 and without its line break.
 
     Raises:
       ValueError: the compressed data is damaged or cut off.
@@ -50,7 +50,7 @@ def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, No
 
 
 def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
-    """Yields `(number, line)` for each line of a UTF-8 file, as `read_lines` does, with decoded lines.
+    """Yield `(number, line)` for each line of a UTF-8 file, as `read_lines` does, with decoded lines.
 
     Raises:
       ValueError: a line is not UTF-8, or the compressed data is damaged or cut off.
@@ -64,7 +64,7 @@ def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def new_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path, which is renamed to `path` when the block ends without an exception.
+    """Yield a temporary path, which is renamed to `path` when the block ends without an exception.
 
     At any time `path` is either the old file or the complete new one. A symbolic link at `path` is replaced;
     the file that it points to is not changed.
@@ -90,7 +90,7 @@ def new_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields a binary file that replaces `path` atomically, as `new_path` does, after it is synced to disk.
+    """Yield a binary file that replaces `path` atomically, as `new_path` does, after it is synced to disk.
 
     If `path` is a device or a pipe, it is written to directly.
     """
@@ -106,24 +106,24 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def open_no_follow(path: str, flags: int) -> int:
-    """Opens a file like `os.open`, but fails on a symbolic link; to be used as the `opener` of `open`."""
+    """Open a file like `os.open`, but fails on a symbolic link; to be used as the `opener` of `open`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file of UTF-8 text atomically, as in `new_file`."""
+    """Write a file of UTF-8 text atomically, as in `new_file`."""
     content = text.encode()
     with new_file(path) as file:
         file.write(content)
 
 
 def write_sealed_json(path: str | os.PathLike, fields: dict[str, Any]) -> None:
-    """Writes a JSON object together with the SHA-256 of its fields, for `read_sealed_json`."""
+    """Write a JSON object together with the SHA-256 of its fields, for `read_sealed_json`."""
     write_text(path, json.dumps(fields | {"sha256": _digest(fields)}))
 
 
 def read_sealed_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the fields of a file written by `write_sealed_json`.
+    """Read the fields of a file written by `write_sealed_json`.
 
     Raises:
       OSError: the file cannot be read.
@@ -143,7 +143,7 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link, or a directory with its content, if it exists; does not follow links."""
+    """Delete a file, a link, or a directory with its content, if it exists; does not follow links."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -151,7 +151,7 @@ def remove(path: Path) -> None:
 
 
 def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
-    """Returns the SHA-256 of every file in a directory, by its path relative to the directory.
+    """Return the SHA-256 of every file in a directory, by its path relative to the directory.
 
     Args:
       directory: the directory.
@@ -169,12 +169,12 @@ def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
 
 
 def differing_file(directory: Path, expected: dict[str, str], parts: Iterable[str] = ("",)) -> str:
-    """Describes the first file that differs from a result of `checksums`; returns "" if none does."""
+    """Describe the first file that differs from a result of `checksums`; return "" if none does."""
     return difference(expected, checksums(directory, parts))
 
 
 def difference(expected: dict[str, str], actual: dict[str, str]) -> str:
-    """Describes the first file that differs between two results of `checksums`; returns "" if none does."""
+    """Describe the first file that differs between two results of `checksums`; return "" if none does."""
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
             return f"{name} is missing"
@@ -187,7 +187,7 @@ def difference(expected: dict[str, str], actual: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to `target` when the block ends without an exception.
+    """Yield a temporary directory, which is renamed to `target` when the block ends without an exception.
 
     A reader therefore never sees an incomplete `target`. If another process has created `target` in the
     meantime, its directory is kept and the temporary directory is deleted.

@@ -94,7 +94,7 @@ class Dataset:
         return self.features.shape[0]
 
     def fingerprint(self) -> str:
-        """Returns a content hash of the data set, 16 hexadecimal digits.
+        """Return a content hash of the data set, 16 hexadecimal digits.
 
         It covers the sizes, all labels, and 256 evenly spaced rows of the features, which may be too large to
         be read as a whole.
@@ -131,11 +131,11 @@ class Dataset:
         return not isinstance(self.features, np.ndarray)
 
     def label_counts(self) -> np.ndarray:
-        """Returns the number of points of each label, int64 `[L]`."""
+        """Return the number of points of each label, int64 `[L]`."""
         return np.bincount(self.labels.indices, minlength=self.num_labels)
 
     def hold_out(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
-        """Splits the data set at random into training and held-out points.
+        """Split the data set at random into training and held-out points.
 
         Args:
           fraction: fraction of the points to hold out; at least one point is in each part.
@@ -156,7 +156,7 @@ class Dataset:
         return self.take(np.sort(order[held_out:])), self.take(np.sort(order[:held_out]))
 
     def take(self, rows: np.ndarray | slice) -> "Dataset":
-        """Returns the data set of the given rows, in the given order.
+        """Return the data set of the given rows, in the given order.
 
         Args:
           rows: integer `[M]`, bool `[N]`, or a slice. With a slice, dense features of the result are a view
@@ -168,7 +168,7 @@ class Dataset:
 
 
 def read_xmc_text(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> Dataset:
-    """Reads the text format of the Extreme Classification Repository.
+    """Read the text format of the Extreme Classification Repository.
 
     The first line is `N D L`; each of the following N lines is
     `label,label,... feature:value feature:value ...`. The line of a point without labels begins with a space,
@@ -213,7 +213,7 @@ def _load_parsed(entry: Path, path: str | os.PathLike) -> Dataset:
 
 
 def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
-    """Writes the text format of the Extreme Classification Repository.
+    """Write the text format of the Extreme Classification Repository.
 
     `read_xmc_text` reads exactly the same values and labels. Zeros of dense features are not written.
 
@@ -243,7 +243,7 @@ def write_xmc_text(path: str | os.PathLike, dataset: Dataset) -> None:
 
 
 def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
-    """Reads the label matrix format of the Extreme Classification Repository (`trn_X_Y.txt`).
+    """Read the label matrix format of the Extreme Classification Repository (`trn_X_Y.txt`).
 
     The first line is `N L`; each of the following N lines is `label:value label:value ...`, where `:value`
     may be missing, and a label with value 0 is absent. An empty line is a point without labels.
@@ -273,7 +273,7 @@ def read_xmc_labels(path: str | os.PathLike) -> scipy.sparse.csr_array:
 
 
 def write_xmc_labels(path: str | os.PathLike, labels: scipy.sparse.csr_array) -> None:
-    """Writes the label matrix format of the Extreme Classification Repository, for `read_xmc_labels`.
+    """Write the label matrix format of the Extreme Classification Repository, for `read_xmc_labels`.
 
     Args:
       path: the file to write; compressed if its name ends in `.gz` or `.xz`.
@@ -289,7 +289,7 @@ def write_xmc_labels(path: str | os.PathLike, labels: scipy.sparse.csr_array) ->
 def read_filter(
     path: str | os.PathLike, num_points: int, num_labels: int | None = None
 ) -> scipy.sparse.csr_array:
-    """Reads a filter file of the Extreme Classification Repository (`filter_labels_test.txt`).
+    """Read a filter file of the Extreme Classification Repository (`filter_labels_test.txt`).
 
     Each line is `row label`, both from 0: the label is excluded from the ranking of this point in evaluation,
     because it is the point itself.
@@ -324,7 +324,7 @@ def read_filter(
 
 
 def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Dataset:
-    """Reads dense features (such as embeddings) and a file of labels.
+    """Read dense features (such as embeddings) and a file of labels.
 
     Args:
       features_npy: a `.npy` file of finite float32 `[N, D]`. It is memory-mapped, and read once to check the
@@ -350,7 +350,7 @@ def read_dense(features_npy: str | os.PathLike, labels: str | os.PathLike) -> Da
 
 
 def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
-    """Reads raw text with named labels: UTF-8 lines `label|label|...<TAB>text`.
+    """Read raw text with named labels: UTF-8 lines `label|label|...<TAB>text`.
 
     The part before the first tab may be empty, for a point without labels. Blanks around a label are removed,
     and so is a byte order mark at the beginning of the file.
@@ -384,7 +384,7 @@ def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
 
 
 def write_tsv(path: str | os.PathLike, labels: Sequence[Sequence[str]], texts: Sequence[str]) -> None:
-    """Writes raw text with named labels, for `read_tsv`. Equal input gives byte-identical files.
+    """Write raw text with named labels, for `read_tsv`. Equal input gives byte-identical files.
 
     Args:
       path: the file to write; compressed if its name ends in `.gz` or `.xz`.
@@ -429,7 +429,7 @@ def _parse_header(path: str | os.PathLike, header: bytes, form: str) -> list[int
 def _points(
     path: str | os.PathLike, lines: Iterator[tuple[int, bytes]], num_points: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields `(path:line, line)` for each line after the header, and checks the number of lines."""
+    """Yield `(path:line, line)` for each line after the header, and check the number of lines."""
     number = 1
     for number, line in lines:
         if number > num_points + 1:
@@ -442,7 +442,7 @@ def _points(
 
 
 def iterate_xmc_text(path: str | os.PathLike, count: int) -> Iterator[Dataset]:
-    """Reads the text format of `read_xmc_text` in parts of `count` points.
+    """Read the text format of `read_xmc_text` in parts of `count` points.
 
     Args:
       path: the file to read.
@@ -515,7 +515,7 @@ class _Rows:
         self._indptr = array.array("q", [0])
 
     def append(self, where: str, columns: Collection[int]) -> None:
-        """Appends a row with these distinct columns, in any order."""
+        """Append a row with these distinct columns, in any order."""
         if columns and max(columns) >= self._num_columns:
             raise ValueError(
                 f"{where}: expected {self._kind} ids below {self._num_columns}, as the header says, "
@@ -525,7 +525,7 @@ class _Rows:
         self._indptr.append(len(self._indices))
 
     def matrix(self, data: np.ndarray | None = None) -> scipy.sparse.csr_array:
-        """Returns the matrix, with the entries `data`; True if `data` is None."""
+        """Return the matrix, with the entries `data`; True if `data` is None."""
         indices = np.frombuffer(self._indices, np.int32)
         if data is None:
             data = np.ones(len(indices), bool)
@@ -544,5 +544,5 @@ def _nonzeros(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _show(text: bytes) -> str:
-    """Returns the beginning of a piece of a file, for an error message."""
+    """Return the beginning of a piece of a file, for an error message."""
     return repr(text[:40].decode(errors="replace"))

@@ -13,7 +13,7 @@ _SEPARATORS = (";", ",")
 def warn_of_unusual_labels(
     labels: scipy.sparse.csr_array, names: Sequence[str] | None = None, *, stacklevel: int = 2
 ) -> None:
-    """Warns (UserWarning) if labels look as if separators were wrong, or labels and texts were swapped.
+    """Warn (UserWarning) if labels look as if separators were wrong, or labels and texts were swapped.
 
     It warns if at least 100 points have labels, nearly all of these points have one label, and either there
     are more than 0.9 times as many labels as points, or more than half of the names contain ";" or ",".
@@ -48,7 +48,7 @@ def warn_of_unusual_labels(
 
 
 def _likely_separator(names: list[str]) -> tuple[str, int, str] | None:
-    """Returns a separator in more than half of the names, the number of names with it, and one of them."""
+    """Return a separator in more than half of the names, the number of names with it, and one of them."""
     for separator in _SEPARATORS:
         containing = [name for name in names if separator in name]
         if len(containing) > len(names) / 2:
@@ -57,5 +57,5 @@ def _likely_separator(names: list[str]) -> tuple[str, int, str] | None:
 
 
 def shorten(name: str) -> str:
-    """Returns a label name, truncated to 40 characters."""
+    """Return a label name, truncated to 40 characters."""
     return name if len(name) <= 40 else f"{name[:37]}..."

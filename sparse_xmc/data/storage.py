@@ -18,7 +18,7 @@ _VALUES_AT_ONCE = 1 << 24
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:
-    """Opens a `.npy` file, memory-mapped read-only.
+    """Open a `.npy` file, memory-mapped read-only.
 
     Raises:
       FileNotFoundError: the file is missing.
@@ -44,7 +44,7 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
 
 
 def check_finite(path: str | os.PathLike, matrix: np.ndarray) -> None:
-    """Raises ValueError, naming `path` and the row, if a matrix `[N, D]` has an infinite or NaN value.
+    """Raise ValueError, naming `path` and the row, if a matrix `[N, D]` has an infinite or NaN value.
 
     Checks blocks of rows, so that a memory-mapped matrix may be larger than the memory.
     """
@@ -58,12 +58,12 @@ def check_finite(path: str | os.PathLike, matrix: np.ndarray) -> None:
 
 
 def seal(directory: Path, names: Sequence[str]) -> None:
-    """Writes the checksums of files in a directory to a file there, for `check_sealed`."""
+    """Write the checksums of files in a directory to a file there, for `check_sealed`."""
     files.write_text(directory / _CHECKSUMS, json.dumps(files.checksums(directory, names)))
 
 
 def check_sealed(directory: Path, names: Sequence[str]) -> None:
-    """Raises ValueError, naming a file, if files in a directory have changed since `seal` was called."""
+    """Raise ValueError, naming a file, if files in a directory have changed since `seal` was called."""
     try:
         recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
         wrong = files.differing_file(directory, recorded, names)
@@ -74,7 +74,7 @@ def check_sealed(directory: Path, names: Sequence[str]) -> None:
 
 
 def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> None:
-    """Writes a CSR matrix as `data.npy`, `indices.npy`, `indptr.npy` and `shape.json`, with checksums.
+    """Write a CSR matrix as `data.npy`, `indices.npy`, `indptr.npy` and `shape.json`, with checksums.
 
     Args:
       directory: where the files go; created if missing.
@@ -90,7 +90,7 @@ def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> No
 
 
 def load_csr(directory: str | os.PathLike) -> scipy.sparse.csr_array:
-    """Reads a CSR matrix saved by `save_csr`; its arrays stay on disk, memory-mapped read-only.
+    """Read a CSR matrix saved by `save_csr`; its arrays stay on disk, memory-mapped read-only.
 
     Args:
       directory: the directory given to `save_csr`.

@@ -53,7 +53,7 @@ class TextEncoder:
     def fit(
         cls, texts: Iterable[str], *, ngrams: int = 1, min_df: int = 2, max_features: int | None = None
     ) -> "TextEncoder":
-        """Makes an encoder with the words of training texts and their weights.
+        """Make an encoder with the words of training texts and their weights.
 
         Args:
           texts: the training texts.
@@ -82,20 +82,20 @@ class TextEncoder:
         return len(self.words)
 
     def __call__(self, texts: Iterable[str]) -> scipy.sparse.csr_array:
-        """Returns the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
+        """Return the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
         texts = _list_of(texts)
         if not texts:  # scikit-learn refuses to transform nothing
             return scipy.sparse.csr_array((0, self.vocabulary_size), dtype=np.float32)
         return scipy.sparse.csr_array(self._vectorizer.transform(texts))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the encoder as one JSON file."""
+        """Write the encoder as one JSON file."""
         state = {"words": self.words, "idf": self._vectorizer.idf_.tolist()}
         files.write_text(path, json.dumps(state))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextEncoder":
-        """Reads an encoder saved by `save`; it gives exactly the same features.
+        """Read an encoder saved by `save`; it gives exactly the same features.
 
         Raises:
           ValueError: the file is not a saved encoder; the message names the file.
@@ -140,12 +140,12 @@ class LabelEncoder:
 
     @classmethod
     def fit(cls, label_lists: Iterable[Iterable[str]], min_count: int = 1) -> "LabelEncoder":
-        """Makes an encoder of the names that at least `min_count` points have, in sorted order."""
+        """Make an encoder of the names that at least `min_count` points have, in sorted order."""
         counts = collections.Counter(name for names in label_lists for name in set(names))
         return cls(sorted(name for name, count in counts.items() if count >= min_count))
 
     def __call__(self, label_lists: Iterable[Iterable[str]]) -> scipy.sparse.csr_array:
-        """Returns the labels of N points, for `Dataset.labels`; unknown names are ignored.
+        """Return the labels of N points, for `Dataset.labels`; unknown names are ignored.
 
         Args:
           label_lists: the names of each point, in any order; repeats count once.
@@ -161,12 +161,12 @@ class LabelEncoder:
         return scipy.sparse.csr_array((np.ones(len(indices), bool), indices, indptr), shape=shape)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the names as a UTF-8 file, one name per line; the first line is label 0."""
+        """Write the names as a UTF-8 file, one name per line; the first line is label 0."""
         files.write_text(path, "".join(f"{name}\n" for name in self.names))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LabelEncoder":
-        """Reads an encoder saved by `save`.
+        """Read an encoder saved by `save`.
 
         Raises:
           ValueError: a line is blank, repeats another line, or is not UTF-8; the message names the line.
@@ -205,18 +205,18 @@ _ASCII_WORD = re.compile(r"\w+")
 
 
 def _normalize(text: str) -> str:
-    """Returns a text normalized to NFC and lower-cased."""
+    """Return a text normalized to NFC and lower-cased."""
     return (text if text.isascii() else unicodedata.normalize("NFC", text)).lower()
 
 
 def _words(text: str) -> list[str]:
-    """Returns the words of a text, in order."""
+    """Return the words of a text, in order."""
     return (_ASCII_WORD if text.isascii() else _any_word()).findall(text)
 
 
 @functools.cache
 def _any_word() -> re.Pattern[str]:
-    """Returns the pattern of words with combining marks, for which `re` has no character class."""
+    """Return the pattern of words with combining marks, for which `re` has no character class."""
     # All marks are in these ranges: U+0300 to the end of plane 1, and the variation selectors in plane 14.
     points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
     marks = "".join(chr(point) for point in points if unicodedata.category(chr(point)).startswith("M"))

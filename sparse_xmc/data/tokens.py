@@ -54,7 +54,7 @@ class TokenLists:
         return np.diff(self.indptr)
 
     def width(self, length: int) -> int:
-        """Returns T, the width of a batch whose longest text has `length` tokens.
+        """Return T, the width of a batch whose longest text has `length` tokens.
 
         Widths are 16, 24, 32, 48, 64, ... or `max_length`: so few that jit compiles only a handful of times.
         """
@@ -63,7 +63,7 @@ class TokenLists:
         return min(self.max_length, max(_NARROWEST, between if length <= between else power))
 
     def __getitem__(self, rows: np.ndarray | slice) -> "TokenLists":
-        """Returns the texts selected by integers, by a bool for each text, or by a slice."""
+        """Return the texts selected by integers, by a bool for each text, or by a slice."""
         rows = np.arange(len(self))[rows]
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
@@ -71,7 +71,7 @@ class TokenLists:
         return TokenLists(np.asarray(self.ids[at]), np.append(0, ends), self.max_length)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Tokens:
-        """Returns the texts with these numbers as a batch, padded to the next `width`."""
+        """Return the texts with these numbers as a batch, padded to the next `width`."""
         rows = np.asarray(rows, np.int64)
         starts = np.asarray(self.indptr[rows])
         lengths = np.asarray(self.indptr[rows + 1]) - starts
@@ -112,7 +112,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike, *, max_length: int | None = None) -> "Tokenizer":
-        """Reads the `tokenizer.json` of a directory, written by Hugging Face or by `save`.
+        """Read the `tokenizer.json` of a directory, written by Hugging Face or by `save`.
 
         Args:
           path: the directory.
@@ -142,7 +142,7 @@ class Tokenizer:
         return cls(tokenizer, max_length=max_length)
 
     def __call__(self, texts: Sequence[str]) -> TokenLists:
-        """Tokenizes N texts, in parallel."""
+        """Tokenize N texts, in parallel."""
         pieces, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             encodings = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_AT_ONCE]))
@@ -152,7 +152,7 @@ class Tokenizer:
         return TokenLists(np.concatenate(pieces), np.cumsum(np.concatenate(lengths)), self.max_length)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes `tokenizer.json`, including `max_length`, for `from_directory`."""
+        """Write `tokenizer.json`, including `max_length`, for `from_directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files.write_text(directory / "tokenizer.json", self._tokenizer.to_str(pretty=True))

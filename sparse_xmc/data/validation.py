@@ -33,7 +33,7 @@ class LabelMatrix(NamedTuple):
 
 
 def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
-    """Converts points to texts, or to features.
+    """Convert points to texts, or to features.
 
     Args:
       X: N texts: an iterable of str, or a column of a data frame; or features [N, D]: an array, a sparse
@@ -70,7 +70,7 @@ def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
 
 
 def read_labels(y: Labels) -> LabelMatrix | list[list[str]]:
-    """Converts labels to a label matrix, or to a list of label names for each point.
+    """Convert labels to a label matrix, or to a list of label names for each point.
 
     Args:
       y: an iterable of names (str) for each of N points; or a matrix [N, L], sparse or dense, whose nonzero
@@ -110,7 +110,7 @@ def read_labels(y: Labels) -> LabelMatrix | list[list[str]]:
 
 
 def to_binary(matrix: Any) -> scipy.sparse.csr_array:
-    """Returns which elements of a sparse matrix are nonzero: bool, canonical CSR without stored zeros."""
+    """Return which elements of a sparse matrix are nonzero: bool, canonical CSR without stored zeros."""
     summed = to_canonical(matrix)
     nonzero = summed.data != 0
     binary = scipy.sparse.csr_array((nonzero, summed.indices, summed.indptr), shape=summed.shape)
@@ -121,7 +121,7 @@ def to_binary(matrix: Any) -> scipy.sparse.csr_array:
 
 
 def to_canonical(matrix: Any, dtype: Any = None) -> scipy.sparse.csr_array:
-    """Converts a sparse matrix to CSR with sorted, distinct indices; duplicates are added up.
+    """Convert a sparse matrix to CSR with sorted, distinct indices; duplicates are added up.
 
     SciPy sorts indices in place, even within `matrix != 0`, and a conversion shares them. This function sorts
     a copy, and only if the indices are not sorted.
@@ -134,7 +134,7 @@ def to_canonical(matrix: Any, dtype: Any = None) -> scipy.sparse.csr_array:
 
 
 def _unwrap(values: Any, expected: str) -> Any:
-    """Returns sparse matrices unchanged, numeric arrays and data frames as arrays, other objects as a list.
+    """Return sparse matrices unchanged, numeric arrays and data frames as arrays, other objects as a list.
 
     Raises:
       TypeError: the object is of another type; the message begins with `expected`.
@@ -166,14 +166,14 @@ def _unwrap(values: Any, expected: str) -> Any:
 
 
 def _column_names(values: Any) -> list[Any] | None:
-    """Returns the column names of a data frame; None for other objects."""
+    """Return the column names of a data frame; None for other objects."""
     names = getattr(values, "column_names", None)  # PyArrow tables, whose attribute `columns` has arrays
     names = getattr(values, "columns", None) if names is None else names
     return None if names is None else list(names)
 
 
 def _array_of_frame(frame: Any, expected: str) -> Any:
-    """Returns the numbers of a data frame as an array, or as a sparse matrix if the frame is sparse."""
+    """Return the numbers of a data frame as an array, or as a sparse matrix if the frame is sparse."""
     if hasattr(frame, "sparse"):  # pandas defines this accessor for frames of sparse columns only.
         return frame.sparse.to_coo()
     array = _to_array(frame, expected)
@@ -204,7 +204,7 @@ def _to_array(values: Any, expected: str) -> np.ndarray:
 
 
 def _array_of_rows(rows: list[Any]) -> np.ndarray | None:
-    """Converts a list of rows to an array of numbers; returns None if this is impossible."""
+    """Convert a list of rows to an array of numbers; return None if this is impossible."""
     try:
         array = np.asarray(rows)
     except (TypeError, ValueError):  # such as rows of different lengths
@@ -213,7 +213,7 @@ def _array_of_rows(rows: list[Any]) -> np.ndarray | None:
 
 
 def _is_numeric(dtype: np.dtype) -> bool:
-    """Returns whether a dtype is of real numbers, including JAX's own dtypes such as bfloat16."""
+    """Return whether a dtype is of real numbers, including JAX's own dtypes such as bfloat16."""
     return dtype.kind in "biuf" or jax.dtypes.issubdtype(dtype, np.floating)
 
 
@@ -227,7 +227,7 @@ def _check_texts(texts: list[Any]) -> list[str]:
 
 
 def _check_names(point: int, names: Any) -> list[str]:
-    """Returns the label names of a point as a list, after checking them."""
+    """Return the label names of a point as a list, after checking them."""
     if isinstance(names, Iterable) and not isinstance(names, str):
         names = list(names)  # converted once, as it may be an iterator
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -249,7 +249,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _check_finite(name: str, matrix: np.ndarray | scipy.sparse.csr_array) -> None:
-    """Raises ValueError, naming the point, if a matrix has a value that is not finite."""
+    """Raise ValueError, naming the point, if a matrix has a value that is not finite."""
     if isinstance(matrix, np.ndarray):
         for start in range(0, len(matrix), _ROWS_AT_ONCE):  # The matrix may be memory-mapped.
             finite = np.isfinite(matrix[start : start + _ROWS_AT_ONCE]).all(axis=1)

@@ -19,7 +19,7 @@ class EmbeddingBag(EmbeddingTable):
     """
 
     def __call__(self, bags: BagOfWords) -> Array:
-        """Maps a batch of B bags of words to float32 [B, E]."""
+        """Map a batch of B bags of words to float32 [B, E]."""
         shapes = [list(array.shape) for array in (bags.rows, bags.words, bags.weights)]
         if shapes != [[bags.weights.size]] * 3:
             raise ValueError(f"{type(self).__name__}: rows, words, weights must have shape [N], got {shapes}")
@@ -61,7 +61,7 @@ class BagOfWordsEncoder(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, bags: BagOfWords) -> Array | Features:
-        """Maps a batch of B bags of words to float32 [B, E], or to `Features` if `direct` is set."""
+        """Map a batch of B bags of words to float32 [B, E], or to `Features` if `direct` is set."""
         x = self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))
         if not self.direct:
             return x

@@ -26,6 +26,6 @@ class DenseFeatures(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Maps features [B, E] to float32 [B, E]."""
+        """Map features [B, E] to float32 [B, E]."""
         check_features(self, x, self.features, ndim=2)
         return self.dropout(jnp.asarray(x, jnp.float32) * self.scale[...])

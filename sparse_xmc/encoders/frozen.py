@@ -32,7 +32,7 @@ _VERSION = 1  # version of the computation; increase it to invalidate cached emb
 def embed(
     encoder: nnx.Module, token_lists: TokenLists, *, batch_size: int = 64, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Computes the features of N texts, without dropout. Texts of similar length share a batch.
+    """Compute the features of N texts, without dropout. Texts of similar length share a batch.
 
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
@@ -78,7 +78,7 @@ def _encode(graphdef, state, tokens):
 
 
 def _batch(token_lists: TokenLists, rows: np.ndarray, size: int) -> Tokens:
-    """Returns the texts as a batch padded to `size` texts, because another size would be compiled again."""
+    """Return the texts as a batch padded to `size` texts, because another size would be compiled again."""
     tokens = token_lists.take(rows)
     padding = size - len(rows)
     return Tokens(np.pad(tokens.ids, ((0, padding), (0, 0))), np.pad(tokens.lengths, (0, padding)))
@@ -95,7 +95,7 @@ def cached_embeddings(
     dtype=jnp.float32,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Returns the features of N texts from the cache, or computes and caches them.
+    """Return the features of N texts from the cache, or compute and cache them.
 
     Cache entries are named by `fingerprint` and are written atomically.
 
@@ -145,7 +145,7 @@ def fingerprint(
     normalize: bool | None = None,
     dtype=jnp.float32,
 ) -> str:
-    """Returns a hash of everything that determines the features of texts, 64 hexadecimal digits.
+    """Return a hash of everything that determines the features of texts, 64 hexadecimal digits.
 
     It covers the content of the encoder's files, the texts in their order, and the settings. Arguments are as
     for `cached_embeddings`. With an empty list of texts, it identifies the encoder.

@@ -53,13 +53,13 @@ class FrozenEncoder:
         self._fingerprint = fingerprint(self._directory, [])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the embeddings float32 [N, E] of N texts; memory-mapped if they are cached."""
+        """Return the embeddings float32 [N, E] of N texts; memory-mapped if they are cached."""
         if self._cache_dir is not None and len(texts):
             return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
         return self.embed(texts)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Computes the embeddings float32 [N, E] of N texts without the cache."""
+        """Compute the embeddings float32 [N, E] of N texts without the cache."""
         if not len(texts):
             return np.zeros((0, self.features), np.float32)
         encoder, tokenizer = self._loaded
@@ -71,7 +71,7 @@ class FrozenEncoder:
         return encoder, Tokenizer.from_directory(self._directory, max_length=self._max_length)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the directory, `max_length` and fingerprint of the encoder as JSON, but not its weights."""
+        """Write the directory, `max_length` and fingerprint of the encoder as JSON, but not its weights."""
         state = {
             "directory": str(self._directory.absolute()),
             "max_length": self._max_length,
@@ -81,7 +81,7 @@ class FrozenEncoder:
 
     @classmethod
     def load(cls, path: str | os.PathLike, directory: str | os.PathLike | None = None) -> "FrozenEncoder":
-        """Reads an encoder saved by `save`.
+        """Read an encoder saved by `save`.
 
         Args:
           path: the file written by `save`.
@@ -117,7 +117,7 @@ def open_pretrained(
     dtype: str = "float32",
     remat: bool = False,
 ) -> tuple[FrozenEncoder | Tokenizer, PretrainedEncoder | None]:
-    """Opens a pretrained encoder, either frozen or to be fine-tuned.
+    """Open a pretrained encoder, either frozen or to be fine-tuned.
 
     Args:
       directory: directory of the encoder, see `PretrainedEncoder.from_directory`.

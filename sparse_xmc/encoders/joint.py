@@ -30,7 +30,7 @@ class JointEncoder(nnx.Module):
         self.text = text
 
     def __call__(self, inputs: WordsAndText) -> Array | Features:
-        """Maps a batch of B texts to float32 [B, E + W], or to `Features`."""
+        """Map a batch of B texts to float32 [B, E + W], or to `Features`."""
         encoded: Any = inputs.encoded
         embeddings = encoded if self.text is None else self.text(encoded)
         x, words = split_features(self.words(inputs.bags))

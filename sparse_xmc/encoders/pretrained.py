@@ -58,7 +58,7 @@ class _Layer(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
-        """Maps [B, T, E] to [B, T, E]; attends only to the first `lengths` [B] tokens of each text."""
+        """Map [B, T, E] to [B, T, E]; attends only to the first `lengths` [B] tokens of each text."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         attended = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
@@ -118,7 +118,7 @@ class PretrainedEncoder(nnx.Module):
             self.pooler = nnx.Linear(self.features, self.features, dtype=dtype, kernel_init=_INIT, rngs=rngs)
 
     def __call__(self, tokens: Tokens) -> Array:
-        """Maps a batch of B texts to float32 [B, E]; NaN for texts with a token outside of the vocabulary.
+        """Map a batch of B texts to float32 [B, E]; NaN for texts with a token outside of the vocabulary.
 
         Raises:
           ValueError: the batch is wider than the maximum length of texts.
@@ -163,7 +163,7 @@ class PretrainedEncoder(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> "PretrainedEncoder":
-        """Reads an encoder from the `config.json` and `model.safetensors` of a directory, possibly in shards.
+        """Read an encoder from the `config.json` and `model.safetensors` of a directory, possibly in shards.
 
         Further arguments are as for the class.
 
@@ -202,7 +202,7 @@ class PretrainedEncoder(nnx.Module):
         return encoder
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes `config.json`, `model.safetensors` and the pooling settings, for `from_directory`.
+        """Write `config.json`, `model.safetensors` and the pooling settings, for `from_directory`.
 
         The transformers library can read these files, and so can sentence-transformers unless the pooling is
         "pooler".

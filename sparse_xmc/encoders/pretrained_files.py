@@ -36,7 +36,7 @@ _DISTILBERT_KEYS = {
 
 
 def _size(default: Any = dataclasses.MISSING, *, at_least: int = 1, at_most: int = 1 << 24) -> Any:
-    """Declares an integer field; the bounds are far above the sizes of all published models."""
+    """Declare an integer field; the bounds are far above the sizes of all published models."""
     return setting(default, at_least=at_least, at_most=at_most)
 
 
@@ -85,7 +85,7 @@ class PretrainedConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "PretrainedConfig":
-        """Reads a `config.json`.
+        """Read a `config.json`.
 
         Raises:
           ValueError: the file is missing, or the architecture is not supported; the message names the file.
@@ -114,7 +114,7 @@ class PretrainedConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a `config.json` that `from_file` and the transformers library read."""
+        """Write a `config.json` that `from_file` and the transformers library read."""
         values = dataclasses.asdict(self)
         if self.model_type == "distilbert":
             del values["type_vocab_size"], values["layer_norm_eps"]
@@ -156,7 +156,7 @@ _HARMLESS = re.compile(
 
 
 def tensor_names(path: str, config: PretrainedConfig) -> list[str]:
-    """Returns the names of the tensors that form a parameter, concatenated along its last axis.
+    """Return the names of the tensors that form a parameter, concatenated along its last axis.
 
     Tensors of kernels are transposed.
     """
@@ -173,7 +173,7 @@ def tensor_names(path: str, config: PretrainedConfig) -> list[str]:
 def read_parameters(
     directory: Path, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Reads the parameters of an encoder, in float32.
+    """Read the parameters of an encoder, in float32.
 
     Args:
       directory: the directory.
@@ -238,7 +238,7 @@ class _Tensor:
 
 
 def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Opens the tensors of all files, by their names without the prefix."""
+    """Open the tensors of all files, by their names without the prefix."""
     safetensors = _safetensors()
     tensors = {}
     for file in weight_files(directory):
@@ -256,7 +256,7 @@ def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> 
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Returns the paths of `model.safetensors`, or of the shards listed in its index.
+    """Return the paths of `model.safetensors`, or of the shards listed in its index.
 
     Raises:
       ValueError: neither file exists, or the index does not list files in the directory.
@@ -279,7 +279,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def write_parameters(directory: Path, config: PretrainedConfig, parameters: Mapping[str, np.ndarray]) -> None:
-    """Writes `model.safetensors`, for `read_parameters` and the transformers library."""
+    """Write `model.safetensors`, for `read_parameters` and the transformers library."""
     tensors = {}
     for path, value in parameters.items():
         names = tensor_names(path, config)
@@ -305,7 +305,7 @@ _POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_to
 
 
 def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None) -> tuple[str, bool]:
-    """Determines the pooling and the normalisation.
+    """Determine the pooling and the normalisation.
 
     Args:
       directory: directory of the encoder.
@@ -342,7 +342,7 @@ def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None
 
 
 def write_pooling(directory: Path, pooling: str, normalize: bool, features: int) -> None:
-    """Writes the pooling settings, for `resolve_pooling` and sentence-transformers.
+    """Write the pooling settings, for `resolve_pooling` and sentence-transformers.
 
     The latter has no "pooler".
     """
@@ -363,7 +363,7 @@ def write_pooling(directory: Path, pooling: str, normalize: bool, features: int)
 
 
 def resolve_length(directory: Path, max_length: int | None, config: PretrainedConfig) -> int | None:
-    """Determines the maximum number of tokens of a text.
+    """Determine the maximum number of tokens of a text.
 
     Args:
       directory: directory of the encoder; its sentence_bert_config.json may set `max_seq_length`.
@@ -393,7 +393,7 @@ def _max_seq_length(directory: Path) -> int | None:
 
 
 def warn_of_unused_settings(directory: Path, max_length: int | None) -> None:
-    """Warns of settings of sentence-transformers that are ignored: prompts, and an exceeded maximum length.
+    """Warn of settings of sentence-transformers that are ignored: prompts, and an exceeded maximum length.
 
     Args:
       directory: directory of the encoder.
@@ -419,19 +419,19 @@ def warn_of_unused_settings(directory: Path, max_length: int | None) -> None:
 
 
 def require_one_of(what: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is among `choices`."""
+    """Raise ValueError unless `value` is among `choices`."""
     if value not in (choices := list(choices)):
         raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _some(problems: list[str]) -> str:
-    """Joins the first few problems into one line, even if names in them contain line breaks."""
+    """Join the first few problems into one line, even if names in them contain line breaks."""
     some = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     return " ".join("; ".join(some).split())
 
 
 def _read_json(path: Path, default: Any = None) -> Any:
-    """Reads a JSON file; returns `default`, if it is not None, if the file is missing."""
+    """Read a JSON file; return `default`, if it is not None, if the file is missing."""
     try:
         if default is not None and not path.is_file():
             return default

@@ -56,7 +56,7 @@ class EmbeddingTable(nnx.Module):
         self.locate: Callable[[Array], Array] | None = None
 
     def lookup(self, ids: ArrayLike) -> Array:
-        """Returns the rows [..., E] for ids [...] in 0..V-1; NaN for other ids, including negative ones."""
+        """Return the rows [..., E] for ids [...] in 0..V-1; NaN for other ids, including negative ones."""
         at = jnp.asarray(ids)
         at = at if self.locate is None else self.locate(at)
         at = jnp.where(at < 0, self.embedding.shape[0], at)
@@ -64,14 +64,14 @@ class EmbeddingTable(nnx.Module):
 
 
 def tables_of(encoder: nnx.Module) -> Iterator[tuple[str, EmbeddingTable]]:
-    """Yields every table of an encoder with the path of its parameter."""
+    """Yield every table of an encoder with the path of its parameter."""
     for path, module in nnx.iter_modules(encoder):
         if isinstance(module, EmbeddingTable):
             yield path_name((*path, "embedding")), module
 
 
 def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
-    """Finds the table rows that an encoder uses for a batch.
+    """Find the table rows that an encoder uses for a batch.
 
     Runs the encoder, and leaves the `locate` attributes of its tables changed. Only the ids are kept, so that
     under `jit` XLA removes all other computations.
@@ -113,7 +113,7 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
 
 
 def take_rows(encoder: nnx.Module, rows: dict[str, Array]) -> None:
-    """Replaces the tables of an encoder by the given rows of the tables."""
+    """Replace the tables of an encoder by the given rows of the tables."""
     for path, table in tables_of(encoder):
         of_table, size = rows[path], table.embedding.shape[0]
         table.embedding.set_value(table.embedding[...].at[of_table].get(mode="clip"))
@@ -121,17 +121,17 @@ def take_rows(encoder: nnx.Module, rows: dict[str, Array]) -> None:
 
 
 def _place(rows: Array, size: int, ids: Array) -> Array:
-    """Returns the positions of ids within `rows`; `len(rows)` for ids outside of 0..size-1."""
+    """Return the positions of ids within `rows`; `len(rows)` for ids outside of 0..size-1."""
     return jnp.where((ids >= 0) & (ids < size), jnp.searchsorted(rows, ids), len(rows))
 
 
 def put_rows(table: Array, rows: Array, values: Array) -> Array:
-    """Returns a table with new values in the given rows; padding is ignored."""
+    """Return a table with new values in the given rows; padding is ignored."""
     return table.at[rows].set(values, mode="drop", indices_are_sorted=True)
 
 
 def adagrad(gradient: Array, squares: Array) -> tuple[Array, Array]:
-    """Computes an Adagrad update of rows.
+    """Compute an Adagrad update of rows.
 
     Args:
       gradient: float32 [U, E].

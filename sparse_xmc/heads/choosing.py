@@ -13,7 +13,7 @@ _ROWS_AT_ONCE = 1 << 13
 def choose_columns(
     features: np.ndarray | scipy.sparse.csr_array, labels: scipy.sparse.csr_array, count: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Chooses for each label the columns whose mean over its points exceeds the mean over all points by most.
+    """Choose for each label the columns whose mean over its points exceeds the mean over all points by most.
 
     For dense features, which may be negative, it chooses the columns whose mean over the points of the label
     is farthest from the mean over all points.
@@ -55,7 +55,7 @@ def choose_columns(
 
 
 def _means(features: np.ndarray | scipy.sparse.csr_array) -> np.ndarray:
-    """Returns the mean of each column, float32 [D]. It sums blocks of rows, as SciPy copies its operand."""
+    """Return the mean of each column, float32 [D]. It sums blocks of rows, as SciPy copies its operand."""
     sums = np.zeros(features.shape[1])
     for start in range(0, features.shape[0], _ROWS_AT_ONCE):
         sums += np.asarray(features[start : start + _ROWS_AT_ONCE].sum(axis=0)).ravel()
@@ -63,7 +63,7 @@ def _means(features: np.ndarray | scipy.sparse.csr_array) -> np.ndarray:
 
 
 def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the `count` largest nonzero gains of each row.
+    """Find the `count` largest nonzero gains of each row.
 
     Args:
       row: integer [n], the row of each entry, ascending.
@@ -86,7 +86,7 @@ def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray,
 def _blocks(
     points_of: scipy.sparse.csr_array, features: np.ndarray | scipy.sparse.csr_array
 ) -> Iterator[slice]:
-    """Yields ranges of labels whose points have at most `_ENTRIES_AT_ONCE` entries, or a single label."""
+    """Yield ranges of labels whose points have at most `_ENTRIES_AT_ONCE` entries, or a single label."""
     if isinstance(features, np.ndarray):
         of_point = np.full(len(features), features.shape[1])
     else:

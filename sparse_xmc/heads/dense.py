@@ -68,7 +68,7 @@ class BottleneckConfig(HeadConfig):
 def make_dense(
     in_features: int, num_labels: int, penultimate: int, output_bias: float, *, rngs: nnx.Rngs
 ) -> "DenseHead":
-    """Makes a dense head.
+    """Make a dense head.
 
     Args:
       in_features: E, the number of features.

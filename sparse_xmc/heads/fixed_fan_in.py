@@ -79,7 +79,7 @@ class FixedFanInConfig(HeadConfig):
     def make_part(
         self, in_features: int, num_labels: int, part: LabelPart | None, *, num_words: int, rngs: nnx.Rngs
     ) -> "FixedFanInHead":
-        """Makes a head with random connections for all labels, or for the labels of one device.
+        """Make a head with random connections for all labels, or for the labels of one device.
 
         Args:
           in_features: E, the number of features.
@@ -172,7 +172,7 @@ class FixedFanInHead(LayeredHead):
         self.direct_scale = direct_scale
 
     def choose(self, count: int, train: Dataset, key: Array) -> None:
-        """Connects each label to its best direct inputs, and to random hidden units for the rest.
+        """Connect each label to its best direct inputs, and to random hidden units for the rest.
 
         Args:
           count: maximum number of direct inputs of a label; fewer if fewer columns have a positive score.
@@ -187,7 +187,7 @@ class FixedFanInHead(LayeredHead):
     def chosen(
         self, count: int, train: Dataset, key: Array, labels: slice, kernel: Array
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the kernel and indices that `choose` gives to a range of labels.
+        """Return the kernel and indices that `choose` gives to a range of labels.
 
         Args:
           count, train, key: as for `choose`.
@@ -216,7 +216,7 @@ class FixedFanInHead(LayeredHead):
         return hidden
 
     def _words(self, words: SparseInputs | None) -> SparseInputs | None:
-        """Returns the words scaled by `direct_scale` in the kernel's dtype; None if the layer reads none."""
+        """Return the words scaled by `direct_scale` in the kernel's dtype; None if the layer reads none."""
         if not self.num_words:
             return None
         if words is None or words.num_columns != self.num_words:
@@ -246,11 +246,11 @@ class FixedFanInHead(LayeredHead):
             yield self.logits_of(inputs, block.start, block.stop - block.start), labels
 
     def output_inputs(self, x: Array | Features) -> tuple[Array, SparseInputs | None]:
-        """Returns the dense inputs of the output layer, and the words that follow them or None."""
+        """Return the dense inputs of the output layer, and the words that follow them or None."""
         return self.hidden(x), self._words(split_features(x)[1])
 
     def logits_of(self, inputs: tuple[Array, SparseInputs | None], start: ArrayLike, count: int) -> Array:
-        """Returns the logits [B, count] of the labels from `start` on, for `output_inputs`."""
+        """Return the logits [B, count] of the labels from `start` on, for `output_inputs`."""
         x, kernel, indices, bias = self.output.cast(inputs[0])
         kernel, indices = (jax.lax.dynamic_slice_in_dim(a, start, count) for a in (kernel, indices))
         bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, count)

@@ -60,7 +60,7 @@ class HeadTraining:
         check(self)
 
     def epsilon_for(self, num_labels: int) -> float:
-        """Returns Adam's epsilon for a loss that is a mean over `num_labels` labels."""
+        """Return Adam's epsilon for a loss that is a mean over `num_labels` labels."""
         return _EPSILON_TIMES_LABELS / num_labels if self.epsilon is None else self.epsilon
 
 
@@ -77,7 +77,7 @@ class Features(NamedTuple):
 
 
 def split_features(features: Array | Features) -> Features:
-    """Returns `Features` for the output of any encoder; `words` is None for an array [B, E]."""
+    """Return `Features` for the output of any encoder; `words` is None for an array [B, E]."""
     return features if isinstance(features, Features) else Features(features, None)
 
 
@@ -122,11 +122,11 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def __call__(self, x: Array | Features) -> Array:
-        """Returns the logits [B, L] for features [B, E]."""
+        """Return the logits [B, L] for features [B, E]."""
 
     @abc.abstractmethod
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
-        """Returns the mean of a loss over batch and labels, differentiable in x and the parameters.
+        """Return the mean of a loss over batch and labels, differentiable in x and the parameters.
 
         Args:
           x: [B, E], the features.
@@ -136,7 +136,7 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
-        """Returns the k best labels of each point.
+        """Return the k best labels of each point.
 
         Args:
           x: [B, E], the features.
@@ -149,11 +149,11 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
-        """Yields the logits of all labels in blocks: logits [B, n], and their labels int32 [n], ascending."""
+        """Yield the logits of all labels in blocks: logits [B, n], and their labels int32 [n], ascending."""
 
     @abc.abstractmethod
     def init_moments(self, training: HeadTraining) -> Any:
-        """Returns the optimizer state before the first step, a pytree; it is equal for both kinds of step.
+        """Return the optimizer state before the first step, a pytree; it is equal for both kinds of step.
 
         Raises:
           ValueError: the head does not support this training configuration.
@@ -163,7 +163,7 @@ class Head(nnx.Module):
     def step_fused(
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
-        """Takes one training step with fused ops, which update the parameters of the head in place.
+        """Take one training step with fused ops, which update the parameters of the head in place.
 
         The gradient of a kernel that an op can update in place is never held in memory, nor, for a fixed
         fan-in layer, are the logits of all labels.
@@ -177,7 +177,7 @@ class Head(nnx.Module):
     def step_by_optax(
         self, inputs: StepInputs, moments: Any, training: HeadTraining
     ) -> tuple[Array, Array, Any]:
-        """Takes the same step with `jax.grad` of `loss` and Optax, as a reference for `step_fused`."""
+        """Take the same step with `jax.grad` of `loss` and Optax, as a reference for `step_fused`."""
 
     @property
     def label_rows(self) -> int:
@@ -185,15 +185,15 @@ class Head(nnx.Module):
         return self.num_labels
 
     def fill_up(self) -> None:
-        """Resets the padding labels behind the last label, after arrays saved from another mesh were read."""
+        """Reset the padding labels behind the last label, after arrays saved from another mesh were read."""
 
     def check_rewiring(self, config: RewireConfig) -> None:
-        """Raises ValueError if the connections of the head cannot be rewired with this configuration."""
+        """Raise ValueError if the connections of the head cannot be rewired with this configuration."""
 
     def rewire(
         self, x: Array | Features, positives: Array, moments: Any, key: Array, config: RewireConfig
     ) -> Any:
-        """Rewires this head, if it has connections.
+        """Rewire this head, if it has connections.
 
         Args:
           x: [B, E], the features of a batch, without dropout.
@@ -231,7 +231,7 @@ class HeadConfig(abc.ABC):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
-        """Makes a new head.
+        """Make a new head.
 
         Args:
           in_features: E, the number of features.
@@ -252,7 +252,7 @@ class HeadConfig(abc.ABC):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
-        """Makes a new head with its labels sharded over the devices of a mesh; arguments as for `make`.
+        """Make a new head with its labels sharded over the devices of a mesh; arguments as for `make`.
 
         Raises:
           ValueError: heads of this class cannot be sharded.
@@ -261,6 +261,6 @@ class HeadConfig(abc.ABC):
 
 
 def label_blocks(num_labels: int) -> Iterator[slice]:
-    """Yields consecutive ranges of labels, for loops that must not hold the logits of all labels."""
+    """Yield consecutive ranges of labels, for loops that must not hold the logits of all labels."""
     for start in range(0, num_labels, _LABELS_AT_ONCE):
         yield slice(start, min(start + _LABELS_AT_ONCE, num_labels))

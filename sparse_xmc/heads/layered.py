@@ -66,23 +66,23 @@ class LayeredHead(Head):
         return self.num_labels if self.part is None else self.part.num_labels
 
     def first_label(self) -> ArrayLike:
-        """Returns the first label of this head among the labels of all devices."""
+        """Return the first label of this head among the labels of all devices."""
         return 0 if self.part is None else self.part.first(self.num_labels)
 
     def own_positives(self, positives: Array) -> Array:
-        """Renumbers positives for this head; labels of other devices and invalid values become negative."""
+        """Renumber positives for this head; labels of other devices and invalid values become negative."""
         if self.part is None:
             return positives
         return shift(jnp.where(positives < self.labels_of_all, positives, -1), self.first_label())
 
     def hidden(self, x: Array | Features) -> Array:
-        """Returns the dense input of the output layer, for features [B, E]."""
+        """Return the dense input of the output layer, for features [B, E]."""
         x, _ = split_features(x)
         check_features(self, x, self.in_features, ndim=2)
         return x if self.penultimate is None else self.output_input(nnx.relu(self.penultimate(x)), x)
 
     def output_input(self, hidden: Array, x: Array) -> Array:
-        """Returns the dense input of the output layer, given the hidden units and the features."""
+        """Return the dense input of the output layer, given the hidden units and the features."""
         return hidden
 
     def __call__(self, x: Array | Features) -> Array:
@@ -147,14 +147,14 @@ class LayeredHead(Head):
     def _step_own(
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> tuple[Array, Array, Moments]:
-        """Calls `step_output`, and sums its loss and gradient over all devices if labels are sharded."""
+        """Call `step_output`, and sum its loss and gradient over all devices if labels are sharded."""
         loss, d_x, of_output = self.step_output(inputs, moments, training)
         return (*((loss, d_x) if self.part is None else self.part.sum((loss, d_x))), of_output)
 
     def step_output(
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> tuple[Array, Array, Moments]:
-        """Takes one training step of the output layer, whose input is `inputs.x`.
+        """Take one training step of the output layer, whose input is `inputs.x`.
 
         Returns:
           The loss, its gradient with respect to `inputs.x`, and the new moments of the output layer.
@@ -181,7 +181,7 @@ class LayeredHead(Head):
     def _update(
         self, grads: nnx.State, inputs: StepInputs, state: optax.ScaleByAdamState, training: HeadTraining
     ) -> Moments:
-        """Updates the parameters in `grads` with Optax, and returns their new moments."""
+        """Update the parameters in `grads` with Optax, and return their new moments."""
         gradients = {path_name(path): g[...] for path, g in nnx.to_flat_state(grads)}
         parameters = parameters_of(self)
         rates = {"penultimate": training.penultimate_rate, "output": training.output_rate}

@@ -30,15 +30,15 @@ class LabelPart:
     axes: tuple[str, ...]
 
     def first(self, size: int) -> Array:
-        """Returns the first label of this device's shard; `size` is the size of a shard."""
+        """Return the first label of this device's shard; `size` is the size of a shard."""
         return jax.lax.axis_index(self.axes) * size
 
     def padding(self, size: int) -> int:
-        """Returns the number of padding labels of all devices; `size` is the size of a shard."""
+        """Return the number of padding labels of all devices; `size` is the size of a shard."""
         return size * math.prod(jax.lax.axis_size(axis) for axis in self.axes) - self.num_labels
 
     def sum(self, tree: Tree) -> Tree:
-        """Returns the sum over all devices of each array of a pytree."""
+        """Return the sum over all devices of each array of a pytree."""
         return jax.lax.psum(tree, self.axes)
 
 
@@ -50,12 +50,12 @@ BY_LABEL = ("output.kernel", "output.indices", "output.bias")
 
 
 def shift(positives: Array, start: ArrayLike) -> Array:
-    """Renumbers positives for a head whose labels begin at `start`; labels before `start` become -1."""
+    """Renumber positives for a head whose labels begin at `start`; labels before `start` become -1."""
     return jnp.where(positives >= start, positives - start, -1)
 
 
 def merge_top_k(best: Sequence[tuple[Array, Array]], k: int) -> tuple[Array, Array]:
-    """Merges several rankings into one of the k best labels.
+    """Merge several rankings into one of the k best labels.
 
     Args:
       best: rankings, each a pair of scores float [B, n] and labels int32 [B, n]; n may differ.

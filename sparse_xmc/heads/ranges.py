@@ -54,7 +54,7 @@ class LabelRanges(Head):
         self.positions = LabelOrder(jnp.argsort(self.labels[...]).astype(jnp.int32))
 
     def _ranges(self) -> Iterator[tuple[Head, int]]:
-        """Yields each head with its first position."""
+        """Yield each head with its first position."""
         start = 0
         for head in self.heads:
             yield head, start
@@ -154,7 +154,7 @@ class HeadAndTailConfig(FixedFanInConfig):
         train: Dataset | None = None,
         rngs: nnx.Rngs,
     ) -> Head:
-        """Makes a new head. Without training points, lower labels are assumed to be more frequent."""
+        """Make a new head. Without training points, lower labels are assumed to be more frequent."""
         if num_labels < 2:
             raise ValueError(f"head_and_tail needs at least 2 labels, got {num_labels}")
         counts = -np.arange(num_labels) if train is None else train.label_counts()

@@ -57,7 +57,7 @@ def rewire(
     moments: tuple[Array, ...] = (),
     part: LabelPart | None = None,
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """Moves the connections with the smallest weights to new inputs drawn uniformly at random.
+    """Move the connections with the smallest weights to new inputs drawn uniformly at random.
 
     The threshold is the k-th smallest magnitude of the whole layer, k = round(fraction * L * F); the
     connections strictly below it move. So at most k - 1 move, and none if k weights are 0.
@@ -73,8 +73,8 @@ def rewire(
       config: which connections move, and their initial weights.
       moments: arrays [L, F] of an optimizer, in which the entries of moved connections are set to 0. For the
         state of an Optax chain, see `reset_moments`.
-      part: the sharding of the labels, if the arrays have the shard of one device; the result is equal to
-        that of rewiring the whole layer.
+      part: the sharding of the labels, if the arrays have the shard of one device; the whole layer is
+        rewired.
 
     Returns:
       The new kernel [L, F], the new indices [L, F], bool [L, F], true where a connection moved, and the
@@ -133,7 +133,7 @@ def rewire_active(
     moments: tuple[Array, ...] = (),
     words: SparseInputs | None = None,
 ) -> tuple[Array, Array, Array, tuple[Array, ...]]:
-    """Moves the weakest connections of the labels of a batch to inputs that are active in their points.
+    """Move the weakest connections of the labels of a batch to inputs that are active in their points.
 
     For each label in `positives`, round(fraction * F) connections with the smallest weights move, but at
     least one. They move to the inputs that exceed their means over the batch by most in a point with that
@@ -198,7 +198,7 @@ def rewire_active(
 
 
 def _best_words(words: SparseInputs, batch: int, count: int) -> tuple[Array, Array]:
-    """Finds the words of each point that exceed their means over the batch by most.
+    """Find the words of each point that exceed their means over the batch by most.
 
     Args:
       words: the bags of words of the batch.
@@ -231,7 +231,7 @@ def rewire_unstructured(
     labels: int,
     config: RewireConfig = RewireConfig(),
 ) -> tuple[Array, Array, Array]:
-    """Moves the weakest connections of an `UnstructuredLinear` to random pairs of a label and an input.
+    """Move the weakest connections of an `UnstructuredLinear` to random pairs of a label and an input.
 
     The moving connections are chosen as in `rewire`. New pairs are drawn uniformly and may repeat existing
     ones; `config.distinct` is ignored. `kernel` and `indices` are donated.
@@ -260,7 +260,7 @@ def rewire_unstructured(
 
 
 def reset_moments(tx: optax.GradientTransformation, opt_state, params, is_kernel, moved: Array):
-    """Sets the optimizer state of moved connections to 0.
+    """Set the optimizer state of moved connections to 0.
 
     The moments are found by the structure of the optimizer state, so any Optax chain works. Statistics whose
     shape differs from the kernel's, such as factored second moments, are not changed.
@@ -301,7 +301,7 @@ def rewire_layer(
     positives: ArrayLike | None = None,
     sparse: SparseInputs | None = None,
 ) -> Array:
-    """Rewires a layer of a model that an `nnx.Optimizer` trains with any Optax chain.
+    """Rewire a layer of a model that an `nnx.Optimizer` trains with any Optax chain.
 
     Updates the kernel and the indices of the layer, and sets the optimizer state of the moved connections to
     0: moments, and gradients accumulated by `optax.MultiSteps`. No array is donated: references held
@@ -326,7 +326,7 @@ def rewire_layer(
     Raises:
       TypeError: the layer is not a `FixedFanInLinear`.
       ValueError: the layer is not in the model; the optimizer is for another model; x and positives are
-        missing for growth="active" or given for growth="random"; or the width of x is not that of the layer.
+        missing for growth="active" or given for growth="random"; or x and the layer differ in width.
 
     Example:
       >>> import jax, optax
@@ -387,5 +387,5 @@ def _is_variable(node) -> bool:
 
 
 def _values(tree):
-    """Replaces the NNX variables of a pytree, of any type, by their arrays."""
+    """Replace the NNX variables of a pytree, of any type, by their arrays."""
     return jax.tree.map(lambda variable: variable.get_value(), tree, is_leaf=_is_variable)

@@ -74,7 +74,7 @@ class ShardedHead(Head):
         train: Dataset | None,
         rngs: nnx.Rngs,
     ) -> "ShardedHead":
-        """Makes a sharded head with the same initial weights and connections as on one device.
+        """Make a sharded head with the same initial weights and connections as on one device.
 
         No device and no process ever holds more than its own shards.
 
@@ -113,7 +113,7 @@ class ShardedHead(Head):
         return head
 
     def _choose(self, count: int, train: Dataset, key: Array) -> None:
-        """Runs `FixedFanInHead.choose` on the shard of each device."""
+        """Run `FixedFanInHead.choose` on the shard of each device."""
         local = self._local(nnx.split(self)[1])
         kernel, indices = self.output.kernel[...], self.output.indices[...]
         kernels, connections = [], []
@@ -139,7 +139,7 @@ class ShardedHead(Head):
         return nnx.merge(self.local, state, copy=True)
 
     def _run(self, function: "_Function", static: tuple, *arguments: Any, changes: bool = False) -> Any:
-        """Runs a function of (head, static, *arguments) on all devices and returns its results.
+        """Run a function of (head, static, *arguments) on all devices and return its results.
 
         If `changes` is set, changes of the head by the function are kept. The function is compiled once for
         each value of `static`.
@@ -153,7 +153,7 @@ class ShardedHead(Head):
         return results
 
     def __call__(self, x: Array | Features) -> Array:
-        """Returns the logits [B, L].
+        """Return the logits [B, L].
 
         Every device holds an array of its shard; use it for tests and small L.
         """
@@ -211,7 +211,7 @@ class ShardedHead(Head):
         return self.output.kernel.shape[0]
 
     def fill_up(self) -> None:
-        """Resets the weights and biases of the padding labels."""
+        """Reset the weights and biases of the padding labels."""
         self._run(_fill_up, (), changes=True)
 
 
@@ -224,7 +224,7 @@ _Function = Callable[..., Any]
 def _on_devices(
     local: nnx.GraphDef, mesh: Mesh, function: _Function, static: tuple, changes: bool
 ) -> Callable:
-    """Compiles the function of `ShardedHead._run`, which takes the state of the head and the arguments."""
+    """Compile the function of `ShardedHead._run`, which takes the state of the head and the arguments."""
 
     def specs_of(argument):
         is_moments = isinstance(argument, optax.ScaleByAdamState)
@@ -273,7 +273,7 @@ def _inputs(head, static, x):
 
 
 def _logits_of_rows(head, static, inputs, start):
-    """Returns the logits of the labels from `start` on in each shard, and the numbers of the labels."""
+    """Return the logits of the labels from `start` on in each shard, and the numbers of the labels."""
     (rows,) = static
     return head.logits_of(inputs, start, rows), head.first_label() + start + jnp.arange(rows, dtype=jnp.int32)
 
@@ -288,7 +288,7 @@ def _rewire(head, static, x, positives, moments, key):
 
 
 def _fill_up(head, static):
-    """Resets the padding labels, so that they affect neither the loss nor any ranking."""
+    """Reset the padding labels, so that they affect neither the loss nor any ranking."""
     assert head.part is not None
     assert head.output.bias is not None
     real = (
@@ -313,20 +313,20 @@ _RESULTS: dict[_Function, Callable[[tuple, Any], Any]] = {
 
 
 def _as_words(array: Array) -> Array:
-    """Returns a random key as integers, which processes can share; other arrays unchanged."""
+    """Return a random key as integers, which processes can share; other arrays unchanged."""
     is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(array) if is_key else array
 
 
 def _as_key(words: Any, like: Array) -> Array:
-    """Inverts `_as_words`; `like` is the original array or one of its type."""
+    """Invert `_as_words`; `like` is the original array or one of its type."""
     is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
     words = jnp.asarray(words)
     return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if is_key else words
 
 
 def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
-    """Concatenates the arrays [B, n] of all devices along axis 1.
+    """Concatenate the arrays [B, n] of all devices along axis 1.
 
     It uses a sum over devices, so that JAX knows that the result is equal on all of them.
     """
@@ -337,12 +337,12 @@ def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _is_split(path: tuple) -> bool:
-    """Returns whether the variable at this path of the state has a row for each label."""
+    """Return whether the variable at this path of the state has a row for each label."""
     return ".".join(key_path_names(path)[:2]) in BY_LABEL
 
 
 def _specs(state: Any, mesh: Mesh) -> Any:
-    """Returns the partition specs of the variables of a head."""
+    """Return the partition specs of the variables of a head."""
     by_label = PartitionSpec(mesh.axis_names)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: by_label if _is_split(path) else _EVERYWHERE, state
@@ -350,7 +350,7 @@ def _specs(state: Any, mesh: Mesh) -> Any:
 
 
 def _specs_of_moments(moments: optax.ScaleByAdamState, mesh: Mesh) -> optax.ScaleByAdamState:
-    """Returns the partition specs of moments, which are stored by parameter name."""
+    """Return the partition specs of moments, which are stored by parameter name."""
     by_label = PartitionSpec(mesh.axis_names)
 
     def specs(arrays):

@@ -67,7 +67,7 @@ class UnstructuredLinear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32))
 
     def __call__(self, x: Array) -> Array:
-        """Maps x float32 [B, D] to [B, L]."""
+        """Map x float32 [B, D] to [B, L]."""
         check_features(self, x, self.in_features, ndim=2)
         features, kernel, indices = jnp.asarray(x).T, self.kernel[...], self.indices[...]
         bias = self.bias[...]

@@ -15,7 +15,7 @@ _RUN = 128  # The random bits of each row of a dense kernel start at a multiple 
 
 
 def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleByAdamState:
-    """Returns the Adam state after a step, with the updated moments and the next count."""
+    """Return the Adam state after a step, with the updated moments and the next count."""
     mu, nu = dict(state.mu), dict(state.nu)
     for new_mu, new_nu in updated:
         mu |= new_mu
@@ -26,7 +26,7 @@ def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleB
 def adam_directions(
     gradients: dict[str, Array], state: optax.ScaleByAdamState, epsilon: float, seed
 ) -> tuple[dict[str, Array], Moments]:
-    """Computes Adam updates with Optax, for float32 or bfloat16 moments.
+    """Compute Adam updates with Optax, for float32 or bfloat16 moments.
 
     Second moments in bfloat16 are rounded stochastically, as in `dense_adam_step`.
 
@@ -69,7 +69,7 @@ def step_dense(
     rate: float,
     epsilon: float,
 ) -> tuple[Array, Moments]:
-    """Takes one Adam step of a dense layer in place, without holding the gradient of its kernel.
+    """Take one Adam step of a dense layer in place, without holding the gradient of its kernel.
 
     Args:
       layer: the layer to update, whose input is `inputs.x`.

@@ -51,7 +51,7 @@ class Checkpoints:
         return self._latest.directory
 
     def save_latest(self, trainer: Trainer, progress: dict) -> None:
-        """Saves the whole state of a trainer.
+        """Save the whole state of a trainer.
 
         Args:
           trainer: the trainer.
@@ -63,7 +63,7 @@ class Checkpoints:
         self._latest.save(trainer.step, trainer.state, progress, trainer.head)
 
     def restore_latest(self, trainer: Trainer) -> dict | None:
-        """Restores the state of a trainer from the latest intact checkpoint.
+        """Restore the state of a trainer from the latest intact checkpoint.
 
         Args:
           trainer: the trainer; its state and step are replaced.
@@ -86,13 +86,13 @@ class Checkpoints:
         return None
 
     def save_best(self, trainer: Trainer) -> None:
-        """Saves the weights of a trainer as the best ones, replacing the previous best."""
+        """Save the weights of a trainer as the best ones, replacing the previous best."""
         # The number counts saves, not steps: a run resumed from an earlier checkpoint repeats steps.
         number = max(self._best.numbers(), default=0) + 1
         self._best.save(number, _weights(trainer.state), {}, trainer.head)
 
     def replace_lost_best(self, trainer: Trainer) -> bool:
-        """Saves the current weights as the best, with a warning, if the best weights are damaged or missing.
+        """Save the current weights as the best, with a warning, if the best weights are damaged or missing.
 
         Returns:
             Whether the best weights were replaced.
@@ -110,7 +110,7 @@ class Checkpoints:
         return not is_there
 
     def restore_best(self, trainer: Trainer) -> None:
-        """Restores the best weights; the moments of the optimizers are not changed.
+        """Restore the best weights; the moments of the optimizers are not changed.
 
         Raises:
           FileNotFoundError: no best weights were saved.
@@ -143,7 +143,7 @@ class _Numbered:
         return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdecimal())
 
     def restore(self, number: int, shapes: Any) -> tuple[Any, dict]:
-        """Reads the state, as arrays of the given shapes, dtypes and shardings, and the progress."""
+        """Read the state, as arrays of the given shapes, dtypes and shardings, and the progress."""
         state = ocp.args.StandardRestore(shapes, strict=False)
         with reading(self.directory) as directory, _orbax(shapes) as orbax:
             args = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
@@ -151,7 +151,7 @@ class _Numbered:
         return restored["state"], restored["progress"]
 
     def check(self, number: int, expected: Any, head: Head) -> None:
-        """Raises ValueError unless a checkpoint has the same array sizes as `expected` and fits the head."""
+        """Raise ValueError unless a checkpoint has the same array sizes as `expected` and fit the head."""
         path, record = self.directory / str(number), self._read_record(number)
         if record["num_labels"] != head.num_labels:
             raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")
@@ -160,7 +160,7 @@ class _Numbered:
         check_sizes(metadata, expected, path, head, record["label_rows"])
 
     def save(self, number: int, state: Any, progress: dict, head: Head) -> None:
-        """Writes a checkpoint, then deletes all but the last few."""
+        """Write a checkpoint, then deletes all but the last few."""
         if number in self.numbers():
             return
         path = self.directory / str(number)
@@ -180,7 +180,7 @@ class _Numbered:
         self.tidy()
 
     def tidy(self) -> None:
-        """Deletes all but the last few checkpoints, and files left over from killed processes.
+        """Delete all but the last few checkpoints, and files left over from killed processes.
 
         Record files are deleted before their checkpoints, so that no record is without its checkpoint.
         """
@@ -195,7 +195,7 @@ class _Numbered:
                 remove(path)
 
     def intact(self) -> Iterator[int]:
-        """Yields the numbers of the checkpoints whose files match their checksums, the latest first.
+        """Yield the numbers of the checkpoints whose files match their checksums, the latest first.
 
         Raises:
             ValueError: there are checkpoints, but all of them are damaged.
@@ -228,7 +228,7 @@ class _Numbered:
         return self.directory / f"{number}.json"
 
     def _read_record(self, number: int) -> dict[str, Any]:
-        """Reads the record of a checkpoint.
+        """Read the record of a checkpoint.
 
         Raises:
             OSError: the record cannot be read.
@@ -241,7 +241,7 @@ class _Numbered:
 
 
 def _orbax(state: Any) -> ocp.Checkpointer:
-    """Makes an Orbax checkpointer that copies at most the size of the largest array at once.
+    """Make an Orbax checkpointer that copies at most the size of the largest array at once.
 
     Args:
       state: pytree of the arrays, or of their shapes, to be saved or restored.

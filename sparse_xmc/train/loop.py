@@ -59,7 +59,7 @@ def fit(
     should_stop: Callable[[], bool] = lambda: False,
     callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, Any]]:
-    """Trains a classifier until the schedule ends, resuming from the latest checkpoint if there is one.
+    """Train a classifier until the schedule ends, resuming from the latest checkpoint if there is one.
 
     Args:
       trainer: trainer of the classifier; `trainer.model` is the trained classifier afterwards.
@@ -74,7 +74,7 @@ def fit(
 
     Returns:
       A record for each epoch: "epoch" (from 1), "loss" (the mean over its steps), "seconds" (of its steps),
-      "learning_rate" (at its start), the metrics on the validation points, and what callbacks entered.
+      "learning_rate" (at its start), the metrics on the validation points, and the entries of callbacks.
 
     Raises:
       ValueError: there are no points; the schedule needs validation points or checkpoints; or the latest
@@ -113,7 +113,7 @@ def fit(
     saved = time.monotonic()
 
     def pause(settle: Callable[[], None], agree: bool = True, at_end: bool = False) -> bool:
-        """Saves a checkpoint or stops training if it is due, after all running steps have been settled.
+        """Save a checkpoint or stops training if it is due, after all running steps have been settled.
 
         Args:
           settle: waits for all running steps.
@@ -179,12 +179,12 @@ def fit(
 def _train_epoch(
     trainer: Trainer, batches: Batches, epoch: int, part: _Part, learning_rate, callbacks, pause
 ) -> None:
-    """Trains the remaining steps of an epoch, and adds them to `part`."""
+    """Train the remaining steps of an epoch, and add them to `part`."""
     under_way: collections.deque[jax.Array] = collections.deque()
     start = time.monotonic()
 
     def settle(left: int = 0) -> None:
-        """Waits for all running steps except the last `left`, and adds their losses to `part`."""
+        """Wait for all running steps except the last `left`, and add their losses to `part`."""
         nonlocal start
         while len(under_way) > left:
             loss = float(under_way.popleft())
@@ -217,7 +217,7 @@ def _not_finite(loss: float, trainer: Trainer, batches: Batches, epoch: int, ste
 
 
 def _of_any_process(*flags: bool) -> tuple[bool, ...]:
-    """Returns for each flag whether it is set in any process; the result is equal in all processes."""
+    """Return for each flag whether it is set in any process; the result is equal in all processes."""
     if jax.process_count() == 1:
         return flags
     return tuple(bool(any_of) for any_of in multihost_utils.process_allgather(np.array(flags)).any(axis=0))

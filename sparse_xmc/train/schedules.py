@@ -24,7 +24,7 @@ class Schedule(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def start(cls, learning_rate: float, epochs: int) -> "Schedule":
-        """Returns the schedule before the first epoch.
+        """Return the schedule before the first epoch.
 
         Args:
           learning_rate: the base learning rate.
@@ -32,26 +32,26 @@ class Schedule(abc.ABC):
         """
 
     def state(self) -> dict[str, Any]:
-        """Returns the constructor arguments that restore this state, serializable as JSON."""
+        """Return the constructor arguments that restore this state, serializable as JSON."""
         return dict(vars(self))
 
     @abc.abstractmethod
     def rate(self, progress: float) -> float:
-        """Returns the learning rate.
+        """Return the learning rate.
 
         Args:
           progress: number of epochs trained so far, with the current one as a fraction.
         """
 
     def update(self, metric: float) -> None:  # noqa: B027 (not every schedule asks)
-        """Updates the schedule at the end of an epoch.
+        """Update the schedule at the end of an epoch.
 
         Args:
           metric: P@3 on the validation points.
         """
 
     def forget_best(self) -> None:  # noqa: B027
-        """Makes the next epoch count as the best so far, because the best weights have been lost."""
+        """Make the next epoch count as the best so far, because the best weights have been lost."""
 
     @property
     def should_stop(self) -> bool:
@@ -90,15 +90,15 @@ class Plateau(Schedule):
 
     @classmethod
     def start(cls, learning_rate: float, epochs: int) -> "Plateau":
-        """Returns the schedule before the first epoch; `epochs` is not used."""
+        """Return the schedule before the first epoch; `epochs` is not used."""
         return cls(learning_rate)
 
     def rate(self, progress: float) -> float:
-        """Returns the current learning rate, which is constant within an epoch."""
+        """Return the current learning rate, which is constant within an epoch."""
         return self.learning_rate
 
     def update(self, metric: float) -> None:
-        """Updates the learning rate and the best metric at the end of an epoch."""
+        """Update the learning rate and the best metric at the end of an epoch."""
         if metric > self.best + 5e-5:
             self.best, self.epochs_since_best = metric, 0
         else:
@@ -112,7 +112,7 @@ class Plateau(Schedule):
             self.epochs_since_halving = 0
 
     def forget_best(self) -> None:
-        """Makes the next epoch count as the best so far."""
+        """Make the next epoch count as the best so far."""
         self.best = -math.inf
 
     @property
@@ -143,11 +143,11 @@ class Linear(Schedule):
 
     @classmethod
     def start(cls, learning_rate: float, epochs: int) -> "Linear":
-        """Returns the schedule before the first epoch."""
+        """Return the schedule before the first epoch."""
         return cls(learning_rate, epochs)
 
     def rate(self, progress: float) -> float:
-        """Returns the learning rate after `progress` epochs."""
+        """Return the learning rate after `progress` epochs."""
         return self.learning_rate * (1 - progress / self.epochs)
 
 

@@ -50,7 +50,7 @@ class Step:
     fused: bool
 
     def init(self, model: Classifier) -> State:
-        """Returns the state before the first step: arrays, or shapes if the model's parameters are shapes."""
+        """Return the state before the first step: arrays, or shapes if the model's parameters are shapes."""
         graphdef, state = nnx.split(model)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
             return jax.eval_shape(lambda state: self._init(nnx.merge(graphdef, state)), state)
@@ -63,7 +63,7 @@ class Step:
         return _state(model, moments, self.optimizer.init(nnx.state(model.encoder, _OPTAX)), squares)
 
     def train(self, state: State, batch: Batch, learning_rate, step) -> tuple[State, jax.Array]:
-        """Takes one training step.
+        """Take one training step.
 
         Args:
           state: the training state.
@@ -110,7 +110,7 @@ class Step:
         return _state(model, moments, optimizer, squares), loss
 
     def _step_tables(self, encoder, rows, gradients: nnx.State, squares: State, learning_rate) -> None:
-        """Updates the table rows that a batch uses, and their sums of squares, with Adagrad."""
+        """Update the table rows that a batch uses, and their sums of squares, with Adagrad."""
         rate = self.config.embedding_rate * learning_rate
         gradient_of = {path_name(path): g[...] for path, g in nnx.to_flat_state(gradients)}
         for path, table in tables_of(encoder):
@@ -121,7 +121,7 @@ class Step:
             squares[path] = put_rows(squares[path], of_table, new)
 
     def rewire(self, state: State, batch: Batch, step) -> State:
-        """Returns the state after a rewiring on a batch; `step` is mixed into the random key."""
+        """Return the state after a rewiring on a batch; `step` is mixed into the random key."""
         model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
         x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
@@ -134,7 +134,7 @@ class Step:
         return _state(model, moments, state["optimizer"], state["squares"])
 
     def fill_up(self, state: State) -> State:
-        """Returns the state after `Head.fill_up`."""
+        """Return the state after `Head.fill_up`."""
         model = self._merge(state)
         model.head.fill_up()
         return _state(model, state["moments"], state["optimizer"], state["squares"])
@@ -158,7 +158,7 @@ def _state(model: Classifier, moments: Any, optimizer: Any, squares: State) -> S
 
 
 def check_parts(model: Classifier) -> None:
-    """Raises ValueError unless each parameter belongs to either encoder or head, and tables are float32."""
+    """Raise ValueError unless each parameter belongs to either encoder or head, and tables are float32."""
     parts = {"encoder": parameters_of(model.encoder), "head": parameters_of(model.head)}
     for name, parameter in parameters_of(model).items():
         owners = [part for part, its in parts.items() if any(p is parameter for p in its.values())]
@@ -183,7 +183,7 @@ def _check_updated(before: dict[str, jax.Array], head: nnx.Module) -> None:
 
 
 def _check_used(pullback: Callable, features: jax.Array, *params: nnx.State) -> None:
-    """Raises ValueError if the features do not depend on a parameter of the encoder."""
+    """Raise ValueError if the features do not depend on a parameter of the encoder."""
     program = jax.make_jaxpr(pullback)(jnp.zeros_like(features)).jaxpr
     reached = set(program.invars)
     for equation in program.eqns:

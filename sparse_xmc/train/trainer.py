@@ -105,7 +105,7 @@ class Trainer:
         return nnx.merge(graphdef, *jax.tree.map(lambda array: array, state))
 
     def train_step(self, batch: Batch, learning_rate: float) -> jax.Array:
-        """Takes one training step, and a rewiring if one is due after it.
+        """Take one training step, and a rewiring if one is due after it.
 
         Args:
           batch: the batch to train on.
@@ -130,7 +130,7 @@ class Trainer:
         return loss
 
     def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
-        """Traces the programs for batches of this shape without running them.
+        """Trace the programs for batches of this shape without running them.
 
         Returns:
           The traced programs: "step", and "rewiring" if the configuration has one.
@@ -142,7 +142,7 @@ class Trainer:
         return programs
 
     def rewire(self, batch: Batch) -> None:
-        """Rewires the head now, if it has connections and the configuration asks for rewiring.
+        """Rewire the head now, if it has connections and the configuration asks for rewiring.
 
         Args:
           batch: the points used to choose new connections if growth is `active`.
@@ -152,7 +152,7 @@ class Trainer:
             self.state = self._programs.rewire(self.state, batch, np.int32(self.step))
 
     def array_not_finite(self) -> str | None:
-        """Returns the name of an array of the state that has a value that is not finite, or None."""
+        """Return the name of an array of the state that has a value that is not finite, or None."""
         leaves = jax.tree_util.tree_leaves_with_path(self.state)
         floats = [(path, a) for path, a in leaves if jax.dtypes.issubdtype(a.dtype, np.floating)]
         for (path, _), finite in zip(floats, _are_finite([a for _, a in floats]), strict=True):
@@ -161,13 +161,13 @@ class Trainer:
         return None
 
     def restore(self, state: State) -> None:
-        """Replaces the state by a saved one, of any mesh. Its arrays are donated to the next step."""
+        """Replace the state by a saved one, of any mesh. Its arrays are donated to the next step."""
         self.state = state if self.mesh is None else self._programs.fill_up(state)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
     ) -> Iterator[jax.Array]:
-        """Trains for one epoch or its remaining steps, and yields the loss of each step.
+        """Train for one epoch or its remaining steps, and yield the loss of each step.
 
         Args:
           batches: the training points: a `Batches`, or any object with a method `shuffled(seed, epoch,
@@ -193,7 +193,7 @@ class _Programs(NamedTuple):
 
 
 def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
-    """Compiles the functions of a step.
+    """Compile the functions of a step.
 
     Args:
       step: the step.
@@ -209,7 +209,7 @@ def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
 
 @functools.lru_cache(maxsize=2)  # Older programs are freed with the last trainer that uses them.
 def _programs(step: Step) -> _Programs:
-    """Returns the compiled programs of a step; equal steps share them, for example when planning memory."""
+    """Return the compiled programs of a step; equal steps share them, for example when planning memory."""
     return _compiled(step)
 
 
@@ -223,7 +223,7 @@ def _are_finite(arrays: list[jax.Array]) -> list[jax.Array]:
 
 @functools.lru_cache(maxsize=16)  # Equal settings must give the same object, so that programs are shared.
 def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
-    """Returns the default optimizer of the encoder, AdamW. Biases and scales do not decay.
+    """Return the default optimizer of the encoder, AdamW. Biases and scales do not decay.
 
     Reference: Loshchilov & Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
@@ -238,7 +238,7 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
 
 
 def _check_rate(learning_rate: Any) -> np.float32:
-    """Returns a learning rate as float32.
+    """Return a learning rate as float32.
 
     Raises:
       TypeError: it is not a real number or a scalar array of one.
@@ -257,7 +257,7 @@ def _check_rate(learning_rate: Any) -> np.float32:
 
 
 def _check_positives(positives: np.ndarray, num_labels: int) -> None:
-    """Checks that positives [B, P] are labels or -1, and that no point has a label twice.
+    """Check that positives [B, P] are labels or -1, and that no point has a label twice.
 
     Raises:
       TypeError: positives are not an integer array of two axes.
