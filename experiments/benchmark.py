@@ -1,4 +1,4 @@
-r"""Times an op of `xla_ops` against other JAX implementations, or measures whole training steps.
+r"""Time an op of `xla_ops` against other JAX implementations, or measure whole training steps.
 
     python -m experiments.benchmark --op=fan_in_matmul --labels=670091 --json=result.json
 
@@ -82,7 +82,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Measure, prints the table, and write --json."""
+    """Measure, print the table, and write --json."""
     values = flags.FLAGS
     of_others = {
         "training_step": _OF_STEPS,

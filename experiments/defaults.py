@@ -1,4 +1,4 @@
-r"""Trains `XMCClassifier` with its defaults on a data set of texts, and evaluates it on the test points.
+r"""Train `XMCClassifier` with its defaults on a data set of texts, and evaluate it on the test points.
 
     python -m experiments.defaults --train=data/manpages/train.tsv.gz --test=data/manpages/test.tsv.gz \
         --json=experiments/results/defaults/manpages.json
@@ -53,7 +53,7 @@ def _define_flags() -> None:
 
 
 def main() -> None:
-    """Train, prints the metrics, and write --json."""
+    """Train, print the metrics, and write --json."""
     values = flags.FLAGS
     report = measure(values.train, values.test)
     precisions = "/".join(f"{100 * report['test'][f'p@{k}']:.2f}" for k in (1, 3, 5))

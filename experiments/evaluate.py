@@ -1,4 +1,4 @@
-"""Evaluates a saved model: `python -m experiments.evaluate --workdir=RUN --test=test.tsv`.
+"""Evaluate a saved model: `python -m experiments.evaluate --workdir=RUN --test=test.tsv`.
 
 RUN is as for `experiments.predict`, and the points are in a format of `experiments.run`. The program prints
 P@k, nDCG@k and recall@k, and if the model has statistics of the training labels, propensity-scored metrics

@@ -1,4 +1,4 @@
-r"""Builds, tests and measures the library on a machine with an NVIDIA GPU, and writes the results as JSON.
+r"""Build, test and measure the library on a machine with an NVIDIA GPU, and write the results as JSON.
 
     python -m experiments.gpu_check --json=gpu.json --quick
     python -m experiments.gpu_check --json=gpu.json
@@ -65,11 +65,11 @@ OPS_TESTS = [
 
 
 class PartError(Exception):
-    """Raised if a part of the check fails; the message is the end of its output."""
+    """The exception raised if a part of the check fails; the message is the end of its output."""
 
 
 class OutOfTimeError(PartError):
-    """Raised if a part was stopped at its deadline."""
+    """The exception raised if a part was stopped at its deadline."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> I
 
 
 def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> dict:
-    """Run `python -m experiments.NAME --json=FILE`, records partial results, and return the final one."""
+    """Run `python -m experiments.NAME --json=FILE`, record partial results, and return the final one."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
 
@@ -247,7 +247,7 @@ def benchmark(job: Job) -> dict:
 
 
 def words(job: Job) -> dict:
-    """Times training steps and ranking for labels with words as direct inputs."""
+    """Time training steps and ranking for labels with words as direct inputs."""
     return run_module(job, "benchmark", "--op=direct_inputs")
 
 

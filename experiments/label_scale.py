@@ -1,4 +1,4 @@
-r"""Measures memory and time of training steps from ten thousand to nine million labels, on synthetic points.
+r"""Measure memory and time of training steps from ten thousand to nine million labels, on synthetic points.
 
     python -m experiments.label_scale --results=experiments/results/label_scale
 

@@ -1,4 +1,4 @@
-"""Trains Omikuji and napkinXC on the split of our models, and prints one table of all models.
+"""Train Omikuji and napkinXC on the split of our models, and print one table of all models.
 
     pip install '.[peers]'
     python -m experiments.peers --ours=result.json
@@ -114,7 +114,7 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
 
 
 def run_peers(train: Dataset, test: Dataset) -> list[dict]:
-    """Train and scores every peer, each in a process of its own; return their rows of the table.
+    """Train and score every peer, each in a process of its own; return their rows of the table.
 
     Training points without features are dropped, as Omikuji cannot read them.
 

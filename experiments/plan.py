@@ -1,4 +1,4 @@
-"""Prints the planned memory of training a classifier of any size, without data.
+"""Print the planned memory of training a classifier of any size, without data.
 
     python -m experiments.plan --labels=670091 --features=768 --penultimate=32768 --fan_in=32
     python -m experiments.plan --labels=670091 --words=100000 --flagfile=text_direct

@@ -1,4 +1,4 @@
-"""Predicts labels of new points: `python -m experiments.predict --workdir=RUN --input=texts.txt`.
+"""Predict labels of new points: `python -m experiments.predict --workdir=RUN --input=texts.txt`.
 
 RUN is the working directory of a finished `experiments.run`, or a directory written by `XMCClassifier.save`.
 The format of the input depends on the model: for texts, one per line (in a `.tsv`, the part after the tab),

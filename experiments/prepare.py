@@ -1,4 +1,4 @@
-r"""Prepares a public data set: lists the required files, checks them, and converts them.
+r"""Prepare a public data set: list the required files, check them, and convert them.
 
     python -m experiments.prepare --dataset=Amazon-670K
 
@@ -338,7 +338,7 @@ def _define_flags() -> None:
 
 
 def main():
-    """List the required files, and prepares the data set."""
+    """List the required files, and prepare the data set."""
     values = flags.FLAGS
     name, directory = values.dataset, Path(values.dir) / values.dataset.lower()
     default = () if values.raw_text else DATASETS[name].features

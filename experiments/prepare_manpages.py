@@ -1,4 +1,4 @@
-r"""Builds an extreme classification data set from manual pages.
+r"""Build an extreme classification data set from manual pages.
 
 A point is a manual page, its text is the page without the section SEE ALSO, and its labels are the pages that
 this section references:

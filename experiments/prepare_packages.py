@@ -1,4 +1,4 @@
-"""Builds an extreme classification data set from the descriptions of Debian's packages.
+"""Build an extreme classification data set from the descriptions of Debian's packages.
 
 A point is a source package, its text consists of the descriptions of the packages built from it, and its
 labels are the packages that they depend on:
@@ -144,7 +144,7 @@ def describe(points: list[Point]) -> dict[str, float]:
 
 
 def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], readme: str) -> None:
-    """Split the points, writes the files of the data set, and print its statistics.
+    """Split the points, write the files of the data set, and print its statistics.
 
     Args:
       out: directory for the files; it must exist.

@@ -1,4 +1,4 @@
-r"""Writes a synthetic data set with dense features, in the setting of the paper.
+r"""Write a synthetic data set with dense features, in the setting of the paper.
 
     python -m experiments.prepare_synthetic --labels=10000 --points=50000 --out=data/synthetic
 

@@ -1,4 +1,4 @@
-r"""Builds an extreme classification data set from WordNet 3.0.
+r"""Build an extreme classification data set from WordNet 3.0.
 
 A point is a synset, its text consists of the synset's lemmas and gloss, and its labels are lemmas of related
 synsets:
@@ -170,7 +170,7 @@ def statistics(train: list[list[str]], test: list[list[str]]) -> str:
 
 
 def main():
-    """Read WordNet, writes both files, and print their statistics."""
+    """Read WordNet, write both files, and print their statistics."""
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     splits = build(read_wordnet(_DICT_DIR.value), _FULL.value)

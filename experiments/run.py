@@ -1,4 +1,4 @@
-"""Trains and evaluates one classifier: `python -m experiments.run --flagfile=FILE --workdir=DIR`.
+"""Train and evaluate one classifier: `python -m experiments.run --flagfile=FILE --workdir=DIR`.
 
 Flagfiles compose, and the last value of a flag is used: `--flagfile=wordnet --flagfile=dense` trains the
   dense
@@ -279,7 +279,7 @@ class _Signals:
 
 
 def _fit_or_exit(signals: _Signals, *arguments, **options) -> list[dict[str, Any]]:
-    """Run `fit`; after a signal, exits with status 128 plus the number of the signal, with saved state."""
+    """Run `fit`; after a signal, exit with status 128 plus the number of the signal, with saved state."""
     try:
         return fit(*arguments, **options, should_stop=lambda: signals.received > 0)
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-r"""Runs a table of experiments: each data set with each cell and seed that a table file lists.
+r"""Run a table of experiments: each data set with each cell and seed that a table file lists.
 
     python -m experiments.sweep --table=wordnet --results=experiments/results/sweeps
 

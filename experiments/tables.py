@@ -1,4 +1,4 @@
-r"""Renders the tables and figures of a sweep from its result files.
+r"""Render the tables and figures of a sweep from its result files.
 
     python -m experiments.tables --table=wordnet --results=experiments/results/sweeps \
         --out=experiments/results/tables

@@ -25,9 +25,8 @@ def export_predict(
 
     - for dense features: `predict(x)`, x float32 [B, D];
     - for bags of words: `predict(indptr, indices, data)`, int32 [B + 1], int32 [N] and float32 [N], the
-      arrays of a `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: pad `indices`
-      and `data`
-      with zeros after the last entry (`np.pad`) to a few sizes;
+        arrays of a `scipy.sparse.csr_array` [B, V], such as TF-IDF. It is compiled for each N: pad `indices`
+        and `data` with zeros after the last entry (`np.pad`) to a few sizes;
     - for bags of words and a frozen encoder: `predict(indptr, indices, data, embeddings)`, embeddings float32
       [B, E].
 

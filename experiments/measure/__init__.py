@@ -1,1 +1,1 @@
-"""Measuring: time, memory, and what a number depends on besides the program."""
+"""Measurements of time and memory, with a description of their environment."""

@@ -1,7 +1,7 @@
-"""What choosing inputs takes at the shape of Amazon-670K, for `experiments.benchmark --op=choose_columns`.
+"""Time and memory of choosing direct inputs, for `experiments.benchmark --op=choose_columns`.
 
-There are as many points, labels and words as in the data set's bags of words, on synthetic points: texts draw
-their words as in `experiments.measure.direct_inputs`, labels are those of `experiments.measure.synthetic`.
+The synthetic points have as many points, labels and words as Amazon-670K with bags of words. Texts draw their
+words as in `experiments.measure.direct_inputs`, and labels come from `experiments.measure.synthetic`.
 """
 
 import itertools
@@ -33,7 +33,7 @@ _RATE = 1e-4
 
 
 class Sizes(NamedTuple):
-    """Those of a data set and of a head."""
+    """The sizes of a data set and a head."""
 
     points: int = AMAZON_670K.points
     labels: int = AMAZON_670K.labels
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 def make_dataset(sizes: Sizes) -> Dataset:
-    """Texts of `_WORDS_PER_TEXT` different words, each of length 1, and their labels."""
+    """Make texts of `_WORDS_PER_TEXT` distinct words, each scaled to norm 1, and their labels."""
     rng = np.random.default_rng(0)
     words = np.sort(draw_words(rng, sizes.points, _WORDS_PER_TEXT, sizes.words), axis=1)
     ends = np.arange(sizes.points + 1, dtype=np.int32) * _WORDS_PER_TEXT
@@ -59,7 +59,7 @@ def make_dataset(sizes: Sizes) -> Dataset:
 
 
 def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
-    """The seconds and bytes of the choice, by the clock `now`, beside the seconds of a training step."""
+    """Measure the seconds (by the clock `now`) and bytes of the choice, and the seconds of a step."""
     train = make_dataset(sizes)
     memory, start = PeakMemory(), now()
     blocks = choose_columns(train.features, train.labels, sizes.direct)
@@ -77,7 +77,7 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
         start = now()
         jax.block_until_ready(trainer.train_step(batch, _RATE))
         times.append(now() - start)
-    step = float(np.median(times[1:]))  # the first one compiles
+    step = float(np.median(times[1:]))  # without the first step, which compiles
     return {
         "op": "choose_columns",
         "sizes": sizes._asdict(),

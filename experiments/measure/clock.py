@@ -1,4 +1,4 @@
-"""How long calls take: one clock for all measurements."""
+"""Timing of calls, by one clock for all measurements."""
 
 import concurrent.futures
 import time
@@ -27,22 +27,22 @@ def interleaved_times(
     failures: dict[_Key, str] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[_Key, list[float]]:
-    """Times calls in turn, so that whatever else the machine does hits all of them alike.
+    """Time calls in turn, so that other load of the machine affects all of them equally.
 
-    Before the first round each is called once, to compile and to warm up, which is not counted.
+    Before the first round, each call runs once for compilation and warm-up, which is not counted.
 
     Args:
       calls: functions of no arguments that return arrays.
-      repeats: the most rounds that a call takes part in; None for no limit but `seconds`.
-      calls_per_round: how often it is called in a round. These calls are queued, and only the last is waited
-        for, so that a device is never idle.
-      seconds: a call leaves when its rounds add up to this.
-      at_least: but not before it has taken part in so many.
-      failures: where the reason goes when a call fails, and the others go on; without it the error is raised.
-      clock: the time in seconds.
+      repeats: maximum number of rounds of a call; None for no limit except `seconds`.
+      calls_per_round: number of calls in a round. They are queued, and only the last result is waited for, so
+        that a device is never idle.
+      seconds: a call stops taking part when its rounds add up to this time.
+      at_least: minimum number of rounds of a call.
+      failures: dictionary for the reasons of failed calls, while other calls continue; None to raise errors.
+      clock: function that returns the time in seconds.
 
     Returns:
-      For each that did not fail, the seconds of a call in each of its rounds.
+      For each call that did not fail, the seconds per call in each of its rounds.
     """
     times: dict[_Key, list[float]] = {}
     taking_part = dict(calls)
@@ -76,12 +76,12 @@ def _elapsed(call: Callable[[], Any], count: int, clock: Clock) -> float:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int | None, **options) -> float:
-    """The median time of a call; arguments are those of `interleaved_times`."""
+    """Return the median time of a call; arguments are as for `interleaved_times`."""
     return float(np.median(interleaved_times({"call": call}, repeats, **options)["call"]))
 
 
 def copy_gb_per_second(size: int = _COPY_BYTES) -> float:
-    """The GB per second, read plus written, of copying memory with all threads: the best of ten runs."""
+    """Return the GB per second, read plus written, of copying memory with all threads; best of ten runs."""
     source = np.ones(size, np.uint8)
     target = np.zeros_like(source)
     count = threads()
@@ -95,5 +95,5 @@ def copy_gb_per_second(size: int = _COPY_BYTES) -> float:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error as one line."""
     return f"{type(error).__name__}: {error}".partition("\n")[0][:200]

@@ -1,13 +1,14 @@
-"""What words among the inputs cost: steps in place and top k, for `experiments.benchmark --op=direct_inputs`.
+"""The cost of words as direct inputs: training steps and ranking, for `--op=direct_inputs` of `benchmark`.
 
-Three layers take turns on the same batch: labels that read F units; the same with F words besides, as labels
-that choose their inputs have them; and labels that read 2F units: as many weights, without words.
+Three layers are timed in turn on the same batch: labels that read F hidden units; labels that read F hidden
+units and F words, like labels with direct inputs; and labels that read 2F hidden units, with as many weights
+but without words.
 
-Texts draw their words by Zipf's law: that of rank r, from 1, with a probability proportional to 1 / r. They
-have about 10 different ones, so that 256 texts have some 1,500 of 100,000. What distinguishes a label is less
-often a frequent word: labels draw theirs by 1 / (r + 50), without repetition too. Then 0.30 of the labels'
-words are in the batch, and 0.16 in 64 of its texts; on the shipped data set, with `choose_columns`, 0.36 and
-0.22 are, and 0.23 and 0.13 where pairs of words are words too.
+Texts draw their words by Zipf's law: the word of rank r, from 1, has a probability proportional to 1 / r. A
+text has about 10 distinct words, so that 256 texts have some 1,500 of 100,000 words. Frequent words rarely
+distinguish labels, so labels draw distinct words with probabilities proportional to 1 / (r + 50). Then 0.30
+of the labels' words are in the batch, and 0.16 in 64 of its texts. On the shipped data set with
+`choose_columns`, the fractions are 0.36 and 0.22, and with pairs of words 0.23 and 0.13.
 """
 
 import functools
@@ -29,11 +30,11 @@ OPS = ("adam", "sgd", "top_k")
 _WORDS_PER_TEXT = 10
 _LABELS_OFFSET = 50
 _K = 5
-_RATE = 1e-6  # nothing is learnt, so that the density stays
+_RATE = 1e-6  # so low that the density of the gradient does not change
 
 
 class Layer(NamedTuple):
-    """A case: the layer, and what a step leaves changed of it in `held`."""
+    """A layer to measure; training steps update the arrays in `held`."""
 
     indices: Array
     sparse: SparseInputs | None
@@ -41,16 +42,16 @@ class Layer(NamedTuple):
 
 
 def cases(fan_in: int) -> tuple[str, str, str]:
-    """The names of the layers; the first is what the others are compared with."""
+    """Return the names of the layers; the first is the baseline of the comparison."""
     return f"{fan_in} units", f"{fan_in} units + {fan_in} words", f"{2 * fan_in} units"
 
 
 def draw_words(
     rng: np.random.Generator, count: int, words: int, vocabulary: int, offset: float = 0.0
 ) -> np.ndarray:
-    """For each of `count` texts or labels `words` different ones of 0..V-1, int32.
+    """Draw `words` distinct words of 0..V-1 for each of `count` texts or labels, int32.
 
-    Word w comes with a probability proportional to 1 / (w + 1 + offset), about.
+    The probability of word w is about proportional to 1 / (w + 1 + offset).
     """
     start = 1 + offset
 
@@ -60,7 +61,7 @@ def draw_words(
 
     drawn = draw(count * words).reshape(count, words)
     pending = np.arange(count)
-    while pending.size:  # what comes again is drawn anew
+    while pending.size:  # Repeated words are drawn again.
         rows = np.sort(drawn[pending], axis=1)
         again = np.zeros(rows.shape, bool)
         again[:, 1:] = rows[:, 1:] == rows[:, :-1]
@@ -71,7 +72,7 @@ def draw_words(
 
 
 def draw_texts(rng: np.random.Generator, batch: int, vocabulary: int) -> SparseInputs:
-    """Texts of one word at least, 10 on average, each of length 1."""
+    """Draw texts of at least one word, 10 on average, each scaled to norm 1."""
     counts = np.minimum(1 + rng.poisson(_WORDS_PER_TEXT - 1, batch), vocabulary)
     columns = [draw_words(rng, 1, int(n), vocabulary)[0] for n in counts]
     return SparseInputs(
@@ -85,10 +86,10 @@ def draw_texts(rng: np.random.Generator, batch: int, vocabulary: int) -> SparseI
 def make_layers(
     shape: Shape, vocabulary: int, rng: np.random.Generator
 ) -> tuple[dict[str, Layer], Array, Array]:
-    """The layers by name, x [B, D] and positives [B, P].
+    """Make the layers by name, x [B, D] and positives [B, P].
 
-    Logits are those of `problems.fan_in_loss`, so that their gradient has the density that is asked for;
-    moments are not 0, as under way in training.
+    The logits are drawn as in `problems.fan_in_loss`, so that their gradient has the requested density;
+    moments are nonzero, as during training.
     """
     units, direct, wide = cases(shape.fan_in)
     texts = draw_texts(rng, shape.batch, vocabulary)
@@ -131,7 +132,7 @@ def _top_k(kernel, bias, x, indices, sparse):
 
 
 def _calls(layer: Layer, x: Array, positives: Array) -> dict[str, Any]:
-    """The ops as functions of no arguments; steps change the layer that is held, in place."""
+    """Return the ops as functions without arguments; training steps update the held layer in place."""
     indices, sparse, held = layer
 
     def adam():
@@ -146,7 +147,7 @@ def _calls(layer: Layer, x: Array, positives: Array) -> dict[str, Any]:
 
 
 def measure(shape: Shape, vocabulary: int, repeats: int, now: clock.Clock = time.perf_counter) -> dict:
-    """Times all ops of all layers by the clock `now`, in turn; the returned report is ready for JSON."""
+    """Time all ops of all layers in turn by the clock `now`; return a report serializable as JSON."""
     layers, x, positives = make_layers(shape, vocabulary, np.random.default_rng(0))
     base, direct, _ = names = cases(shape.fan_in)
     ops = {name: _calls(layers[name], x, positives) for name in names}
@@ -171,7 +172,7 @@ def measure(shape: Shape, vocabulary: int, repeats: int, now: clock.Clock = time
 
 
 def _statistics(layer: Layer, shape: Shape) -> dict:
-    """How many different words the batch has, and which part of the labels' words these are."""
+    """Return the number of distinct words in the batch, and the fraction of the labels' words in it."""
     assert layer.sparse is not None
     present = np.zeros(layer.sparse.num_columns, bool)
     present[np.asarray(layer.sparse.columns)] = True

@@ -1,14 +1,15 @@
-"""The memory of training steps with a BERT encoder, for `experiments.benchmark --op=encoder_memory`.
+"""The planned memory of training steps with a BERT encoder, for `benchmark --op=encoder_memory`.
 
-The step is that of `Trainer`: texts by their words and by an encoder that is trained too, before labels that
-read words and units. It is traced on shapes and compiled, so that nothing of the model is ever allocated or
-run. XLA says what it plans: arguments, which are the training state and a batch, and temporaries, which are
-activations above all, and gradients.
+The step is a step of `Trainer` for texts, encoded as bags of words and by a fine-tuned encoder, and labels
+that read words and hidden units. It is traced with shapes and compiled, so that nothing of the model is
+allocated or run. XLA's plan consists of arguments (the training state and a batch) and temporaries (mostly
+activations, and gradients).
 
-The plan is for the device that compiles it. A CPU's temporaries are not a GPU's: it fuses otherwise, and
-computes much of bfloat16 through float32 copies. So beside it is what autodiff keeps of the encoder from the
-forward to the backward pass, weights among it, which is of the program alone. Not in the plan are the scratch
-memory of the ops on a CPU (a GPU's workspaces are), the data set, and what the libraries take.
+The plan is for the device that compiles the program. On a CPU, temporaries differ from a GPU's: XLA fuses
+other operations, and computes much of bfloat16 via float32 copies. Therefore the report also has the bytes
+that autodiff keeps of the encoder from the forward to the backward pass, including weights, which depend on
+the program only. The plan does not include the scratch memory of the ops on a CPU (it includes workspaces on
+a GPU), the data set, and the memory of the libraries.
 """
 
 import dataclasses
@@ -34,14 +35,14 @@ from .workloads import AMAZON_670K
 
 BERT_BASE = PretrainedConfig("bert", 30_522, 768, 12, 12, 3072, max_position_embeddings=512)
 
-# What others report for Amazon-670K with BERT-base, GiB of peak GPU memory (from experiments/paper).
+# Published GiB of peak GPU memory for Amazon-670K with BERT-base (from experiments/paper).
 PUBLISHED = {"ELMO, FP8": 3.55, "ELMO, BF16": 5.68, "Renee, rerun by ELMO": 11.91}
 
 VARIANTS = tuple((dtype, remat) for dtype in ("float32", "bfloat16") for remat in (False, True))
 _GIB = 2**30
 
-# XLA's CPU compiler drops the barriers of `jax.checkpoint` before it merges what is computed twice, which
-# undoes remat, unless this pass is left out.
+# XLA's CPU compiler removes the barriers of `jax.checkpoint` before it merges equal computations, which
+# undoes remat. Disabling this pass prevents it.
 _OPTIONS: dict[str, dict[str, str | bool]] = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 
 
@@ -49,14 +50,14 @@ class Shape(NamedTuple):
     """The sizes of a classifier and its batches.
 
     Attributes:
-      labels: L.
-      fan_in: F, 7 in 8 of which may be words.
-      penultimate: I.
-      vocabulary: V of the bags of words.
-      batch: B.
-      tokens: T of a text, for the encoder, and the number of words in its bag.
-      embedding: E, the size of the embedding of words.
-      labels_per_point: the mean.
+      labels: L, the number of labels.
+      fan_in: F, the number of inputs of a label, of which 7 in 8 may be words.
+      penultimate: I, the number of hidden units.
+      vocabulary: V, the number of words.
+      batch: B, the number of points in a batch.
+      tokens: T, the number of tokens of a text for the encoder, and of words in its bag of words.
+      embedding: E, the size of word embeddings.
+      labels_per_point: mean number of labels of a point.
     """
 
     labels: int = AMAZON_670K.labels
@@ -69,12 +70,15 @@ class Shape(NamedTuple):
     labels_per_point: float = AMAZON_670K.labels_per_point
 
 
-# Titles, and what ELMO's configuration has for Amazon-670K, of which the published numbers are.
+# Titles, and ELMO's configuration for Amazon-670K, to which the published numbers belong.
 SHAPES = (Shape(), Shape(batch=64, tokens=128))
 
 
 def abstract_trainer(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> Trainer:
-    """A trainer whose state is shapes. It cannot step; it can be lowered."""
+    """Make a trainer whose state consists of shapes.
+
+    It cannot take steps, but its programs can be lowered.
+    """
     config = ClassifierConfig(
         shape.vocabulary,
         shape.labels,
@@ -99,7 +103,7 @@ def abstract_trainer(shape: Shape, network: PretrainedConfig, dtype: str, remat:
 
 
 def make_batch(shape: Shape, network: PretrainedConfig) -> Batch:
-    """A batch of these sizes; what is in it does not matter."""
+    """Make a batch of these sizes with arbitrary content."""
     rng = np.random.default_rng(0)
     entries = shape.batch * shape.tokens
     bags = BagOfWords(
@@ -116,7 +120,7 @@ def make_batch(shape: Shape, network: PretrainedConfig) -> Batch:
 
 
 def bytes_kept(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> int:
-    """What autodiff keeps of the encoder from the forward to the backward pass of a batch."""
+    """Return the bytes that autodiff keeps of the encoder from the forward to the backward pass."""
     settings = PretrainedSettings(network, dtype=dtype, remat=remat)
     encoder = in_training(nnx.eval_shape(lambda: settings.make(nnx.Rngs(0))))
     graphdef, (params, rest) = split(encoder, nnx.Param)
@@ -130,7 +134,7 @@ def bytes_kept(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool)
 
 
 def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> dict[str, Any]:
-    """The planned bytes of a step."""
+    """Plan the memory of a training step, and return a row of the report, in bytes."""
     trainer = abstract_trainer(shape, network, dtype, remat)
     lowered = trainer.trace(make_batch(shape, network))["step"].lower()
     compiled = lowered.compile(compiler_options=_OPTIONS.get(jax.default_backend()))
@@ -138,7 +142,7 @@ def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> di
     if analysis is None:
         raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    # Results go where arguments were, but for the loss.
+    # All results except the loss reuse the memory of arguments.
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {
         **shape._asdict(),
@@ -158,7 +162,7 @@ def measure(
     network: PretrainedConfig = BERT_BASE,
     variants: Sequence[tuple[str, bool]] = VARIANTS,
 ) -> dict[str, Any]:
-    """Plan of all shapes and variants, as (dtype, remat); print each as it comes."""
+    """Plan all shapes and variants (dtype, remat), and print each result."""
     rows = []
     for shape in shapes:
         for dtype, remat in variants:
@@ -174,7 +178,7 @@ def measure(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row, for the terminal."""
+    """Render a row for the terminal."""
     return (
         "{labels:,} labels, {batch} x {tokens} tokens, {dtype:8} {how:13}".format(
             **row, how="with remat" if row["remat"] else "without remat"
@@ -186,7 +190,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Render what `measure` has not printed yet: the parts of the state, and what others report."""
+    """Render the parts of a report that `measure` does not print: sizes of the state, published results."""
     parts = report["steps"][0]["argument_parts_bytes"]
     state = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
     published = ", ".join(f"{name} {size}" for name, size in report["published_gib"].items())

@@ -1,13 +1,13 @@
-r"""Tokens per second of a pretrained encoder, beside PyTorch's where it is installed.
+r"""Tokens per second of a pretrained encoder, compared with PyTorch if it is installed.
 
     python -m experiments.measure.encoder_speed --directory=path/to/minilm --json=result.json
 
-Both encode the same random texts on the same cores, in turn, after their features have been compared. Texts
-fill their batch: no token is padding.
+Both encode the same random texts on the same cores in turn, after a comparison of their features. Texts
+have no padding.
 
     python -m experiments.measure.encoder_speed --directory=path/to/minilm --train=FILE.tsv --json=result.json
 
-measures what the parts of a training step take, on these texts, with the encoder trained beside words.
+measures the time of the parts of a training step on these texts, with bags of words and a fine-tuned encoder.
 """
 
 import functools
@@ -37,13 +37,13 @@ from .. import program
 from . import clock, environment
 
 LENGTHS = (16, 32, 128)
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of features, whose mean square is 1
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # for features scaled to a mean square of 1
 
 
 def measure(
     directory: str | os.PathLike, batch_size: int, lengths: Sequence[int], dtype: str, repeats: int
 ) -> dict[str, Any]:
-    """The tokens per second by length; PyTorch computes in float32 always."""
+    """Measure the tokens per second by text length; PyTorch always computes in float32."""
     encoder = in_evaluation(
         PretrainedEncoder.from_directory(directory, pooling="mean", normalize=False, dtype=dtype)
     )
@@ -69,7 +69,7 @@ def measure(
 
 
 def _by_pytorch(directory: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The mean of the outputs, by the transformers library; None where it is not installed."""
+    """Return a function for the mean of the outputs by the transformers library; None if not installed."""
     try:
         import torch
         import transformers
@@ -88,11 +88,11 @@ def _by_pytorch(directory: str | os.PathLike) -> Callable[[np.ndarray], np.ndarr
 def measure_step(
     directory: str | os.PathLike, path: str, batch_size: int, length: int, dtype: str, repeats: int
 ) -> dict[str, Any]:
-    """The seconds of a training step and of its parts, on the texts of a `.tsv` file.
+    """Measure the seconds of a training step and of its parts, on the texts of a `.tsv` file.
 
-    The network is that of `fixed_fan_in_32_4k_direct.cfg`, with the encoder beside words. "all but the
-    encoder" is its step on embeddings that are there. Texts are tokenised once, before training: that is no
-    part of a step, and here so many as a batch has.
+    The network is that of `fixed_fan_in_32_4k_direct.cfg` with a fine-tuned encoder in addition to bags of
+    words. "all but the encoder" is a step with given embeddings. Texts are tokenized once before training,
+    which is not a part of a step; here it is timed for the texts of one batch.
     """
     names, texts = read_tsv(path)
     tokenizer, encoder = open_pretrained(directory, trainable=True, max_length=length, dtype=dtype)
@@ -139,7 +139,7 @@ def _from(texts: Sequence[str], start: int, count: int) -> Sequence[str]:
 
 
 def step_table(report: dict[str, Any]) -> str:
-    """The parts of a step as Markdown."""
+    """Render the parts of a step as Markdown."""
     seconds = report["seconds"]
     parts = {"encoder": seconds["step"] - seconds["all but the encoder"], **seconds}
     lines = ["| part | ms | of a step |", "|---|---|---|"]
@@ -149,7 +149,7 @@ def step_table(report: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Render the report as Markdown."""
     names = list(report["rows"][0]["tokens_per_second"])
     lines = [f"| tokens of a text | {' | '.join(f'{name}, tokens/s' for name in names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
@@ -185,5 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _define_flags()  # not on import: tests import several programs, and their flags share names
+    _define_flags()  # not on import: tests import several programs, whose flags share names
     program.start(main)

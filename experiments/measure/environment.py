@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the program."""
+"""Description of the environment of a measurement: versions, machine, commit."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ import psutil
 
 
 def describe() -> dict:
-    """The versions, the machine and the commit that a result belongs to; ready for JSON."""
+    """Return the versions, the machine and the commit of a result, serializable as JSON."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -30,7 +30,7 @@ def describe() -> dict:
 
 
 def threads() -> int:
-    """How many threads can run at once."""
+    """Return the number of threads that can run at the same time."""
     if hasattr(os, "sched_getaffinity"):  # Linux: the CPUs that this process may use, not all there are
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -25,7 +25,7 @@ PAPER = {"memory_bytes": 1.45e9, "seconds_per_epoch": 271}
 
 
 def measure(network: Network, steps: int) -> dict:
-    """Train for `steps` steps after two that are not counted; the returned report is ready for JSON."""
+    """Train for `steps` steps after two that are not counted; return a report serializable as JSON."""
     trainer, batches, losses = network.trainer("adam"), network.batches(8), []
 
     def step():
@@ -33,9 +33,9 @@ def measure(network: Network, steps: int) -> dict:
         losses.append(trainer.train_step(batch, trainer.config.learning_rate))
         return losses[-1]
 
-    jax.block_until_ready(step())  # the first is followed by a rewiring
+    jax.block_until_ready(step())  # The first step is followed by a rewiring.
     seconds = clock.median_seconds(step, 1, calls_per_round=steps)
-    memory = jax.devices()[0].memory_stats() or {}  # none on a CPU
+    memory = jax.devices()[0].memory_stats() or {}  # not available on a CPU
     return {
         "steps": steps,
         "losses": [float(loss) for loss in (*losses[:2], losses[-1])],

@@ -1,12 +1,12 @@
-"""Times what users run on a GPU at the size of Amazon-670K, beside floors and other formulations.
+"""Time ops and training steps on a GPU at the size of Amazon-670K, beside lower bounds and alternatives.
 
-For each op, shape, dtype and density of the gradient of the logits a row: ours, and, at one shape of each op,
-other ways to compute the same in JAX. An op in place (`adam_step`, `sgd_step`, `dense_step`) goes on from its
-last result; its rate is so low that the density stays. `training_step` is a step of `Trainer`, as `run` takes
-it, with a penultimate layer of --inputs units.
+There is a row for each op, shape, dtype and density of the gradient of the logits: the time of our op, and at
+one shape of each op, times of other JAX implementations. In-place ops (`adam_step`, `sgd_step`, `dense_step`)
+continue from their last result; the learning rate is so low that the density does not change. `training_step`
+is a step of `Trainer`, as in `experiments.run`, with a penultimate layer of --inputs hidden units.
 
-Floors are those of `experiments.measure.gpu_floors`, at the bandwidth of a copy that is measured here, and at
-those of the second-level cache and of shared memory that flags assume.
+Lower bounds ("floors") come from `experiments.measure.gpu_floors`, with the measured bandwidth of a copy, and
+the bandwidths of the second-level cache and shared memory given by flags.
 """
 
 import functools
@@ -50,13 +50,13 @@ DENSITIES = (1.0, 0.1, 0.01, 0.0)
 DTYPES = ("float32", "bfloat16")
 _K = 5
 _RATE = 1e-6
-_POSITIVES = 8  # of an example
+_POSITIVES = 8  # number of positives of a point
 _COPY_BYTES = 1 << 30
 _CALLS_PER_ROUND = 10
 
 
 class Case(NamedTuple):
-    """What a row is of. `dtype` is that of the weights; of `dense_step`, of the moments."""
+    """A case to measure. `dtype` is the dtype of the weights; for `dense_step`, of the moments."""
 
     op: str
     shape: Shape
@@ -65,7 +65,7 @@ class Case(NamedTuple):
 
     @property
     def mode(self) -> str:
-        """How `training_step` trains."""
+        """The mode of `training_step`, a key of `workloads.MODES`."""
         return "adam" if self.dtype == "float32" else "lean"
 
 
@@ -74,7 +74,7 @@ def _case(op: str, shape: Shape, dtype: str = "float32") -> Case:
 
 
 def cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
-    """All cases; the first values are the usual ones, and of the others one is changed at a time."""
+    """Yield all cases. The first values are the defaults; the other values are varied one at a time."""
     for op, n, dtype in itertools.product(OPS, inputs, DTYPES):
         if op == "adam_step" and dtype != "float32":
             continue
@@ -94,7 +94,7 @@ def cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
 
 
 def quick_cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
-    """A case or two of each op."""
+    """Yield one or two cases of each op."""
     shape = Shape(labels, inputs[0], fan_ins[0], batches[0])
     low, small = shape._replace(density=0.01), shape._replace(inputs=inputs[-1])
     yield from (_case("forward", s, dtype) for s, dtype in ((shape, "float32"), (small, "bfloat16")))
@@ -110,7 +110,7 @@ def quick_cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
 
 
 class Arrays(NamedTuple):
-    """A layer and a batch, on the device."""
+    """The arrays of a layer and a batch, on the device."""
 
     x: Array
     kernel: Array
@@ -121,7 +121,7 @@ class Arrays(NamedTuple):
 
 
 def make_arrays(case: Case) -> Arrays:
-    """Normal logits, whose mean gives the gradient of the squared hinge its density; so is that of `dy`."""
+    """Make arrays with normal logits, whose mean sets the density of the gradient, and of `dy`."""
     labels, inputs, fan_in, batch, density = case.shape
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
@@ -129,7 +129,7 @@ def make_arrays(case: Case) -> Arrays:
     def normal(key, shape, scale):
         return (scale * jax.random.normal(key, shape)).astype(case.dtype)
 
-    # A negative with logit s has a gradient where s > -1.
+    # A negative with logit s has a gradient if s > -1.
     mean = -1 + float(stats.norm.ppf(np.clip(density, 1e-9, 0.9999999)))
     positives = jax.random.randint(next(keys), (batch, _POSITIVES), 0, labels)
     return Arrays(
@@ -153,11 +153,16 @@ def _distinct(positives: Array) -> Array:
 
 def _gradients(x, kernel, indices, bias, dy):
     _, vjp = jax.vjp(lambda x, kernel, bias: xla_ops.fan_in_matmul(x, kernel, indices, bias), x, kernel, bias)
-    return vjp(dy)  # nothing of this needs the result, so that XLA leaves the forward pass out
+    return vjp(dy)  # The result is not needed, so XLA removes the forward pass.
 
 
 def _in_place(step: Callable, *state) -> Callable[[], Any]:
-    """A function of no arguments that goes on from its last result; `step` returns (the rest, new state)."""
+    """Return a function without arguments that continues from its last result.
+
+    Args:
+      step: function of the state that returns (other results, new state).
+      state: the initial state.
+    """
     compiled = jax.jit(step, donate_argnums=tuple(range(len(state))))
     held = [state]
 
@@ -169,7 +174,7 @@ def _in_place(step: Callable, *state) -> Callable[[], Any]:
 
 
 def our_call(case: Case) -> Callable[[], Any]:
-    """The op as a function of no arguments."""
+    """Return the op as a function without arguments."""
     if case.op == "dense_step":
         return _dense_step(case, xla_ops.dense_adam_step)
     if case.op == "training_step":
@@ -184,7 +189,7 @@ def our_call(case: Case) -> Callable[[], Any]:
             loss = jax.jit(jax.value_and_grad(xla_ops.fan_in_loss, argnums=(0, 1, 3)))
             return functools.partial(loss, x, kernel, indices, bias, positives)
         case "adam_step":
-            # Moments are not 0, as under way in training.
+            # Moments are nonzero, as during training.
             state = xla_ops.adam_init(kernel, bias)
             state = jax.tree.map(lambda a: a + jnp.asarray(1e-8, a.dtype) if a.ndim else a + 1000, state)
 
@@ -214,7 +219,7 @@ def our_call(case: Case) -> Callable[[], Any]:
 
 
 def _dense_step(case: Case, update: Callable) -> Callable[[], Any]:
-    """Update a kernel [features, D] in place, D the inputs of the output layer."""
+    """Return a function that updates a kernel [features, D] in place, where D is the output layer's width."""
     features, width, batch = workloads.NUM_FEATURES, case.shape.inputs, case.shape.batch
     keys = jax.random.split(jax.random.key(0), 3)
     x, dy = jax.random.normal(keys[0], (batch, features)), jax.random.normal(keys[1], (batch, width))
@@ -234,15 +239,15 @@ def _training_step(case: Case, *arguments: str) -> Callable[[], Any]:
     trainer = network.trainer(case.mode, f"--batch_size={batch}", *start)
     batches = workloads.make_batches(labels, network.labels_per_point, network.features, count=4, size=batch)
     step = workloads.stepper(trainer, batches, _RATE)
-    jax.block_until_ready(step())  # the first is followed by a rewiring
+    jax.block_until_ready(step())  # The first step is followed by a rewiring.
     return step
 
 
-# ---- others ----
+# ---- alternatives ----
 
 
 def other_calls(case: Case) -> dict[str, Callable[[], Any]]:
-    """Other formulations of what `our_call` does, by name."""
+    """Return alternative implementations of `our_call`, by name."""
     if case.op in ("forward", "gradients"):
         problem = problems.fan_in_matmul(case.shape, jnp.dtype(case.dtype), np.random.default_rng(0))
         compiled, _ = compile_contenders(problem)
@@ -274,7 +279,7 @@ def other_calls(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def _dense_layer(case: Case) -> Callable[[], Any]:
-    """A product with as many multiplications, and, for gradients, both of its gradients."""
+    """Return a dense product with as many multiplications, and for gradients, both of its gradients."""
     labels, _, fan_in, batch, _ = case.shape
     keys = jax.random.split(jax.random.key(0), 3)
     x, kernel, dy = (
@@ -287,7 +292,7 @@ def _dense_layer(case: Case) -> Callable[[], Any]:
 
 
 def _dense_adam(x, dy, kernel, state, rate):
-    """`xla_ops.dense_adam_step` as XLA does it, and without stochastic rounding."""
+    """Compute `xla_ops.dense_adam_step` by XLA, without stochastic rounding."""
     gradient, count = x.T @ dy, state.count + 1
     mu = 0.9 * state.mu.astype(jnp.float32) + 0.1 * gradient
     nu = 0.999 * state.nu.astype(jnp.float32) + 0.001 * gradient**2
@@ -301,7 +306,7 @@ def _dense_adam(x, dy, kernel, state, rate):
 
 
 def traffic(case: Case) -> gpu_floors.Traffic:
-    """What the op moves at the least."""
+    """Return the minimum traffic of the op."""
     if case.op == "dense_step":
         return gpu_floors.dense_step_traffic(workloads.NUM_FEATURES, case.shape.inputs, case.dtype)
     if case.op == "training_step":
@@ -310,7 +315,7 @@ def traffic(case: Case) -> gpu_floors.Traffic:
 
 
 def row_of(case: Case, bandwidths: Bandwidths, rounds: int, *, others: bool) -> dict:
-    """Times one case; the row is ready for JSON."""
+    """Time one case; return a row serializable as JSON."""
     floors = gpu_floors.floor_seconds(traffic(case), case.shape.inputs, case.dtype, bandwidths)
     head = {"op": case.op, **case.shape._asdict(), "dtype": case.dtype, "indices": case.index_dtype}
     row = {**head, "floors_seconds": floors}
@@ -318,18 +323,18 @@ def row_of(case: Case, bandwidths: Bandwidths, rounds: int, *, others: bool) -> 
         call = our_call(case)
         row["seconds"] = clock.median_seconds(call, rounds, calls_per_round=_CALLS_PER_ROUND)
         row["over_floor"] = row["seconds"] / floors["floor"]
-        del call  # what it holds
+        del call  # frees its arrays
         if others:
             failures: dict[str, str] = {}
             times = clock.interleaved_times(other_calls(case), rounds, seconds=3, failures=failures)
             row["others_seconds"] = {name: float(np.median(t)) for name, t in times.items()} | failures
-    except Exception as error:  # such as no memory left: the other cases still count
+    except Exception as error:  # for example out of memory; the other cases are still measured
         row["failed"] = clock.reason(error)
     return row
 
 
 def table_row(row: dict) -> str:
-    """One row for the terminal, in ms."""
+    """Render one row for the terminal, in ms."""
     what = f"{row['op']:14}{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['density']:5} "
     what += f"{row['dtype']:9}{row['indices']:7}{row['floors_seconds']['floor'] * 1e3:9.3f}"
     if "failed" in row:
@@ -341,7 +346,7 @@ def table_row(row: dict) -> str:
 
 
 def copy_bytes_per_second(rounds: int, size: int = _COPY_BYTES) -> float:
-    """Read plus written, by a kernel that adds 1 to each element of a large array."""
+    """Measure the bytes per second, read plus written, of a kernel that adds 1 to a large array."""
     call = functools.partial(jax.jit(lambda a: a + 1), jnp.zeros(size // 4, jnp.float32))
     return 2 * size / clock.median_seconds(call, rounds, calls_per_round=_CALLS_PER_ROUND)
 
@@ -376,7 +381,7 @@ def main() -> None:
         "op, batch, inputs, connections, density, dtype, indices; ms: floor, ours, in floors, fastest other"
     )
     chosen = quick_cases if values.quick else cases
-    first = set()  # cases of an op and a dtype: the first one is beside others
+    first = set()  # pairs of op and dtype already seen: the first case of each is compared with alternatives
     for case in chosen(values.labels, values.batch, values.inputs, values.connections):
         if case.op not in values.op:
             continue

@@ -1,4 +1,4 @@
-"""How much memory a part of a program takes."""
+"""Measurement of the memory of a part of a program."""
 
 import contextlib
 import resource
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psutil
 
-_STATUS = Path("/proc/self/status")  # Linux has it
+_STATUS = Path("/proc/self/status")  # exists on Linux
 
 
 def status_bytes(field: str) -> int:
-    """A size in /proc/self/status, such as VmRSS, in bytes."""
+    """Return a size in /proc/self/status, such as VmRSS, in bytes."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024  # it is in kB
@@ -22,7 +22,7 @@ class PeakMemory:
     """The growth of this process's peak resident memory since the object was made.
 
     Attributes:
-      method: how it is measured, in words.
+      method: description of the method of measurement.
     """
 
     method = "peak resident size of the process minus its resident size before the model was built"
@@ -33,8 +33,8 @@ class PeakMemory:
         self._before = psutil.Process().memory_info().rss
 
     def bytes(self) -> int:
-        """The growth so far, in bytes; device memory on a GPU is not in it."""
-        if _STATUS.exists():  # unlike ru_maxrss, this starts afresh with the program
+        """Return the growth so far in bytes, without device memory of a GPU."""
+        if _STATUS.exists():  # Unlike ru_maxrss, this value starts anew with the program.
             return status_bytes("VmHWM") - self._before
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before

@@ -1,9 +1,10 @@
-"""What each device of a mesh holds and sends in a training step, for `experiments.label_scale --mesh`.
+"""Memory and communication of each device of a mesh in a training step, for `label_scale --mesh`.
 
-The arrays of the training state are counted where they are, on the first device. What XLA plans for a step,
-and what the step's program sends over the network, is read from the compiled program, which is that of one
-device. Beside it is what has to be sent: the gradient of the output layer's input, and where the batch is
-split the features.
+The arrays of the training state are counted on the first device. XLA's memory plan of a step, and the data
+that the step sends between devices, are read from the compiled program of one device. They are compared with
+a
+formula for the data that must be sent: the gradient of the output layer's input, and the features if the
+batch is sharded.
 """
 
 import re
@@ -25,12 +26,12 @@ _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16
 
 
 def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
-    """Take a training step, and says what each device has of it; ready for JSON.
+    """Take a training step, and report memory and communication of each device, serializable as JSON.
 
     Args:
-      scale: the number of labels and the data's statistics.
-      cell: a flagfile in experiments/flags/cells, without its ending.
-      mesh: the devices.
+      scale: the number of labels, and the statistics of the data.
+      cell: name of a flagfile in experiments/flags/cells, without its suffix.
+      mesh: the mesh.
     """
     arguments = [f"--flagfile=experiments/flags/cells/{cell}.cfg", f"--batch_size={BATCH_SIZE}"]
     trainer = make_trainer(arguments, NUM_FEATURES, scale.labels, mesh=mesh)
@@ -60,7 +61,7 @@ def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
 
 
 def bytes_on_first_device(trainer: Trainer) -> dict[str, int]:
-    """The bytes of the training state on the first device: of what is split by labels, and of all else."""
+    """Return the bytes of the training state on the first device, of sharded and of replicated arrays."""
     first = jax.local_devices()[0]
     parts = {"split by labels": 0, "on all devices": 0}
     for path, array in jax.tree_util.tree_leaves_with_path(trainer.state):
@@ -73,7 +74,7 @@ def bytes_on_first_device(trainer: Trainer) -> dict[str, int]:
 
 
 def collectives(program: str) -> list[tuple[str, int]]:
-    """What a compiled program sends between devices: each operation's name, and the bytes of its results."""
+    """Return the collective operations of a compiled program, each with the bytes of its results."""
     found = []
     for line in program.splitlines():
         matched = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
@@ -83,7 +84,7 @@ def collectives(program: str) -> list[tuple[str, int]]:
 
 
 def _bytes_of(shapes: str) -> int:
-    """The bytes of HLO's shapes, such as "(f32[8,24]{1,0}, s32[])"."""
+    """Return the number of bytes of HLO shapes, such as "(f32[8,24]{1,0}, s32[])"."""
     total = 0
     for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
         default = int(re.sub(r"\D", "", dtype) or 8) // 8
@@ -92,7 +93,7 @@ def _bytes_of(shapes: str) -> int:
 
 
 def line(report: dict[str, Any]) -> str:
-    """A report, for the terminal."""
+    """Render a report as a line for the terminal."""
     on_device = report["bytes_per_device"]
     mesh = ", ".join(f"{axis}:{size}" for axis, size in report["mesh"].items())
     return (

@@ -1,9 +1,8 @@
-"""Times an op of `xla_ops` against other ways to compute the same in JAX, for `experiments.benchmark`.
+"""Timing of an op of `xla_ops` against other JAX implementations, for `experiments.benchmark`.
 
-Before anything is timed, all contenders are compared on a small problem: they must agree, forward and
-backward. Then they run in turn (see `clock.interleaved_times`), compiled, with all arrays passed as
-arguments, so that nothing is folded into the program. Whatever a contender can prepare once for fixed
-connections (sorting them, for example) is not counted.
+Before the timing, all contenders are compared on a small problem: their results and gradients must agree.
+Then they run in turn (see `clock.interleaved_times`), compiled, with all arrays passed as arguments, so that
+XLA cannot fold constants. Preparations that depend only on the connections (such as sorting) are not counted.
 """
 
 import functools
@@ -29,7 +28,7 @@ def _forward(function, values, constants, cotangent):
 
 
 def _forward_backward(function, values, constants, cotangent):
-    # The result is returned as well: otherwise XLA could leave out the forward pass.
+    # The result is returned too; otherwise XLA could remove the forward pass.
     y, vjp = jax.vjp(lambda *values: function(*values, *constants), *values)
     return y, vjp(jnp.ones_like(y) if cotangent is None else cotangent)
 
@@ -38,7 +37,7 @@ PASSES = {"forward": _forward, "forward+backward": _forward_backward}
 
 
 def compile_contenders(problem: Problem) -> tuple[dict[_Key, Callable[[], Any]], dict[_Key, str]]:
-    """Compiled functions of no arguments, and, where there is none, the reason."""
+    """Return compiled functions without arguments, and the reasons of failed compilations."""
     compiled: dict[_Key, Callable[[], Any]] = {}
     failures: dict[_Key, str] = {}
     for name, (function, constants) in problem.contenders.items():
@@ -54,7 +53,7 @@ def compile_contenders(problem: Problem) -> tuple[dict[_Key, Callable[[], Any]],
 
 
 def _require_memory(program) -> None:
-    """Raise MemoryError now, where the system would kill the whole process later (a GPU says so itself)."""
+    """Raise MemoryError if the system would later kill the process (a GPU raises an error itself)."""
     if jax.default_backend() != "cpu":
         return
     memory = program.memory_analysis()
@@ -65,7 +64,7 @@ def _require_memory(program) -> None:
 
 
 def check_agreement(problem: Problem) -> None:
-    """Raise AssertionError unless all contenders that run return what the first does."""
+    """Raise AssertionError unless all contenders that run return the same result as the first."""
     tolerance = 4 * float(jnp.finfo(problem.values[0].dtype).eps) * problem.values[0].shape[0] ** 0.5
     expected: dict[str, list[np.ndarray]] = {}
     compiled, _ = compile_contenders(problem)
@@ -78,7 +77,7 @@ def check_agreement(problem: Problem) -> None:
 
 
 def measure(op: str, shape: Shape, dtype: str, repeats: int, now: clock.Clock = time.perf_counter) -> dict:
-    """Times all contenders of an op by the clock `now`; the returned report is ready for JSON."""
+    """Time all contenders of an op by the clock `now`; return a report serializable as JSON."""
     small = shape._replace(labels=min(shape.labels, 300), inputs=min(shape.inputs, 70))
     check_agreement(OPS[op](small, jnp.dtype(dtype), np.random.default_rng(0)))
     problem = OPS[op](shape, jnp.dtype(dtype), np.random.default_rng(0))
@@ -109,7 +108,7 @@ def _summary(times: list[float]) -> dict[str, Any]:
 
 
 def speedup(ours: str, seconds: Mapping[str, float]) -> dict | None:
-    """How many times as long as ours the fastest other contender takes; `seconds` are of those that ran."""
+    """Return the time of the fastest other contender divided by our time, of `seconds` by contender."""
     others = [name for name in seconds if name != ours]
     if ours not in seconds or not others:
         return None

@@ -1,4 +1,4 @@
-"""Ops of `xla_ops`, and other ways to compute the same in JAX: what `experiments.measure.ops` times.
+"""Ops of `xla_ops` and other JAX implementations of them, which `experiments.measure.ops` times.
 
 To add an op, write a function like `fan_in_matmul` below and list it in OPS.
 """
@@ -26,20 +26,20 @@ class Shape(NamedTuple):
     inputs: int
     fan_in: int
     batch: int
-    density: float = 1.0  # of the gradient of the logits, for fan_in_loss
+    density: float = 1.0  # density of the gradient of the logits, for fan_in_loss
 
 
 class Contender(NamedTuple):
-    """A way to compute an op: `function(*values, *constants)`."""
+    """An implementation of an op: `function(*values, *constants)`."""
 
     function: Callable
     constants: tuple
 
 
 class Problem(NamedTuple):
-    """Arrays that gradients are taken in, a cotangent of the result, and the contenders, ours first.
+    """A problem: differentiable arrays, a cotangent of the result, and the contenders, ours first.
 
-    Without a cotangent the result is a loss, and the cotangent 1, as in training.
+    Without a cotangent, the result is a loss and the cotangent is 1, as in training.
     """
 
     values: tuple
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
 
 def fan_in_matmul(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
-    """The problem for `xla_ops.fan_in_matmul`, with connections drawn uniformly."""
+    """Make the problem for `xla_ops.fan_in_matmul`, with connections drawn uniformly."""
     labels, inputs, fan_in, batch, _ = shape
 
     def normal(*size):
@@ -78,11 +78,11 @@ def fan_in_matmul(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
 
 
 def _compressed(indices: np.ndarray, inputs: int) -> tuple[Array, ...]:
-    """The connections as a matrix [labels, inputs] in compressed form.
+    """Return the connections as a matrix [labels, inputs] in compressed form.
 
     Returns:
-      The input of each connection, its label, and the ends of the rows; then, for the transposed matrix,
-      where its values are in the kernel, and the ends of its rows.
+      The input of each connection, its label, and the ends of the rows; then for the transposed matrix, the
+      positions of its values in the kernel, and the ends of its rows.
     """
     labels, fan_in = indices.shape
     flat = indices.reshape(-1)
@@ -120,7 +120,7 @@ def _scan(x, kernel, bias, indices):
 
 
 def _map_labels(function, *arrays):
-    """Apply `function` to a few labels at a time, the last ones included, so that they stay in cache."""
+    """Apply `function` to blocks of labels, including the last ones, so that they stay in the cache."""
     whole = arrays[0].shape[0] // _LABELS_AT_ONCE * _LABELS_AT_ONCE
     blocks = [a[:whole].reshape(-1, _LABELS_AT_ONCE, *a.shape[1:]) for a in arrays]
     results = jax.lax.map(lambda block: function(*block), blocks)
@@ -131,7 +131,7 @@ def _map_labels(function, *arrays):
 def _map(x, kernel, bias, indices):
     features = x.T
 
-    @jax.checkpoint  # or the backward pass keeps all that was gathered: B times the kernel
+    @jax.checkpoint  # Else the backward pass keeps all gathered inputs: B times the kernel.
     def block(weights, inputs, bias):
         products = _rows_at(features, inputs).astype(jnp.float32) * weights[..., None].astype(jnp.float32)
         return products.sum(axis=1) + bias[:, None].astype(jnp.float32)
@@ -159,7 +159,7 @@ def _bcsr_both_ways_fwd(x, kernel, bias, indices, flat, row_ends, *transposed):
 
 
 def _bcsr_both_ways_bwd(residuals, dy):
-    # JAX multiplies fast by a BCSR matrix, but differentiates through BCOO: this is what its parts can do.
+    # JAX has a fast product with a BCSR matrix, but differentiates by BCOO. This uses the parts of both.
     x, kernel, indices, (order, sorted_rows, column_ends) = residuals
     features = x.T
     values = _rows_at(kernel.reshape(-1), order)
@@ -179,13 +179,13 @@ _bcsr_both_ways.defvjp(_bcsr_both_ways_fwd, _bcsr_both_ways_bwd)
 
 
 def fan_in_loss(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
-    """The problem for `xla_ops.fan_in_loss`: normal logits, whose mean gives the gradient its density."""
+    """Make the problem for `xla_ops.fan_in_loss`, with normal logits whose mean sets the density."""
     labels, inputs, fan_in, batch, density = shape
 
     def normal(*size, scale=1.0):
         return jnp.asarray(scale * rng.standard_normal(size, np.float32)).astype(dtype)
 
-    # A negative with logit s has a gradient where s > -1.
+    # A negative with logit s has a gradient if s > -1.
     bias = jnp.full(labels, -1 + stats.norm.ppf(np.clip(density, 1e-6, 0.999)), dtype)
     indices = rng.integers(0, inputs, (labels, fan_in), np.int32).astype(xla_ops.index_dtype(inputs))
     positives = rng.integers(0, labels, (batch, 8), np.int32)

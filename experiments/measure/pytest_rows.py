@@ -1,9 +1,9 @@
-"""A plugin of pytest that writes each test's outcome as it comes, so that a run that is cut short has some.
+"""A pytest plugin that writes the outcome of each test immediately, so that aborted runs have results.
 
     python -m pytest -p experiments.measure.pytest_rows --rows=FILE
 
-appends to FILE a line of JSON for each test: its name, its outcome (passed, skipped or failed), its seconds,
-and why it was skipped or failed.
+appends a line of JSON to FILE for each test: its name, its outcome (passed, skipped or failed), its duration
+in seconds, and the reason if it was skipped or failed.
 """
 
 import json
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Listen in the process that has all reports, which is not one of pytest-xdist's workers."""
+    """Register the plugin in the process that receives all reports, not in workers of pytest-xdist."""
     if config.getoption("rows") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Rows(Path(config.getoption("rows"))))
 

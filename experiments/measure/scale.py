@@ -1,14 +1,14 @@
 """Memory and time of training steps by number of labels, for `experiments.label_scale`.
 
-* Peak memory is measured over a number of steps and one rewiring, as each result says. What would not fit
-  into the machine's memory is not started, and the result says so.
-* A step is timed with a gradient at every logit, as at the start of training, and with nearly none, as later:
-  the bias of all labels starts at 0, and at -1.1, beyond the margin of negatives. The learning rate is so low
-  that it stays there; both densities are recorded.
-* Parts of a step are timed by running more and more of it: the features, with the loss, with all gradients,
-  the whole step (Adam). A layer that is updated without gradients in memory may take less time for its step
-  than for its gradients. Rewiring is timed on its own.
-* The projected time of an epoch takes nearly no gradient, and a rewiring every 1,000 steps.
+* Peak memory is measured over a number of steps and one rewiring, which each result records. Systems that
+  would not fit into the machine's memory are not started, and their results say so.
+* A step is timed with a gradient at every logit, as at the start of training, and with nearly none, as later.
+  The initial bias of all labels is 0 in the first case, and -1.1, beyond the margin of negatives, in the
+  second. The learning rate is so low that the bias hardly changes; both densities are recorded.
+* Parts of a step are timed cumulatively: the features, with the loss, with all gradients, the whole step
+  (Adam). A layer that is updated without gradients in memory may take less time for its step than for its
+  gradients. Rewiring is timed separately.
+* The projected time of an epoch assumes nearly no gradient, and a rewiring every 1,000 steps.
 """
 
 import functools
@@ -48,18 +48,18 @@ from .workloads import (
 _STEPS_PER_REWIRING = 1000
 _BATCHES = 4
 _RATE = 1e-6
-# The logits start at almost exactly the bias, so that it decides how many of them have a gradient.
+# The initial logits are almost exactly the bias, which therefore sets the density of the gradient.
 _ALL_GRADIENTS, _FEW_GRADIENTS = ((f"--output_bias={bias}", "--output_bound=none") for bias in (0.0, -1.1))
 
 
 def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.perf_counter) -> dict:
-    """Train a few steps and times them; the report is ready for JSON.
+    """Train a few steps and time them; return a report serializable as JSON.
 
     Args:
-      scale: the number of labels and the data's statistics.
-      cell: a flagfile in experiments/flags/cells, without its ending.
-      seconds: about how long each part is repeated.
-      now: the clock.
+      scale: the number of labels, and the statistics of the data.
+      cell: name of a flagfile in experiments/flags/cells, without its suffix.
+      seconds: approximate time for which each part is repeated.
+      now: function that returns the time in seconds.
     """
     system = [f"--flagfile=experiments/flags/cells/{cell}.cfg"]
     system += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
@@ -80,7 +80,7 @@ def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.per
         quartiles[name] = np.quantile(rounds[name], (0.25, 0.5, 0.75)).tolist()
 
     def start(*more: str) -> tuple[Trainer, Callable[[], Any]]:
-        """A trainer, and its step, which has been compiled and once been followed by a rewiring."""
+        """Return a trainer and its step, after compilation and one step with a rewiring."""
         trainer = make_trainer([*system, *more], NUM_FEATURES, scale.labels)
         step = stepper(trainer, batches, _RATE)
         jax.block_until_ready(step())
@@ -101,7 +101,7 @@ def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.per
 
     take("rewiring", functools.partial(_rewire, trainer, batches[0]))
     parts = _parts(trainer.model, batches[0], settings.training.loss)
-    del trainer, step  # the moments make room for the gradients
+    del trainer, step  # Frees the moments, as gradients need memory.
     for name, part in parts.items():
         take(name, part)
     times = {name: median for name, (_, median, _) in quartiles.items()}
@@ -121,7 +121,7 @@ def _rewire(trainer: Trainer, batch: Batch) -> Any:
 
 
 def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[], Any]]:
-    """Functions of no arguments that run more and more of a step."""
+    """Return functions without arguments that run increasing parts of a step."""
     graphdef, params, *other = nnx.split(model, nnx.Param, ...)
 
     def classifier(params, other):
@@ -138,10 +138,10 @@ def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[],
 
 
 def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float) -> list[str]:
-    """Measure what has no result yet, each in a process of its own.
+    """Measure all systems without a result, each in a process of its own.
 
     Returns:
-      For each process that failed, its command and the last lines of its output.
+      The command and the last lines of the output of each failed process.
     """
     results.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -178,7 +178,7 @@ def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
 
 
 def run_on_mesh(scale: Scale, cell: str, sizes: dict[str, int], results: Path) -> None:
-    """Measure what each device of a mesh holds and send, in this process, and write the result."""
+    """Measure memory and communication of each device of a mesh, in this process, and write the result."""
     results.mkdir(parents=True, exist_ok=True)
     report = meshes.measure(scale, cell, make_mesh(**sizes))
     of_mesh = "_".join(f"{axis}{size}" for axis, size in sizes.items())

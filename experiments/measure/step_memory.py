@@ -1,10 +1,10 @@
 """The memory of training steps, for `experiments.measure.steps`.
 
-Every cell of the table is a process of its own: this program, whose only argument is the JSON of what to
-measure. The growth of its peak resident size is taken beside the sum of what is known to be there: the arrays
-of the training state, XLA's temporaries, and the scratch memory of the ops; and what `plan_memory` says
-before anything is allocated. Before it counts, the process trains a tiny classifier of the same kind, so that
-libraries and compiler are loaded.
+Every cell of the table is measured in a process of its own: this program with the JSON of the measurement as
+its only argument. The growth of its peak resident size is compared with the sum of known sizes: the arrays of
+the training state, XLA's temporaries, and the scratch memory of the ops; and with the plan of `plan_memory`.
+Before the measurement, the process trains a tiny classifier of the same kind, so that libraries and compiler
+are loaded.
 """
 
 import json
@@ -22,12 +22,12 @@ from .workloads import Network, stepper
 
 _RATE = 1e-3
 _GIB = 2**30
-# Adam has to follow gradients of a mean over millions of labels. Labels start as negatives, easy ones.
+# Adam must follow gradients of a mean over millions of labels. All labels start as easy negatives.
 _ARGUMENTS = ("--epsilon=1e-12", "--output_bias=-1", "--output_bound=none")
 
 
 def memory_cell(network: Network, mode: str, steps: int) -> dict:
-    """Train for some steps, of which the first is followed by a rewiring, and reports memory and losses."""
+    """Train for some steps, with a rewiring after the first, and report memory and losses."""
     tiny = network._replace(labels=1000, penultimate=max(128, network.fan_in))
     step = stepper(tiny.trainer(mode, *_ARGUMENTS), tiny.batches(1), _RATE)
     for _ in range(3):
@@ -61,7 +61,7 @@ def memory_cell(network: Network, mode: str, steps: int) -> dict:
 
 
 def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int) -> list[dict]:
-    """The memory table: a record for each network and mode."""
+    """Measure the memory table, a record for each network and mode."""
     records = []
     for network in networks:
         for mode in modes:
@@ -79,7 +79,7 @@ def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int
 
 
 def memory_line(record: dict) -> str:
-    """A row of the memory table, for the terminal."""
+    """Render a row of the memory table for the terminal."""
     name = "{data:15} {labels:9,} {fan_in:3} {penultimate:8,} {mode:5}".format(**record)
     if "failed" in record:
         return f"{name} failed: {record['failed']}"

@@ -1,8 +1,8 @@
-"""The time of training steps beside its floors, and both tables of steps, for `experiments.benchmark`.
+"""The time of training steps beside lower bounds, and both tables of steps, for `experiments.benchmark`.
 
-A floor is the least time that a part of a step can take: bytes at the speed of a memory copy, gathers at the
-speed of the forward pass of `fan_in_loss`, products at the speed of a large matrix product. Memory is for
-`experiments.measure.step_memory`.
+A lower bound ("floor") of the time of a part of a step assumes bytes at the speed of a memory copy, gathers
+at the speed of the forward pass of `fan_in_loss`, and products at the speed of a large matrix product. Memory
+is measured by `experiments.measure.step_memory`.
 """
 
 import functools
@@ -25,13 +25,13 @@ from . import clock, environment
 from .step_memory import measure_memory
 from .workloads import BATCH_SIZE, Network, stepper
 
-# The start of all labels' bias, and how often a step then gathers: forward, and for both gradients if any.
+# The initial bias of all labels, and the number of gathers in a step: forward, and for both gradients if any.
 DENSITIES = {"density 1": (0.0, 3), "density near 0": (-2.0, 1)}
-_RATE = 1e-6  # nothing is learnt, so that the density stays
+_RATE = 1e-6  # so low that the density of the gradient does not change
 
 
 def measure(networks: Sequence[Network], modes: Sequence[str], repeats: int, memory_steps: int) -> dict:
-    """Print the time of the first network and the memory of all; return them as a report for JSON."""
+    """Print the time of the first network and the memory of all; return a report serializable as JSON."""
     times = {mode: measure_time(networks[0], mode, repeats) for mode in modes}
     for mode, report in times.items():
         print("\n".join(time_lines(networks[0], mode, report)), flush=True)
@@ -45,22 +45,23 @@ def measure(networks: Sequence[Network], modes: Sequence[str], repeats: int, mem
 
 
 def measure_time(network: Network, mode: str, repeats: int, now: clock.Clock = time.perf_counter) -> dict:
-    """The seconds of a step and of its parts by the clock `now`, each beside its floor."""
+    """Measure the seconds of a step and of its parts by the clock `now`, each beside its lower bound."""
     copy, product = clock.copy_gb_per_second() * 1e9, _product_flops_per_second(now)
     products = 2 * BATCH_SIZE * network.features * network.penultimate / product
     weights, dense = network.labels * network.fan_in, network.features * network.penultimate
     report = {}
     for name, (bias, gathers) in DENSITIES.items():
-        start = f"--output_bias={bias}", "--output_bound=none"  # the logits start at almost exactly the bias
+        start = f"--output_bias={bias}", "--output_bound=none"  # Initial logits are almost exactly the bias.
         trainer, batches = network.trainer(mode, *start), network.batches(4)
         calls = _parts(trainer, batches[0])
         calls["step"] = stepper(trainer, batches, _RATE)
-        jax.block_until_ready(calls["step"]())  # the first step is followed by a rewiring
+        jax.block_until_ready(calls["step"]())  # The first step is followed by a rewiring.
         times = clock.interleaved_times(calls, repeats, clock=now)
         seconds = {part: float(np.median(t)) for part, t in times.items()}
 
         of_weight, of_moments = _bytes_per_weight(trainer, "output")
-        # A step reads and writes both. SGD, which has no moments, writes nothing without a gradient.
+        # A step reads and writes weights and moments. SGD has no moments, and writes nothing without a
+        # gradient.
         updated = (2 if of_moments or gathers > 1 else 1) * (of_weight + of_moments)
         index = trainer.state["other"]["head"]["output"]["indices"].dtype.itemsize
         floors = {
@@ -78,7 +79,7 @@ def measure_time(network: Network, mode: str, repeats: int, now: clock.Clock = t
 
 
 def time_lines(network: Network, mode: str, report: dict) -> list[str]:
-    """The time table of one mode, for the terminal."""
+    """Render the time table of one mode for the terminal."""
     sizes = f"{network.labels:,} labels, fan-in {network.fan_in}, {network.penultimate:,} penultimate"
     lines = [f"{network.data}, {sizes}, {mode}; ms (floor)"]
     for density in DENSITIES:
@@ -95,9 +96,9 @@ def time_lines(network: Network, mode: str, report: dict) -> list[str]:
 
 
 def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
-    """The parts of a step as functions of no arguments, on a copy of a trainer's head."""
+    """Return the parts of a step as functions without arguments, on a copy of a trainer's head."""
     training, head = trainer.config, trainer.model.head
-    assert isinstance(head, FixedFanInHead)  # as in all networks
+    assert isinstance(head, FixedFanInHead)  # true for all networks
     graphdef, state = nnx.split(head)
     held = jax.tree.map(jnp.copy, [state, trainer.state["moments"]])
     x, positives = jnp.asarray(batch.inputs), jnp.asarray(batch.positives)
@@ -115,7 +116,11 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
     d_y = jax.random.normal(jax.random.key(0), hidden.shape)
 
     def updating(update):
-        """A function that steps one layer of the held head in place; `update` returns its new moments."""
+        """Return a function that updates one layer of the held head in place.
+
+        Args:
+          update: function that returns the new moments of the layer.
+        """
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(state, moments, of_layer):
@@ -149,7 +154,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
 
 
 def _bytes_per_weight(trainer: Trainer, layer: str) -> tuple[int, int]:
-    """The bytes of each weight of a layer's kernel, and of all that the optimizer remembers of it."""
+    """Return the bytes of each weight of a layer's kernel, and of its optimizer state."""
     moments = trainer.state["moments"]
     remembered = [of[f"{layer}.kernel"] for of in (moments.mu, moments.nu) if f"{layer}.kernel" in of]
     kernel = trainer.state["params"]["head"][layer]["kernel"]

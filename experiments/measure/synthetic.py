@@ -1,14 +1,14 @@
-"""Points with the statistics of real data sets, for any number of labels, made batch by batch.
+"""Synthetic points with the statistics of real data sets, for any number of labels, made in batches.
 
-* Label frequencies have a long tail: the label of rank r (from 0) comes with a frequency proportional to
-  1 / (r + L / 1000), Zipf's law with Mandelbrot's offset. The shipped data set fits it: a hundredth of the
-  labels has 0.35 of the occurrences (there 0.31), a tenth 0.67 (0.67). With tens of labels a point the head
-  is flatter, because a point has a label once only.
-* A point has 1 + Poisson labels, distinct, all of one cluster of about 1,000 labels.
-* Its features are the cluster's direction, plus a direction for each of its labels, plus noise, so that there
-  is something to learn for every label. A label's direction is computed from its number, not stored.
+* Label frequencies have a long tail: the label of rank r (from 0) has a frequency proportional to
+  1 / (r + L / 1000), Zipf's law with Mandelbrot's offset. This fits the shipped data set: a hundredth of the
+  labels has 0.35 of the occurrences (there 0.31), a tenth 0.67 (there 0.67). With tens of labels per point
+  the head is flatter, because the labels of a point are distinct.
+* A point has 1 + Poisson distinct labels, all from one cluster of about 1,000 labels.
+* The features of a point are the sum of the direction of its cluster, a direction for each of its labels, and
+  noise, so that every label can be learnt. The direction of a label is computed from its number, not stored.
 
-Memory is that of one batch and L / 1000 cluster directions, whatever L is.
+The memory is that of one batch and L / 1000 cluster directions.
 """
 
 import numpy as np
@@ -18,20 +18,20 @@ from sparse_xmc.data.batches import Batch
 
 _LABELS_PER_CLUSTER = 1000
 _CODE_LENGTH = 8  # nonzero features in the direction of a label
-_NOISE = 0.3  # the length of the noise; the cluster's direction and those of the labels have length 1
+_NOISE = 0.3  # norm of the noise; the directions of clusters and labels have norm 1
 
 
 class Synthetic:
-    """A source of batches.
+    """A source of batches of synthetic points.
 
     Args:
       num_labels: L, at least 1,000.
-      labels_per_point: the mean number of labels of a point, at least 1.
-      num_features: D.
-      seed: of all that is random; it also fixes what there is to learn.
+      labels_per_point: mean number of labels of a point, at least 1.
+      num_features: D, the number of features.
+      seed: seed of all random choices, including the directions.
 
     Attributes:
-      max_labels: P, the most labels of a point.
+      max_labels: P, the maximum number of labels of a point.
 
     Raises:
       ValueError: a size is out of range.
@@ -55,10 +55,10 @@ class Synthetic:
         )
 
     def batch(self, index: int, batch_size: int) -> Batch:
-        """The batch of a number: the same number gives the same points.
+        """Return the batch with a number; equal numbers give equal batches.
 
         Returns:
-          Features float32 [B, D], and positives int32 [B, P], ascending, with -1 for none at the end.
+          Features float32 [B, D], and positives int32 [B, P], ascending, padded with -1 at the end.
         """
         rng = np.random.default_rng((self._seed, index))
         counts = 1 + rng.poisson(self._labels_per_point - 1, batch_size)
@@ -76,7 +76,8 @@ class Synthetic:
         wanted = np.arange(self.max_labels) < counts[:, None]
         pending = wanted
         while pending.any():
-            # Another label of about the same frequency, in the point's cluster: clusters take turns by rank.
+            # Draw another label of similar frequency in the point's cluster: ranks alternate between
+            # clusters.
             drawn = self._ranks(rng, labels.shape)
             labels = np.where(pending, drawn - drawn % self._num_clusters + cluster, labels)
             earlier = np.tril(np.ones((self.max_labels, self.max_labels), bool), k=-1)
@@ -91,7 +92,7 @@ class Synthetic:
         return np.minimum(ranks.astype(np.int64), self.num_labels - 1)
 
     def _codes(self, labels: np.ndarray) -> np.ndarray:
-        """The sum over each point's labels of their directions, scaled to length 1 on average: [B, D]."""
+        """Return the sum of the directions of each point's labels, scaled to mean norm 1: [B, D]."""
         numbers = labels[..., None] * _CODE_LENGTH + np.arange(_CODE_LENGTH)
         bits = _hash(numbers.astype(np.uint64))
         signs = np.where(bits >> np.uint64(63), 1, -1) * (labels >= 0)[..., None]
@@ -103,7 +104,7 @@ class Synthetic:
 
 
 def label_matrix(positives: np.ndarray, num_labels: int) -> scipy.sparse.csr_array:
-    """Labels for `Dataset.labels`: bool [N, L], of positives [N, P], ascending, with -1 at the end."""
+    """Convert positives [N, P], ascending, padded with -1, to a label matrix bool [N, L]."""
     listed = positives >= 0
     ends = np.append(0, np.cumsum(np.sum(listed, axis=1))).astype(np.int32)
     labels = positives[listed]
@@ -113,7 +114,7 @@ def label_matrix(positives: np.ndarray, num_labels: int) -> scipy.sparse.csr_arr
 
 
 def _hash(values: np.ndarray) -> np.ndarray:
-    """SplitMix64: uint64 that look random, one for each uint64."""
+    """Return the SplitMix64 hashes of uint64 values, uint64."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
-"""What is measured: the sizes of data sets and networks, their batches, and the systems that flags describe.
+"""Measured workloads: sizes of data sets and networks, their batches, and systems described by flags.
 
-A system is a list of arguments for `experiments.run`, so that what is measured is what a run with the same
-arguments trains. The flags of `experiments.run` are defined by importing this.
+A system is a list of arguments for `experiments.run`, so that measurements are of the same training as a run
+with these arguments. Importing this module defines the flags of `experiments.run`.
 """
 
 import math
@@ -28,7 +28,7 @@ from .synthetic import Synthetic
 BATCH_SIZE = 32
 NUM_FEATURES = prepare.FEATURES["cascade"]
 
-# How the networks of the step tables are trained.
+# The training modes of the networks in the step tables.
 MODES = {
     "adam": [],
     "lean": [f"--flagfile={Path(run.__file__).parent / 'flags' / 'lean.cfg'}"],
@@ -39,13 +39,13 @@ MODES = {
 
 
 class Scale(NamedTuple):
-    """A number of labels, with what else matters of the data set that has it.
+    """A number of labels, and further statistics of a data set with this number.
 
     Attributes:
-      name: that of a data set, or what it is.
-      labels: L.
-      labels_per_point: the mean.
-      points: the number of training points.
+      name: name of the data set, or a description.
+      labels: L, the number of labels.
+      labels_per_point: mean number of labels of a point.
+      points: number of training points.
     """
 
     name: str
@@ -60,7 +60,7 @@ def _of(name: str) -> Scale:
 
 
 def _assumed(name: str, labels: int) -> Scale:
-    """Where a data set's statistics are not known, 5 labels per point and 5 points per label are assumed."""
+    """Return a scale with assumed statistics, 5 labels per point and 5 points per label."""
     return Scale(f"{name} (assumed)", labels, 5.0, labels)
 
 
@@ -82,7 +82,7 @@ SCALES = (
 def make_batches(
     labels: int, labels_per_point: float, features: int = NUM_FEATURES, *, count: int, size: int = BATCH_SIZE
 ) -> list[Batch]:
-    """Batches of synthetic points that can be learnt."""
+    """Make batches of synthetic points that can be learnt."""
     source = Synthetic(labels, labels_per_point, features)
     return [source.batch(i, size) for i in range(count)]
 
@@ -90,7 +90,7 @@ def make_batches(
 def make_dataset(
     labels: int, labels_per_point: float, features: int = NUM_FEATURES, size: int = BATCH_SIZE
 ) -> Dataset:
-    """A batch's worth of points of these sizes, of zeros: for plans of memory."""
+    """Make a data set of zeros with as many points as a batch, for memory plans."""
     count = min(labels, math.ceil(labels_per_point))
     positives = scipy.sparse.csr_array(
         (np.ones(size * count, bool), np.tile(np.arange(count), size), np.arange(0, size * count + 1, count)),
@@ -103,7 +103,7 @@ def make_dataset(
 
 
 class Settings(NamedTuple):
-    """What `experiments.run` makes of its arguments, without data."""
+    """The configurations that `experiments.run` makes from its arguments, without data."""
 
     encoder: EncoderConfig
     head: HeadConfig
@@ -111,7 +111,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
-        """Those of the flags' values."""
+        """Make the configurations from values of flags."""
         return cls(
             reflection.read_flags(EncoderConfig, values),
             reflection.read_kind("head", HEADS, values),
@@ -121,28 +121,28 @@ class Settings(NamedTuple):
     def classifier(
         self, num_features: int, num_labels: int, *, bag_of_words: bool = False
     ) -> ClassifierConfig:
-        """The classifier of a data set with these sizes."""
+        """Return the configuration of a classifier for a data set of these sizes."""
         return ClassifierConfig(
             num_features, num_labels, bag_of_words=bag_of_words, encoder=self.encoder, head=self.head
         )
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
-    """What `experiments.run` would make of these arguments, whatever this program was given."""
+    """Return the configurations that `experiments.run` makes from arguments, without the command line."""
     return Settings.of(run.values_of(arguments))
 
 
 def make_trainer(
     arguments: Sequence[str], num_features: int, num_labels: int, *, mesh: Mesh | None = None
 ) -> Trainer:
-    """A trainer of a new classifier of dense features: the system of these arguments."""
+    """Make a trainer of a new classifier of dense features, for the system with these arguments."""
     settings = read_settings(arguments)
     model = settings.classifier(num_features, num_labels).make(mesh=mesh, rngs=nnx.Rngs(0))
     return Trainer(model, settings.training, seed=0)
 
 
 def stepper(trainer: Trainer, batches: Sequence[Batch], learning_rate: float) -> Callable[[], Any]:
-    """A function of no arguments that takes a step and returns the new state; batches take turns."""
+    """Return a function without arguments that takes a step on the next batch and returns the new state."""
 
     def step():
         trainer.train_step(batches[trainer.step % len(batches)], learning_rate)
@@ -152,7 +152,7 @@ def stepper(trainer: Trainer, batches: Sequence[Batch], learning_rate: float) ->
 
 
 def flags_without_use(*used: str) -> list[str]:
-    """The flags of `experiments.run` that this program was given, other than those that it uses."""
+    """Return the given flags of `experiments.run` that are not among the used ones."""
     return [flag.name for flag in run.own_flags() if flag.present and flag.name not in used]
 
 
@@ -160,16 +160,16 @@ def flags_without_use(*used: str) -> list[str]:
 
 
 class Network(NamedTuple):
-    """The sizes of a fixed fan-in classifier, and of the data that it is for.
+    """The sizes of a fixed fan-in classifier, and of its data.
 
     Attributes:
-      data: the data set.
-      labels: L.
-      fan_in: F.
+      data: name of the data set.
+      labels: L, the number of labels.
+      fan_in: F, the number of inputs of a label.
       penultimate: I, the width of the penultimate layer.
-      paper_gb: the GB that the paper reports, if any.
+      paper_gb: memory in GB reported in the paper, or None.
       features: D, the number of dense input features.
-      labels_per_point: the mean.
+      labels_per_point: mean number of labels of a point.
     """
 
     data: str
@@ -181,11 +181,16 @@ class Network(NamedTuple):
     labels_per_point: float = 5.0
 
     def trainer(self, mode: str, *arguments: str) -> Trainer:
-        """A trainer of such a classifier; `mode` is one of `MODES`, whose arguments come before these."""
+        """Make a trainer of the classifier.
+
+        Args:
+          mode: a key of `MODES`, whose arguments precede `arguments`.
+          arguments: further arguments of `experiments.run`.
+        """
         return make_trainer(self._system(mode, arguments), self.features, self.labels)
 
     def plan(self, mode: str, *arguments: str) -> MemoryPlan:
-        """The planned memory of training it."""
+        """Plan the memory of training the classifier; arguments are as for `trainer`."""
         settings = read_settings(self._system(mode, arguments))
         points = make_dataset(self.labels, self.labels_per_point, self.features)
         return plan_memory(settings.classifier(self.features, self.labels), settings.training, points)
@@ -195,7 +200,7 @@ class Network(NamedTuple):
         return [*sizes, *MODES[mode], *arguments]
 
     def batches(self, count: int) -> list[Batch]:
-        """Batches for it."""
+        """Make batches for the classifier."""
         return make_batches(self.labels, self.labels_per_point, self.features, count=count)
 
 
@@ -219,9 +224,10 @@ NETWORKS = (
 
 
 def network_of_flags() -> Network:
-    """The first of `NETWORKS`, but for the sizes that this program was given.
+    """Return the first of `NETWORKS` with the sizes given by flags.
 
-    They are its own flags --labels and --features, and --fan_in and --penultimate of `experiments.run`.
+    The flags are --labels and --features of this program, and --fan_in and --penultimate of
+    `experiments.run`.
     """
     names = ("labels", "features", "fan_in", "penultimate")
     given: dict[str, Any] = {n: flags.FLAGS[n].value for n in names if flags.FLAGS[n].present}

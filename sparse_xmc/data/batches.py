@@ -62,7 +62,7 @@ class Batch:
 
 
 class Batches:
-    """Iterates over a data set in batches of nearly always equal shapes, so that jit compiles once.
+    """An iterator over a data set in batches of nearly always equal shapes, so that jit compiles once.
 
     Args:
       dataset: the data set.

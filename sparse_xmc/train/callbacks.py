@@ -86,7 +86,7 @@ class Progress(Callback):
 
 
 class GradientDensity(Callback):
-    """Records `gradient_density` on a few training batches after each epoch, as "gradient_density".
+    """A callback that records the `gradient_density` on a few training batches after each epoch.
 
     Args:
       batches: number of batches to measure on.
@@ -101,7 +101,7 @@ class GradientDensity(Callback):
 
 
 class RecordFile(Callback):
-    """Writes the records of all epochs to a file after each epoch, one line of JSON for each epoch.
+    """A callback that writes the records of all epochs to a file after each epoch, as lines of JSON.
 
     Args:
       path: the file to write.

@@ -151,7 +151,7 @@ class _Numbered:
         return restored["state"], restored["progress"]
 
     def check(self, number: int, expected: Any, head: Head) -> None:
-        """Raise ValueError unless a checkpoint has the same array sizes as `expected` and fit the head."""
+        """Raise ValueError unless a checkpoint has the same array sizes as `expected` and fits the head."""
         path, record = self.directory / str(number), self._read_record(number)
         if record["num_labels"] != head.num_labels:
             raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")

@@ -26,7 +26,7 @@ _STEPS_TO_AGREE = 100  # Number of steps after which all processes agree on whet
 
 
 class Stopped(Exception):
-    """Raised by `fit` after `should_stop` returned true and training has stopped.
+    """The exception raised by `fit` when training has stopped because `should_stop` returned true.
 
     Attributes:
       epoch: number of the epoch in which training stopped, from 1.

@@ -24,7 +24,7 @@ from sparse_xmc.train.step import State, Step, check_parts
 
 
 class Trainer:
-    """Trains a `Classifier` step by step; `fit` adds the loop over epochs.
+    """A trainer of a `Classifier`, which takes single steps; `fit` adds the loop over epochs.
 
     The optimizer of the encoder gets the gradient of the loss summed over labels and averaged over the batch,
     so that its epsilon and gradient clipping have their usual meaning. Its updates are scaled by the learning
