@@ -8,7 +8,6 @@ import operator
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -59,7 +58,7 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
 
 
 def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int:
-    """Return a static argument as an int; a symbolic dimension is returned unchanged.
+    """Return a static argument as an int.
 
     Args:
       name: name of the argument, for errors.
@@ -73,13 +72,12 @@ def as_integer(name: str, value: Any, low: int, high: int, why: str = "") -> int
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} must be static under jit, an int, got a traced value")
-    if not jax.export.is_symbolic_dim(value):
-        try:
-            if isinstance(value, bool | np.bool_):
-                raise TypeError("bool is a subclass of int")
-            value = operator.index(value)
-        except TypeError as error:
-            raise TypeError(f"{name} must be an integer, got {_describe(value)}") from error
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError("bool is a subclass of int")
+        value = operator.index(value)
+    except Exception as error:  # JAX raises its own class for a symbolic dimension.
+        raise TypeError(f"{name} must be an integer, got {_describe(value)}") from error
     if not low <= value <= high:
         raise ValueError(f"{name} must be in {low}..{high}{why}, got {value}")
     return value

@@ -143,7 +143,8 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
     def update_penultimate(head, moments, x_and_d_y):
         x, d_y = x_and_d_y
         layer, inputs = head.penultimate, inputs_of(x, False)
-        return step_dense(layer, "penultimate", d_y, inputs, moments, rate=1.0, epsilon=training.epsilon)[1]
+        epsilon = training.epsilon_for(head.num_labels)
+        return step_dense(layer, "penultimate", d_y, inputs, moments, rate=1.0, epsilon=epsilon)[1]
 
     return {
         "gather": lambda: gather(held[0], hidden),

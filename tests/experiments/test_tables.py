@@ -156,7 +156,7 @@ def test_only_the_papers_memory_is_drawn_where_there_are_no_results(report):
 
 
 def test_curves_are_means_over_the_seeds_that_came_so_far():
-    axes = tables.Figure().subplots()
+    axes = tables._new_figure().subplots()
     row = tables.Row("d", "c", [make_result(0.2), make_result(0.4, epochs=4)], 2, None)
     tables._draw_curves(axes, [row], "p@1", scale=100)
     (line,) = axes.lines

@@ -93,7 +93,7 @@ def test_ranks_beyond_the_number_of_labels_are_misses():
 
 
 def test_more_labels_than_there_are_cannot_be_predicted():
-    with pytest.raises(ValueError, match="k must be between 0 and the number of labels, 20, got 21"):
+    with pytest.raises(ValueError, match=r"k must be in 0..20 \(the number of labels\), got 21"):
         next(predict(make_model(), make_dataset(5), 21))
 
 

@@ -280,7 +280,8 @@ class TwoLayers(nnx.Module):
     """Two fixed fan-in layers of one shape, so that shapes do not tell whose moments are whose."""
 
     def __init__(self):
-        layer = functools.partial(FixedFanInLinear, 30, 30, 4, kernel_init=nnx.initializers.normal(1))
+        init = {"kernel_init": nnx.initializers.normal(1), "bias_init": nnx.initializers.zeros_init()}
+        layer = functools.partial(FixedFanInLinear, 30, 30, 4, **init)
         self.first, self.outputs = layer(rngs=nnx.Rngs(0)), nnx.List([layer(rngs=nnx.Rngs(1))])
 
     def __call__(self, x):

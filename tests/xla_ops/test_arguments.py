@@ -321,18 +321,3 @@ def test_values_of_traced_numbers_pass_unchecked_and_their_dtypes_do_not():
         jax.jit(xla_ops.kth_smallest_magnitude)(MATRIX, 2)
     with pytest.raises(TypeError, match="epsilon must be static under jit, a float, got a traced value"):
         jax.jit(lambda epsilon: dense_step(**dense | {"epsilon": epsilon}))(1e-7)
-
-
-def test_the_number_of_labels_that_are_chosen_may_be_symbolic():
-    (k,) = jax.export.symbolic_shape("k", constraints=["k <= 4"])
-    layer = [jnp.asarray(GOOD[name]) for name in ("x", "kernel", "indices", "bias")]
-
-    def best(ones):
-        return xla_ops.fan_in_top_k(*layer, ones.shape[0])
-
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
-    ones = jax.ShapeDtypeStruct((k,), jnp.float32)
-    exported = jax.export.export(jax.jit(best), disabled_checks=checks)(ones)
-    scores, labels = exported.call(jnp.ones(3))
-    assert scores.shape == (2, 3)
-    assert labels.tolist() == [[0, 1, 2]] * 2
