@@ -175,7 +175,7 @@ class FixedFanInHead(LayeredHead):
         """Connect each label to its best direct inputs, and to random hidden units for the rest.
 
         Args:
-          count: maximum number of direct inputs of a label; fewer if fewer columns have a positive score.
+          count: maximum number of direct inputs of a label; fewer if `choose_columns` finds fewer columns.
           train: the training points, from which `choose_columns` chooses.
           key: random key for the connections to hidden units.
         """

@@ -139,7 +139,7 @@ class _Numbered:
         directory.mkdir(parents=True, exist_ok=True)
 
     def numbers(self) -> list[int]:
-        """The numbers of all complete checkpoints, ascending."""
+        """Return the numbers of all complete checkpoints, ascending."""
         return sorted(int(path.stem) for path in self.directory.glob("*.json") if path.stem.isdecimal())
 
     def restore(self, number: int, shapes: Any) -> tuple[Any, dict]:
