@@ -69,7 +69,8 @@ def fit(
       checkpoints: where to save and resume; required by schedules that end with the best weights.
       checkpoint_minutes: the whole state is saved whenever this many minutes have passed, also within epochs.
       should_stop: function called after each step; training stops when it returns true. With several
-        processes it is called every 100 steps, and training stops when it is true in any process.
+        processes it is called every 100 steps and after each epoch, and training stops when it is true in any
+        of them.
       callbacks: called in this order.
 
     Returns:
