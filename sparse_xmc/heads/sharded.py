@@ -153,10 +153,7 @@ class ShardedHead(Head):
         return results
 
     def __call__(self, x: Array | Features) -> Array:
-        """Return the logits [B, L].
-
-        Every device holds an array of its shard; use it for tests and small L.
-        """
+        """Return the logits [B, L]. All of them are in memory at once: for tests and small L only."""
         return self._run(_logits, (), x)[:, : self.num_labels]
 
     def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
