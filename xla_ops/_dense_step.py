@@ -78,7 +78,7 @@ def dense_adam_step(
       The new kernel and state.
 
     Raises:
-      TypeError, ValueError: for an argument of the wrong dtype or shape, naming it.
+      TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
     Reference: Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """

@@ -32,7 +32,7 @@ def interleaved_times(
     Before the first round, each call runs once for compilation and warm-up, which is not counted.
 
     Args:
-      calls: functions of no arguments that return arrays.
+      calls: functions without arguments that return arrays.
       repeats: maximum number of rounds of a call; None for no limit except `seconds`.
       calls_per_round: number of calls in a round. They are queued, and only the last result is waited for, so
         that a device is never idle.

@@ -38,7 +38,7 @@ def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, No
     """Yield `(number, line)` for each line of a file, numbered from 1 and without its line break.
 
     Raises:
-      ValueError: the compressed data is damaged or cut off.
+      ValueError: the compressed data is damaged or truncated.
     """
     number = 0
     with open_binary(path, "rb") as file:
@@ -53,7 +53,7 @@ def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     """Yield `(number, line)` for each line of a UTF-8 file, as `read_lines` does, with decoded lines.
 
     Raises:
-      ValueError: a line is not UTF-8, or the compressed data is damaged or cut off.
+      ValueError: a line is not UTF-8, or the compressed data is damaged or truncated.
     """
     for number, line in read_lines(path):
         try:

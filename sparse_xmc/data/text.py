@@ -84,7 +84,7 @@ class TextEncoder:
     def __call__(self, texts: Iterable[str]) -> scipy.sparse.csr_array:
         """Return the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
         texts = _list_of(texts)
-        if not texts:  # scikit-learn refuses to transform nothing
+        if not texts:  # scikit-learn raises an error for an empty list
             return scipy.sparse.csr_array((0, self.vocabulary_size), dtype=np.float32)
         return scipy.sparse.csr_array(self._vectorizer.transform(texts))
 
