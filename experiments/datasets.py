@@ -129,8 +129,8 @@ def load_points(
       features: path of dense features, as `test_features` in `load`; required for a model of dense features.
       filter: path of excluded labels, as `test_filter` in `load`.
 
-      Returns:
-        The points, and the number of their labels that the model does not know.
+    Returns:
+      The points, and the number of their labels that the model does not know.
 
     Raises:
       ValueError: a file is malformed, or does not match the model.

@@ -64,8 +64,8 @@ def predict(
       k: number of labels for each point, at most the number of labels of the model.
       batch_size: number of points in a batch.
 
-      Yields:
-        The range of n points, their scores [n, k] and labels [n, k], best first.
+    Yields:
+      The range of n points, their scores [n, k] and labels [n, k], best first.
 
     Raises:
       FloatingPointError: a score is not finite.

@@ -77,8 +77,8 @@ def read_labels(y: Labels) -> LabelMatrix | list[list[str]]:
         elements are labels; or a data frame of numbers [N, L], whose column names are the label names or the
         numbers 0..L-1.
 
-      Returns:
-        A `LabelMatrix` for a matrix or a data frame; else a list of N lists of names.
+    Returns:
+      A `LabelMatrix` for a matrix or a data frame; else a list of N lists of names.
 
     Raises:
       TypeError: y is of another type.

@@ -370,8 +370,8 @@ def resolve_length(directory: Path, max_length: int | None, config: PretrainedCo
       max_length: the maximum chosen by the caller; None for the setting in the directory.
       config: the architecture, which limits the maximum.
 
-      Returns:
-        The maximum, or None if neither the caller nor the directory sets one.
+    Returns:
+      The maximum, or None if neither the caller nor the directory sets one.
 
     Raises:
       ValueError: `max_length` is larger than the architecture supports, or the file is malformed.
