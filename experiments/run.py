@@ -1,8 +1,8 @@
 """Train and evaluate one classifier: `python -m experiments.run --flagfile=FILE --workdir=DIR`.
 
 Flagfiles compose, and the last value of a flag is used: `--flagfile=wordnet --flagfile=dense` trains the
-  dense
-classifier on the shipped data set. A flagfile is given by its path, or by its name in `experiments/flags`.
+dense classifier on the shipped data set. A flagfile is given by its path, or by its name in
+`experiments/flags`.
 
 The working directory receives `result.json`, `metrics.jsonl` (one line per epoch), `flags.cfg` (the flags
 that repeat the run) and the saved model with its encoders of texts and labels. A stopped run is resumed from

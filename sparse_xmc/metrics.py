@@ -242,8 +242,7 @@ def label_groups(labels: csr_array) -> np.ndarray:
     """Divide labels by frequency into groups that each have a third of all label occurrences.
 
     Labels are ordered from the most to the least frequent, and labels of equal frequency by their ids. The
-    first
-    occurrence of a label decides its group: head labels (0) are few and have the first third of the
+    first occurrence of a label decides its group: head labels (0) are few and have the first third of the
     occurrences, middle labels (1) the second, tail labels (2) the last; labels that never occur are tail
     labels.
 

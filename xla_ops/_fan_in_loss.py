@@ -46,8 +46,7 @@ def fan_in_loss(
         binary cross-entropy with logits.
       num_labels: divisor of the sum over labels; None for L. If labels are sharded over devices, pass the
         total number of labels: the loss is then the sum of the results of all devices, and the gradient with
-          respect to
-        x the sum of their gradients.
+        respect to x is the sum of their gradients.
       sparse: C more inputs, D to D + C - 1, or None.
 
     Returns:
