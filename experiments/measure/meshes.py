@@ -1,8 +1,8 @@
 """Memory and communication of each device of a mesh in a training step, for `label_scale --mesh`.
 
 The arrays of the training state are counted on the first device. XLA's memory plan of a step, and the data
-that the step sends between devices, are read from the compiled program of one device. They are compared
-with a formula for the data that must be sent: the gradient of the output layer's input, and the features if the
+that the step sends between devices, are read from the compiled program of one device. They are compared with
+a formula for the data that must be sent: the gradient of the output layer's input, and the features if the
 batch is sharded.
 """
 
