@@ -94,7 +94,6 @@ def test_steps_are_those_of_optax_adam_on_dense_arithmetic():
     np.testing.assert_allclose(trainer.model.head.penultimate.kernel[...], params["w1"], rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("loss", ["squared_hinge", "bce"])
 def test_a_small_problem_is_learnt(loss, kind):
@@ -238,7 +237,6 @@ def test_a_bfloat16_output_layer_learns_and_repeats():
 # ---- rewiring ----
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("interval", "expected"), [(3, [1, 4, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [1])])
 def test_connections_move_after_steps_1_and_then_every_interval(interval, expected):
     trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=interval)

@@ -34,7 +34,6 @@ def expected_of(tx, kernel, steps, rate):
     return kernel, state
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_adam_is_that_of_optax(instruction_set, shape, dtype):
@@ -82,7 +81,6 @@ def check_rounding(shape, step):
     np.testing.assert_array_equal(actual, (sums & 0xFFFF0000).view(np.float32))
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits(instruction_set, shape):
     def adam(x, dy, kernel, mu, nu, b1, b2, seed, number):
@@ -91,6 +89,12 @@ def test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits
         return kernel, *state[1:]
 
     check_rounding(shape, adam)
+
+
+def test_steps_with_64_bit_types():
+    with jax.enable_x64(True):
+        test_adam_is_that_of_optax(None, SHAPES[0], jnp.bfloat16)
+        test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits(None, SHAPES[0])
 
 
 def test_the_second_moment_in_bfloat16_decays_right_on_average():

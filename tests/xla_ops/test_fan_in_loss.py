@@ -589,7 +589,6 @@ def test_handler_checks_arguments_itself(changes, loss, message):
         jax.block_until_ready(call(x, *no_sparse, *others, **attributes))
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("cut", [1, 64, 70, 129])
 def test_losses_of_parts_of_the_labels_add_up(loss, cut):

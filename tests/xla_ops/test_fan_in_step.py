@@ -40,7 +40,6 @@ def loss_and_gradients(x, kernel, indices, bias, positives, loss):
 # ---- Adam ----
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -90,7 +89,6 @@ def test_adam_needs_float32_and_moments_that_fit():
 # ---- SGD ----
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -109,6 +107,14 @@ def test_sgd_in_float32(instruction_set, shape, loss, bias):
             assert a is None
         else:
             np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_with_64_bit_types(bias):
+    with jax.enable_x64(True):
+        test_adam_is_that_of_optax(None, (5, 20, 33, 3), "bce", bias)
+        test_sgd_in_float32(None, (5, 20, 33, 3), "bce", bias)
+        test_steps_of_parts_of_the_labels_are_those_of_the_whole(None, "sgd bfloat16", 37)
 
 
 def philox(counter, key):
@@ -353,7 +359,6 @@ def test_over_devices_each_takes_a_step_of_its_own(optimizer):
         np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("cut", [1, 37, 64, 101])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd float32", "sgd bfloat16"])
 def test_steps_of_parts_of_the_labels_are_those_of_the_whole(instruction_set, optimizer, cut):

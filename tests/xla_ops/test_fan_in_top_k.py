@@ -85,7 +85,6 @@ def test_reference_matches_brute_force():
     assert_same(fan_in_top_k_reference(*problem, 60), brute_force(*problem, 60))
 
 
-@pytest.mark.usefixtures("x64")
 def test_random_scores(instruction_set):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(70, 40)).astype(np.float32), rng.normal(size=(1000, 8)).astype(np.float32)

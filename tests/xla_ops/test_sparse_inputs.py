@@ -294,7 +294,6 @@ STEPS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.usefixtures("x64")
 @STEPS
 def test_adam_is_that_of_optax(instruction_set, shape, dense, loss):
     problem = loss_test.make_problem(*shape, with_bias=shape[0] != 5)
@@ -322,7 +321,6 @@ def test_adam_is_that_of_optax(instruction_set, shape, dense, loss):
     )
 
 
-@pytest.mark.usefixtures("x64")
 @STEPS
 @DTYPE
 def test_sgd(instruction_set, shape, dense, loss, dtype):
@@ -342,6 +340,12 @@ def test_sgd(instruction_set, shape, dense, loss, dtype):
         expected = wide(old) - rate * wide(grad)
         bound = 1e-4 + gap * (np.abs(expected) + np.abs(wide(grad)) * rate)
         np.testing.assert_array_less(np.abs(wide(new) - expected), bound)
+
+
+def test_steps_with_64_bit_types():
+    with jax.enable_x64(True):
+        test_adam_is_that_of_optax(None, (5, 60, 33, 3), 0, "bce")
+        test_sgd(None, (5, 60, 33, 3), 0, "bce", jnp.bfloat16)
 
 
 # ---- transformations ----
@@ -378,7 +382,6 @@ def test_jit_changes_nothing():
     assert_all_close(jax.jit(every_op)(*arguments), every_op(*arguments))
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("axes", ["all", "x and entries", "x", "entries", "values", "kernel"])
 def test_vmap_is_a_loop(axes):
     batched = {
