@@ -39,6 +39,8 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
     """
     if isinstance(value, Array):
         return jnp.asarray(value)
+    if isinstance(value, str | bytes):  # JAX would look for a dtype of this name
+        raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be {expected}, got a masked array: use its method filled")
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
