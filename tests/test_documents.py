@@ -135,7 +135,7 @@ def test_the_layer_in_your_own_model_learns(real_points, expected_p_at_1):
 
     rng = np.random.default_rng(0)
     targets = train.labels.toarray().astype(np.float32)
-    for _ in range(3):
+    for _ in range(5):
         for rows in rng.permutation(len(train)).reshape(-1, 50):
             step(model, optimizer, train.features[rows], targets[rows])
     best = np.asarray(model(test.features)).argmax(axis=1)
