@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("xla_ops", "sparse_xmc", "experiments")
 # Names of packages on PyPI whose modules have another name.
 MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
-# What takes longest to import.
+# The packages that take longest to import.
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "scipy", "sklearn", "numpy", "matplotlib"}
 
 
