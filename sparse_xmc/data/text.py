@@ -169,12 +169,15 @@ class LabelEncoder:
         """Read an encoder saved by `save`.
 
         Raises:
-          ValueError: a line is blank, repeats another line, or is not UTF-8; the message names the line.
+          ValueError: a line is blank, contains a carriage return, repeats another line, or is not UTF-8; the
+            message names the line.
         """
         line_of: dict[str, int] = {}
         for number, name in files.read_text_lines(path):
             if not name:
                 raise ValueError(f"{path}:{number}: expected a label name, got a blank line")
+            if "\r" in name:
+                raise ValueError(f"{path}:{number}: expected a label name without line breaks, got {name!r}")
             if name in line_of:
                 raise ValueError(
                     f"{path}:{number}: expected distinct names, got {name!r} as on line {line_of[name]}"

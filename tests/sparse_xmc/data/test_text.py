@@ -215,6 +215,7 @@ class TestLabelEncoder:
         ("content", "fault"),
         [
             (b"a\n\nb\n", "2: expected a label name, got a blank line"),
+            (b"a\nb\rc\n", "2: expected a label name without line breaks, got"),
             (b"a\nb\na\n", "3: expected distinct names, got 'a' as on line 1"),
             (b"a\n\xff\n", "2: not UTF-8"),
         ],
