@@ -18,7 +18,7 @@ from sparse_xmc.data import Dataset, write_tsv, write_xmc_text
 from sparse_xmc.saving import SavedModel
 
 ROOT = Path(experiments.__file__).parents[1]
-SECONDS = 240  # of each process, whatever happens
+SECONDS = 240  # from the start of a run until processes that hang are aborted
 SMALL = ["--embedding=16", "--penultimate=24", "--fan_in=6", "--direct=3", "--batch_size=8"]
 SMALL += ["--learning_rate=0.01", "--output_bias=-1", "--schedule=linear"]
 SMALL += ["--rewire_growth=active", "--rewire_fraction=0.2", "--rewire_interval=7"]
@@ -46,13 +46,13 @@ def data(request, tmp_path_factory):
     return flags
 
 
-def start(count, devices, flags):
-    """Starts so many processes of a run, each with so many devices."""
+def start(count, devices, flags, logs):
+    """Start `count` processes of a run with `devices` devices each; their messages go to files in `logs`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags_of_xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of_xla}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of_xla, "PYTHONFAULTHANDLER": "1"}
     processes = []
     for number in range(count):
         command = [sys.executable, "-m", "experiments.run", *flags]
@@ -62,35 +62,36 @@ def start(count, devices, flags):
                 f"--num_processes={count}",
                 f"--process_id={number}",
             ]
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+        with open(logs / f"{number}.log", "w") as log:
+            processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
             )
-        )
     return processes
 
 
-def wait(processes):
-    """Waits for processes, for a limited time; returns how each ended, and what it wrote."""
-    ends = []
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=SECONDS)
-            ends.append((process.returncode, errors[-2000:]))
-    finally:
-        for process in processes:
-            process.kill()
-    return ends
+def wait(processes, logs):
+    """Wait until all processes have ended; return the exit code and the last messages of each.
+
+    One that still runs SECONDS after the others started is aborted, so that its messages end with the Python
+    stack of each of its threads.
+    """
+    deadline = time.monotonic() + SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+    for process in processes:
+        process.wait()
+    return [
+        (process.returncode, (logs / f"{number}.log").read_text()[-8000:])
+        for number, process in enumerate(processes)
+    ]
 
 
-def run(count, devices, *flags):
-    for code, errors in wait(start(count, devices, flags)):
-        assert code == 0, errors
+def run(count, devices, logs, *flags):
+    ends = wait(start(count, devices, flags, logs), logs)
+    assert [code for code, _ in ends] == [0] * count, "\n\n".join(errors for _, errors in ends)
 
 
 def history(workdir):
@@ -99,8 +100,9 @@ def history(workdir):
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "alone"
-    run(1, 1, *data, "--epochs=4", f"--workdir={workdir}")
+    runs = tmp_path_factory.mktemp("runs")
+    workdir = runs / "alone"
+    run(1, 1, runs, *data, "--epochs=4", f"--workdir={workdir}")
     return workdir
 
 
@@ -116,7 +118,7 @@ def assert_same_run(workdir, alone):
 def test_processes_train_what_one_trains(request, data, alone, tmp_path):
     text = request.node.callspec.params["data"] == "text"
     count, devices, mesh = (4, 1, "label:4") if text else (2, 2, "data:2,label:2")
-    run(count, devices, *data, "--epochs=4", f"--mesh={mesh}", f"--workdir={tmp_path / 'run'}")
+    run(count, devices, tmp_path, *data, "--epochs=4", f"--mesh={mesh}", f"--workdir={tmp_path / 'run'}")
     assert_same_run(tmp_path / "run", alone)
 
 
@@ -124,7 +126,7 @@ def test_processes_train_what_one_trains(request, data, alone, tmp_path):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(data, alone, tmp_path):
     workdir = tmp_path / "run"
     flags = [*data, "--epochs=4", f"--workdir={workdir}", "--checkpoint_minutes=0"]
-    processes = start(2, 1, [*flags, "--mesh=label:2"])
+    processes = start(2, 1, [*flags, "--mesh=label:2"], tmp_path)
     latest, deadline = workdir / "checkpoints" / "latest", time.monotonic() + SECONDS
     try:
         while not list(latest.glob("*.json")):
@@ -132,22 +134,23 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(da
             assert processes[0].poll() is None or (workdir / "result.json").exists()
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGKILL)
-        ends = wait(processes)
+        ends = wait(processes, tmp_path)
     finally:
         for process in processes:
             process.kill()
     if (workdir / "result.json").exists():
         pytest.skip("it was finished before it could be killed")
     assert all(code != 0 for code, _ in ends)
-    run(1, 4, *flags, "--mesh=data:2,label:2")
+    run(1, 4, tmp_path, *flags, "--mesh=data:2,label:2")
     assert_same_run(workdir, alone)
 
 
 @pytest.mark.parametrize("data", ["text"], indirect=True)
 def test_processes_need_a_mesh(data, tmp_path):
-    for code, errors in wait(start(2, 1, [*data, f"--workdir={tmp_path / 'run'}"])):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    for code, errors in wait(start(2, 1, [*data, workdir], tmp_path), tmp_path):
         assert code != 0
         assert "2 processes need --mesh, such as label:2" in errors
-    ((code, errors),) = wait(start(1, 1, [*data, "--num_processes=2", f"--workdir={tmp_path / 'run'}"]))
+    ((code, errors),) = wait(start(1, 1, [*data, "--num_processes=2", workdir], tmp_path), tmp_path)
     assert code != 0
     assert "--num_processes and --process_id need --coordinator" in errors
