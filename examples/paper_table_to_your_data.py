@@ -1,9 +1,9 @@
 """From a row of the paper's table to your own data: `python examples/paper_table_to_your_data.py`.
 
-A row of a table is flagfiles: settings, data and a cell, such as fixed fan-in 32 behind 32,768 units. The row
-on your own data is the same with other files of points: TSV, a line a point, its labels separated by `|`, a
-tab, its text. This runs the paper's row, and this project's settings for short texts, on a small set that it
-writes, and on yours with `--train=train.tsv --test=test.tsv --workdir=runs/mine`. It is for a clone of the
+A row of a table is flagfiles: settings, data and a model, such as fixed fan-in 32 behind 32,768 units. The
+row on your own data is the same with other files of points: TSV, a line a point, its labels separated by `|`,
+a tab, its text. This runs the paper's row, and this project's settings for short texts, on a small set that
+it writes, and on yours with `--train=train.tsv --test=test.tsv --workdir=runs/mine`. It is for a clone of the
 repository.
 """
 

@@ -15,9 +15,9 @@ first of them with the sizes that are given as flags. See `experiments.measure.s
 times training steps and ranking for labels with words as direct inputs. See
 `experiments.measure.direct_inputs`.
 
-    python -m experiments.benchmark --op=choose_columns --json=result.json
+    python -m experiments.benchmark --op=select_direct_inputs --json=result.json
 
-measures time and memory of choosing these direct inputs. See `experiments.measure.choice`.
+measures time and memory of choosing these direct inputs. See `experiments.measure.feature_selection`.
 
     python -m experiments.benchmark --op=encoder_memory --json=result.json
     python -m experiments.benchmark --op=encoder_memory --labels=131073 --batch=512 --tokens=32
@@ -33,7 +33,7 @@ from typing import Any
 from absl import app, flags
 
 from . import program
-from .measure import choice, direct_inputs, encoder_memory, ops, problems, steps, workloads
+from .measure import direct_inputs, encoder_memory, feature_selection, ops, problems, steps, workloads
 
 # The flags of each kind of measurement; --fan_in and --penultimate are defined by `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
@@ -54,7 +54,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum(
         "op",
         "fan_in_matmul",
-        [*problems.OPS, "training_step", "direct_inputs", "choose_columns", "encoder_memory"],
+        [*problems.OPS, "training_step", "direct_inputs", "select_direct_inputs", "encoder_memory"],
         "What to measure.",
     )
     flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
@@ -87,7 +87,7 @@ def main() -> None:
     of_others = {
         "training_step": _OF_STEPS,
         "direct_inputs": _OF_DIRECT,
-        "choose_columns": (),
+        "select_direct_inputs": (),
         "encoder_memory": _OF_ENCODER,
     }
     used = of_others.get(values.op, _OF_OPS)
@@ -100,9 +100,9 @@ def main() -> None:
         networks = workloads.NETWORKS if network in workloads.NETWORKS else (network,)
         modes = list(workloads.MODES) if values.mode is None else [values.mode]
         report = steps.measure(networks, modes, values.repeats, values.steps)
-    elif values.op == "choose_columns":
-        report = choice.measure(choice.Sizes())
-        print(choice.table(report))
+    elif values.op == "select_direct_inputs":
+        report = feature_selection.measure(feature_selection.Sizes())
+        print(feature_selection.table(report))
     elif values.op == "encoder_memory":
         given_sizes = {name: getattr(values, name) for name in _OF_ENCODER if values[name].present}
         first = encoder_memory.SHAPES[0]

@@ -7,10 +7,14 @@ and then in this package, wherever it is installed.
 
 import difflib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sparse_xmc.settings import RENAMED
+
 PACKAGE = Path(__file__).parent
+_log = logging.getLogger(__name__)
 _COMMENTS = ("#", "//")
 _DEEPEST, _MOST = 32, 1000  # maximum nesting depth, and total number, of flagfiles
 
@@ -47,7 +51,20 @@ def expand(arguments: Sequence[str]) -> list[str]:
       FileNotFoundError: a flagfile does not exist.
       ValueError: flagfiles include each other in a cycle, too deeply or too often.
     """
-    return _expand(arguments, (), itertools.count(1))
+    return rename_flags(_expand(arguments, (), itertools.count(1)))
+
+
+def rename_flags(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the current names of renamed flags, and log a warning for each renamed flag."""
+    renamed = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        old = flag.lstrip("-")
+        new = RENAMED.get(old, old) if flag.startswith("-") else old
+        if new != old:
+            _log.warning("--%s is now --%s; the old name will be removed in the next version", old, new)
+        renamed.append(f"{flag.removesuffix(old)}{new}{equals}{value}")
+    return renamed
 
 
 def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[int]) -> list[str]:

@@ -22,16 +22,16 @@ from . import program
 from .measure.scale import run_all, run_here, run_on_mesh
 from .measure.workloads import SCALES, flags_without_use
 
-_ON_MESH = "fixed_fan_in_32_32k"  # the cell that is measured on a mesh
+_ON_MESH = "fixed_fan_in_32_32k"  # the model that is measured on a mesh
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("results", None, "Directory that results go to.", required=True)
     flags.DEFINE_multi_integer("labels", [s.labels for s in SCALES], "Numbers of labels, of those in SCALES.")
     flags.DEFINE_list(
-        "cells",
+        "models",
         "dense,bottleneck_64,fixed_fan_in_32_32k",
-        "The systems: flagfiles in experiments/flags/cells.",
+        "The systems: flagfiles in experiments/flags/models.",
     )
     flags.DEFINE_float("seconds", 10, "About how long each part is repeated.")
     flags.DEFINE_bool("here", False, "Measure one system in this process.")
@@ -40,7 +40,9 @@ def _define_flags() -> None:
 def main():
     """Measure the systems that the flags describe."""
     if unused := flags_without_use("mesh"):
-        raise app.UsageError(f"--cells say what is trained, so {', '.join(f'--{n}' for n in unused)} may not")
+        raise app.UsageError(
+            f"--models say what is trained, so {', '.join(f'--{n}' for n in unused)} may not"
+        )
     values, results = flags.FLAGS, Path(flags.FLAGS.results)
     scales = [scale for scale in SCALES if scale.labels in values.labels]
     if unknown := set(values.labels) - {scale.labels for scale in SCALES}:
@@ -49,8 +51,8 @@ def main():
         for scale in scales:
             run_on_mesh(scale, _ON_MESH, parse_mesh(values.mesh), results)
     elif values.here:
-        run_here(scales[0], values.cells[0], results, values.seconds)
-    elif failures := run_all(scales, values.cells, results, values.seconds):
+        run_here(scales[0], values.models[0], results, values.seconds)
+    elif failures := run_all(scales, values.models, results, values.seconds):
         sys.exit("\n".join(["", *failures, f"{len(failures)} failed"]))
 
 

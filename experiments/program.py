@@ -60,7 +60,9 @@ def _run(main: Callable[[], object]) -> object:
         if flags.FLAGS.verbosity > 0:
             traceback.print_exc()
         print(f"error: {_text(error)}", file=sys.stderr)
-        return 1
+        from sparse_xmc.mesh import exit_after_error  # not at the start: --help does not import JAX
+
+        return exit_after_error(1)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -390,7 +390,7 @@ def _check_flags(path: Path) -> None:
 
     if not path.exists():
         return
-    theirs = path.read_text().splitlines()
+    theirs = flagfiles.rename_flags(path.read_text().splitlines())
     epochs = next((int(line[9:]) for line in theirs if line.startswith("--epochs=")), FLAGS.epochs)
     is_raised = epochs < FLAGS.epochs
     if is_raised:

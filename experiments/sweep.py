@@ -1,12 +1,12 @@
-r"""Run a table of experiments: each data set with each cell and seed that a table file lists.
+r"""Run a table of experiments: each data set with each model and seed that a table file lists.
 
     python -m experiments.sweep --table=wordnet --results=experiments/results/sweeps
 
-Each run is a process of `experiments.run` with the flagfiles of the table, the data set and the cell, in this
-order. Its result is written to RESULTS/DATA/CELL_seedN.json, for `experiments.tables`.
+Each run is a process of `experiments.run` with the flagfiles of the table, the data set and the model, in
+this order. Its result is written to RESULTS/DATA/MODEL_seedN.json, for `experiments.tables`.
 
 * A run is skipped if a result with the same flags exists. A stopped run is resumed from its last checkpoint.
-* Entries with equal flags, such as a cell in two tables, share one run: a run is identified by all of its
+* Entries with equal flags, such as a model in two tables, share one run: a run is identified by all of its
   flags that affect results. After a change of the code, remove the results.
 * A failed run does not stop the other runs. The last lines of its output are shown at the end, and the
   program exits with status 1.
@@ -18,12 +18,12 @@ A table file, given by its path or by its name in `experiments/tables`, is TOML:
     flagfiles = ["experiments/flags/text.cfg"]                # flagfiles of all runs
 
     [[runs]]
-    cells = ["dense"]                                         # experiments/flags/cells/dense.cfg
+    models = ["dense"]                                         # experiments/flags/models/dense.cfg
     seeds = [0, 1, 2]
     flagfiles = ["experiments/flags/text_dense.cfg"]          # optional: further flagfiles of these runs
     grid = {dropout = [0, 0.2], loss = ["bce"]}               # optional: all combinations of these flags
 
-A run of a grid is named by its cell and the varied flags, as in dense_dropout_0.2_loss_bce.
+A run of a grid is named by its model and the varied flags, as in dense_dropout_0.2_loss_bce.
 """
 
 import hashlib
@@ -41,6 +41,7 @@ from absl import flags
 
 from sparse_xmc.data.files import open_no_follow, write_text
 from sparse_xmc.heads import HEADS
+from sparse_xmc.settings import rename_settings
 
 from . import flagfiles, program, reflection, run
 
@@ -53,33 +54,37 @@ class Entry(NamedTuple):
 
     Attributes:
       data: the data set, a flagfile in experiments/flags/data.
-      cell: name of the run in the table.
+      model: name of the run in the table.
       seed: seed of the run.
       flagfiles: flagfiles shared with other runs.
-      base: flagfile in experiments/flags/cells; equal to `cell` without a grid.
+      base: flagfile in experiments/flags/models; equal to `model` without a grid.
       varied: the flags of the grid, as pairs (name, value).
     """
 
     data: str
-    cell: str
+    model: str
     seed: int
     flagfiles: tuple[str, ...]
     base: str
     varied: tuple[tuple[str, object], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.data} {self.cell} seed {self.seed}"
+        return f"{self.data} {self.model} seed {self.seed}"
 
     @property
     def flags(self) -> list[str]:
         """The flags of `experiments.run`, without a working directory."""
-        files = [*self.flagfiles, _FLAGS / "data" / f"{self.data}.cfg", _FLAGS / "cells" / f"{self.base}.cfg"]
+        files = [
+            *self.flagfiles,
+            _FLAGS / "data" / f"{self.data}.cfg",
+            _FLAGS / "models" / f"{self.base}.cfg",
+        ]
         varied = [f"--{name}={value}" for name, value in self.varied]
         return [*(f"--flagfile={file}" for file in files), *varied, f"--seed={self.seed}"]
 
     def result(self, results: Path) -> Path:
         """Return the path of the result within the directory of results."""
-        return results / self.data / f"{self.cell}_seed{self.seed}.json"
+        return results / self.data / f"{self.model}_seed{self.seed}.json"
 
 
 def _combinations(grid: dict[str, list]) -> Iterator[tuple[tuple[str, object], ...]]:
@@ -99,9 +104,9 @@ class Table(NamedTuple):
         return list(dict.fromkeys(entry.data for entry in self.entries))
 
     @property
-    def cells(self) -> list[str]:
-        """The cells, in order."""
-        return list(dict.fromkeys(entry.cell for entry in self.entries))
+    def models(self) -> list[str]:
+        """The models, in order."""
+        return list(dict.fromkeys(entry.model for entry in self.entries))
 
 
 def read_table(path: str) -> Table:
@@ -118,15 +123,15 @@ def read_table(path: str) -> Table:
         entries = [
             Entry(
                 name,
-                "_".join([cell, *(f"{flag}_{value}" for flag, value in varied)]),
+                "_".join([model, *(f"{flag}_{value}" for flag, value in varied)]),
                 seed,
                 shared + tuple(group.get("flagfiles", ())),
-                cell,
+                model,
                 varied,
             )
             for name in data
             for group in runs
-            for cell in group["cells"]
+            for model in group["models"]
             for varied in _combinations(group.get("grid", {}))
             for seed in group["seeds"]
         ]
@@ -183,9 +188,12 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
         values, result = effective_flags(entry.flags), entry.result(results)
         workdir = _directory(runs, values)
         command = [sys.executable, "-m", f"{__package__}.run", *entry.flags]
-        command += [f"--workdir={workdir}", f"--name={entry.data} {entry.cell}"]
+        command += [f"--workdir={workdir}", f"--name={entry.data} {entry.model}"]
         print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
-        if result.exists() and _that_matter(json.loads(result.read_text())["flags"]) == values:
+        if (
+            result.exists()
+            and _that_matter(rename_settings(json.loads(result.read_text())["flags"])) == values
+        ):
             print(f"{result} is there")
             continue
         if dry_run:

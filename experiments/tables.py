@@ -5,7 +5,7 @@ r"""Render the tables and figures of a sweep from its result files.
 
 writes to OUT a Markdown, a CSV and a LaTeX file named like the table file, and the figures of the Markdown
 file. The paper's numbers (experiments/paper) are shown beside ours where it reports the data set and the
-cell; published results of encoders trained on the same raw text are shown below. Numbers are means over
+model; published results of encoders trained on the same raw text are shown below. Numbers are means over
 seeds, with the standard deviation between seeds after a ±. Missing results are marked.
 
     python -m experiments.tables --label_scale=experiments/results/label_scale \
@@ -68,26 +68,26 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """A row of the table: a cell of a sweep on a data set.
+    """A row of the table: a model of a sweep on a data set.
 
     Attributes:
       data: the data set.
-      cell: the cell.
+      model: the model.
       results: the existing results of its seeds, as read from JSON.
       wanted: number of seeds in the table file.
       paper: the paper's numbers by column name, or None.
     """
 
     data: str
-    cell: str
+    model: str
     results: list[dict]
     wanted: int
     paper: dict[str, str] | None
 
     @property
     def name(self) -> str:
-        """The name of the cell as text."""
-        return _words(self.cell)
+        """The name of the model as text."""
+        return _words(self.model)
 
     def values(self, column: Column) -> np.ndarray:
         """Return the values of a column, one for each result."""
@@ -99,12 +99,12 @@ class Row(NamedTuple):
         return float(text) if text else None
 
 
-def _words(cell: str) -> str:
-    return cell.replace("fixed_fan_in", "fixed fan-in").replace("_", " ")
+def _words(model: str) -> str:
+    return model.replace("fixed_fan_in", "fixed fan-in").replace("_", " ")
 
 
 def read_reported() -> dict[tuple[str, str], dict[str, str]]:
-    """Read the paper's rows, by our names of the data set and the cell."""
+    """Read the paper's rows, by our names of the data set and the model."""
     with open(PAPER, encoding="utf-8", newline="") as file:
         return {(_data_name(row), _cell_name(row)): row for row in csv.DictReader(file)}
 
@@ -146,10 +146,10 @@ def read_rows(table: sweep.Table, results: Path) -> list[Row]:
     reported = read_reported()
     rows = []
     for data in table.data:
-        for cell in table.cells:
-            entries = [entry for entry in table.entries if (entry.data, entry.cell) == (data, cell)]
+        for model in table.models:
+            entries = [entry for entry in table.entries if (entry.data, entry.model) == (data, model)]
             found = [_read(path) for entry in entries if (path := entry.result(results)).exists()]
-            rows.append(Row(data, cell, found, len(entries), reported.get((data, cell))))
+            rows.append(Row(data, model, found, len(entries), reported.get((data, model))))
     return rows
 
 
@@ -206,14 +206,14 @@ def latex(lines: list[list[str]]) -> str:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """Write means, standard deviations and the paper's numbers; missing values are empty."""
-    names = ["data", "cell", "seeds"]
+    names = ["data", "model", "seeds"]
     for column in COLUMNS:
         names += [column.reported, f"{column.reported}_std", f"{column.reported}_paper"]
     with new_path(path) as side, open(side, "x", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         for row in rows:
-            line = [row.data, row.cell, len(row.results)]
+            line = [row.data, row.model, len(row.results)]
             for column in COLUMNS:
                 values, reported = row.values(column), row.reported(column)
                 line.append(f"{values.mean():.6g}" if len(values) else "")
@@ -431,7 +431,7 @@ def read_label_scale(results: Path) -> list[dict]:
     found = [_read(path) for path in sorted(results.glob("*.json"))]
     if not found:
         raise ValueError(f"{results}: no results")
-    return sorted(found, key=lambda result: (result["scale"]["labels"], result["cell"]))
+    return sorted(found, key=lambda result: (result["scale"]["labels"], result["model"]))
 
 
 def report_label_scale(results: list[dict], out: Path) -> None:
@@ -440,7 +440,7 @@ def report_label_scale(results: list[dict], out: Path) -> None:
     heading = ["labels", "system", "memory, GiB", *(f"{part}, ms" for part in _PARTS), "epoch, min"]
     lines = [heading]
     for result in results:
-        line = [f"{result['scale']['labels']:,}", _words(result["cell"])]
+        line = [f"{result['scale']['labels']:,}", _words(result["model"])]
         if "failed" in result:
             line += [result["failed"], *[""] * (len(heading) - 3)]
         else:
@@ -474,10 +474,10 @@ def _draw_label_scale(results: list[dict]) -> "Figure":
     """
     figure = _new_figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
-    cells = dict.fromkeys(result["cell"] for result in results)
-    colors = {cell: f"C{i}" for i, cell in enumerate(cells)}
-    for cell, color in colors.items():
-        ours = [result for result in results if result["cell"] == cell]
+    models = dict.fromkeys(result["model"] for result in results)
+    colors = {model: f"C{i}" for i, model in enumerate(models)}
+    for model, color in colors.items():
+        ours = [result for result in results if result["model"] == model]
         labels = [result["scale"]["labels"] for result in ours]
         gib = [result["peak_memory_bytes"] / 2**30 for result in ours]
         first, median, third = np.transpose([result["seconds_quartiles"]["step"] for result in ours])
@@ -486,7 +486,7 @@ def _draw_label_scale(results: list[dict]) -> "Figure":
         seconds.errorbar(labels, median, yerr=(median - first, third - median), capsize=3, **style)
         for axes, values in ((memory, gib), (seconds, median)):
             axes.annotate(
-                _words(cell),
+                _words(model),
                 (labels[-1], values[-1]),
                 xytext=(7, 0),
                 textcoords="offset points",
@@ -494,11 +494,11 @@ def _draw_label_scale(results: list[dict]) -> "Figure":
                 va="center",
                 annotation_clip=False,
             )
-    for (_, cell), row in read_reported().items():
+    for (_, model), row in read_reported().items():
         published = float(row["peak_memory_gib"])
-        if cell in colors and published > 0:  # 0.0 cannot be shown on a logarithmic axis.
+        if model in colors and published > 0:  # 0.0 cannot be shown on a logarithmic axis.
             at = prepare.DATASETS[row["dataset"]].labels
-            memory.plot(at, published, color=colors[cell], marker="o", linestyle="", markerfacecolor="none")
+            memory.plot(at, published, color=colors[model], marker="o", linestyle="", markerfacecolor="none")
     memory.axhline(_FOUR_GB, color="grey", linestyle="--", linewidth=1)
     memory.annotate("4 GiB", (1e4, _FOUR_GB), xytext=(0, 4), textcoords="offset points", color="grey")
     memory.set_ylabel("peak memory of a training step, GiB")

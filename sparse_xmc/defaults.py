@@ -28,7 +28,7 @@ def ngrams_for(texts: Sequence[str]) -> int:
 
 
 def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
-    """Return the default sizes "embedding", "penultimate", "fan_in" and "direct".
+    """Return the default sizes "embedding", "penultimate", "fan_in" and "direct_inputs".
 
     The penultimate layer has 8,192 hidden units, 4,096 if labels read words and there is no pretrained
     encoder, and fewer if there are fewer labels. The fan-in is 32, or the number of inputs if it is smaller.
@@ -47,7 +47,7 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
     features = sizes["embedding"] if dataset.is_sparse else dataset.num_features
     sizes = {"fan_in": min(32, sizes["penultimate"] or features)} | sizes
     words_in_8 = 7 if words_alone else 5
-    return sizes | {"direct": words_in_8 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
+    return sizes | {"direct_inputs": words_in_8 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
 
 
 def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
@@ -113,12 +113,12 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": 4e-3,
-        "embedding_rate": 50.0,
-        "penultimate_rate": 0.2,
+        "embedding_lr_multiplier": 50.0,
+        "penultimate_lr_multiplier": 0.2,
         # SGD gives as good results with less memory, but diverges if a label is in half of the points.
         "output_optimizer": "adam",
-        "output_rate": 1.0,
-        "moments": "bfloat16",
+        "output_lr_multiplier": 1.0,
+        "moment_dtype": "bfloat16",
         "schedule": "linear",
         "rewire": RewireConfig(fraction=0.0),
     }
@@ -126,5 +126,9 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         dataset.encoded, TokenLists
     ):  # Fine-tuning of a pretrained encoder: a learning rate of 1e-5, of the order of BERT's.
         steps = epochs * steps_per_epoch
-        settings |= {"encoder_rate": 2.5e-3, "encoder_warmup": steps // 10, "encoder_weight_decay": 0.01}
+        settings |= {
+            "encoder_lr_multiplier": 2.5e-3,
+            "encoder_warmup": steps // 10,
+            "encoder_weight_decay": 0.01,
+        }
     return TrainingConfig(**settings | given)

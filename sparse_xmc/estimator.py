@@ -224,7 +224,7 @@ class XMCClassifier(BaseEstimator):
             head=FixedFanInConfig(
                 penultimate=sizes["penultimate"],
                 fan_in=sizes["fan_in"],
-                direct=sizes["direct"],
+                direct_inputs=sizes["direct_inputs"],
                 output_bias=-1.0,  # on the negative side of the margin: easy negatives have no gradient
                 output_bound=0.05,
             ),

@@ -4,7 +4,9 @@ Labels are sharded over all devices, the rows of a batch over `data`; everything
 partitions the encoder; a head uses its mesh explicitly (`heads/sharded.py`).
 """
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ def connect(
 ) -> None:
     """Connect this process to the others of a distributed run; call it before any other function of JAX.
 
-    If a process dies, the others end with an error within a minute.
+    If a process dies or ends with an uncaught exception, the others end with an error within a minute.
 
     Args:
       coordinator: address:port of process 0; None if JAX finds all arguments in the environment (as under
@@ -35,6 +37,29 @@ def connect(
     jax.distributed.initialize(
         coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
     )
+    report = sys.excepthook
+
+    def report_and_exit(*exception: Any) -> None:
+        report(*exception)
+        exit_after_error(1)
+
+    sys.excepthook = report_and_exit
+
+
+def exit_after_error(status: int) -> int:
+    """Return the exit status; if this is one of several connected processes, end it at once instead.
+
+    On a normal exit, JAX waits for the other processes for up to 5 minutes, and they wait for this one, in a
+    collective operation.
+
+    Args:
+      status: the exit status.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def make_mesh(data: int = 1, label: int = 1) -> Mesh:

@@ -15,7 +15,7 @@ from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.encoders.pretrained_files import POOLINGS, PretrainedConfig
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
 from sparse_xmc.mesh import place
-from sparse_xmc.settings import check, setting
+from sparse_xmc.settings import check, rename_settings, setting
 
 
 class Classifier(nnx.Module):
@@ -171,7 +171,9 @@ class ClassifierConfig:
             encoder = DenseFeatures(width, **options)
         else:
             width, num_words = self.encoder.embedding, self.num_features
-            encoder = BagOfWordsEncoder(num_words, width, direct=self.head.reads_words, **options)
+            encoder = BagOfWordsEncoder(
+                num_words, width, return_direct_inputs=self.head.reads_words, **options
+            )
             if self.text_features:
                 options = {"dropout": self.encoder.text_dropout, "scale": self.encoder.text_scale}
                 embeddings = DenseFeatures(self.text_features, **options, rngs=rngs)
@@ -200,7 +202,7 @@ class ClassifierConfig:
           ValueError: the object was not made by `to_json`.
         """
         try:
-            head = dict(fields["head"])
+            head = rename_settings(fields["head"])
             config = HEADS[head.pop("kind")](**head)
             pretrained = fields.get("pretrained")
             if pretrained is not None:

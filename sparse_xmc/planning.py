@@ -162,7 +162,7 @@ def _smaller(
     if not hasattr(config.head, "output_dtype"):
         config = dataclasses.replace(config, head=ClassifierConfig.head)
         yield config, training
-    training = dataclasses.replace(training, moments="bfloat16")
+    training = dataclasses.replace(training, moment_dtype="bfloat16")
     yield config, training
     head: Any = config.head
     config = dataclasses.replace(config, head=dataclasses.replace(head, output_dtype="bfloat16"))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -78,6 +79,24 @@ def check(settings: Any) -> None:
                 raise ValueError(f"{field.name} must be {what}{besides}, got {value!r}")
             raise ValueError(f"{field.name} must be a whole number, {what}{besides}, got {value!r}")
         object.__setattr__(settings, field.name, int(value) if float not in kinds else float(value))
+
+
+# Settings of version 0.1 that were renamed, with their names now. Saved models with the old names load; flags
+# with the old names work in this version, with a warning.
+RENAMED = {
+    "direct": "direct_inputs",
+    "embedding_rate": "embedding_lr_multiplier",
+    "encoder_rate": "encoder_lr_multiplier",
+    "head_rate": "head_lr_multiplier",
+    "moments": "moment_dtype",
+    "output_rate": "output_lr_multiplier",
+    "penultimate_rate": "penultimate_lr_multiplier",
+}
+
+
+def rename_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by name, with the current names of renamed settings."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 LARGEST_SEED = 2**32 - 1  # limit of NumPy, and of stochastic rounding in the ops

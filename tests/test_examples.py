@@ -83,7 +83,7 @@ def test_your_own_network(tmp_path):
 def test_from_the_papers_table_to_your_data(tmp_path, capsys):
     example = runpy.run_path(str(EXAMPLES / "paper_table_to_your_data.py"))
     row = example["ROWS"].popitem()[1]  # a run less: whether it could be run is enough
-    assert values_of([f"--flagfile={name}" for name in row])["direct"] == 28
+    assert values_of([f"--flagfile={name}" for name in row])["direct_inputs"] == 28
     (paper,) = example["main"]([f"--workdir={tmp_path}", "--epochs=3", "--penultimate=64"]).values()
     assert paper["flags"]["validate_on_test"]
     assert paper["epochs"] == 3

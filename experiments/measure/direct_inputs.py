@@ -8,7 +8,7 @@ Texts draw their words by Zipf's law: the word of rank r, from 1, has a probabil
 text has about 10 distinct words, so that 256 texts have some 1,500 of 100,000 words. Frequent words rarely
 distinguish labels, so labels draw distinct words with probabilities proportional to 1 / (r + 50). Then 0.30
 of the labels' words are in the batch, and 0.16 in 64 of its texts. On the shipped data set with
-`choose_columns`, the fractions are 0.36 and 0.22, and with pairs of words 0.23 and 0.13.
+`select_direct_inputs`, the fractions are 0.36 and 0.22, and with pairs of words 0.23 and 0.13.
 """
 
 import functools
@@ -194,9 +194,9 @@ def table(report: dict) -> str:
     lines.append(f"{'ms: median (over units alone)':32}" + "".join(f"{name:>24}" for name in names))
     for op, seconds in report["median_seconds"].items():
         over = report["over_units_alone"][op]
-        cells = [
+        models = [
             f"{1e3 * s:,.1f}" + (f" ({over[name]:.2f})" if name in over else "")
             for name, s in seconds.items()
         ]
-        lines.append(f"{op:32}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{op:32}" + "".join(f"{model:>24}" for model in models))
     return "\n".join(lines)

@@ -87,7 +87,7 @@ def abstract_trainer(shape: Shape, network: PretrainedConfig, dtype: str, remat:
         head=FixedFanInConfig(
             penultimate=shape.penultimate,
             fan_in=shape.fan_in,
-            direct=7 * shape.fan_in // 8,
+            direct_inputs=7 * shape.fan_in // 8,
             output_dtype="bfloat16",
         ),
         text_features=network.hidden_size,
@@ -96,7 +96,7 @@ def abstract_trainer(shape: Shape, network: PretrainedConfig, dtype: str, remat:
     training = TrainingConfig(
         batch_size=shape.batch,
         output_optimizer="sgd",
-        moments="bfloat16",
+        moment_dtype="bfloat16",
         rewire=RewireConfig(fraction=0),
     )
     return planning.abstract_trainer(config, training)

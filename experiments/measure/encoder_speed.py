@@ -112,7 +112,7 @@ def measure_step(
             train.num_labels,
             bag_of_words=True,
             encoder=EncoderConfig(embedding=256),
-            head=FixedFanInConfig(penultimate=4096, direct=20, output_bias=-1),
+            head=FixedFanInConfig(penultimate=4096, direct_inputs=20, output_bias=-1),
             text_features=encoder.features,
             pretrained=None if text is None else PretrainedSettings.of(text),
         )
@@ -154,8 +154,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"| tokens of a text | {' | '.join(f'{name}, tokens/s' for name in names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
     for row in report["rows"]:
-        cells = [f"{row['tokens_per_second'][name]:,.0f}" for name in names]
-        lines.append(f"| {row['length']} | {' | '.join(cells)} |")
+        models = [f"{row['tokens_per_second'][name]:,.0f}" for name in names]
+        lines.append(f"| {row['length']} | {' | '.join(models)} |")
     return "\n".join(lines)
 
 

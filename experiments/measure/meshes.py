@@ -24,15 +24,15 @@ _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", 
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2}
 
 
-def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
+def measure(scale: Scale, model: str, mesh: Mesh) -> dict[str, Any]:
     """Take a training step, and report memory and communication of each device, serializable as JSON.
 
     Args:
       scale: the number of labels, and the statistics of the data.
-      cell: name of a flagfile in experiments/flags/cells, without its suffix.
+      model: name of a flagfile in experiments/flags/models, without its suffix.
       mesh: the mesh.
     """
-    arguments = [f"--flagfile=experiments/flags/cells/{cell}.cfg", f"--batch_size={BATCH_SIZE}"]
+    arguments = [f"--flagfile=experiments/flags/models/{model}.cfg", f"--batch_size={BATCH_SIZE}"]
     trainer = make_trainer(arguments, NUM_FEATURES, scale.labels, mesh=mesh)
     (batch,) = make_batches(scale.labels, scale.labels_per_point, count=1)
     compiled = trainer.trace(batch)["step"].lower().compile()
@@ -46,7 +46,7 @@ def measure(scale: Scale, cell: str, mesh: Mesh) -> dict[str, Any]:
     width = NUM_FEATURES if inputs is None else inputs["kernel"].shape[1]
     return {
         "scale": scale._asdict(),
-        "cell": cell,
+        "model": model,
         "mesh": dict(mesh.shape),
         "batch_size": BATCH_SIZE,
         "bytes_per_device": bytes_on_first_device(trainer),

@@ -52,19 +52,19 @@ _RATE = 1e-6
 _ALL_GRADIENTS, _FEW_GRADIENTS = ((f"--output_bias={bias}", "--output_bound=none") for bias in (0.0, -1.1))
 
 
-def measure(scale: Scale, cell: str, seconds: float, now: clock.Clock = time.perf_counter) -> dict:
+def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.perf_counter) -> dict:
     """Train a few steps and time them; return a report serializable as JSON.
 
     Args:
       scale: the number of labels, and the statistics of the data.
-      cell: name of a flagfile in experiments/flags/cells, without its suffix.
+      model: name of a flagfile in experiments/flags/models, without its suffix.
       seconds: approximate time for which each part is repeated.
       now: function that returns the time in seconds.
     """
-    system = [f"--flagfile=experiments/flags/cells/{cell}.cfg"]
+    system = [f"--flagfile=experiments/flags/models/{model}.cfg"]
     system += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
     settings = read_settings(system)
-    report = {"scale": scale._asdict(), "cell": cell, "batch_size": BATCH_SIZE}
+    report = {"scale": scale._asdict(), "model": model, "batch_size": BATCH_SIZE}
     points = make_dataset(scale.labels, scale.labels_per_point, NUM_FEATURES)
     plan = plan_memory(settings.classifier(NUM_FEATURES, scale.labels), settings.training, points)
     report["planned_bytes"] = plan.bytes
@@ -137,7 +137,7 @@ def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[],
     return {name: functools.partial(jax.jit(f), params, other, batch) for name, f in functions.items()}
 
 
-def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float) -> list[str]:
+def run_all(scales: list[Scale], models: list[str], results: Path, seconds: float) -> list[str]:
     """Measure all systems without a result, each in a process of its own.
 
     Returns:
@@ -146,15 +146,15 @@ def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float
     results.mkdir(parents=True, exist_ok=True)
     failures = []
     for scale in scales:
-        for cell in cells:
-            path = _path(results, scale, cell)
-            print(f"{scale.labels:,} labels, {cell}: ", end="", flush=True)
+        for model in models:
+            path = _path(results, scale, model)
+            print(f"{scale.labels:,} labels, {model}: ", end="", flush=True)
             if path.exists():
                 print(f"{path} is there")
                 continue
             program = f"{(__package__ or '').rpartition('.')[0]}.label_scale"
             command = [sys.executable, "-m", program, f"--results={results}"]
-            command += [f"--labels={scale.labels}", f"--cells={cell}", f"--seconds={seconds}", "--here"]
+            command += [f"--labels={scale.labels}", f"--models={model}", f"--seconds={seconds}", "--here"]
             finished = subprocess.run(command, capture_output=True, text=True)
             if finished.returncode == 0:
                 print(finished.stdout.strip().splitlines()[-1])
@@ -165,10 +165,10 @@ def run_all(scales: list[Scale], cells: list[str], results: Path, seconds: float
     return failures
 
 
-def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
+def run_here(scale: Scale, model: str, results: Path, seconds: float) -> None:
     """Measure one system in this process, and write its result."""
-    report = measure(scale, cell, seconds)
-    _write(_path(results, scale, cell), report)
+    report = measure(scale, model, seconds)
+    _write(_path(results, scale, model), report)
     if "failed" in report:
         print(report["failed"])
     else:
@@ -177,12 +177,12 @@ def run_here(scale: Scale, cell: str, results: Path, seconds: float) -> None:
         )
 
 
-def run_on_mesh(scale: Scale, cell: str, sizes: dict[str, int], results: Path) -> None:
+def run_on_mesh(scale: Scale, model: str, sizes: dict[str, int], results: Path) -> None:
     """Measure memory and communication of each device of a mesh, in this process, and write the result."""
     results.mkdir(parents=True, exist_ok=True)
-    report = meshes.measure(scale, cell, make_mesh(**sizes))
+    report = meshes.measure(scale, model, make_mesh(**sizes))
     of_mesh = "_".join(f"{axis}{size}" for axis, size in sizes.items())
-    _write(results / f"{cell}_{scale.labels}_{of_mesh}.json", report)
+    _write(results / f"{model}_{scale.labels}_{of_mesh}.json", report)
     print(meshes.line(report))
 
 
@@ -192,5 +192,5 @@ def _write(path: Path, report: dict) -> None:
     os.replace(partial, path)
 
 
-def _path(results: Path, scale: Scale, cell: str) -> Path:
-    return results / f"{cell}_{scale.labels}.json"
+def _path(results: Path, scale: Scale, model: str) -> Path:
+    return results / f"{model}_{scale.labels}.json"

@@ -1,6 +1,6 @@
 """The memory of training steps, for `experiments.measure.steps`.
 
-Every cell of the table is measured in a process of its own: this program with the JSON of the measurement as
+Every model of the table is measured in a process of its own: this program with the JSON of the measurement as
 its only argument. The growth of its peak resident size is compared with the sum of known sizes: the arrays of
 the training state, XLA's temporaries, and the scratch memory of the ops; and with the plan of `plan_memory`.
 Before the measurement, the process trains a tiny classifier of the same kind, so that libraries and compiler
@@ -65,8 +65,8 @@ def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int
     records = []
     for network in networks:
         for mode in modes:
-            cell = json.dumps({"network": network._asdict(), "mode": mode, "steps": steps})
-            command = [sys.executable, "-m", f"{__package__}.step_memory", cell]
+            model = json.dumps({"network": network._asdict(), "mode": mode, "steps": steps})
+            command = [sys.executable, "-m", f"{__package__}.step_memory", model]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             record = {**network._asdict(), "mode": mode}
             if process.returncode == 0:

@@ -37,7 +37,7 @@ class BagOfWordsEncoder(nnx.Module):
       features: E, the number of features.
       dropout: dropout rate.
       scale: factor by which the weights of the words are multiplied.
-      direct: whether to return `Features`, with the scaled words for heads that read them directly.
+      return_direct_inputs: whether to return `Features`, with the scaled words as direct inputs of a head.
       rngs: random keys; the streams `params` and `dropout` are used.
 
     Attributes:
@@ -51,19 +51,19 @@ class BagOfWordsEncoder(nnx.Module):
         dropout: float = 0.0,
         *,
         scale: float = 1.0,
-        direct: bool = False,
+        return_direct_inputs: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_words = num_words
-        self.direct = direct
+        self.return_direct_inputs = return_direct_inputs
         self.scale = Scale(jnp.float32(scale))
         self.embedding = EmbeddingBag(num_words, features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, bags: BagOfWords) -> Array | Features:
-        """Map a batch of B bags of words to float32 [B, E], or to `Features` if `direct` is set."""
+        """Map B bags of words to float32 [B, E], or to `Features` if `return_direct_inputs` is set."""
         x = self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))
-        if not self.direct:
+        if not self.return_direct_inputs:
             return x
         rows, words = jnp.asarray(bags.rows), jnp.asarray(bags.words)
         values = self.scale[...] * jnp.asarray(bags.weights)

@@ -107,7 +107,7 @@ class DenseHead(LayeredHead):
             d_y,
             inputs,
             moments,
-            rate=training.output_rate,
+            rate=training.output_lr_multiplier,
             epsilon=training.epsilon_for(self.num_labels),
         )
         return loss, d_x, of_output

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 import xla_ops
 from sparse_xmc.connectivity import draw_connections
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.heads.choosing import choose_columns
+from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.heads.head import OUTPUT_BIAS, Features, Head, HeadConfig, label_blocks, split_features
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.part import BY_LABEL, LabelPart
@@ -35,9 +35,10 @@ class FixedFanInConfig(HeadConfig):
     Attributes:
       penultimate: I, the width of the penultimate layer; 0 for none.
       fan_in: F, the number of inputs of each label.
-      direct: maximum number of these inputs that are, at the start, direct inputs instead of hidden units:
-        words of a bag of words, or features. `choose_columns` chooses them for each label, and hidden units
-        fill the remaining inputs. 0 for hidden units only, as in the paper.
+      direct_inputs: maximum number of these inputs that are, at the start, direct inputs instead of hidden
+        units: words of a bag of words, or features. `select_direct_inputs` chooses them for each label, and
+          hidden
+        units fill the remaining inputs. 0 for hidden units only, as in the paper.
       direct_scale: factor by which direct inputs are multiplied.
       output_bias: initial bias of all labels. -1 puts every label on the negative side of the squared hinge's
         margin, so that easy negatives have no gradient from the first step. For the loss "bce", -log(L) is
@@ -50,7 +51,7 @@ class FixedFanInConfig(HeadConfig):
 
     penultimate: int = setting(8192, at_least=0)
     fan_in: int = setting(32, at_least=1)
-    direct: int = setting(0, at_least=0)
+    direct_inputs: int = setting(0, at_least=0)
     direct_scale: float = setting(5.0, above=0)
     output_bias: float = OUTPUT_BIAS
     output_bound: float | None = setting(OUTPUT_BOUND, above=0, or_else=(None,))
@@ -67,8 +68,8 @@ class FixedFanInConfig(HeadConfig):
         rngs: nnx.Rngs,
     ) -> Head:
         head = self.make_part(in_features, num_labels, None, num_words=num_words, rngs=rngs)
-        if self.direct and train is not None:
-            head.choose(self.direct, train, rngs.params())
+        if self.direct_inputs and train is not None:
+            head.choose(self.direct_inputs, train, rngs.params())
         return head
 
     def make_sharded(self, in_features, num_labels, mesh, *, num_words=0, train=None, rngs):
@@ -89,19 +90,21 @@ class FixedFanInConfig(HeadConfig):
           rngs: random keys; the stream `params` is used.
 
         Raises:
-          ValueError: `direct` exceeds `fan_in`; `direct` is set and `fan_in` exceeds the number of units; or
-            features are to be direct inputs and there is no penultimate layer.
+          ValueError: `direct_inputs` exceeds `fan_in`; `direct_inputs` is set and `fan_in` exceeds the number
+            of units; or features are to be direct inputs and there is no penultimate layer.
         """
-        if self.direct > self.fan_in:
-            raise ValueError(f"direct must be at most fan_in, {self.fan_in}, got {self.direct}")
+        if self.direct_inputs > self.fan_in:
+            raise ValueError(f"direct_inputs must be at most fan_in, {self.fan_in}, got {self.direct_inputs}")
         units = self.penultimate or in_features
         # A label without training points has no direct inputs, and reads F distinct units.
-        if self.direct and self.fan_in > units:
+        if self.direct_inputs and self.fan_in > units:
             raise ValueError(f"fan_in must be at most the number of units, {units}, got {self.fan_in}")
-        num_words = num_words if self.direct else 0
-        reads_features = self.direct > 0 and not num_words
+        num_words = num_words if self.direct_inputs else 0
+        reads_features = self.direct_inputs > 0 and not num_words
         if reads_features and not self.penultimate:
-            raise ValueError("without a penultimate layer labels read the features anyway; use direct=0")
+            raise ValueError(
+                "without a penultimate layer labels read the features anyway; use direct_inputs=0"
+            )
 
         whole, first = (num_labels, 0) if part is None else (part.num_labels, part.first(num_labels))
 
@@ -132,7 +135,7 @@ class FixedFanInConfig(HeadConfig):
 
     @property
     def reads_words(self) -> bool:
-        return self.direct > 0
+        return self.direct_inputs > 0
 
 
 class FixedFanInHead(LayeredHead):
@@ -175,8 +178,9 @@ class FixedFanInHead(LayeredHead):
         """Connect each label to its best direct inputs, and to random hidden units for the rest.
 
         Args:
-          count: maximum number of direct inputs of a label; fewer if `choose_columns` finds fewer columns.
-          train: the training points, from which `choose_columns` chooses.
+          count: maximum number of direct inputs of a label; fewer if `select_direct_inputs` finds fewer
+            columns.
+          train: the training points, from which `select_direct_inputs` chooses.
           key: random key for the connections to hidden units.
         """
         layer = self.output
@@ -202,7 +206,7 @@ class FixedFanInHead(LayeredHead):
         rows = labels.stop - labels.start
         drawn = draw_connections(key, rows, layer.fan_in, units, first=labels.start)
         indices, weights = np.array(drawn, np.int32), np.array(kernel.astype(jnp.float32))
-        for block, columns, excess in choose_columns(train.features, train.labels[:, labels], count):
+        for block, columns, excess in select_direct_inputs(train.features, train.labels[:, labels], count):
             length = np.sqrt(np.square(excess).sum(axis=1, keepdims=True))
             start = _START * excess / np.maximum(length, np.finfo(np.float32).tiny)
             chosen = columns >= 0
@@ -273,7 +277,7 @@ class FixedFanInHead(LayeredHead):
         arguments = (inputs.x.astype(kernel.dtype), kernel, layer.indices[...], bias, own)
         options: dict[str, Any] = {"loss": training.loss, "num_labels": self.labels_of_all, "sparse": words}
         options["wants_d_x"] = inputs.wants_d_x
-        rate = training.output_rate * inputs.learning_rate
+        rate = training.output_lr_multiplier * inputs.learning_rate
         mu, nu = {}, {}
         if training.output_optimizer == "adam":
             of_kernel, of_bias = ((moments.mu.get(name), moments.nu.get(name)) for name in names)

@@ -41,9 +41,9 @@ class HeadTraining:
       output_optimizer: optimizer of the output layer: "adam", or "sgd" without momentum, which has no moments
         and rounds bfloat16 weights stochastically. SGD follows the sum of the losses over batch and labels,
         not the mean, so that its learning rate is independent of the batch size and the number of labels.
-      output_rate: learning-rate multiplier of the output layer.
-      penultimate_rate: learning-rate multiplier of the penultimate layer, whose weights are small.
-      moments: dtype of Adam's moments of the penultimate layer, "float32" or "bfloat16", with the second
+      output_lr_multiplier: learning-rate multiplier of the output layer.
+      penultimate_lr_multiplier: learning-rate multiplier of the penultimate layer, whose weights are small.
+      moment_dtype: dtype of Adam's moments of the penultimate layer, "float32" or "bfloat16", with the second
         moment rounded stochastically; also the dtype of the first moments of the encoder.
       epsilon: Adam's epsilon, for gradients of the mean over batch and labels; None for 1.6e-6 / L, as these
         gradients are of order 1 / L. The paper uses 1e-7.
@@ -51,9 +51,9 @@ class HeadTraining:
 
     loss: str = setting("squared_hinge", choices=tuple(LOSSES))
     output_optimizer: str = setting("adam", choices=("adam", "sgd"))
-    output_rate: float = setting(1.0, at_least=0)
-    penultimate_rate: float = setting(1.0, at_least=0)
-    moments: str = setting("float32", choices=("float32", "bfloat16"))
+    output_lr_multiplier: float = setting(1.0, at_least=0)
+    penultimate_lr_multiplier: float = setting(1.0, at_least=0)
+    moment_dtype: str = setting("float32", choices=("float32", "bfloat16"))
     epsilon: float | None = setting(None, above=0, or_else=(None,))
 
     def __post_init__(self):

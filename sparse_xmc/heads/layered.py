@@ -105,7 +105,7 @@ class LayeredHead(Head):
             name for name in parameters if name.partition(".")[0] not in ("penultimate", "output")
         ]:
             raise ValueError(f"nothing would train the head's parameter {unknown[0]}: it is in neither layer")
-        dtypes = {"penultimate": jnp.dtype(training.moments)}
+        dtypes = {"penultimate": jnp.dtype(training.moment_dtype)}
         if training.output_optimizer == "adam":
             dtypes["output"] = jnp.dtype(jnp.float32)
             if (dtype := parameters["output.kernel"].dtype) != jnp.float32:
@@ -138,7 +138,7 @@ class LayeredHead(Head):
             d_y,
             inputs,
             moments,
-            rate=training.penultimate_rate,
+            rate=training.penultimate_lr_multiplier,
             epsilon=training.epsilon_for(self.labels_of_all),
         )
         d_x = d_x + d_x_past if inputs.wants_d_x else d_x
@@ -184,7 +184,7 @@ class LayeredHead(Head):
         """Update the parameters in `grads` with Optax, and return their new moments."""
         gradients = {path_name(path): g[...] for path, g in nnx.to_flat_state(grads)}
         parameters = parameters_of(self)
-        rates = {"penultimate": training.penultimate_rate, "output": training.output_rate}
+        rates = {"penultimate": training.penultimate_lr_multiplier, "output": training.output_lr_multiplier}
         of_adam = {name: g for name, g in gradients.items() if name in state.mu}
         epsilon = training.epsilon_for(self.labels_of_all)
         directions, moments = adam_directions(of_adam, state, epsilon, inputs.seed)

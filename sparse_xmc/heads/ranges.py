@@ -31,7 +31,7 @@ class LabelRanges(Head):
       heads: the heads in the order of their positions, with equal `in_features`.
       labels: int [L], the label at each position, ascending within the range of a head, so that labels with
         equal scores keep their order.
-      rates: learning-rate multiplier of the output layer of each head, multiplied by `output_rate`.
+      rates: learning-rate multiplier of the output layer of each head, multiplied by `output_lr_multiplier`.
 
     Raises:
       ValueError: the heads differ in `in_features`, there is not one rate for each head, or `labels` is not a
@@ -110,7 +110,7 @@ class LabelRanges(Head):
             scaled = dataclasses.replace(
                 training,
                 epsilon=training.epsilon_for(self.num_labels) / share,
-                output_rate=rate * training.output_rate,
+                output_lr_multiplier=rate * training.output_lr_multiplier,
             )
             step = getattr(head, method)
             its_loss, its_d_x, of_head = step(inputs._replace(positives=shift(at, start)), of_head, scaled)
@@ -138,12 +138,12 @@ class HeadAndTailConfig(FixedFanInConfig):
 
     Attributes:
       head_fraction: fraction of the labels that are in the dense layer.
-      head_rate: learning-rate multiplier of the dense layer, multiplied by `output_rate`. It is below 1 by
-        default because all features of a label learn together.
+      head_lr_multiplier: learning-rate multiplier of the dense layer, multiplied by `output_lr_multiplier`.
+        It is below 1 by default because all features of a label learn together.
     """
 
     head_fraction: float = setting(0.1, above=0, below=1)
-    head_rate: float = setting(0.25, at_least=0)
+    head_lr_multiplier: float = setting(0.25, at_least=0)
 
     def make(
         self,
@@ -164,7 +164,7 @@ class HeadAndTailConfig(FixedFanInConfig):
         head = make_dense(in_features, size, 0, self.output_bias, rngs=rngs)
         of_tail = None if train is None else Dataset(train.features, train.labels[:, labels[size:]])
         tail = super().make(in_features, num_labels - size, num_words=num_words, train=of_tail, rngs=rngs)
-        return LabelRanges([head, tail], labels, rates=(self.head_rate, 1.0))
+        return LabelRanges([head, tail], labels, rates=(self.head_lr_multiplier, 1.0))
 
     def make_sharded(self, in_features, num_labels, mesh, *, num_words=0, train=None, rngs):
         return HeadConfig.make_sharded(self, in_features, num_labels, mesh, rngs=rngs)  # always raises

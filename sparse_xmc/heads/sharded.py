@@ -108,8 +108,8 @@ class ShardedHead(Head):
         state, words = jax.jit(on_devices)(words)
         nnx.update(rngs, jax.tree.map(lambda words, key: _as_key(np.asarray(words), key), words, keys))
         head = cls(graphdefs[-1], state, mesh, in_features, num_labels)
-        if config.direct and train is not None:
-            head._choose(config.direct, train, rngs.params())
+        if config.direct_inputs and train is not None:
+            head._choose(config.direct_inputs, train, rngs.params())
         return head
 
     def _choose(self, count: int, train: Dataset, key: Array) -> None:

@@ -15,10 +15,10 @@ class TrainingConfig(HeadTraining):
       epochs: maximum number of epochs.
       batch_size: B, the number of points in a batch.
       learning_rate: base learning rate at the start; each layer multiplies it by its own factor.
-      embedding_rate: learning-rate multiplier of embedding tables, which Adagrad trains: a row moves by about
-        this times the learning rate at its first use, and by less at each later use.
-      encoder_rate: learning-rate multiplier of all other parameters of the encoder, which AdamW trains unless
-        `Trainer` is given another optimizer.
+      embedding_lr_multiplier: learning-rate multiplier of embedding tables, which Adagrad trains: a row moves
+        by about this times the learning rate at its first use, and by less at each later use.
+      encoder_lr_multiplier: learning-rate multiplier of all other parameters of the encoder, which AdamW
+        trains unless `Trainer` is given another optimizer.
       encoder_warmup: number of steps over which the learning rate of the encoder rises linearly to its full
         value.
       encoder_weight_decay: AdamW's decoupled weight decay of the encoder's matrices, a fraction per step,
@@ -36,8 +36,8 @@ class TrainingConfig(HeadTraining):
     epochs: int = setting(100, at_least=1)
     batch_size: int = setting(32, at_least=1)
     learning_rate: float = setting(1e-3, above=0)
-    embedding_rate: float = setting(1.0, at_least=0)
-    encoder_rate: float = setting(1.0, at_least=0)
+    embedding_lr_multiplier: float = setting(1.0, at_least=0)
+    encoder_lr_multiplier: float = setting(1.0, at_least=0)
     encoder_warmup: int = setting(0, at_least=0)
     encoder_weight_decay: float = setting(0.0, at_least=0)
     schedule: str = setting("plateau", choices=tuple(SCHEDULES))

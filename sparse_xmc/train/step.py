@@ -111,7 +111,7 @@ class Step:
 
     def _step_tables(self, encoder, rows, gradients: nnx.State, squares: State, learning_rate) -> None:
         """Update the table rows that a batch uses, and their sums of squares, with Adagrad."""
-        rate = self.config.embedding_rate * learning_rate
+        rate = self.config.embedding_lr_multiplier * learning_rate
         gradient_of = {path_name(path): g[...] for path, g in nnx.to_flat_state(gradients)}
         for path, table in tables_of(encoder):
             whole, of_table = table.embedding[...], rows[path]

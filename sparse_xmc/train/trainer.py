@@ -37,8 +37,8 @@ class Trainer:
       config: the training configuration.
       seed: seed of the order of the points, of rewiring, and of stochastic rounding: an integer in 0..2^32-1.
       encoder_optimizer: an optimizer for the encoder that includes its learning rate, such as
-        `optax.lion(1e-5)`; by default AdamW with `encoder_rate`, `encoder_warmup`, `encoder_weight_decay` and
-        `moments` of the configuration.
+        `optax.lion(1e-5)`; by default AdamW with `encoder_lr_multiplier`, `encoder_warmup`,
+        `encoder_weight_decay` and `moment_dtype` of the configuration.
       fused: whether the head is updated in place by native ops; by default wherever the native ops run. The
         state is the same in both cases, so a run can be resumed with either.
 
@@ -213,7 +213,7 @@ def _programs(step: Step) -> _Programs:
     return _compiled(step)
 
 
-_OF_ADAMW = {"encoder_rate": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
+_OF_ADAMW = {"encoder_lr_multiplier": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
 
 
 @jax.jit
@@ -227,11 +227,11 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
 
     Reference: Loshchilov & Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
-    rate = config.learning_rate * config.encoder_rate
+    rate = config.learning_rate * config.encoder_lr_multiplier
     warmup = config.encoder_warmup
     return optax.adamw(
         optax.linear_schedule(rate / (1 + warmup), rate, warmup) if warmup else rate,
-        mu_dtype=config.moments,
+        mu_dtype=config.moment_dtype,
         weight_decay=config.encoder_weight_decay,
         mask=lambda params: jax.tree.map(lambda parameter: parameter.ndim > 1, params),
     )

@@ -41,7 +41,7 @@ class TestPublishedRows:
             assert values["encoder_trainable"]
             assert values["output_dtype"] == "bfloat16"
             assert values["output_optimizer"] == "sgd"
-            assert values["learning_rate"] * values["encoder_rate"] == pytest.approx(1e-5)
+            assert values["learning_rate"] * values["encoder_lr_multiplier"] == pytest.approx(1e-5)
             assert values["max_length"] == (
                 32 if "titles" in entry.data else 256 if "wiki" in entry.data else 128
             )

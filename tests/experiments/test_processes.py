@@ -19,7 +19,7 @@ from sparse_xmc.saving import SavedModel
 
 ROOT = Path(experiments.__file__).parents[1]
 SECONDS = 240  # from the start of a run until processes that hang are aborted
-SMALL = ["--embedding=16", "--penultimate=24", "--fan_in=6", "--direct=3", "--batch_size=8"]
+SMALL = ["--embedding=16", "--penultimate=24", "--fan_in=6", "--direct_inputs=3", "--batch_size=8"]
 SMALL += ["--learning_rate=0.01", "--output_bias=-1", "--schedule=linear"]
 SMALL += ["--rewire_growth=active", "--rewire_fraction=0.2", "--rewire_interval=7"]
 
@@ -46,8 +46,11 @@ def data(request, tmp_path_factory):
     return flags
 
 
-def start(count, devices, flags, logs):
-    """Start `count` processes of a run with `devices` devices each; their messages go to files in `logs`."""
+def start(count, devices, flags, logs, last_flags=()):
+    """Start `count` processes of a run with `devices` devices each; their messages go to files in `logs`.
+
+    The last process has further flags.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -62,6 +65,8 @@ def start(count, devices, flags, logs):
                 f"--num_processes={count}",
                 f"--process_id={number}",
             ]
+        if number == count - 1:
+            command += last_flags
         with open(logs / f"{number}.log", "w") as log:
             processes.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
@@ -143,6 +148,17 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(da
     assert all(code != 0 for code, _ in ends)
     run(1, 4, tmp_path, *flags, "--mesh=data:2,label:2")
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.parametrize("data", ["text"], indirect=True)
+def test_a_process_that_fails_ends_the_others(data, tmp_path):
+    flags = [*data, "--epochs=1", "--mesh=label:2", f"--workdir={tmp_path / 'run'}"]
+    (first, _), (last, errors) = wait(
+        start(2, 1, flags, tmp_path, last_flags=["--train=missing.tsv"]), tmp_path
+    )
+    assert last == 1
+    assert "error: missing.tsv: no such file" in errors
+    assert first not in (0, -signal.SIGABRT)  # SIGABRT would be from `wait`
 
 
 @pytest.mark.parametrize("data", ["text"], indirect=True)

@@ -142,3 +142,17 @@ def test_tables_by_name():
     assert flagfiles.find_named("wordnet", "tables") == flagfiles.PACKAGE / "tables" / "wordnet.toml"
     with pytest.raises(FileNotFoundError, match="wordnet_fll: no such file; did you mean wordnet_full"):
         flagfiles.find_named("wordnet_fll", "tables")
+
+
+def test_renamed_flags_work_with_a_warning(caplog):
+    given = ["--direct=3", "-moments=bfloat16", "--direct_scale=2", "--epochs=4", "--output_rate", "direct"]
+    expected = ["--direct_inputs=3", "-moment_dtype=bfloat16", "--direct_scale=2", "--epochs=4"]
+    assert flagfiles.expand(given) == [*expected, "--output_lr_multiplier", "direct"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--{old} is now --{new}; the old name will be removed in the next version"
+        for old, new in (
+            ("direct", "direct_inputs"),
+            ("moments", "moment_dtype"),
+            ("output_rate", "output_lr_multiplier"),
+        )
+    ]

@@ -32,10 +32,10 @@ def project(tmp_path, monkeypatch):
     files = {
         "shared.cfg": ["--embedding=4", "--penultimate=0", "--fan_in=2", "--batch_size=10", "--epochs=1"],
         "experiments/flags/data/tiny.cfg": ["--train=train.tsv", "--test=test.tsv", "--dropout=0.2"],
-        "experiments/flags/cells/dense.cfg": ["--head=dense"],
-        "experiments/flags/cells/sparse.cfg": ["--head=fixed_fan_in"],
-        "experiments/flags/cells/alias.cfg": ["--fan_in=2", "--head=dense"],
-        "experiments/flags/cells/broken.cfg": ["--fan_in=1000"],
+        "experiments/flags/models/dense.cfg": ["--head=dense"],
+        "experiments/flags/models/sparse.cfg": ["--head=fixed_fan_in"],
+        "experiments/flags/models/alias.cfg": ["--fan_in=2", "--head=dense"],
+        "experiments/flags/models/broken.cfg": ["--fan_in=1000"],
     }
     for name, lines in files.items():
         path = tmp_path / name
@@ -46,8 +46,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_table(path, cells, seeds="[0]"):
-    runs = f"[[runs]]\ncells = {json.dumps(cells)}\nseeds = {seeds}\n"
+def write_table(path, models, seeds="[0]"):
+    runs = f"[[runs]]\ncells = {json.dumps(models)}\nseeds = {seeds}\n"
     path.write_text(f'title = "Tiny"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n{runs}')
     return str(path)
 
@@ -90,7 +90,7 @@ def test_a_sweep_goes_on_past_failures_and_runs_nothing_twice(project):
 def test_a_dry_run_shows_the_commands_and_runs_nothing(project):
     finished = run_sweep("--dry_run", f"--table={write_table(project / 'table.toml', ['dense'])}")
     assert finished.returncode == 0
-    assert "--flagfile=experiments/flags/cells/dense.cfg --seed=0 --workdir=runs/" in finished.stdout
+    assert "--flagfile=experiments/flags/models/dense.cfg --seed=0 --workdir=runs/" in finished.stdout
     assert not (project / "runs").exists()
 
 
@@ -184,7 +184,7 @@ def test_a_result_from_before_a_flag_existed_counts_with_its_default():
         ),
         (
             'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["none"]\nseeds = [0]',
-            r"experiments/flags/cells/none\.cfg: no such file",
+            r"experiments/flags/models/none\.cfg: no such file",
         ),
     ],
 )
@@ -213,22 +213,22 @@ def test_every_flagfile_of_the_project_is_read(path):
     if path.parent.name == "data":
         assert values["train"]
         assert values["test"]
-    if path.parent.name == "cells":
-        assert values["train"] is None  # a cell goes with any data set
+    if path.parent.name == "models":
+        assert values["train"] is None  # a model goes with any data set
         assert path.stem.startswith(values["head"])
 
 
 def test_paper_cfg_has_the_published_settings():
     def settings(data):
-        files = ["paper.cfg", f"data/{data}.cfg", "cells/unstructured_32.cfg"]
+        files = ["paper.cfg", f"data/{data}.cfg", "models/unstructured_32.cfg"]
         return sweep.effective_flags([f"--flagfile=experiments/flags/{file}" for file in files])
 
     published = {
         "validate_on_test": True,
         "loss": "squared_hinge",
         "learning_rate": 1e-3,
-        "embedding_rate": 1.0,
-        "penultimate_rate": 1.0,
+        "embedding_lr_multiplier": 1.0,
+        "penultimate_lr_multiplier": 1.0,
         "epsilon": 1e-7,
         "batch_size": 32,
         "epochs": 100,

@@ -68,10 +68,10 @@ def report(tmp_path):
     return make
 
 
-CELL = "fixed_fan_in_32_16k"
+MODEL = "fixed_fan_in_32_16k"
 TABLE = make_table(
-    ("amazon-670k_slice", CELL, 0),
-    ("amazon-670k_slice", CELL, 1),
+    ("amazon-670k_slice", MODEL, 0),
+    ("amazon-670k_slice", MODEL, 1),
     ("amazon-670k_slice", "dense", 0),
     ("amazon-670k_slice", "fixed_fan_in_32_8k", 0),
 )
@@ -119,7 +119,7 @@ def test_csv(report):
     out = report(TABLE, make_result(0.3), make_result(0.34), None, make_result(0.25))
     with open(out / "name.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["cell"] for row in rows] == [CELL, "dense", "fixed_fan_in_32_8k"]
+    assert [row["model"] for row in rows] == [MODEL, "dense", "fixed_fan_in_32_8k"]
     assert [rows[0][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["32", "2.82843", "31.73"]
     assert [rows[1][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["", "", "33.76"]
     assert [rows[2][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["25", "", ""]
@@ -196,7 +196,7 @@ def test_every_published_row_has_flagfiles_and_is_in_a_table_of_the_project(monk
     assert len(reported) == 58 + 5 + 4  # no two rows have the same name
     listed = {}
     for path in Path("experiments/tables").glob("*.toml"):
-        listed |= {(entry.data, entry.cell): entry for entry in sweep.read_table(str(path)).entries}
+        listed |= {(entry.data, entry.model): entry for entry in sweep.read_table(str(path)).entries}
     assert reported.keys() <= listed.keys()
     for key, row in reported.items():
         values = sweep.effective_flags(listed[key].flags)

@@ -10,14 +10,14 @@ from small_models import FEATURES, LABELS, make_batches, make_model, points_with
 
 from sparse_xmc import BagOfWordsEncoder, RewireConfig, Trainer, TrainingConfig
 from sparse_xmc.heads import Features, FixedFanInConfig, StepInputs, choosing
-from sparse_xmc.heads.choosing import choose_columns
+from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.heads.rewiring import rewire_active
 from xla_ops import SparseInputs
 
 
 def chosen(features, labels, count):
-    """What `choose_columns` yields, of all labels."""
-    blocks, columns, excess = zip(*choose_columns(features, labels, count), strict=True)
+    """What `select_direct_inputs` yields, of all labels."""
+    blocks, columns, excess = zip(*select_direct_inputs(features, labels, count), strict=True)
     assert [label for block in blocks for label in range(block.start, block.stop)] == [
         *range(labels.shape[1])
     ]
@@ -75,7 +75,7 @@ def test_a_word_of_one_label_is_chosen_for_it():
 def test_a_head_starts_with_its_words_and_units_for_the_rest():
     counts = np.arange(LABELS) % 4
     train = points_with_counts(counts, FEATURES, sparse=True)
-    config = FixedFanInConfig(penultimate=8, fan_in=5, direct=3)
+    config = FixedFanInConfig(penultimate=8, fan_in=5, direct_inputs=3)
     head = config.make(6, LABELS, num_words=FEATURES, train=train, rngs=nnx.Rngs(0))
     columns, excess = chosen(train.features, train.labels, 3)
     indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
@@ -94,7 +94,9 @@ def test_a_head_starts_with_its_words_and_units_for_the_rest():
 
 @pytest.mark.parametrize("bag_of_words", [True, False])
 def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
-    model = make_model(bag_of_words=bag_of_words, fan_in=5, direct=3, direct_scale=2.0, output_bound=0.5)
+    model = make_model(
+        bag_of_words=bag_of_words, fan_in=5, direct_inputs=3, direct_scale=2.0, output_bound=0.5
+    )
     model.eval()
     (batch,) = make_batches(1, bag_of_words=bag_of_words)
     features = model.encoder(batch.inputs)
@@ -119,7 +121,7 @@ def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
 
 def test_words_are_scaled_as_their_embedding_is():
     (batch,) = make_batches(1, bag_of_words=True)
-    encoder = BagOfWordsEncoder(FEATURES, 6, scale=1.5, direct=True, rngs=nnx.Rngs(0))
+    encoder = BagOfWordsEncoder(FEATURES, 6, scale=1.5, return_direct_inputs=True, rngs=nnx.Rngs(0))
     x, words = encoder(batch.inputs)
     dense = np.zeros((len(x), FEATURES), np.float32)
     inside = np.asarray(batch.inputs.rows) < len(x)
@@ -130,7 +132,7 @@ def test_words_are_scaled_as_their_embedding_is():
 
 
 def test_features_have_the_gradients_of_both_ways_that_labels_read_them():
-    head = make_model(fan_in=5, direct=3, direct_scale=2.0, output_bound=0.5).head
+    head = make_model(fan_in=5, direct_inputs=3, direct_scale=2.0, output_bound=0.5).head
     (batch,) = make_batches(1)
     x, positives, training = jnp.asarray(batch.inputs), jnp.asarray(batch.positives), TrainingConfig()
     expected = jax.grad(head.loss)(x, positives)
@@ -180,7 +182,7 @@ def test_growth_towards_words_is_growth_towards_dense_inputs_of_the_same_values(
 @pytest.mark.parametrize("bag_of_words", [True, False])
 def test_training_lowers_the_loss_and_moves_connections(bag_of_words):
     with jax.numpy_dtype_promotion("standard"):
-        model = make_model(bag_of_words=bag_of_words, fan_in=5, direct=3, penultimate=16)
+        model = make_model(bag_of_words=bag_of_words, fan_in=5, direct_inputs=3, penultimate=16)
         before = np.asarray(model.head.output.indices[...])
         config = TrainingConfig(
             learning_rate=0.01, rewire=RewireConfig(growth="active"), rewire_interval=2, batch_size=8
@@ -193,11 +195,11 @@ def test_training_lowers_the_loss_and_moves_connections(bag_of_words):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="direct must be at most fan_in, 4, got 5"):
-        FixedFanInConfig(fan_in=4, direct=5).make(8, 9, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="direct_inputs must be at most fan_in, 4, got 5"):
+        FixedFanInConfig(fan_in=4, direct_inputs=5).make(8, 9, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="without a penultimate layer labels read the features anyway"):
-        FixedFanInConfig(penultimate=0, fan_in=4, direct=2).make(8, 9, rngs=nnx.Rngs(0))
-    model = make_model(bag_of_words=True, fan_in=4, direct=2)
+        FixedFanInConfig(penultimate=0, fan_in=4, direct_inputs=2).make(8, 9, rngs=nnx.Rngs(0))
+    model = make_model(bag_of_words=True, fan_in=4, direct_inputs=2)
     with pytest.raises(ValueError, match="growth to 'active' or its fraction to 0, got growth='random'"):
         Trainer(model, TrainingConfig())
     with pytest.raises(ValueError, match=f"must come with words, {FEATURES} of them, got none"):

@@ -97,7 +97,7 @@ def expected_rows(trainer, batch, squares, rate):
 
 
 def test_tables_are_trained_by_adagrad_row_by_row():
-    trainer = make_trainer(BagOfWordsEncoder(12, 6, rngs=nnx.Rngs(0)), 6, embedding_rate=2.0)
+    trainer = make_trainer(BagOfWordsEncoder(12, 6, rngs=nnx.Rngs(0)), 6, embedding_lr_multiplier=2.0)
     # Words repeat within and between examples; the last entries are padding; 0 and 11 are never used.
     rows = np.asarray([0, 0, 0, 1, 1, 2, 3, 3, 4, 4], np.int32)
     squares = np.zeros(12)

@@ -26,13 +26,13 @@ assert "sparse_xmc" not in sys.modules and "flax" not in sys.modules
 
 def beside_words(model, features):
     """The same classifier with so many of its features taken from embeddings in place of words."""
-    encoder = make_random_model(bag_of_words=True, embedding=6 - features, direct=2).encoder
+    encoder = make_random_model(bag_of_words=True, embedding=6 - features, direct_inputs=2).encoder
     return Classifier(JointEncoder(encoder, DenseFeatures(features, rngs=nnx.Rngs(0))), model.head)
 
 
 @pytest.mark.usefixtures("x64")
 def test_a_process_without_this_library_predicts_the_same(tmp_path):
-    of_words = make_random_model(bag_of_words=True, direct=2)
+    of_words = make_random_model(bag_of_words=True, direct_inputs=2)
     models = {
         "dense": make_random_model("head_and_tail", output_dtype="bfloat16"),
         "words": of_words,

@@ -54,14 +54,14 @@ class Network:
     kind: str  # of the head; with "no bias", "dense no bias": layers without a bias
     penultimate: int
     bfloat16: bool  # in the output layer
-    direct: int  # how many of the connections of a label are chosen, to inputs of the encoder
+    direct_inputs: int  # how many of the connections of a label are chosen, to inputs of the encoder
 
     def make(self):
         rngs, width = nnx.Rngs(0), FEATURES
         if self.bag_of_words:
             width = 7
             encoder = BagOfWordsEncoder(
-                FEATURES, width, self.dropout, scale=1.5, direct=self.reads_words, rngs=rngs
+                FEATURES, width, self.dropout, scale=1.5, return_direct_inputs=self.reads_words, rngs=rngs
             )
         else:
             encoder = DenseFeatures(width, self.dropout, rngs=rngs)
@@ -71,7 +71,7 @@ class Network:
 
     @property
     def reads_words(self):
-        return self.bag_of_words and self.direct > 0
+        return self.bag_of_words and self.direct_inputs > 0
 
     def _head(self, width, rngs):
         def sparse(width):
@@ -84,7 +84,7 @@ class Network:
             layer = nnx.Linear(width, LABELS, use_bias=False, rngs=rngs)
             return DenseHead(width, 0, lambda width: layer, rngs=rngs)
         options = {"output_dtype": "bfloat16"} if self.bfloat16 else {}
-        options |= {"direct": self.direct}
+        options |= {"direct_inputs": self.direct_inputs}
         config = head_config(
             self.kind, penultimate=self.penultimate, fan_in=4, output_bias=-0.5, output_bound=0.5, **options
         )
@@ -116,9 +116,9 @@ def problems(draw, kind, optimizer):
         loss=draw(st.sampled_from(["squared_hinge", "bce"])),
         learning_rate=1e-2,
         output_optimizer=optimizer,
-        output_rate=0.5,
-        penultimate_rate=0.5,
-        embedding_rate=2.0,
+        output_lr_multiplier=0.5,
+        penultimate_lr_multiplier=0.5,
+        embedding_lr_multiplier=2.0,
         moments=draw(st.sampled_from(["float32", "bfloat16"])),
         epsilon=1e-5,  # far above the noise of gradients that cancel
         rewire=RewireConfig(fraction=draw(st.sampled_from([0.0, 0.3])), growth=growth),
@@ -163,7 +163,7 @@ def test_training_in_place_is_training_by_optax(kind, optimizer, data):
     trainers, start = make_trainers(network, training)
     losses, state = train(trainers, start, network, lambda step: True)
     # What is rounded stochastically, with the same bits, may land on the other side if it is off a little.
-    tolerance = {"float32": 2e-3, "bfloat16": 2e-2}["bfloat16" if network.bfloat16 else training.moments]
+    tolerance = {"float32": 2e-3, "bfloat16": 2e-2}["bfloat16" if network.bfloat16 else training.moment_dtype]
     for fused in (lambda step: False, lambda step: step % 10 < 5):
         other_losses, other = train(trainers, start, network, fused)
         np.testing.assert_allclose(other_losses, losses, rtol=tolerance)
@@ -180,7 +180,7 @@ def test_what_the_test_above_can_see():
     training = TrainingConfig(batch_size=8, epsilon=1e-5, learning_rate=1e-2)
     _, state = train(*make_trainers(network, training), network, lambda step: True)
     expected = arrays(state["params"])
-    for name in ("output_rate", "penultimate_rate"):
+    for name in ("output_lr_multiplier", "penultimate_lr_multiplier"):
         trainers, start = make_trainers(network, dataclasses.replace(training, **{name: 0.9}))
         actual = arrays(train(trainers, start, network, lambda step: False)[1]["params"])
         assert max(np.abs(actual[path] - expected[path]).max() for path in expected) > 5 * 2e-3

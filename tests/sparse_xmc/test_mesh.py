@@ -121,7 +121,7 @@ class TestHead:
     def test_bfloat16_is_rounded_by_its_place_in_the_whole(self):
         # Without a penultimate layer, whose sums come in another order, and from one point alone.
         one, sharded = make_heads((1, 8), output_dtype="bfloat16", penultimate=0)
-        training = HeadTraining(output_optimizer="sgd", output_rate=0.3)
+        training = HeadTraining(output_optimizer="sgd", output_lr_multiplier=0.3)
         x, positives = make_inputs()
         inputs = StepInputs(x[:1], positives[:1], jnp.float32(1e-2), 3, jnp.int32(5))
         for head in (one, sharded):
@@ -210,7 +210,7 @@ def make_trainer(dataset, mesh, *, dropout=0.2, **options):
         LABELS,
         bag_of_words=True,
         encoder=EncoderConfig(embedding=FEATURES, dropout=dropout),
-        head=FixedFanInConfig(penultimate=24, fan_in=5, direct=2, output_bias=-1),
+        head=FixedFanInConfig(penultimate=24, fan_in=5, direct_inputs=2, output_bias=-1),
     )
     model = config.make(train=dataset, mesh=mesh and make_mesh(*mesh), rngs=nnx.Rngs(0))
     settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "schedule": "linear", "epsilon": 1e-9}

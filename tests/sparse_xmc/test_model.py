@@ -167,3 +167,12 @@ def test_lists_of_words_that_are_not_as_long_as_each_other(shorter):
     bags = dataclasses.replace(bags, **{shorter: getattr(bags, shorter)[:1]})
     with pytest.raises(ValueError, match=r"EmbeddingBag: rows, words, weights must have shape \[N\], got"):
         make_model(bag_of_words=True)(bags)
+
+
+def test_configurations_saved_before_a_setting_was_renamed_load():
+    config = config_of("head_and_tail", bag_of_words=True)
+    fields = json.loads(json.dumps(config.to_json()))
+    old = {"direct_inputs": "direct", "head_lr_multiplier": "head_rate"}
+    fields["head"] = {old.get(name, name): value for name, value in fields["head"].items()}
+    assert old.items() <= {(new, name) for name in fields["head"] for new in old if old[new] == name}
+    assert ClassifierConfig.from_json(fields) == config

@@ -49,7 +49,7 @@ def of_state(plan):
 def test_the_state_is_that_of_real_arrays(sparse):
     train = points(500, sparse=sparse)
     config = ClassifierConfig(24, 500, bag_of_words=sparse, head=FixedFanInConfig(penultimate=64, fan_in=8))
-    training = TrainingConfig(moments="bfloat16")
+    training = TrainingConfig(moment_dtype="bfloat16")
     plan = plan_memory(config, training, train)
     trainer = Trainer(config.make(train=train, rngs=nnx.Rngs(0)), training)
     arrays = [a for a in jax.tree.leaves(trainer.state) if isinstance(a, jax.Array)]
@@ -122,11 +122,11 @@ def test_what_does_not_fit_is_refused_and_settings_that_fit_are_named(monkeypatc
     training, train = TrainingConfig(batch_size=64), points(5000, size=64)
     plan = check_memory(config, training, train)
     monkeypatch.setattr(planning, "_available", lambda mesh: (plan.bytes - 2**20, "a small machine"))
-    named = r"with output_dtype=bfloat16, output_optimizer=sgd, moments=bfloat16\."
+    named = r"with output_dtype=bfloat16, output_optimizer=sgd, moment_dtype=bfloat16\."
     with pytest.raises(MemoryError, match=named):
         check_memory(config, training, train)
     smaller = ClassifierConfig(24, 5000, head=FixedFanInConfig(penultimate=4096, output_dtype="bfloat16"))
-    lean = TrainingConfig(batch_size=64, output_optimizer="sgd", moments="bfloat16")
+    lean = TrainingConfig(batch_size=64, output_optimizer="sgd", moment_dtype="bfloat16")
     assert check_memory(smaller, lean, train).fits  # what was named does fit
     monkeypatch.setattr(planning, "_available", lambda mesh: (100 * 2**20, "a small machine"))
     dense = ClassifierConfig(24, 20_000, head=DenseConfig())

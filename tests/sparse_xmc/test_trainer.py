@@ -109,7 +109,7 @@ def test_every_choice_of_optimizer_learns(kind, optimizer, moments):
     model = make_model(kind, penultimate=24, fan_in=4, output_bias=-1.0, output_bound=0.5)
     rate = {"adam": 1.0, "sgd": 3.0}[optimizer]
     trainer = new_trainer(
-        model=model, output_optimizer=optimizer, output_rate=rate, moments=moments, rewire=NEVER
+        model=model, output_optimizer=optimizer, output_lr_multiplier=rate, moments=moments, rewire=NEVER
     )
     batch = one_batch()
     losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
@@ -146,13 +146,13 @@ def test_layers_learn_at_their_own_rates():
         after = trainer.state["params"]["head"]
         return {name: np.asarray(after[name]["kernel"][...]) - before[name]["kernel"][...] for name in after}
 
-    plain, slow = changes(), changes(penultimate_rate=0.25)
+    plain, slow = changes(), changes(penultimate_lr_multiplier=0.25)
     np.testing.assert_allclose(slow["penultimate"], 0.25 * plain["penultimate"], rtol=1e-3, atol=1e-8)
     np.testing.assert_array_equal(slow["output"], plain["output"])
 
 
 def test_sgd_follows_the_sum_of_the_losses():
-    trainer, batch = new_trainer(rewire=NEVER, output_optimizer="sgd", output_rate=0.5), one_batch()
+    trainer, batch = new_trainer(rewire=NEVER, output_optimizer="sgd", output_lr_multiplier=0.5), one_batch()
     before = trainer.model
 
     def loss_of(kernel):
@@ -171,7 +171,9 @@ def rates_of(head, training):
     """What each parameter of a head learns at, by its path."""
     rates = {}
     for name in parameters_of(head):
-        of_layer = training.penultimate_rate if "penultimate" in name else training.output_rate
+        of_layer = (
+            training.penultimate_lr_multiplier if "penultimate" in name else training.output_lr_multiplier
+        )
         rates[name] = of_layer * (0.25 if name.startswith("heads.0") else 1.0)  # of the dense part
     return rates
 
@@ -184,8 +186,8 @@ def test_the_first_step_of_every_head_follows_the_gradient_of_its_loss(kind, opt
     training = TrainingConfig(
         rewire=NEVER,
         output_optimizer=optimizer,
-        output_rate=0.5,
-        penultimate_rate=0.3,
+        output_lr_multiplier=0.5,
+        penultimate_lr_multiplier=0.3,
         learning_rate=0.1,
         epsilon=1e-4,  # about as large as gradients, so that their scale shows
     )
@@ -221,7 +223,7 @@ def test_a_bfloat16_output_layer_learns_and_repeats():
     def train(seed):
         model = make_model(penultimate=24, output_dtype="bfloat16", output_bias=-1.0, output_bound=0.5)
         trainer = new_trainer(
-            model=model, seed=seed, output_optimizer="sgd", output_rate=3.0, rewire_interval=50
+            model=model, seed=seed, output_optimizer="sgd", output_lr_multiplier=3.0, rewire_interval=50
         )
         batch = one_batch()
         losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
@@ -582,7 +584,7 @@ def test_tables_that_cannot_be_trained_by_rows_are_errors():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"encoder_rate": 2.0}, {"encoder_warmup": 3}, {"encoder_weight_decay": 0.1}]
+    "setting", [{"encoder_lr_multiplier": 2.0}, {"encoder_warmup": 3}, {"encoder_weight_decay": 0.1}]
 )
 def test_a_rate_beside_an_optimizer_that_does_not_ask_for_it_is_an_error(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is for the default optimizer"):
@@ -598,7 +600,11 @@ def test_the_encoder_warms_up_and_its_matrices_decay():
             return self.layer(x)
 
     config = TrainingConfig(
-        learning_rate=0.2, encoder_rate=0.5, encoder_warmup=3, encoder_weight_decay=0.1, moments="bfloat16"
+        learning_rate=0.2,
+        encoder_lr_multiplier=0.5,
+        encoder_warmup=3,
+        encoder_weight_decay=0.1,
+        moment_dtype="bfloat16",
     )
     trainer = Trainer(with_encoder(Linear(), features=12), config, fused=False)
     names = ("layer.kernel", "layer.bias")
@@ -654,14 +660,14 @@ def test_a_bfloat16_output_layer_is_not_for_adam():
     [
         ({"loss": "hinge"}, "loss must be one of squared_hinge, bce, got 'hinge'"),
         ({"output_optimizer": "lion"}, "output_optimizer must be one of adam, sgd, got 'lion'"),
-        ({"moments": "int8"}, "moments must be one of float32, bfloat16, got 'int8'"),
+        ({"moment_dtype": "int8"}, "moment_dtype must be one of float32, bfloat16, got 'int8'"),
         ({"schedule": "cosine"}, "schedule must be one of plateau, linear, got 'cosine'"),
         ({"rewire_interval": 0}, "rewire_interval must be at least 1, or -1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
         ({"epsilon": 0.0}, r"epsilon must be above 0, or None, got 0\.0"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"output_rate": float("inf")}, "output_rate must be at least 0, got inf"),
+        ({"output_lr_multiplier": float("inf")}, "output_lr_multiplier must be at least 0, got inf"),
     ],
 )
 def test_bad_settings_are_errors(options, message):

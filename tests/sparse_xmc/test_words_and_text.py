@@ -82,7 +82,7 @@ class TestDataset:
 @pytest.mark.parametrize("direct", [False, True])
 def test_features_are_side_by_side(directory, direct):
     rngs = nnx.Rngs(0)
-    words = BagOfWordsEncoder(5, 3, direct=direct, rngs=rngs)
+    words = BagOfWordsEncoder(5, 3, return_direct_inputs=direct, rngs=rngs)
     text = PretrainedEncoder.from_directory(directory, dropout=0.0)
     features, labels = bags()
     tokens = Tokenizer.from_directory(directory, max_length=12)(TEXTS[:3])
@@ -232,9 +232,9 @@ class TestTrained:
         features, labels = bags()
         tokens = TokenLists(np.arange(6, dtype=np.int32), np.array([0, 1, 3, 6]), 16)
         of_tokens, of_words = (training_for(Dataset(features, labels, encoded=e)) for e in (tokens, None))
-        assert of_tokens.learning_rate * of_tokens.encoder_rate == pytest.approx(1e-5)
+        assert of_tokens.learning_rate * of_tokens.encoder_lr_multiplier == pytest.approx(1e-5)
         assert 0 < of_tokens.encoder_warmup < of_tokens.epochs
-        assert (of_words.encoder_rate, of_words.encoder_warmup) == (1, 0)
+        assert (of_words.encoder_lr_multiplier, of_words.encoder_warmup) == (1, 0)
 
 
 class TestStartFrom:
@@ -288,7 +288,7 @@ def test_runs_with_an_encoder(directory, tmp_path, trainable):
         write_tsv(tmp_path / f"{name}.tsv", LABELS[:4] * repeats, TEXTS[:4] * repeats)
     flags = {"train": tmp_path / "train.tsv", "test": tmp_path / "test.tsv", "workdir": tmp_path / "run"}
     flags |= {"encoder": directory, "encoder_trainable": trainable, "max_length": 12, "epochs": 2}
-    flags |= {"embedding": 4, "penultimate": 8, "fan_in": 4, "direct": 2, "rewire_fraction": 0}
+    flags |= {"embedding": 4, "penultimate": 8, "fan_in": 4, "direct_inputs": 2, "rewire_fraction": 0}
     flags |= {"batch_size": 4, "cache_dir": tmp_path / "cache"}
     command = [
         sys.executable,

@@ -29,9 +29,9 @@ def root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("cell", ["dense", "bottleneck_64", "fixed_fan_in_32", "unstructured_32"])
-def test_a_report_has_memory_times_and_densities(cell):
-    report = json.loads(json.dumps(scale.measure(SMALL, cell, seconds=2, now=itertools.count().__next__)))
+@pytest.mark.parametrize("model", ["dense", "bottleneck_64", "fixed_fan_in_32", "unstructured_32"])
+def test_a_report_has_memory_times_and_densities(model):
+    report = json.loads(json.dumps(scale.measure(SMALL, model, seconds=2, now=itertools.count().__next__)))
     assert report["scale"]["labels"] == 1000
     assert report["peak_memory_bytes"] > 0
     assert report["peak_memory_measured_as"].startswith("peak resident size")
@@ -73,10 +73,10 @@ def test_an_unknown_number_of_labels_is_an_error(tmp_path):
     assert "--labels must be among [10000, 30938," in finished.stdout + finished.stderr
 
 
-def make_report(labels, cell, gib):
+def make_report(labels, model, gib):
     return {
         "scale": {"name": "x", "labels": labels, "labels_per_point": 5.0, "points": 3200},
-        "cell": cell,
+        "model": model,
         "peak_memory_bytes": int(gib * 2**30),
         "peak_memory_measured_as": "peak",
         "seconds": dict.fromkeys(tables._PARTS, 0.5),
@@ -95,7 +95,7 @@ def make_report(labels, cell, gib):
 
 
 def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
-    failed = {"scale": {"labels": 10**6}, "cell": "dense", "failed": "does not fit"}
+    failed = {"scale": {"labels": 10**6}, "model": "dense", "failed": "does not fit"}
     reports = [make_report(10**6, "fixed_fan_in_32", 1.5), make_report(10**4, "dense", 0.25), failed]
     for i, report in enumerate(reports):
         (tmp_path / f"{i}.json").write_text(json.dumps(report))

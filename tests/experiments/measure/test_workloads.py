@@ -43,7 +43,7 @@ def test_what_the_program_was_given_does_not_reach_the_settings(monkeypatch):
 def test_lean_is_what_its_flagfile_says():
     lean = read_settings(MODES["lean"])
     assert (lean.head.output_dtype, lean.training.output_optimizer) == ("bfloat16", "sgd")
-    assert lean.training.moments == "bfloat16"
+    assert lean.training.moment_dtype == "bfloat16"
     assert read_settings(MODES["adam"]).training == TrainingConfig()
 
 

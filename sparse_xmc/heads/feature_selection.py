@@ -10,7 +10,7 @@ _ENTRIES_AT_ONCE = 1 << 19
 _ROWS_AT_ONCE = 1 << 13
 
 
-def choose_columns(
+def select_direct_inputs(
     features: np.ndarray | scipy.sparse.csr_array, labels: scipy.sparse.csr_array, count: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Choose for each label the columns whose mean over its points exceeds the mean over all points by most.

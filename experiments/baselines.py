@@ -1,9 +1,9 @@
 """Train Omikuji and napkinXC on the split of our models, and print one table of all models.
 
-    pip install '.[peers]'
-    python -m experiments.peers --ours=result.json
+    pip install '.[baselines]'
+    python -m experiments.baselines --ours=result.json
 
-All models use the same TF-IDF features and are evaluated by `sparse_xmc.metrics`. Each peer runs with its
+All models use the same TF-IDF features and are evaluated by `sparse_xmc.metrics`. Each baseline runs with its
 own defaults and all CPUs, in a fresh process:
 
 * training time is measured from reading the data file to the saved model;
@@ -46,11 +46,11 @@ _PACKAGES = ("omikuji", "napkinxc")
 Predict = Callable[[csr_array], Iterable[Iterable[int]]]
 
 
-def require_peers() -> None:
-    """Exit with the command that installs the peers if one of them is missing."""
+def require_baselines() -> None:
+    """Exit with the command that installs the baselines if one of them is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"{' and '.join(missing)} not installed; run: pip install '.[peers]'")
+        raise SystemExit(f"{' and '.join(missing)} not installed; run: pip install '.[baselines]'")
 
 
 def train_omikuji(data_file: str, model_dir: str, num_trees: int) -> Predict:
@@ -81,7 +81,7 @@ def train_napkinxc(data_file: str, model_dir: str) -> Predict:
     return lambda features: model.predict(csr_matrix(features), top_k=max(_KS))
 
 
-PEERS: dict[str, Callable[[str, str], Predict]] = {
+BASELINES: dict[str, Callable[[str, str], Predict]] = {
     "Omikuji, 1 tree": functools.partial(train_omikuji, num_trees=1),
     "Omikuji, 3 trees": functools.partial(train_omikuji, num_trees=3),
     "napkinXC PLT": train_napkinxc,
@@ -89,7 +89,7 @@ PEERS: dict[str, Callable[[str, str], Predict]] = {
 
 
 def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.ndarray]:
-    """Train one of PEERS on `data_file` in this process and predict from `features`.
+    """Train one of BASELINES on `data_file` in this process and predict from `features`.
 
     Returns:
       The row of the table without the metrics, and the ranked labels, int64 [n, 5], padded with -1.
@@ -99,7 +99,7 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
     with tempfile.TemporaryDirectory() as model_dir:
         before = status_bytes("VmRSS")
         start = time.perf_counter()
-        predict = PEERS[name](data_file, model_dir)
+        predict = BASELINES[name](data_file, model_dir)
         row = {
             "name": name,
             "train_seconds": time.perf_counter() - start,
@@ -113,8 +113,8 @@ def measure(name: str, data_file: str, features: csr_array) -> tuple[dict, np.nd
     return row, top_labels
 
 
-def run_peers(train: Dataset, test: Dataset) -> list[dict]:
-    """Train and score every peer, each in a process of its own; return their rows of the table.
+def run_baselines(train: Dataset, test: Dataset) -> list[dict]:
+    """Train and score every baseline, each in a process of its own; return their rows of the table.
 
     Training points without features are dropped, as Omikuji cannot read them.
 
@@ -122,13 +122,13 @@ def run_peers(train: Dataset, test: Dataset) -> list[dict]:
       ValueError: the features are not sparse.
     """
     if isinstance(train.features, np.ndarray):
-        raise ValueError("the peers are trained on sparse features, got dense ones")
+        raise ValueError("the baselines are trained on sparse features, got dense ones")
     train = train.take(np.diff(train.features.indptr) > 0)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         data_file = os.path.join(directory, "train.txt")
         write_xmc_text(data_file, train)
-        for name in PEERS:
+        for name in BASELINES:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _stdout_to_stderr) as pool:
                 row, top_labels = pool.submit(measure, name, data_file, test.features).result()
             metrics = RankingMetrics(_KS)
@@ -166,7 +166,7 @@ def _scaled(value: float | None, factor: float, digits: int) -> str:
 
 
 def _stdout_to_stderr() -> None:
-    """Redirect stdout to stderr, so that logs of the peers' native code do not mix with the table."""
+    """Redirect stdout to stderr, so that logs of the baselines' native code do not mix with the table."""
     os.dup2(2, 1)
 
 
@@ -175,20 +175,20 @@ def _define_flags() -> None:
     flags.DEFINE_string("train", str(wordnet / "train.tsv.xz"), "Training set, label|label<TAB>text.")
     flags.DEFINE_string("test", str(wordnet / "test.tsv.xz"), "Test set, in the same format.")
     flags.DEFINE_integer("ngrams", 1, "1 for words alone, 2 for pairs of neighbouring words as well.", 1)
-    flags.DEFINE_string("json", None, "File to write the peers' results to.")
+    flags.DEFINE_string("json", None, "File to write the baselines' results to.")
     flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
 
 
 def main() -> None:
-    """Print the table of the peers and of --ours."""
-    require_peers()
+    """Print the table of the baselines and of --ours."""
+    require_baselines()
     values = flags.FLAGS
     ours = [json.loads(Path(path).read_text()) for path in values.ours]
 
     splits = datasets.load(values.train, values.test, ngrams=values.ngrams)
     train, test = splits.train, splits.test
-    peers = run_peers(train, test)
-    print(markdown_table(peers + ours))
+    baselines = run_baselines(train, test)
+    print(markdown_table(baselines + ours))
     if values.json is not None:
         report = {
             "train_points": train.labels.shape[0],
@@ -199,7 +199,7 @@ def main() -> None:
             "python": platform.python_version(),
             "cpu_count": os.cpu_count(),
             "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
-            "results": peers,
+            "results": baselines,
         }
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
 

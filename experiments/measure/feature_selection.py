@@ -1,4 +1,4 @@
-"""Time and memory of choosing direct inputs, for `experiments.benchmark --op=choose_columns`.
+"""Time and memory of choosing direct inputs, for `experiments.benchmark --op=select_direct_inputs`.
 
 The synthetic points have as many points, labels and words as Amazon-670K with bags of words. Texts draw their
 words as in `experiments.measure.direct_inputs`, and labels come from `experiments.measure.synthetic`.
@@ -16,7 +16,7 @@ from flax import nnx
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.heads import FixedFanInConfig, RewireConfig
-from sparse_xmc.heads.choosing import choose_columns
+from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
 
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     labels_per_point: float = AMAZON_670K.labels_per_point
     penultimate: int = 32_768
     fan_in: int = 32
-    direct: int = 28
+    direct_inputs: int = 28
 
 
 def make_dataset(sizes: Sizes) -> Dataset:
@@ -62,11 +62,13 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
     """Measure the seconds (by the clock `now`) and bytes of the choice, and the seconds of a step."""
     train = make_dataset(sizes)
     memory, start = PeakMemory(), now()
-    blocks = choose_columns(train.features, train.labels, sizes.direct)
+    blocks = select_direct_inputs(train.features, train.labels, sizes.direct_inputs)
     chosen = sum(int(np.sum(columns >= 0)) for _, columns, _ in blocks)
     seconds, peak = now() - start, memory.bytes()
 
-    head = FixedFanInConfig(penultimate=sizes.penultimate, fan_in=sizes.fan_in, direct=sizes.direct)
+    head = FixedFanInConfig(
+        penultimate=sizes.penultimate, fan_in=sizes.fan_in, direct_inputs=sizes.direct_inputs
+    )
     classifier = ClassifierConfig(sizes.words, sizes.labels, bag_of_words=True, head=head)
     model = classifier.make(train=train, rngs=nnx.Rngs(0))
     config = TrainingConfig(output_optimizer="sgd", batch_size=_BATCH_SIZE, rewire=RewireConfig(fraction=0))
@@ -79,7 +81,7 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
         times.append(now() - start)
     step = float(np.median(times[1:]))  # without the first step, which compiles
     return {
-        "op": "choose_columns",
+        "op": "select_direct_inputs",
         "sizes": sizes._asdict(),
         "words_per_text": _WORDS_PER_TEXT,
         "chosen_per_label": chosen / sizes.labels,
@@ -95,7 +97,7 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
 def table(report: dict) -> str:
     """Render a report for the terminal."""
     return (
-        f"choose_columns: {', '.join(f'{k} {v:,}' for k, v in report['sizes'].items())}\n"
+        f"select_direct_inputs: {', '.join(f'{k} {v:,}' for k, v in report['sizes'].items())}\n"
         f"{report['seconds']:.1f} s, which is {100 * report['part_of_an_epoch']:.1f}% of an epoch "
         f"of steps of {report['step_seconds']:.2f} s, and {report['peak_bytes'] / 2**20:.0f} MiB; "
         f"{report['chosen_per_label']:.1f} inputs a label"

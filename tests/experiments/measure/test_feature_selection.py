@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 
-from experiments.measure import choice
+from experiments.measure import feature_selection
 
-SIZES = choice.Sizes(points=1500, labels=1000, words=300, labels_per_point=3.0, penultimate=64)
+SIZES = feature_selection.Sizes(points=1500, labels=1000, words=300, labels_per_point=3.0, penultimate=64)
 
 
 def test_texts_have_as_many_words_and_labels_as_they_should():
-    train = choice.make_dataset(SIZES)
+    train = feature_selection.make_dataset(SIZES)
     assert train.features.shape == (1500, 300)
     assert (np.diff(train.features.indptr) == 75).all()
     np.testing.assert_allclose(train.features.power(2).sum(axis=1), 1, rtol=1e-5)
@@ -19,8 +19,8 @@ def test_texts_have_as_many_words_and_labels_as_they_should():
 
 def test_the_choice_is_compared_with_an_epoch():
     ticks = itertools.count()
-    report = choice.measure(SIZES, now=lambda: float(next(ticks)))
+    report = feature_selection.measure(SIZES, now=lambda: float(next(ticks)))
     assert report["seconds"] == report["step_seconds"] == 1
     assert report["part_of_an_epoch"] == 1 / (1500 // 256)
     assert 0 < report["chosen_per_label"] <= 28
-    assert "1.0 s, which is 20.0% of an epoch of steps of 1.00 s" in choice.table(report)
+    assert "1.0 s, which is 20.0% of an epoch of steps of 1.00 s" in feature_selection.table(report)

@@ -1,4 +1,4 @@
-"""What of the comparison can be tested without the peers themselves."""
+"""What of the comparison can be tested without the baselines themselves."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from experiments import peers
+from experiments import baselines
 
 RESULT = {
     "name": "ours",
@@ -19,7 +19,7 @@ RESULT = {
 
 
 def test_table_of_a_full_result():
-    assert peers.markdown_table([RESULT]).splitlines() == [
+    assert baselines.markdown_table([RESULT]).splitlines() == [
         "| Model | P@1 | P@3 | P@5 | Training, s | Model, MB | Peak memory, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
         "| ours | 51.23 | 30.00 | 20.00 | 12.3 | 5.6 | 123 |",
@@ -28,8 +28,8 @@ def test_table_of_a_full_result():
 
 @pytest.mark.parametrize("missing", RESULT)
 def test_table_has_a_dash_for_what_is_missing(missing):
-    row = peers.markdown_table([{key: value for key, value in RESULT.items() if key != missing}])
-    full = peers.markdown_table([RESULT])
+    row = baselines.markdown_table([{key: value for key, value in RESULT.items() if key != missing}])
+    full = baselines.markdown_table([RESULT])
     cells, full_cells = row.splitlines()[-1].split("|"), full.splitlines()[-1].split("|")
     changed = [new.strip() for new, old in zip(cells, full_cells, strict=True) if new != old]
     assert changed == ["-"] * (3 if missing == "test" else 1)
@@ -38,21 +38,21 @@ def test_table_has_a_dash_for_what_is_missing(missing):
 def test_missing_peers_are_named_with_the_command_to_install_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        SystemExit, match=r"omikuji and napkinxc not installed; run: pip install '\.\[peers\]'"
+        SystemExit, match=r"omikuji and napkinxc not installed; run: pip install '\.\[baselines\]'"
     ):
-        peers.require_peers()
+        baselines.require_baselines()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_measure_pads_short_rankings_and_sizes_the_saved_model(monkeypatch):
-    def fake_peer(data_file, model_dir):
+    def fake_baseline(data_file, model_dir):
         (Path(model_dir) / "weights").write_bytes(bytes(Path(data_file).stat().st_size))
         block = np.ones(8_000_000)
         return lambda features: [[3, 1, 2, 4, 0], [int(block[0])], []]
 
-    monkeypatch.setattr(peers, "_PACKAGES", ())
-    monkeypatch.setitem(peers.PEERS, "fake", fake_peer)
-    row, top_labels = peers.measure("fake", __file__, csr_array((3, 7)))
+    monkeypatch.setattr(baselines, "_PACKAGES", ())
+    monkeypatch.setitem(baselines.BASELINES, "fake", fake_baseline)
+    row, top_labels = baselines.measure("fake", __file__, csr_array((3, 7)))
     assert row.keys() == RESULT.keys() - {"test"}
     assert row["name"] == "fake"
     assert row["model_bytes"] == Path(__file__).stat().st_size
