@@ -21,8 +21,12 @@ from sparse_xmc.train.checkpoints import Checkpoints
 from sparse_xmc.train.schedules import SCHEDULES
 from sparse_xmc.train.trainer import Trainer
 
-_STEPS_UNDER_WAY = 10
-_STEPS_TO_AGREE = 100  # Number of steps after which all processes agree on whether to save or to stop.
+# Number of steps whose losses may be pending. JAX runs steps asynchronously; waiting for the loss of an
+# earlier step bounds the number of queued batches without letting the device idle.
+_MAX_PENDING = 10
+# Number of steps after which several processes agree on whether to save or to stop, because this takes a
+# collective operation.
+_STEPS_TO_AGREE = 100
 
 
 class Stopped(Exception):
@@ -41,8 +45,14 @@ class Stopped(Exception):
 
 
 @dataclasses.dataclass
-class _Part:
-    """The completed part of an epoch: number of steps, sum of their losses, and their time in seconds."""
+class _EpochTotals:
+    """Totals of the steps of the current epoch whose losses are known. Checkpoints contain them.
+
+    Attributes:
+      steps: number of these steps.
+      loss: sum of their losses.
+      seconds: their time.
+    """
 
     steps: int = 0
     loss: float = 0.0
@@ -86,138 +96,179 @@ def fit(
         values.
       Stopped: `should_stop` returned true; the state after the last step has been saved.
     """
-    config = trainer.config
-    for name, points in (("train", train), ("validation", validation)):
-        if points is not None and not len(points):
-            raise ValueError(f"{name} must have at least one point, got none")
-    schedule = SCHEDULES[config.schedule].start(config.learning_rate, config.epochs)
-    if schedule.keeps_best and (validation is None or checkpoints is None):
-        raise ValueError(
-            f"schedule {config.schedule!r} ends with the weights of the best epoch: give validation points "
-            "and checkpoints, or another schedule"
-        )
-    batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
-    records: list[dict[str, Any]] = []
-    part = _Part()
-    run = {"seed": trainer.seed, "data": train.fingerprint(), **dataclasses.asdict(config)}
-    if checkpoints and (progress := checkpoints.restore_latest(trainer)):
-        theirs = progress["run"]
-        if schedule.can_go_on:  # The number of epochs may be raised, but not lowered.
-            theirs["epochs"] = max(config.epochs, theirs["epochs"])
-        if different := sorted(name for name in run if run[name] != theirs.get(name)):
-            was, now = ({name: of.get(name) for name in different} for of in (theirs, run))
-            raise ValueError(f"the checkpoint is of a run with {was}, not {now}; choose another directory")
-        records, part = progress["records"], _Part(**progress["part"])
-        schedule = SCHEDULES[config.schedule](**progress["schedule"])
-        if schedule.keeps_best and records and checkpoints.replace_lost_best(trainer):
-            schedule.forget_best()
-    saved = time.monotonic()
+    loop = _Loop(trainer, train, validation, checkpoints, checkpoint_minutes, should_stop, callbacks)
+    return loop.run()
 
-    def pause(settle: Callable[[], None], agree: bool = True, at_end: bool = False) -> bool:
-        """Save a checkpoint or stops training if it is due, after all running steps have been settled.
 
-        Args:
-          settle: waits for all running steps.
-          agree: whether to decide now; all processes must pass the same value.
-          at_end: save regardless of the time passed.
+class _Loop:
+    """A run of `fit`, with the same arguments. Each method is above the ones that it calls."""
 
-        Returns:
-          Whether a checkpoint was due. `Stopped` is raised instead of returning if training is to stop.
-        """
-        nonlocal saved
-        is_time = at_end or time.monotonic() - saved > 60 * checkpoint_minutes
-        late = checkpoints is not None and is_time
-        stop, save = _of_any_process(should_stop(), late) if agree else (False, False)
-        if not (stop or save):
-            return False
-        settle()
-        if checkpoints is not None:
-            if name := trainer.array_not_finite():
-                raise FloatingPointError(
-                    f"{name} is not finite after step {trainer.step}; training has stopped"
-                )
-            progress = {"records": records, "schedule": schedule.state(), "run": run}
-            checkpoints.save_latest(trainer, progress | {"part": dataclasses.asdict(part)})
-            saved = time.monotonic()
-        if stop:
-            epoch, step = (
-                (len(records) + 1, part.steps) if part.steps else (len(records), batches.steps_per_epoch)
+    def __init__(
+        self,
+        trainer: Trainer,
+        train: Dataset,
+        validation: Dataset | None,
+        checkpoints: Checkpoints | None,
+        checkpoint_minutes: float,
+        should_stop: Callable[[], bool],
+        callbacks: Sequence[Callback],
+    ):
+        config = trainer.config
+        for name, points in (("train", train), ("validation", validation)):
+            if points is not None and not len(points):
+                raise ValueError(f"{name} must have at least one point, got none")
+        self._schedule = SCHEDULES[config.schedule].start(config.learning_rate, config.epochs)
+        if self._schedule.keeps_best and (validation is None or checkpoints is None):
+            raise ValueError(
+                f"schedule {config.schedule!r} ends with the weights of the best epoch: give validation "
+                "points and checkpoints, or another schedule"
             )
-            raise Stopped(epoch, step, None if checkpoints is None else checkpoints.directory)
-        return True
+        self._trainer = trainer
+        self._config = config
+        self._batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
+        self._validation = validation
+        self._checkpoints = checkpoints
+        self._checkpoint_seconds = 60 * checkpoint_minutes
+        self._should_stop = should_stop
+        self._callbacks = callbacks
+        # Everything that determines the result of the run; a checkpoint of another run is rejected.
+        self._identity = {"seed": trainer.seed, "data": train.fingerprint(), **dataclasses.asdict(config)}
+        self._records: list[dict[str, Any]] = []
+        self._totals = _EpochTotals()
+        self._pending: collections.deque[jax.Array] = collections.deque()  # losses of the last steps
+        self._timed_until = self._saved_at = time.monotonic()
 
-    while len(records) < config.epochs and not schedule.should_stop:
-        epoch = len(records)
-        for callback in callbacks:
-            callback.on_epoch_start(trainer, batches, epoch)
+    def run(self) -> list[dict[str, Any]]:
+        """Train until the schedule ends, and return the records of all epochs."""
+        if self._checkpoints:
+            self._resume(self._checkpoints)
+        while len(self._records) < self._config.epochs and not self._schedule.should_stop:
+            self._run_epoch()
+            is_last = len(self._records) == self._config.epochs
+            # The end of the run is saved if a run with more epochs can continue from there.
+            self._checkpoint_or_stop(save=is_last and self._schedule.can_go_on)
+        if self._checkpoints and self._schedule.keeps_best:
+            self._checkpoints.restore_best(self._trainer)
+        return self._records
 
-        def learning_rate(step, epoch=epoch, schedule=schedule):
-            return schedule.rate(epoch + step / batches.steps_per_epoch)
+    def _resume(self, checkpoints: Checkpoints) -> None:
+        """Restore the state from the latest checkpoint, if there is one."""
+        progress = checkpoints.restore_latest(self._trainer)
+        if progress is None:
+            return
+        identity, saved = self._identity, progress["run"]
+        if self._schedule.can_go_on:  # The number of epochs may be raised, but not lowered.
+            saved["epochs"] = max(self._config.epochs, saved["epochs"])
+        if different := sorted(name for name in identity if identity[name] != saved.get(name)):
+            was, now = ({name: run.get(name) for name in different} for run in (saved, identity))
+            raise ValueError(f"the checkpoint is of a run with {was}, not {now}; choose another directory")
+        self._records, self._totals = progress["records"], _EpochTotals(**progress["part"])
+        self._schedule = type(self._schedule)(**progress["schedule"])
+        if self._schedule.keeps_best and self._records and checkpoints.replace_lost_best(self._trainer):
+            self._schedule.forget_best()
 
-        _train_epoch(trainer, batches, epoch, part, learning_rate, callbacks, pause)
+    def _run_epoch(self) -> None:
+        """Train the remaining steps of the current epoch, validate, and append the epoch's record."""
+        epoch = len(self._records)
+        for callback in self._callbacks:
+            callback.on_epoch_start(self._trainer, self._batches, epoch)
+        self._run_steps(epoch)
         record = {
             "epoch": epoch + 1,
-            "loss": part.loss / part.steps,
-            "seconds": part.seconds,
-            "learning_rate": learning_rate(0),
+            "loss": self._totals.loss / self._totals.steps,
+            "seconds": self._totals.seconds,
+            "learning_rate": self._schedule.rate(epoch),
         }
-        if validation is not None:
-            record |= evaluate(trainer.model, validation, batch_size=config.batch_size)
-            schedule.update(record["p@3"])
-        records.append(record)
-        part = _Part()
-        for callback in callbacks:
-            callback.on_epoch_end(trainer, batches, records)
-        if checkpoints and schedule.is_best:
-            checkpoints.save_best(trainer)
-        pause(lambda: None, at_end=schedule.can_go_on and len(records) == config.epochs)
+        if self._validation is not None:
+            record |= evaluate(self._trainer.model, self._validation, batch_size=self._config.batch_size)
+            self._schedule.update(record["p@3"])
+        self._records.append(record)
+        self._totals = _EpochTotals()
+        for callback in self._callbacks:
+            callback.on_epoch_end(self._trainer, self._batches, self._records)
+        if self._checkpoints and self._schedule.is_best:
+            self._checkpoints.save_best(self._trainer)
 
-    if checkpoints and schedule.keeps_best:
-        checkpoints.restore_best(trainer)
-    return records
+    def _run_steps(self, epoch: int) -> None:
+        """Train the remaining steps of an epoch."""
+        steps_per_epoch, first = self._batches.steps_per_epoch, self._totals.steps
 
+        def learning_rate(step: int) -> float:
+            return self._schedule.rate(epoch + step / steps_per_epoch)
 
-def _train_epoch(
-    trainer: Trainer, batches: Batches, epoch: int, part: _Part, learning_rate, callbacks, pause
-) -> None:
-    """Train the remaining steps of an epoch, and add them to `part`."""
-    under_way: collections.deque[jax.Array] = collections.deque()
-    start = time.monotonic()
+        self._timed_until = time.monotonic()
+        losses = self._trainer.epoch(self._batches, epoch, learning_rate, first=first)
+        for step, loss in enumerate(losses, start=first + 1):
+            self._pending.append(loss)
+            for callback in self._callbacks:
+                callback.on_step(self._trainer, loss)
+            self._wait_for_losses(_MAX_PENDING)
+            if jax.process_count() == 1 or step % _STEPS_TO_AGREE == 0:
+                self._checkpoint_or_stop()
+        self._wait_for_losses()
 
-    def settle(left: int = 0) -> None:
-        """Wait for all running steps except the last `left`, and add their losses to `part`."""
-        nonlocal start
-        while len(under_way) > left:
-            loss = float(under_way.popleft())
+    def _wait_for_losses(self, max_pending: int = 0) -> None:
+        """Wait until at most `max_pending` losses are pending, and add the others to the epoch's totals."""
+        totals = self._totals
+        while len(self._pending) > max_pending:
+            loss = float(self._pending.popleft())
             if not math.isfinite(loss):
-                raise FloatingPointError(_not_finite(loss, trainer, batches, epoch, part.steps))
-            part.loss += loss
-            part.steps += 1
-        now = time.monotonic()
-        part.seconds, start = part.seconds + now - start, now
+                raise FloatingPointError(self._describe_not_finite(loss))
+            now = time.monotonic()
+            totals.steps += 1
+            totals.loss += loss
+            totals.seconds += now - self._timed_until
+            self._timed_until = now
 
-    for loss in trainer.epoch(batches, epoch, learning_rate, first=part.steps):
-        under_way.append(loss)
-        for callback in callbacks:
-            callback.on_step(trainer, loss)
-        # Waiting for the loss of some steps ago bounds the queue without emptying it.
-        settle(_STEPS_UNDER_WAY)
-        is_one = jax.process_count() == 1
-        if pause(settle, agree=is_one or (part.steps + len(under_way)) % _STEPS_TO_AGREE == 0):
-            start = time.monotonic()
-    settle()
+    def _describe_not_finite(self, loss: float) -> str:
+        """Return the error message for a loss that is not finite, of the step after `_totals.steps`."""
+        epoch, step = len(self._records), self._totals.steps
+        where = f"the loss is {loss} at step {step + 1} of epoch {epoch + 1}; training has stopped"
+        rows = self._batches.rows_not_finite(self._trainer.seed, epoch, step)
+        if not rows.size:
+            return f"{where}. The inputs are finite: is the learning rate too high?"
+        more = "" if rows.size <= 10 else f" and {rows.size - 10} more"
+        return f"{where}. Not finite are the inputs of points {', '.join(map(str, rows[:10]))}{more}"
+
+    def _checkpoint_or_stop(self, *, save: bool = False) -> None:
+        """Save a checkpoint if one is due or training is to stop, once no loss is pending.
+
+        Args:
+          save: save a checkpoint even if none is due.
+
+        Raises:
+          Stopped: `should_stop` returned true.
+        """
+        is_due = save or time.monotonic() - self._saved_at > self._checkpoint_seconds
+        stop, save = _in_any_process(self._should_stop(), self._checkpoints is not None and is_due)
+        if not (stop or save):
+            return
+        self._wait_for_losses()
+        if self._checkpoints is not None:
+            self._save(self._checkpoints)
+        if stop:
+            epoch, step = len(self._records) + 1, self._totals.steps
+            if step == 0:
+                epoch, step = epoch - 1, self._batches.steps_per_epoch
+            raise Stopped(epoch, step, None if self._checkpoints is None else self._checkpoints.directory)
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        """Save a checkpoint. The time that it takes does not count as training time."""
+        if name := self._trainer.array_not_finite():
+            raise FloatingPointError(
+                f"{name} is not finite after step {self._trainer.step}; training has stopped"
+            )
+        progress = {
+            "records": self._records,
+            "schedule": self._schedule.state(),
+            "run": self._identity,
+            "part": dataclasses.asdict(self._totals),
+        }
+        checkpoints.save_latest(self._trainer, progress)
+        self._timed_until = self._saved_at = time.monotonic()
 
 
-def _not_finite(loss: float, trainer: Trainer, batches: Batches, epoch: int, step: int) -> str:
-    where = f"the loss is {loss} at step {step + 1} of epoch {epoch + 1}; training has stopped"
-    rows = batches.rows_not_finite(trainer.seed, epoch, step)
-    if not rows.size:
-        return f"{where}. The inputs are finite: is the learning rate too high?"
-    more = "" if rows.size <= 10 else f" and {rows.size - 10} more"
-    return f"{where}. Not finite are the inputs of points {', '.join(map(str, rows[:10]))}{more}"
-
-
-def _of_any_process(*flags: bool) -> tuple[bool, ...]:
+def _in_any_process(*flags: bool) -> tuple[bool, ...]:
     """Return for each flag whether it is set in any process; the result is equal in all processes."""
     if jax.process_count() == 1:
         return flags
