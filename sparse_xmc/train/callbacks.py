@@ -50,10 +50,10 @@ class Progress(Callback):
     """A progress bar on a terminal, and a printed line for each epoch."""
 
     def __init__(self):
-        self._bar = None
+        self._bar: Any = None  # the bar of the current epoch
 
     def on_epoch_start(self, trainer, batches, epoch):
-        first = trainer.step - epoch * batches.steps_per_epoch
+        first = trainer.step - epoch * batches.steps_per_epoch  # steps already taken, if the run was resumed
         if self._bar is None and trainer.step:
             where = f"step {first} of epoch {epoch + 1}" if first else f"epoch {epoch}"
             print(f"going on after {where}", flush=True)

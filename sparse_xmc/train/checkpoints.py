@@ -41,7 +41,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._latest.tidy()
         self._best.tidy()
 
@@ -160,7 +160,7 @@ class _Numbered:
         check_sizes(metadata, expected, path, head, record["label_rows"])
 
     def save(self, number: int, state: Any, progress: dict, head: Head) -> None:
-        """Write a checkpoint, then deletes all but the last few."""
+        """Write a checkpoint, then delete all but the last few."""
         if number in self.numbers():
             return
         path = self.directory / str(number)

@@ -1,34 +1,40 @@
-"""The training step of a classifier: Optax updates the encoder, Adagrad its tables, the head itself.
+"""The training step of a classifier, as a pure function of the training state.
 
     features, pullback = jax.vjp(encoder, ...)
     loss, d_features, head = head.step(features, positives, ...)
     encoder = optax(pullback(d_features))
 
-A head is updated in place by fused ops (`Head.step_fused`) or by Optax (`Head.step_by_optax`); the state has
-the same structure in both cases.
+A head updates itself, with fused ops (`Head.step_fused`) or with Optax (`Head.step_by_optax`); the state has
+the same structure in both cases. Embedding tables of the encoder are updated by Adagrad, by rows.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.extend import core
+from jax import Array
 
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.encoders.table import TableParam, adagrad, put_rows, tables_of, take_rows, used_rows
 from sparse_xmc.heads import Features, StepInputs, split_features
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation, in_training, parameters_of, path_name, split
+from sparse_xmc.train.checks import check_encoder_used, check_head_updated
 from sparse_xmc.train.config import TrainingConfig
 
+# The training state, a pytree of arrays with these entries:
+#   "params": all parameters of the classifier;
+#   "other": its other variables, such as connectivity and random state;
+#   "moments": the moments of the head;
+#   "optimizer": the Optax state of the encoder;
+#   "squares": Adagrad's sums of squared gradients, float32 [V] for each embedding table.
 State = dict[str, Any]
 
 # The encoder's parameters that Optax trains.
-_OPTAX = nnx.All(nnx.Param, nnx.Not(TableParam))
+_OPTAX_PARAMS = nnx.All(nnx.Param, nnx.Not(TableParam))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,71 +63,117 @@ class Step:
         return self._init(model)
 
     def _init(self, model: Classifier) -> State:
+        moments = model.head.init_moments(self.config)
+        optimizer = self.optimizer.init(nnx.state(model.encoder, _OPTAX_PARAMS))
         tables = tables_of(model.encoder)
         squares = {path: jnp.zeros(table.embedding.shape[0], jnp.float32) for path, table in tables}
-        moments = model.head.init_moments(self.config)
-        return _state(model, moments, self.optimizer.init(nnx.state(model.encoder, _OPTAX)), squares)
+        return _make_state(model, moments, optimizer, squares)
 
-    def train(self, state: State, batch: Batch, learning_rate, step) -> tuple[State, jax.Array]:
+    def train(self, state: State, batch: Batch, learning_rate: Array, step: Array) -> tuple[State, Array]:
         """Take one training step.
 
         Args:
           state: the training state.
           batch: the batch to train on.
-          learning_rate: float32 scalar.
+          learning_rate: float32 scalar, the base learning rate.
           step: int32 scalar, the number of the step.
 
         Returns:
           The state after the step, and the loss before it, a float32 scalar.
         """
         model = self._merge(state)
-        encoder, head = in_training(model.encoder), model.head
+        head, encoder = model.head, in_training(model.encoder)
+
+        # Forward pass of the encoder. Each table is replaced by the rows that the batch uses, so that its
+        # gradient consists of these rows only.
         rows = used_rows(nnx.clone(encoder), batch.inputs)
         take_rows(encoder, rows)
-        graphdef, (tables, params, rest) = split(encoder, TableParam, nnx.Param)
+        graphdef, (tables, params, variables) = split(encoder, TableParam, nnx.Param)
 
         def encode(tables, params):
-            encoder = nnx.merge(graphdef, tables, params, rest, copy=True)
+            encoder = nnx.merge(graphdef, tables, params, variables, copy=True)
             features, words = split_features(encoder(batch.inputs))
+            # The call updates variables other than parameters, such as random state.
             return features.astype(jnp.float32), (words, nnx.state(encoder, nnx.Not(nnx.Param)))
 
-        features, pullback, (words, rest) = jax.vjp(encode, tables, params, has_aux=True)
-        has_params, positives = bool(jax.tree.leaves((tables, params))), jnp.asarray(batch.positives)
+        features, pullback, (words, variables) = jax.vjp(encode, tables, params, has_aux=True)
+        nnx.update(model.encoder, variables)
+
+        # Loss and update of the head.
+        has_params = bool(jax.tree.leaves((tables, params)))
         inputs = StepInputs(
-            features, positives, learning_rate, self.seed, step, wants_d_x=has_params, words=words
+            features,
+            jnp.asarray(batch.positives),
+            learning_rate,
+            self.seed,
+            step,
+            wants_d_x=has_params,
+            words=words,
         )
-        before = {name: parameter[...] for name, parameter in parameters_of(head).items()}
+        old_params = {name: parameter[...] for name, parameter in parameters_of(head).items()}
         step_head = head.step_fused if self.fused else head.step_by_optax
         loss, d_features, moments = step_head(inputs, state["moments"], self.config)
-        _check_updated(before, head)
+        check_head_updated(old_params, head)
 
-        nnx.update(model.encoder, rest)
-        optimizer, squares = state["optimizer"], dict(state["squares"])
+        # Backward pass and update of the encoder.
+        optimizer, squares = state["optimizer"], state["squares"]
         if has_params:
-            _check_used(pullback, features, tables, params)
-            # The encoder gets the gradient of the sum over labels, not of the mean.
-            d_tables, gradients = pullback(head.num_labels * d_features)
-            if jax.tree.leaves(params):
-                updates, optimizer = self.optimizer.update(gradients, optimizer, params)
-                falling = learning_rate / self.config.learning_rate
-                updates = jax.tree.map(lambda update: (falling * update).astype(update.dtype), updates)
-                nnx.update(model.encoder, optax.apply_updates(params, updates))
-            self._step_tables(model.encoder, rows, d_tables, squares, learning_rate)
-        return _state(model, moments, optimizer, squares), loss
+            check_encoder_used(pullback, features, tables, params)
+            # The loss of the head is a mean over labels. The encoder gets the gradient of the sum, which
+            # does not become tiny with many labels.
+            d_tables, d_params = pullback(head.num_labels * d_features)
+            optimizer = self._update_params(model.encoder, params, d_params, optimizer, learning_rate)
+            squares = self._update_tables(model.encoder, rows, d_tables, squares, learning_rate)
+        return _make_state(model, moments, optimizer, squares), loss
 
-    def _step_tables(self, encoder, rows, gradients: nnx.State, squares: State, learning_rate) -> None:
-        """Update the table rows that a batch uses, and their sums of squares, with Adagrad."""
+    def _update_params(
+        self,
+        encoder: nnx.Module,
+        params: nnx.State,
+        gradients: nnx.State,
+        optimizer: Any,
+        learning_rate: Array,
+    ) -> Any:
+        """Update the parameters of the encoder except tables with Optax, and return the Optax state."""
+        if not jax.tree.leaves(params):
+            return optimizer
+        updates, optimizer = self.optimizer.update(gradients, optimizer, params)
+        # The optimizer includes a learning rate of its own, which the schedule scales.
+        scale = learning_rate / self.config.learning_rate
+        updates = jax.tree.map(lambda update: (scale * update).astype(update.dtype), updates)
+        nnx.update(encoder, optax.apply_updates(params, updates))
+        return optimizer
+
+    def _update_tables(
+        self,
+        encoder: nnx.Module,
+        rows: dict[str, Array],
+        gradients: nnx.State,
+        squares: dict[str, Array],
+        learning_rate: Array,
+    ) -> dict[str, Array]:
+        """Update the given rows of the tables with Adagrad, and return its sums of squared gradients."""
         rate = self.config.embedding_lr_multiplier * learning_rate
-        gradient_of = {path_name(path): g[...] for path, g in nnx.to_flat_state(gradients)}
+        gradient_of = {path_name(path): gradient[...] for path, gradient in nnx.to_flat_state(gradients)}
+        squares = dict(squares)
         for path, table in tables_of(encoder):
-            whole, of_table = table.embedding[...], rows[path]
-            direction, new = adagrad(gradient_of[path], squares[path].at[of_table].get(mode="clip"))
-            values = whole.at[of_table].get(mode="clip") - rate * direction
-            table.embedding.set_value(put_rows(whole, of_table, values))
-            squares[path] = put_rows(squares[path], of_table, new)
+            values, table_rows = table.embedding[...], rows[path]
+            # Row numbers are padded with V; "clip" makes them valid, and `put_rows` drops their results.
+            old_squares = squares[path].at[table_rows].get(mode="clip")
+            direction, new_squares = adagrad(gradient_of[path], old_squares)
+            new_values = values.at[table_rows].get(mode="clip") - rate * direction
+            table.embedding.set_value(put_rows(values, table_rows, new_values))
+            squares[path] = put_rows(squares[path], table_rows, new_squares)
+        return squares
 
-    def rewire(self, state: State, batch: Batch, step) -> State:
-        """Return the state after a rewiring on a batch; `step` is mixed into the random key."""
+    def rewire(self, state: State, batch: Batch, step: Array) -> State:
+        """Return the state after a rewiring.
+
+        Args:
+          state: the training state.
+          batch: the points used to choose new connections if growth is `active`.
+          step: int32 scalar, the number of steps taken, which makes the random key different each time.
+        """
         model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
         x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
@@ -131,19 +183,19 @@ class Step:
             key,
             self.config.rewire,
         )
-        return _state(model, moments, state["optimizer"], state["squares"])
+        return _make_state(model, moments, state["optimizer"], state["squares"])
 
     def fill_up(self, state: State) -> State:
         """Return the state after `Head.fill_up`."""
         model = self._merge(state)
         model.head.fill_up()
-        return _state(model, state["moments"], state["optimizer"], state["squares"])
+        return _make_state(model, state["moments"], state["optimizer"], state["squares"])
 
     def _merge(self, state: State) -> Classifier:
         return nnx.merge(self.graphdef, state["params"], state["other"], copy=True)
 
 
-def _state(model: Classifier, moments: Any, optimizer: Any, squares: State) -> State:
+def _make_state(model: Classifier, moments: Any, optimizer: Any, squares: dict[str, Array]) -> State:
     _, (params, other) = split(model, nnx.Param)
     return {
         "params": params,
@@ -152,47 +204,3 @@ def _state(model: Classifier, moments: Any, optimizer: Any, squares: State) -> S
         "optimizer": optimizer,
         "squares": squares,
     }
-
-
-# ---- checks against parameters that would silently stay untrained ----
-
-
-def check_parts(model: Classifier) -> None:
-    """Raise ValueError unless each parameter belongs to either encoder or head, and tables are float32."""
-    parts = {"encoder": parameters_of(model.encoder), "head": parameters_of(model.head)}
-    for name, parameter in parameters_of(model).items():
-        owners = [part for part, its in parts.items() if any(p is parameter for p in its.values())]
-        if len(owners) != 1:
-            where = "in the encoder and the head both" if owners else "neither in the encoder nor in the head"
-            raise ValueError(f"parameter {name} is {where}; Trainer cannot train it")
-    tables = dict(tables_of(model.encoder))
-    for name, parameter in parts["encoder"].items():
-        if not isinstance(parameter, TableParam):
-            continue
-        owners = [path for path, table in tables.items() if table.embedding is parameter]
-        if len(owners) != 1:
-            raise ValueError(f"{name} must be the table of one EmbeddingTable, but is that of {len(owners)}")
-        if parameter.dtype != jnp.float32:
-            raise ValueError(f"table {name} must be float32 to be trained by rows, got {parameter.dtype}")
-
-
-def _check_updated(before: dict[str, jax.Array], head: nnx.Module) -> None:
-    for name, parameter in parameters_of(head).items():
-        if parameter[...] is before[name]:
-            raise ValueError(f"the head's step leaves its parameter {name} as it is")
-
-
-def _check_used(pullback: Callable, features: jax.Array, *params: nnx.State) -> None:
-    """Raise ValueError if the features do not depend on a parameter of the encoder."""
-    program = jax.make_jaxpr(pullback)(jnp.zeros_like(features)).jaxpr
-    reached = set(program.invars)
-    for equation in program.eqns:
-        if any(isinstance(v, core.Var) and v in reached for v in equation.invars):
-            reached.update(equation.outvars)
-    paths = [path for state in params for path, _ in nnx.to_flat_state(state)]
-    for path, result in zip(paths, program.outvars, strict=True):
-        if not isinstance(result, core.Var) or result not in reached:
-            raise ValueError(
-                f"the features do not depend on the encoder's parameter {path_name(path)}, so that "
-                "nothing would train it; what is to stay as it is may be an nnx.Variable of another type"
-            )

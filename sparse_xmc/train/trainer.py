@@ -1,7 +1,6 @@
-"""The trainer: training state and single training steps."""
+"""The trainer: the training state of a classifier, and single training steps."""
 
 import functools
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import key_path_names, path_name, split
 from sparse_xmc.settings import check_seed
+from sparse_xmc.train.checks import as_learning_rate, check_parameters, check_positives
 from sparse_xmc.train.config import TrainingConfig
-from sparse_xmc.train.step import State, Step, check_parts
+from sparse_xmc.train.step import State, Step
 
 
 class Trainer:
@@ -64,12 +64,12 @@ class Trainer:
         fused: bool | None = None,
     ):
         seed = check_seed(seed)
-        check_parts(model)
+        check_parameters(model)
         if config.rewire.fraction:
             model.head.check_rewiring(config.rewire)
         if encoder_optimizer is None:
             encoder_optimizer = _adamw(config)
-        elif given := [name for name, default in _OF_ADAMW.items() if getattr(config, name) != default]:
+        elif given := [name for name, default in _ADAMW_DEFAULTS.items() if getattr(config, name) != default]:
             raise ValueError(f"{given[0]} is for the default optimizer, not beside encoder_optimizer")
         self.config = config
         self.seed = seed
@@ -81,7 +81,7 @@ class Trainer:
         self.state: State = step.init(model)
         self.mesh = model.head.mesh
         if self.mesh is None:
-            self._programs = _programs(step)
+            self._programs = _shared_programs(step)
         else:
             if config.batch_size % data_size(self.mesh):
                 raise ValueError(
@@ -90,8 +90,8 @@ class Trainer:
                 )
             self.state = place(self.state, self.mesh)
             shardings = jax.tree.map(lambda array: array.sharding, self.state)
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            self._programs = _compiled(step, shardings, (shardings, everywhere))
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            self._programs = _compile(step, state=shardings, loss=replicated)
 
     @property
     def head(self) -> Head:
@@ -101,8 +101,9 @@ class Trainer:
     @property
     def model(self) -> Classifier:
         """The classifier with the current weights. Its arrays are donated to the next step."""
-        graphdef, state = self._graphdef, (self.state["params"], self.state["other"])
-        return nnx.merge(graphdef, *jax.tree.map(lambda array: array, state))
+        # The copy of the tree gives the model its own variables, which share the arrays of the state.
+        params, other = jax.tree.map(lambda array: array, (self.state["params"], self.state["other"]))
+        return nnx.merge(self._graphdef, params, other)
 
     def train_step(self, batch: Batch, learning_rate: float) -> jax.Array:
         """Take one training step, and a rewiring if one is due after it.
@@ -119,12 +120,13 @@ class Trainer:
             ValueError: the learning rate is not finite; positives are not as described in `Batch`; or a
               parameter would stay untrained.
         """
-        rate = _check_rate(learning_rate)
-        _check_positives(np.asarray(batch.positives), self.num_labels)
+        learning_rate = as_learning_rate(learning_rate)
+        check_positives(np.asarray(batch.positives), self.num_labels)
         batch = place_batch(batch, self.mesh)
-        self.state, loss = self._programs.train(self.state, batch, rate, np.int32(self.step))
+        self.state, loss = self._programs.train(self.state, batch, learning_rate, np.int32(self.step))
         self.step += 1
         interval = self.config.rewire_interval
+        # The first rewiring follows step 1. (With an interval of 1, each remainder is 0.)
         if interval != -1 and self.step % interval == 1 % interval:
             self.rewire(batch)
         return loss
@@ -185,35 +187,36 @@ class Trainer:
 
 
 class _Programs(NamedTuple):
-    """The compiled functions of a `Step`. Each takes a state, which is donated, and further arguments."""
+    """The compiled methods of a `Step`. Each takes a state, which is donated, and further arguments."""
 
     train: Any
     rewire: Any
     fill_up: Any
 
 
-def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
-    """Compile the functions of a step.
+def _compile(step: Step, state: Any = None, loss: Any = None) -> _Programs:
+    """Compile the methods of a step.
 
     Args:
       step: the step.
-      state: shardings of a state, for the results of `rewire` and `fill_up`; None for unspecified.
-      trained: shardings of the results of `train`; None for unspecified.
+      state: shardings of the returned states; None for those that XLA chooses.
+      loss: sharding of the returned losses.
     """
+    train_results = None if state is None else (state, loss)
     return _Programs(
-        jax.jit(step.train, donate_argnums=0, out_shardings=trained),
+        jax.jit(step.train, donate_argnums=0, out_shardings=train_results),
         jax.jit(step.rewire, donate_argnums=0, out_shardings=state),
         jax.jit(step.fill_up, donate_argnums=0, out_shardings=state),
     )
 
 
 @functools.lru_cache(maxsize=2)  # Older programs are freed with the last trainer that uses them.
-def _programs(step: Step) -> _Programs:
-    """Return the compiled programs of a step; equal steps share them, for example when planning memory."""
-    return _compiled(step)
+def _shared_programs(step: Step) -> _Programs:
+    """Return the compiled methods of a step; equal steps share them, for example when planning memory."""
+    return _compile(step)
 
 
-_OF_ADAMW = {"encoder_lr_multiplier": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
+_ADAMW_DEFAULTS = {"encoder_lr_multiplier": 1, "encoder_warmup": 0, "encoder_weight_decay": 0}
 
 
 @jax.jit
@@ -235,47 +238,3 @@ def _adamw(config: TrainingConfig) -> optax.GradientTransformation:
         weight_decay=config.encoder_weight_decay,
         mask=lambda params: jax.tree.map(lambda parameter: parameter.ndim > 1, params),
     )
-
-
-def _check_rate(learning_rate: Any) -> np.float32:
-    """Return a learning rate as float32.
-
-    Raises:
-      TypeError: it is not a real number or a scalar array of one.
-      ValueError: it is not finite in float32.
-    """
-    is_number = isinstance(learning_rate, numbers.Real | np.ndarray | np.generic | jax.Array)
-    rate = np.asarray(learning_rate if is_number else None)
-    is_real = jnp.issubdtype(rate.dtype, jnp.floating) or jnp.issubdtype(rate.dtype, jnp.integer)
-    if rate.shape != () or not is_real:
-        raise TypeError(f"learning_rate must be a number, got {learning_rate!r}")
-    with np.errstate(over="ignore"):
-        rate = rate.astype(np.float32)
-    if not np.isfinite(rate):
-        raise ValueError(f"learning_rate must be finite in float32, got {learning_rate}")
-    return np.float32(rate)
-
-
-def _check_positives(positives: np.ndarray, num_labels: int) -> None:
-    """Check that positives [B, P] are labels or -1, and that no point has a label twice.
-
-    Raises:
-      TypeError: positives are not an integer array of two axes.
-      ValueError: a value is not a label, or a point has a label twice.
-    """
-    if positives.ndim != 2 or positives.dtype.kind not in "iu":
-        got = f"dtype {positives.dtype.name} and shape {list(positives.shape)}"
-        raise TypeError(f"positives must be an array of integers [B, P], got {got}")
-    wrong = (positives < -1) | (positives >= num_labels)
-    if wrong.any():
-        row = int(wrong.any(axis=1).argmax())
-        raise ValueError(
-            f"positives must be labels in 0..{num_labels - 1}, or -1; point {row} of the batch has "
-            f"{positives[row][wrong[row]][0]}"
-        )
-    ordered = np.sort(positives, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        row = int(twice.any(axis=1).argmax())
-        label = ordered[row, 1:][twice[row]][0]
-        raise ValueError(f"positives must be distinct; point {row} of the batch has {label} twice")

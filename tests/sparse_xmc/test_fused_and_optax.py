@@ -119,7 +119,7 @@ def problems(draw, kind, optimizer):
         output_lr_multiplier=0.5,
         penultimate_lr_multiplier=0.5,
         embedding_lr_multiplier=2.0,
-        moments=draw(st.sampled_from(["float32", "bfloat16"])),
+        moment_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         epsilon=1e-5,  # far above the noise of gradients that cancel
         rewire=RewireConfig(fraction=draw(st.sampled_from([0.0, 0.3])), growth=growth),
     )

@@ -109,7 +109,7 @@ def test_every_choice_of_optimizer_learns(kind, optimizer, moments):
     model = make_model(kind, penultimate=24, fan_in=4, output_bias=-1.0, output_bound=0.5)
     rate = {"adam": 1.0, "sgd": 3.0}[optimizer]
     trainer = new_trainer(
-        model=model, output_optimizer=optimizer, output_lr_multiplier=rate, moments=moments, rewire=NEVER
+        model=model, output_optimizer=optimizer, output_lr_multiplier=rate, moment_dtype=moments, rewire=NEVER
     )
     batch = one_batch()
     losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
