@@ -77,7 +77,7 @@ def start(count, devices, flags, logs, last_flags=()):
 def wait(processes, logs):
     """Wait until all processes have ended; return the exit code and the last messages of each.
 
-    Processes that still run after SECONDS are aborted, and the error shows the Python stacks of their threads.
+    Processes that still run after SECONDS are aborted, and the error shows the Python stacks of all threads.
     """
     deadline, hung = time.monotonic() + SECONDS, False
     for process in processes:
