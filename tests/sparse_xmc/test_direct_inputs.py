@@ -9,7 +9,7 @@ from flax import nnx
 from small_models import FEATURES, LABELS, make_batches, make_model, points_with_counts
 
 from sparse_xmc import BagOfWordsEncoder, RewireConfig, Trainer, TrainingConfig
-from sparse_xmc.heads import Features, FixedFanInConfig, StepInputs, choosing
+from sparse_xmc.heads import Features, FixedFanInConfig, StepInputs, feature_selection
 from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.heads.rewiring import rewire_active
 from xla_ops import SparseInputs
@@ -53,7 +53,7 @@ def by_brute_force(x, y, count, dense):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("count", [1, 6, 25])
 def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense, count):
-    monkeypatch.setattr(choosing, "_ENTRIES_AT_ONCE", at_once)
+    monkeypatch.setattr(feature_selection, "_ENTRIES_AT_ONCE", at_once)
     x, y = problem()
     x = x - 0.3 * dense  # no zeros, and negative ones
     features = x if dense else scipy.sparse.csr_array(x)
