@@ -34,6 +34,7 @@ from absl import app, flags
 
 from . import program
 from .measure import direct_inputs, encoder_memory, feature_selection, ops, problems, steps, workloads
+from .run_flags import flags_without_use
 
 # The flags of each kind of measurement; --fan_in and --penultimate are defined by `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
@@ -93,7 +94,7 @@ def main() -> None:
     used = of_others.get(values.op, _OF_OPS)
     known = set(_OF_OPS).union(*of_others.values())
     given = [name for name in known - {*used} if values[name].present]
-    if unused := sorted({*given, *workloads.flags_without_use(*used)}):
+    if unused := sorted({*given, *flags_without_use(*used)}):
         raise app.UsageError(f"--op={values.op} has no use for {', '.join(f'--{name}' for name in unused)}")
     if values.op == "training_step":
         network = workloads.network_of_flags()

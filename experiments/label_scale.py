@@ -20,7 +20,8 @@ from sparse_xmc.mesh import parse_mesh
 
 from . import program
 from .measure.scale import run_all, run_here, run_on_mesh
-from .measure.workloads import SCALES, flags_without_use
+from .measure.workloads import SCALES
+from .run_flags import flags_without_use
 
 _ON_MESH = "fixed_fan_in_32_32k"  # the model that is measured on a mesh
 

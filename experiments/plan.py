@@ -14,8 +14,9 @@ from absl import flags
 from sparse_xmc.data import Dataset
 from sparse_xmc.planning import check_memory
 
-from . import program, reflection, run
-from .measure.workloads import Settings, flags_without_use, make_dataset
+from . import program, reflection
+from .measure.workloads import make_dataset
+from .run_flags import Settings, flags_without_use, given_values
 
 FLAGS = flags.FLAGS
 
@@ -28,7 +29,7 @@ flags.DEFINE_float("labels_per_point", 5.0, "The mean number of labels of a poin
 
 def main():
     """Print the memory plan for the sizes that the flags describe."""
-    settings = Settings.of({flag.name: flag.value for flag in run.own_flags()})
+    settings = Settings.of(given_values())
     if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
     points = make_dataset(

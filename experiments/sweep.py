@@ -43,7 +43,7 @@ from sparse_xmc.data.files import open_no_follow, write_text
 from sparse_xmc.heads import HEADS
 from sparse_xmc.settings import rename_settings
 
-from . import flagfiles, program, reflection, run
+from . import flagfiles, program, reflection, run_flags
 
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
@@ -153,15 +153,15 @@ def read_table(path: str) -> Table:
 
 def effective_flags(arguments: list[str]) -> dict:
     """Return the values of the flags of `experiments.run` that affect results, for given arguments."""
-    return _that_matter(run.values_of(arguments))
+    return _that_matter(run_flags.values_of(arguments))
 
 
 def _that_matter(values: dict) -> dict:
     """Return the effective values of flags that affect results; missing flags have their defaults."""
-    values = {flag.name: flag.default for flag in run.own_flags()} | values
+    values = {flag.name: flag.default for flag in run_flags.own_flags()} | values
     head = reflection.kind_of("head", HEADS, values)
     values |= {name: head.get(name) for name in reflection.fields_of_kinds(HEADS)}
-    return {name: value for name, value in values.items() if name not in run.INCIDENTAL_FLAGS}
+    return {name: value for name, value in values.items() if name not in run_flags.INCIDENTAL_FLAGS}
 
 
 def _directory(runs: Path, values: dict) -> Path:

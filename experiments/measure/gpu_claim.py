@@ -11,15 +11,9 @@ import jax
 from absl import app, flags
 
 from .. import program
+from ..run_flags import flags_without_use
 from . import clock
-from .workloads import (
-    AMAZON_670K,
-    BATCH_SIZE,
-    NUM_FEATURES,
-    Network,
-    flags_without_use,
-    network_of_flags,
-)
+from .workloads import AMAZON_670K, BATCH_SIZE, NUM_FEATURES, Network, network_of_flags
 
 PAPER = {"memory_bytes": 1.45e9, "seconds_per_epoch": 271}
 

@@ -5,7 +5,7 @@ with these arguments. Importing this module defines the flags of `experiments.ru
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.data.formats import Dataset
-from sparse_xmc.heads import HEADS, HeadConfig
-from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.planning import MemoryPlan, plan_memory
-from sparse_xmc.train import Trainer, TrainingConfig
+from sparse_xmc.train import Trainer
 
-from .. import prepare, reflection, run
+from .. import prepare, run_flags
+from ..run_flags import Settings
 from .synthetic import Synthetic
 
 BATCH_SIZE = 32
@@ -31,7 +30,7 @@ NUM_FEATURES = prepare.FEATURES["cascade"]
 # The training modes of the networks in the step tables.
 MODES = {
     "adam": [],
-    "lean": [f"--flagfile={Path(run.__file__).parent / 'flags' / 'lean.cfg'}"],
+    "lean": [f"--flagfile={Path(run_flags.__file__).parent / 'flags' / 'lean.cfg'}"],
 }
 
 
@@ -102,34 +101,9 @@ def make_dataset(
 # ---- systems ----
 
 
-class Settings(NamedTuple):
-    """The configurations that `experiments.run` makes from its arguments, without data."""
-
-    encoder: EncoderConfig
-    head: HeadConfig
-    training: TrainingConfig
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Settings":
-        """Make the configurations from values of flags."""
-        return cls(
-            reflection.read_flags(EncoderConfig, values),
-            reflection.read_kind("head", HEADS, values),
-            reflection.read_flags(TrainingConfig, values),
-        )
-
-    def classifier(
-        self, num_features: int, num_labels: int, *, bag_of_words: bool = False
-    ) -> ClassifierConfig:
-        """Return the configuration of a classifier for a data set of these sizes."""
-        return ClassifierConfig(
-            num_features, num_labels, bag_of_words=bag_of_words, encoder=self.encoder, head=self.head
-        )
-
-
 def read_settings(arguments: Sequence[str]) -> Settings:
     """Return the configurations that `experiments.run` makes from arguments, without the command line."""
-    return Settings.of(run.values_of(arguments))
+    return Settings.of(run_flags.values_of(arguments))
 
 
 def make_trainer(
@@ -149,11 +123,6 @@ def stepper(trainer: Trainer, batches: Sequence[Batch], learning_rate: float) ->
         return trainer.state
 
     return step
-
-
-def flags_without_use(*used: str) -> list[str]:
-    """Return the given flags of `experiments.run` that are not among the used ones."""
-    return [flag.name for flag in run.own_flags() if flag.present and flag.name not in used]
 
 
 # ---- networks ----

@@ -1,0 +1,77 @@
+"""The working directory of a run: its lock, and checks of whether a run can start or be resumed in it."""
+
+import fcntl
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+from absl import flags
+
+from sparse_xmc.data.files import open_no_follow
+from sparse_xmc.train import SCHEDULES
+
+from . import flagfiles
+from .run_flags import INCIDENTAL_FLAGS, flag_lines
+
+FLAGS = flags.FLAGS
+
+
+def lock(workdir: Path) -> IO[str]:
+    """Lock a working directory for this process. The lock is held while the returned file is open.
+
+    Raises:
+      ValueError: another process holds the lock.
+    """
+    file = open(workdir / ".lock", "w", opener=open_no_follow)  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"{workdir}: another run is at work in it; choose another --workdir") from error
+    return file
+
+
+def check_flags(workdir: Path) -> None:
+    """Raise ValueError if the directory contains a run with other flags that affect results.
+
+    The number of epochs may be higher than before if the schedule allows it.
+    """
+    path = workdir / "flags.cfg"
+    has_checkpoint = any((workdir / "checkpoints" / "latest").glob("*.json"))
+    if not path.exists() or not (has_checkpoint or (workdir / "result.json").exists()):
+        return  # There is no run to resume.
+    saved = flagfiles.rename_flags(path.read_text().splitlines())
+    epochs = next((int(line[9:]) for line in saved if line.startswith("--epochs=")), FLAGS.epochs)
+    is_raised = epochs < FLAGS.epochs
+    if is_raised:
+        saved = [*(line for line in saved if not line.startswith("--epochs=")), f"--epochs={FLAGS.epochs}"]
+    if different := sorted(_without_incidental(saved) ^ _without_incidental(flag_lines())):
+        raise ValueError(
+            f"{path} belongs to a run with other flags ({' '.join(different)}); choose another --workdir"
+        )
+    if is_raised and not SCHEDULES[FLAGS.schedule].can_go_on:
+        raise ValueError(
+            f"{path} is of a run of {epochs} epochs, at whose end --schedule={FLAGS.schedule} has the "
+            "learning rate fall to 0: more cannot follow; choose another --workdir, or --init_from this one"
+        )
+
+
+def _without_incidental(lines: Iterable[str]) -> set[str]:
+    prefixes = tuple(f"--{name}=" for name in INCIDENTAL_FLAGS)
+    return {line for line in lines if not line.startswith(prefixes)}
+
+
+def finished(workdir: Path) -> str | None:
+    """Return a message if the directory contains a finished run that is not to be continued, else None."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    planned, done = result["training"]["epochs"], result["epochs"]
+    if planned >= FLAGS.epochs:
+        note = ""
+    elif done < planned:
+        note = f", and more epochs would change nothing: it stopped after {done}"
+    else:
+        return None
+    return f"{path} is there already{note}. Choose another --workdir to run again."

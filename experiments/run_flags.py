@@ -1,0 +1,157 @@
+"""Flags of `experiments.run`, and the configurations that they describe.
+
+Flags of configurations are made from their dataclasses (`reflection`). This module is imported by all
+programs that describe classifiers by the same flags.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from sparse_xmc.heads import HEADS, HeadConfig
+from sparse_xmc.metrics import PROPENSITY_CONSTANTS
+from sparse_xmc.model import ClassifierConfig, EncoderConfig
+from sparse_xmc.train import TrainingConfig
+
+from . import flagfiles, reflection
+
+FLAGS = flags.FLAGS
+
+# Flags that do not affect results, so that a run may be resumed with other values of them.
+INCIDENTAL_FLAGS = (
+    "workdir",
+    "plan",
+    "name",
+    "checkpoint_minutes",
+    "mesh",
+    "coordinator",
+    "num_processes",
+    "process_id",
+)
+
+
+flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
+flags.DEFINE_bool("plan", False, "Print the planned memory of training, and do not train.")
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_string("name", "", "Name of the run in tables; by default the name of the working directory.")
+
+flags.DEFINE_string(
+    "init_from", None, "Directory of a saved model, such as another run, whose weights training starts from."
+)
+
+flags.DEFINE_string("train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.")
+flags.DEFINE_string("test", None, "Test points, in the same format.")
+flags.DEFINE_string("train_features", None, "Dense features of the training points, .npy float32 [N, D].")
+flags.DEFINE_string("test_features", None, "Dense features of the test points.")
+flags.DEFINE_string(
+    "train_filter", None, "Labels to leave out when training points are ranked: lines of `row label`."
+)
+flags.DEFINE_string("test_filter", None, "Labels to leave out when test points are ranked.")
+flags.DEFINE_string("cache_dir", None, "Directory of a cache of parsed .txt files and embeddings.")
+flags.DEFINE_integer(
+    "ngrams", 1, "Raw text only: 1 for words alone, 2 for pairs of neighbouring words as well.", 1
+)
+flags.DEFINE_string(
+    "encoder",
+    None,
+    "Directory of a pretrained encoder in the format of Hugging Face, used for raw text beside the words.",
+)
+flags.DEFINE_bool(
+    "encoder_trainable",
+    False,
+    "Fine-tune --encoder instead of computing its embeddings once; see text_encoder.cfg.",
+)
+flags.DEFINE_enum(
+    "encoder_dtype", "float32", ["float32", "bfloat16"], "Dtype of the computations of a fine-tuned encoder."
+)
+flags.DEFINE_bool(
+    "encoder_remat",
+    False,
+    "Recompute the layers of a fine-tuned encoder in the backward pass, which saves memory.",
+)
+flags.DEFINE_integer("max_length", 64, "Maximum number of tokens of a text that --encoder reads.", 3)
+flags.DEFINE_enum(
+    "propensities",
+    "default",
+    list(PROPENSITY_CONSTANTS),
+    "Constants of propensity-scored metrics: the family of the data set.",
+)
+flags.DEFINE_float(
+    "validation_fraction", 0.02, "Fraction of the training points held out for validation.", 0, 1
+)
+flags.DEFINE_bool("validate_on_test", False, "Validate on the test set, as the paper does.")
+flags.DEFINE_float("checkpoint_minutes", 10, "Minutes between checkpoints.", 0)
+
+flags.DEFINE_string(
+    "mesh",
+    None,
+    'Mesh of devices for the labels and the batch, such as "data:2,label:4"; by default one device.',
+)
+flags.DEFINE_string(
+    "coordinator", None, 'With several processes: address:port of process 0, or "auto" if JAX can find it.'
+)
+flags.DEFINE_integer("num_processes", None, "Number of processes.", 1)
+flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", 0)
+
+reflection.define_flags(EncoderConfig)
+reflection.define_kinds("head", HEADS, "fixed_fan_in", "Kind of the head: the layers after the encoder.")
+reflection.define_flags(TrainingConfig)
+flags.adopt_module_key_flags(reflection)
+
+
+def own_flags() -> list[flags.Flag]:
+    """Return the flags of `experiments.run`, without those of the program that imports this module."""
+    modules = FLAGS.flags_by_module_dict()
+    return [*modules[__name__], *modules[reflection.__name__]]
+
+
+def given_values() -> dict[str, Any]:
+    """Return the values of the flags of `experiments.run` on the command line."""
+    return {flag.name: flag.value for flag in own_flags()}
+
+
+def values_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the values of the flags of `experiments.run` for given arguments, without the command line."""
+    values = flags.FlagValues()
+    for flag in own_flags():
+        values[flag.name] = copied = copy.deepcopy(flag)
+        copied.unparse()
+    values(["experiments.run", *flagfiles.expand(arguments)])
+    return values.flag_values_dict()
+
+
+def flag_lines() -> list[str]:
+    """Return the lines of a flagfile that repeats the run of the command line."""
+    return [flag.serialize() for flag in own_flags() if flag.value is not None]
+
+
+def flags_without_use(*used: str) -> list[str]:
+    """Return the names of given flags of `experiments.run` that are not among the used ones."""
+    return [flag.name for flag in own_flags() if flag.present and flag.name not in used]
+
+
+class Settings(NamedTuple):
+    """The configurations that the flags describe, without data."""
+
+    encoder: EncoderConfig
+    head: HeadConfig
+    training: TrainingConfig
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Settings":
+        """Make the configurations from values of flags."""
+        return cls(
+            reflection.read_flags(EncoderConfig, values),
+            reflection.read_kind("head", HEADS, values),
+            reflection.read_flags(TrainingConfig, values),
+        )
+
+    def classifier(
+        self, num_features: int, num_labels: int, *, bag_of_words: bool = False
+    ) -> ClassifierConfig:
+        """Return the configuration of a classifier for a data set of these sizes."""
+        return ClassifierConfig(
+            num_features, num_labels, bag_of_words=bag_of_words, encoder=self.encoder, head=self.head
+        )
