@@ -89,8 +89,8 @@ def test_light_starts_import_nothing_heavy(code):
 
 
 def test_tables_say_how_to_get_matplotlib(monkeypatch):
-    from experiments import tables
+    from experiments import figures
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'sparse-xmc\[experiments\]'"):
-        tables._new_figure()
+        figures._new_figure()

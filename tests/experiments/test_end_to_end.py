@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import experiments
-from experiments import prepare, sweep, tables
+from experiments import prepare, published, result_tables, sweep, tables
 from sparse_xmc.data import read_tsv
 
 ROOT = Path(experiments.__file__).parents[1]
@@ -16,7 +16,7 @@ ROOT = Path(experiments.__file__).parents[1]
 
 class TestPublishedRows:
     def test_each_is_of_a_known_data_set_with_source_and_plausible_numbers(self):
-        found = tables.read_end_to_end()
+        found = published.read_end_to_end()
         rows = [row for rows in found.values() for row in rows]
         assert len({(row["dataset"], row["system"], row["encoder"]) for row in rows}) == len(rows)
         for row in rows:
@@ -35,7 +35,7 @@ class TestPublishedRows:
     def test_their_data_sets_are_those_of_our_runs(self, monkeypatch):
         monkeypatch.chdir(ROOT)
         table = sweep.read_table("experiments/tables/end_to_end.toml")
-        assert set(table.data) == tables.read_end_to_end().keys()
+        assert set(table.data) == published.read_end_to_end().keys()
         for entry in table.entries:
             values = sweep.effective_flags(entry.flags)
             assert values["encoder_trainable"]
@@ -49,7 +49,7 @@ class TestPublishedRows:
     def test_they_stand_below_ours(self, tmp_path, monkeypatch):
         monkeypatch.chdir(ROOT)
         table = sweep.read_table("experiments/tables/end_to_end.toml")
-        tables.report(table, tables.read_rows(table, tmp_path), "name", tmp_path)
+        tables.report(table, result_tables.read_rows(table, tmp_path), "name", tmp_path)
         text = (tmp_path / "name.md").read_text()
         assert text.count("as others report them") == len(table.data)
         assert "| ELMO FP8 | BERT-base | 50.34 | 3.55 | 245 | xmc-aalto/elmo assets/performance.png |" in text

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import sweep, tables
+from experiments import figures, result_tables, sweep, tables
+from experiments.published import read_paper
 
 ROOT = Path(experiments.__file__).parents[1]
 
@@ -62,7 +63,7 @@ def report(tmp_path):
 
     def make(table, *contents):
         write(tmp_path / "results", table, *contents)
-        tables.report(table, tables.read_rows(table, tmp_path / "results"), "name", tmp_path / "out")
+        tables.report(table, result_tables.read_rows(table, tmp_path / "results"), "name", tmp_path / "out")
         return tmp_path / "out"
 
     return make
@@ -135,7 +136,7 @@ def test_latex(report):
 
 
 def test_latex_escapes_what_means_something_to_it():
-    assert r"50\% \_ \& & b \\" in tables.latex([["50% _ &", "b"]])
+    assert r"50\% \_ \& & b \\" in result_tables.latex([["50% _ &", "b"]])
 
 
 def test_pictures_are_drawn_and_shown(report):
@@ -156,18 +157,18 @@ def test_only_the_papers_memory_is_drawn_where_there_are_no_results(report):
 
 
 def test_curves_are_means_over_the_seeds_that_came_so_far():
-    axes = tables._new_figure().subplots()
-    row = tables.Row("d", "c", [make_result(0.2), make_result(0.4, epochs=4)], 2, None)
-    tables._draw_curves(axes, [row], "p@1", scale=100)
+    axes = figures._new_figure().subplots()
+    row = result_tables.Row("d", "c", [make_result(0.2), make_result(0.4, epochs=4)], 2, None)
+    figures._draw_curves(axes, [row], "p@1", scale=100)
     (line,) = axes.lines
     np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4])
     np.testing.assert_allclose(line.get_ydata(), [0, 30, 60, 120])
 
 
 def test_points_in_the_memory_picture_are_means_and_the_papers():
-    reported = tables.read_reported()["amazon-670k_slice", "dense"]
-    row = tables.Row("d", "c", [make_result(0.2), make_result(0.4)], 2, reported)
-    ours, theirs = tables._draw_memory([row]).axes[0].lines
+    reported = read_paper()["amazon-670k_slice", "dense"]
+    row = result_tables.Row("d", "c", [make_result(0.2), make_result(0.4)], 2, reported)
+    ours, theirs = figures._draw_memory([row]).axes[0].lines
     np.testing.assert_allclose([*ours.get_xdata(), *ours.get_ydata()], [1.5, 30])
     np.testing.assert_allclose([*theirs.get_xdata(), *theirs.get_ydata()], [8.96, 33.76])
 
@@ -187,12 +188,12 @@ def test_a_damaged_result_is_named(tmp_path):
     path = table.entries[0].result(tmp_path)
     path.write_text(path.read_text()[:50])
     with pytest.raises(ValueError, match=r"dense_seed0\.json: not a result"):
-        tables.read_rows(table, tmp_path)
+        result_tables.read_rows(table, tmp_path)
 
 
 def test_every_published_row_has_flagfiles_and_is_in_a_table_of_the_project(monkeypatch):
     monkeypatch.chdir(ROOT)
-    reported = tables.read_reported()
+    reported = read_paper()
     assert len(reported) == 58 + 5 + 4  # no two rows have the same name
     listed = {}
     for path in Path("experiments/tables").glob("*.toml"):

@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 
-from experiments import tables
+from experiments import published
 from experiments.measure import encoder_memory
 from sparse_xmc import planning
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
@@ -77,7 +77,7 @@ def test_report(capsys):
 
 
 def test_published_numbers_are_those_of_the_file():
-    with open(tables.END_TO_END, encoding="utf-8", newline="") as file:
+    with open(published.END_TO_END, encoding="utf-8", newline="") as file:
         rows = [
             r for r in csv.DictReader(file) if (r["dataset"], r["encoder"]) == ("Amazon-670K", "BERT-base")
         ]

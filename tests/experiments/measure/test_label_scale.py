@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import tables
+from experiments import figures, tables
 from experiments.measure import scale
 from experiments.measure.workloads import SCALES, Scale
 from sparse_xmc import planning
@@ -115,7 +115,7 @@ def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
 
 
 def test_the_papers_memory_of_the_same_systems_is_beside_ours():
-    figure = tables._draw_label_scale([make_report(10**4, "dense", 0.25)])
+    figure = figures.draw_label_scale([make_report(10**4, "dense", 0.25)])
     memory = figure.axes[0]
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines if len(line.get_xdata())}
     assert {(10**4, 0.25), (670_091, 13.43), (2_812_281, 56.36)} <= points
@@ -126,7 +126,7 @@ def test_the_papers_memory_of_the_same_systems_is_beside_ours():
 
 def test_bars_of_times_are_quartiles():
     reports = [make_report(labels, "dense", 1) for labels in (10**4, 10**5)]
-    line, caps, _ = tables._draw_label_scale(reports).axes[1].containers[0]
+    line, caps, _ = figures.draw_label_scale(reports).axes[1].containers[0]
     np.testing.assert_array_equal(line.get_ydata(), [0.5, 0.5])
     for cap, expected in zip(caps, (0.4, 0.7), strict=True):
         assert list(cap.get_ydata()) == pytest.approx([expected, expected])
