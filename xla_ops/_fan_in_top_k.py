@@ -42,7 +42,7 @@ def fan_in_top_k(
     Raises:
       TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import xla_ops
       >>> x = jnp.array([[1.0, 10.0, 100.0]])
