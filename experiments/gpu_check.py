@@ -37,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from absl import app, flags
 
@@ -123,7 +123,9 @@ def run(
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], env: Mapping[str, str] | None, output) -> Iterator[subprocess.Popen]:
+def _running(
+    command: Sequence[str], env: Mapping[str, str] | None, output: IO[str]
+) -> Iterator[subprocess.Popen]:
     """Start a process, and kill it and all its child processes at the end in any case."""
     try:
         process = subprocess.Popen(

@@ -17,22 +17,36 @@ MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "scikit-learn": "skle
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "scipy", "sklearn", "numpy", "matplotlib"}
 
 
-def imports_at_start_up(source: str) -> set[str]:
-    """Return the top-level names of absolute imports that run when a module is imported."""
-    found = set()
-    nodes = list(ast.parse(source).body)
+def imports_of(source: str, *, at_start_up: bool) -> list[ast.Import | ast.ImportFrom]:
+    """Return the import statements of a module, without those for type checkers.
+
+    Args:
+      source: the source of the module.
+      at_start_up: leave out imports within functions.
+    """
+    found = []
+    nodes: list[ast.AST] = [ast.parse(source)]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if at_start_up and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             nodes += node.orelse
             continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append(node)
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def imports_at_start_up(source: str) -> set[str]:
+    """Return the top-level names of absolute imports that run when a module is imported."""
+    found = set()
+    for node in imports_of(source, at_start_up=True):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif not node.level:
             found.add(node.module.partition(".")[0])
-        nodes += ast.iter_child_nodes(node)
     return found
 
 
@@ -71,6 +85,36 @@ def test_only_required_dependencies_are_imported_at_start_up():
         for name in imports_at_start_up(path.read_text()) - allowed
     }
     assert not wrong
+
+
+def imported_modules(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Return the modules among `modules` that a module imports, anywhere in its code."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in imports_of(path.read_text(), at_start_up=False):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        parents = package[: len(package) + 1 - node.level] if node.level else []
+        base = ".".join([*parents, *([node.module] if node.module else [])])
+        members = {f"{base}.{alias.name}" for alias in node.names}
+        # A name that is no module is an attribute of the package or module.
+        found |= members & modules.keys()
+        if members - modules.keys():
+            found.add(base)
+    return found & modules.keys() - {name}
+
+
+def test_no_modules_import_each_other_in_a_cycle():
+    modules = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    remaining = {name: imported_modules(name, path, modules) for name, path in modules.items()}
+    while leaves := {name for name, imported in remaining.items() if not imported}:
+        remaining = {name: found - leaves for name, found in remaining.items() if name not in leaves}
+    assert not remaining  # each remaining module is in a cycle, or imports a module that is
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ def test_the_papers_memory_of_the_same_systems_is_beside_ours():
     assert {(10**4, 0.25), (670_091, 13.43), (2_812_281, 56.36)} <= points
     assert (670_091, 6.27) not in points  # unstructured
     np.testing.assert_array_equal(memory.lines[-1].get_ydata(), [4, 4])
-    assert [text.get_text() for text in memory.texts] == ["dense", "4 GiB"]
+    assert [text.get_text() for text in memory.texts] == ["4 GiB"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["dense: each label reads all 768 features", "paper, GPU memory"]
 
 
 def test_bars_of_times_are_quartiles():
