@@ -8,6 +8,7 @@ and counted.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -30,7 +31,7 @@ def main():
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics
     weights = None if statistics is None else statistics.inv_propensities
-    report = {
+    report: dict[str, Any] = {
         "points": len(points),
         "labels that the model does not know": unknown,
         "metrics": evaluate(saved.model, points, inv_propensities=weights),

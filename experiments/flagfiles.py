@@ -14,6 +14,7 @@ from pathlib import Path
 from sparse_xmc.settings import RENAMED
 
 PACKAGE = Path(__file__).parent
+FLAGFILES = PACKAGE / "flags"
 _log = logging.getLogger(__name__)
 _COMMENTS = ("#", "//")
 _DEEPEST, _MOST = 32, 1000  # maximum nesting depth, and total number, of flagfiles
@@ -27,8 +28,8 @@ def find(path: str) -> Path:
     return ours if first == "experiments" and not found.exists() and ours.exists() else found
 
 
-def find_named(name: str, directory: str) -> Path:
-    """Return a file given by its path, or by its name within a directory of this package.
+def find_named(name: str, directory: Path) -> Path:
+    """Return a file given by its path, or by its name within a directory.
 
     Raises:
       FileNotFoundError: there is no such file; the message suggests similar names.
@@ -36,11 +37,11 @@ def find_named(name: str, directory: str) -> Path:
     path = find(name)
     if path.exists() and not path.is_dir():
         return path
-    known = {path.stem: path for path in sorted((PACKAGE / directory).rglob("*.*"))}
+    known = {path.stem: path for path in sorted(directory.rglob("*.*"))}
     if name in known:
         return known[name]
     near = difflib.get_close_matches(path.stem, known, n=4)
-    like = f"did you mean {', '.join(near)}?" if near else f"those in {PACKAGE / directory} have names"
+    like = f"did you mean {', '.join(near)}?" if near else f"the files of {directory} have names"
     raise FileNotFoundError(f"{name}: no such file; {like}")
 
 
@@ -78,7 +79,7 @@ def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[
         if flag not in ("--flagfile", "-flagfile"):
             expanded.append(argument)
             continue
-        path = find_named(name if is_one else next(remaining, ""), "flags").resolve()
+        path = find_named(name if is_one else next(remaining, ""), FLAGFILES).resolve()
         if path in within:
             circle = " -> ".join(map(str, (*within[within.index(path) :], path)))
             raise ValueError(f"{path}: a flagfile within itself: {circle}")

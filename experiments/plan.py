@@ -12,19 +12,18 @@ import scipy.sparse
 from absl import flags
 
 from sparse_xmc.data import Dataset
-from sparse_xmc.planning import check_memory
+from sparse_xmc.planning import check_memory, placeholder_dataset
 
 from . import program, reflection
-from .measure.workloads import make_dataset
 from .run_flags import Settings, flags_without_use, given_values
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("labels", None, "L.", 1)
+flags.DEFINE_integer("labels", None, "L, the number of labels.", 1)
 flags.DEFINE_integer("features", 768, "D, the number of dense features.", 1)
-flags.DEFINE_integer("words", None, "V, the number of words, where features are bags of these.", 1)
-flags.DEFINE_integer("words_per_point", 32, "The mean number of words of a point.", 1)
-flags.DEFINE_float("labels_per_point", 5.0, "The mean number of labels of a point.", 0)
+flags.DEFINE_integer("words", None, "V, the number of words; features are then bags of words.", 1)
+flags.DEFINE_integer("words_per_point", 32, "Mean number of words of a point.", 1)
+flags.DEFINE_float("labels_per_point", 5.0, "Mean number of labels of a point.", 0)
 
 
 def main():
@@ -32,11 +31,10 @@ def main():
     settings = Settings.of(given_values())
     if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
-    points = make_dataset(
-        FLAGS.labels, FLAGS.labels_per_point, FLAGS.features, size=settings.training.batch_size
-    )
+    batch_size = settings.training.batch_size
+    points = placeholder_dataset(FLAGS.labels, FLAGS.labels_per_point, FLAGS.features, batch_size)
     if FLAGS.words is not None:
-        points = Dataset(_bags(settings.training.batch_size), points.labels)
+        points = Dataset(_bags(batch_size), points.labels)
     config = settings.classifier(points.num_features, FLAGS.labels, bag_of_words=points.is_sparse)
     print(check_memory(config, settings.training, points))
 

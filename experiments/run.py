@@ -140,7 +140,10 @@ def main():
     constants = PROPENSITY_CONSTANTS[FLAGS.propensities]
     statistics = saved.label_statistics = LabelStatistics.of(splits.train.labels, *constants)
     saved.calibration = Calibration.fit(model, validation, batch_size=training.batch_size)
-    options = {"inv_propensities": statistics.inv_propensities, "batch_size": training.batch_size}
+    options: dict[str, Any] = {
+        "inv_propensities": statistics.inv_propensities,
+        "batch_size": training.batch_size,
+    }
     result = {
         "name": FLAGS.name or workdir.name,
         "test": evaluate(model, splits.test, **options),

@@ -45,6 +45,7 @@ from sparse_xmc.settings import rename_settings
 
 from . import flagfiles, program, reflection, run_flags
 
+TABLES = Path(__file__).parent / "tables"
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
 
@@ -116,7 +117,7 @@ def read_table(path: str) -> Table:
       ValueError: the file is malformed, lists an entry twice, or names a flagfile that does not exist.
     """
     try:
-        with open(flagfiles.find_named(path, "tables"), "rb") as file:
+        with open(flagfiles.find_named(path, TABLES), "rb") as file:
             table = tomllib.load(file)
         shared = tuple(table.pop("flagfiles", ()))
         title, data, runs = table.pop("title"), table.pop("data"), table.pop("runs")

@@ -1,12 +1,14 @@
 """Planning of the memory of training, before anything is allocated."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import psutil
+import scipy.sparse
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -110,6 +112,25 @@ def check_memory(
             settings = ", ".join(change for pair in pairs for change in _differences(*pair))
             raise MemoryError(f"{message}\nIt would take {other.bytes / 2**20:,.0f} MiB with {settings}.")
     raise MemoryError(f"{message}\nNothing that is known to take less would fit.")
+
+
+def placeholder_dataset(
+    num_labels: int, labels_per_point: float, num_features: int, batch_size: int
+) -> Dataset:
+    """Return as many points as a batch, with dense features of zeros, for plans without data.
+
+    Args:
+      num_labels: L, the number of labels.
+      labels_per_point: mean number of labels of a point, which is rounded up.
+      num_features: D, the number of features.
+      batch_size: B, the number of points.
+    """
+    count = min(num_labels, math.ceil(labels_per_point))
+    labels = np.tile(np.arange(count), batch_size)
+    pointers = np.arange(0, batch_size * count + 1, count)
+    values = np.ones(batch_size * count, bool)
+    positives = scipy.sparse.csr_array((values, labels, pointers), shape=(batch_size, num_labels))
+    return Dataset(np.zeros((batch_size, num_features), np.float32), positives)
 
 
 def abstract_trainer(config: ClassifierConfig, training: TrainingConfig) -> Trainer:

@@ -29,7 +29,7 @@ from sparse_xmc.data.batches import Batch
 from sparse_xmc.evaluation import gradient_density
 from sparse_xmc.mesh import make_mesh
 from sparse_xmc.model import Classifier
-from sparse_xmc.planning import plan_memory
+from sparse_xmc.planning import placeholder_dataset, plan_memory
 from sparse_xmc.train import Trainer
 
 from . import clock, environment, meshes
@@ -39,7 +39,6 @@ from .workloads import (
     NUM_FEATURES,
     Scale,
     make_batches,
-    make_dataset,
     make_trainer,
     read_settings,
     stepper,
@@ -65,7 +64,7 @@ def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.pe
     system += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
     settings = read_settings(system)
     report = {"scale": scale._asdict(), "model": model, "batch_size": BATCH_SIZE}
-    points = make_dataset(scale.labels, scale.labels_per_point, NUM_FEATURES)
+    points = placeholder_dataset(scale.labels, scale.labels_per_point, NUM_FEATURES, BATCH_SIZE)
     plan = plan_memory(settings.classifier(NUM_FEATURES, scale.labels), settings.training, points)
     report["planned_bytes"] = plan.bytes
     if not plan.fits:

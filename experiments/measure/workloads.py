@@ -4,23 +4,18 @@ A system is a list of arguments for `experiments.run`, so that measurements are 
 with these arguments. Importing this module defines the flags of `experiments.run`.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import scipy.sparse
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
 from sparse_xmc.data.batches import Batch
-from sparse_xmc.data.formats import Dataset
-from sparse_xmc.planning import MemoryPlan, plan_memory
+from sparse_xmc.planning import MemoryPlan, placeholder_dataset, plan_memory
 from sparse_xmc.train import Trainer
 
-from .. import prepare, run_flags
+from .. import flagfiles, prepare, run_flags
 from ..run_flags import Settings
 from .synthetic import Synthetic
 
@@ -30,7 +25,7 @@ NUM_FEATURES = prepare.FEATURES["cascade"]
 # The training modes of the networks in the step tables.
 MODES = {
     "adam": [],
-    "lean": [f"--flagfile={Path(run_flags.__file__).parent / 'flags' / 'lean.cfg'}"],
+    "lean": [f"--flagfile={flagfiles.FLAGFILES / 'lean.cfg'}"],
 }
 
 
@@ -84,18 +79,6 @@ def make_batches(
     """Make batches of synthetic points that can be learnt."""
     source = Synthetic(labels, labels_per_point, features)
     return [source.batch(i, size) for i in range(count)]
-
-
-def make_dataset(
-    labels: int, labels_per_point: float, features: int = NUM_FEATURES, size: int = BATCH_SIZE
-) -> Dataset:
-    """Make a data set of zeros with as many points as a batch, for memory plans."""
-    count = min(labels, math.ceil(labels_per_point))
-    positives = scipy.sparse.csr_array(
-        (np.ones(size * count, bool), np.tile(np.arange(count), size), np.arange(0, size * count + 1, count)),
-        shape=(size, labels),
-    )
-    return Dataset(np.zeros((size, features), np.float32), positives)
 
 
 # ---- systems ----
@@ -161,7 +144,7 @@ class Network(NamedTuple):
     def plan(self, mode: str, *arguments: str) -> MemoryPlan:
         """Plan the memory of training the classifier; arguments are as for `trainer`."""
         settings = read_settings(self._system(mode, arguments))
-        points = make_dataset(self.labels, self.labels_per_point, self.features)
+        points = placeholder_dataset(self.labels, self.labels_per_point, self.features, BATCH_SIZE)
         return plan_memory(settings.classifier(self.features, self.labels), settings.training, points)
 
     def _system(self, mode: str, arguments: Sequence[str]) -> list[str]:

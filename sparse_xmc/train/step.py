@@ -185,8 +185,8 @@ class Step:
         )
         return _make_state(model, moments, state["optimizer"], state["squares"])
 
-    def fill_up(self, state: State) -> State:
-        """Return the state after `Head.fill_up`."""
+    def reset_padding_labels(self, state: State) -> State:
+        """Return the state with padding labels of a mesh reset, after it was read from another mesh."""
         model = self._merge(state)
         model.head.fill_up()
         return _make_state(model, state["moments"], state["optimizer"], state["squares"])

@@ -120,10 +120,10 @@ class Trainer:
             ValueError: the learning rate is not finite; positives are not as described in `Batch`; or a
               parameter would stay untrained.
         """
-        learning_rate = as_learning_rate(learning_rate)
+        rate = as_learning_rate(learning_rate)
         check_positives(np.asarray(batch.positives), self.num_labels)
         batch = place_batch(batch, self.mesh)
-        self.state, loss = self._programs.train(self.state, batch, learning_rate, np.int32(self.step))
+        self.state, loss = self._programs.train(self.state, batch, rate, np.int32(self.step))
         self.step += 1
         interval = self.config.rewire_interval
         # The first rewiring follows step 1. (With an interval of 1, each remainder is 0.)
@@ -164,7 +164,7 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Replace the state by a saved one, of any mesh. Its arrays are donated to the next step."""
-        self.state = state if self.mesh is None else self._programs.fill_up(state)
+        self.state = state if self.mesh is None else self._programs.reset_padding_labels(state)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
@@ -191,7 +191,7 @@ class _Programs(NamedTuple):
 
     train: Any
     rewire: Any
-    fill_up: Any
+    reset_padding_labels: Any
 
 
 def _compile(step: Step, state: Any = None, loss: Any = None) -> _Programs:
@@ -206,7 +206,7 @@ def _compile(step: Step, state: Any = None, loss: Any = None) -> _Programs:
     return _Programs(
         jax.jit(step.train, donate_argnums=0, out_shardings=train_results),
         jax.jit(step.rewire, donate_argnums=0, out_shardings=state),
-        jax.jit(step.fill_up, donate_argnums=0, out_shardings=state),
+        jax.jit(step.reset_padding_labels, donate_argnums=0, out_shardings=state),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import experiments
 from experiments import flagfiles
+from experiments.sweep import TABLES
 
 ROOT = Path(experiments.__file__).parents[1]
 PROGRAM = """
@@ -134,14 +135,14 @@ def test_flagfiles_are_bounded_in_depth_and_number(tmp_path):
 
 
 def test_names_of_flagfiles_are_unique():
-    names = [path.stem for path in (flagfiles.PACKAGE / "flags").rglob("*.cfg")]
+    names = [path.stem for path in flagfiles.FLAGFILES.rglob("*.cfg")]
     assert len(set(names)) == len(names)
 
 
 def test_tables_by_name():
-    assert flagfiles.find_named("wordnet", "tables") == flagfiles.PACKAGE / "tables" / "wordnet.toml"
+    assert flagfiles.find_named("wordnet", TABLES) == TABLES / "wordnet.toml"
     with pytest.raises(FileNotFoundError, match="wordnet_fll: no such file; did you mean wordnet_full"):
-        flagfiles.find_named("wordnet_fll", "tables")
+        flagfiles.find_named("wordnet_fll", TABLES)
 
 
 def test_renamed_flags_work_with_a_warning(caplog):
