@@ -42,7 +42,7 @@ _POINTS_AT_ONCE = 1024
 def main():
     """Predict labels of the points that the flags describe."""
     classifier = trained.load()
-    calibration = classifier.saved_.calibration
+    calibration = classifier.saved_.calibration if _PROBABILITIES.value else None
     if _PROBABILITIES.value and calibration is None:
         workdir = flags.FLAGS.workdir
         raise ValueError(f"{workdir}: the model has no probabilities: it had no validation points")
@@ -50,7 +50,7 @@ def main():
     for points in read_points(classifier, _INPUT.value):
         names, scores = classifier.predict(points, k=k)
         columns = {"scores": scores}
-        if _PROBABILITIES.value:
+        if calibration is not None:
             columns["probabilities"] = calibration(scores)
         kept = np.ones(scores.shape, bool)
         if _THRESHOLD.value is not None:
