@@ -486,13 +486,13 @@ def _draw_label_scale(results: list[dict]) -> "Figure":
         gib = [result["peak_memory_bytes"] / 2**30 for result in ours]
         first, median, third = np.transpose([result["seconds_quartiles"]["step"] for result in ours])
         style = {"color": color, "marker": "o", "markersize": 4}
-        memory.plot(labels, gib, label=_LONG_NAMES.get(cell, _words(cell)), **style)
+        memory.plot(labels, gib, label=_LONG_NAMES.get(model, _words(model)), **style)
         seconds.errorbar(labels, median, yerr=(median - first, third - median), capsize=3, **style)
-    for (_, cell), row in read_reported().items():
+    for (_, model), row in read_reported().items():
         published = float(row["peak_memory_gib"])
         if model in colors and published > 0:  # 0.0 cannot be shown on a logarithmic axis.
             at = prepare.DATASETS[row["dataset"]].labels
-            memory.plot(at, published, color=colors[cell], marker="o", linestyle="", markerfacecolor="none")
+            memory.plot(at, published, color=colors[model], marker="o", linestyle="", markerfacecolor="none")
     memory.plot([], color="grey", marker="o", linestyle="", markerfacecolor="none", label="paper, GPU memory")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     memory.axhline(_FOUR_GB, color="grey", linestyle="--", linewidth=1)
