@@ -1,8 +1,8 @@
 """Default settings of `XMCClassifier`, which are chosen from the data.
 
 The learning rates suit short texts with 10^4 to 10^5 labels (`experiments/results/tuning_diary.md` has
-results of other rates);
-sizes and the number of steps follow from the numbers of points and labels.
+results of other rates); sizes and the number of steps follow from the numbers of points and
+labels.
 """
 
 import math
