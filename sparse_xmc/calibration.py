@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.data.files import write_text
-from sparse_xmc.data.formats import Dataset
 from sparse_xmc.evaluation import predict
 from sparse_xmc.metrics import is_listed
 from sparse_xmc.model import Classifier

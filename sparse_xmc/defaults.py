@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.data.tokens import TokenLists
 from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig

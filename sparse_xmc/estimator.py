@@ -12,7 +12,7 @@ from flax import nnx
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.data.label_checks import warn_of_unusual_labels
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.validation import Features, LabelMatrix, Labels, read_labels, read_points, to_binary

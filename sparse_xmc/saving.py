@@ -13,8 +13,8 @@ from flax import nnx
 
 from sparse_xmc.calibration import Calibration
 from sparse_xmc.card import MARK, model_card
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.data.files import write_text
-from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sparse_xmc.data.batches import Batch
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads import HEADS, HeadConfig
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.planning import MemoryPlan, plan_memory

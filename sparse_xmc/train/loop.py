@@ -13,9 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sparse_xmc.data.batches import Batches
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.evaluation import evaluate
-from sparse_xmc.mesh import own_rows
+from sparse_xmc.mesh import local_rows
 from sparse_xmc.train.callbacks import Callback
 from sparse_xmc.train.checkpoints import Checkpoints
 from sparse_xmc.train.schedules import SCHEDULES
@@ -96,7 +96,7 @@ def fit(
             f"schedule {config.schedule!r} ends with the weights of the best epoch: give validation points "
             "and checkpoints, or another schedule"
         )
-    batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
+    batches = Batches(train, config.batch_size, local_rows=local_rows(trainer.mesh))
     records: list[dict[str, Any]] = []
     part = _Part()
     run = {"seed": trainer.seed, "data": train.fingerprint(), **dataclasses.asdict(config)}
