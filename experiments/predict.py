@@ -61,7 +61,7 @@ def main():
 
 def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
     """Yield the points of a file in blocks, in the format of the classifier."""
-    if classifier.saved_.text_encoder is not None:
+    if classifier.saved_.inputs is not None:
         lines = read_text_lines(path)
         is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
         texts = (_behind_tab(path, *line) if is_tsv else line[1] for line in lines)

@@ -13,7 +13,7 @@ import scipy.sparse
 
 # Any object with `__array__` is accepted as a matrix: arrays of JAX or PyTorch, data frames.
 Matrix: TypeAlias = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
-Features: TypeAlias = Iterable[str] | Matrix | Any
+TextsOrFeatures: TypeAlias = Iterable[str] | Matrix | Any
 Labels: TypeAlias = Iterable[Iterable[str]] | Matrix | Any
 
 _ROWS_AT_ONCE = 4096
@@ -32,7 +32,7 @@ class LabelMatrix(NamedTuple):
     names: list[str] | None = None
 
 
-def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
+def read_points(X: TextsOrFeatures) -> list[str] | np.ndarray | scipy.sparse.csr_array:
     """Convert points to texts, or to features.
 
     Args:
