@@ -8,6 +8,7 @@ and counted.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -24,13 +25,13 @@ _FILTER = flags.DEFINE_string("test_filter", None, "Labels to leave out: lines o
 _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 
 
-def main():
+def main() -> None:
     """Evaluate the model that the flags describe."""
     saved = trained.load().saved_
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics
     weights = None if statistics is None else statistics.inv_propensities
-    report = {
+    report: dict[str, Any] = {
         "points": len(points),
         "labels that the model does not know": unknown,
         "metrics": evaluate(saved.model, points, inv_propensities=weights),

@@ -359,7 +359,7 @@ class XMCClassifier(BaseEstimator):
         names = saved.label_encoder
         self.classes_ = np.arange(self.n_labels_) if names is None else np.array(names.names, object)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         model_mesh = self.saved_.model.head.mesh if hasattr(self, "saved_") else None
         if self.mesh is not None or model_mesh is not None:
             raise TypeError(

@@ -75,7 +75,7 @@ def export_predict(
             f"the inputs of a {type(encoder).__name__} are not known here; use xla_ops.save_exported"
         )
 
-    def predict(weights, *arrays):
+    def predict(weights: nnx.State, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         classifier = nnx.merge(graphdef, random, weights, copy=True)
         if len(arrays) == 1:
             return classifier.top_k(*arrays, k)

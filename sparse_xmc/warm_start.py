@@ -28,16 +28,17 @@ def start_from(saved: SavedModel, trained: SavedModel) -> None:
     for name, names in (("words", _words), ("labels", _labels)):
         if names(saved) != names(trained):
             raise ValueError(f"the model to start from has other {name}; was it trained on the same data?")
-    ours, theirs = _weights(saved.model), _weights(trained.model)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name.startswith("encoder.text.") and name not in theirs:
+    weights, trained_weights = _weights(saved.model), _weights(trained.model)
+    for name in sorted(weights.keys() | trained_weights.keys()):
+        if name.startswith("encoder.text.") and name not in trained_weights:
             continue
         expected, found = (
-            dtype_and_shape(weights[name][...]) if name in weights else "none" for weights in (ours, theirs)
+            dtype_and_shape(variables[name][...]) if name in variables else "none"
+            for variables in (weights, trained_weights)
         )
         if found != expected:
             raise ValueError(f"the model to start from is another: {name} is {found}, expected {expected}")
-        ours[name].set_value(theirs[name][...])
+        weights[name].set_value(trained_weights[name][...])
 
 
 def _words(saved: SavedModel) -> list[str] | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparse_xmc.data.files import write_text
 from sparse_xmc.data.tokens import Tokenizer
-from sparse_xmc.encoders.frozen import cached_embeddings, embed, fingerprint
+from sparse_xmc.encoders.embedding_cache import cached_embeddings, embed, fingerprint
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import (
     PretrainedConfig,
