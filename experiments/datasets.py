@@ -10,7 +10,6 @@ import numpy as np
 from sparse_xmc.data import (
     Dataset,
     LabelEncoder,
-    TextEncoder,
     read_dense,
     read_filter,
     read_tsv,
@@ -18,6 +17,7 @@ from sparse_xmc.data import (
 )
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.saving import SavedModel
 
 from .flagfiles import find
@@ -25,19 +25,19 @@ from .flagfiles import find
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The training and test points of a data set, and the encoders of raw text.
+    """The training and test points of a data set, and the encoders of texts and label names.
 
     Attributes:
       train: the training points.
       test: the test points.
-      text_encoder: encoder of texts as bags of words, or None.
+      inputs: encoder of texts, or None.
       label_encoder: names of the labels, or None.
       unseen_labels: number of labels of test points that no training point has, and that cannot be predicted.
     """
 
     train: Dataset
     test: Dataset
-    text_encoder: TextEncoder | None = None
+    inputs: InputEncoder | None = None
     label_encoder: LabelEncoder | None = None
     unseen_labels: int = 0
 
@@ -65,10 +65,10 @@ def load(
       train_filter: path of a file of `row label` lines, labels that are excluded from the ranking of a point
         in evaluation; or None. For raw text, the number of a label is its name.
       test_filter: path of such a file for the test points, or None.
-      cache_dir: directory in which parsed files of the repository's format are cached and memory-mapped; None
-        for no cache.
+      cache_dir: directory in which parsed files of the repository's format, and embeddings of texts by a
+        frozen encoder, are cached and memory-mapped; None for no cache.
       ngrams: for raw text, 1 for words only, 2 for words and pairs of neighbouring words.
-      pretrained: for raw text, function that computes `Dataset.encoded`; or None.
+      pretrained: for raw text, the pretrained part of an `InputEncoder`; or None.
 
     Returns:
       Both sets, with the same features and labels. For raw text, labels and words that no training point has
@@ -95,7 +95,7 @@ def load(
     if pretrained is not None and not _is_text(train):
         raise ValueError(f"a pretrained encoder needs raw text, .tsv, got {train}")
     if _is_text(train):
-        splits = _load_text(train, test, ngrams, pretrained)
+        splits = _load_texts(train, test, ngrams, pretrained, cache_dir)
     elif train_features and test_features:
         splits = Splits(read_dense(train_features, train), read_dense(test_features, test))
     else:
@@ -105,11 +105,11 @@ def load(
         splits = dataclasses.replace(splits, unseen_labels=len(unseen))
     _check_not_empty(train, splits.train)
     _check_not_empty(test, splits.test)
-    for what in ("num_features", "num_labels"):
-        ours, theirs = getattr(splits.train, what), getattr(splits.test, what)
-        if ours != theirs:
+    for size in ("num_features", "num_labels"):
+        first, second = getattr(splits.train, size), getattr(splits.test, size)
+        if first != second:
             raise ValueError(
-                f"{what} differ: {ours} in {train_features or train}, {theirs} in {test_features or test}"
+                f"{size} differ: {first} in {train_features or train}, {second} in {test_features or test}"
             )
     return dataclasses.replace(
         splits,
@@ -144,17 +144,19 @@ def load_points(
     if takes != given:
         raise ValueError(f"{path}: the model takes {takes}, got {given}")
     if saved.label_encoder is not None:
+        if saved.inputs is None:
+            raise ValueError(f"{path}: the model takes features with label names, which no file has")
         names, texts = read_tsv(path)
         _check_not_empty(path, texts)
         labels = saved.label_encoder(names)
-        unknown = sum(len(set(of_point)) for of_point in names) - labels.nnz
-        points = dataclasses.replace(saved.points(texts), labels=labels)
+        unknown = sum(len(set(point_names)) for point_names in names) - labels.nnz
+        points = saved.inputs(texts).with_labels(labels)
     else:
         points = read_dense(features, path) if features else read_xmc_text(path)
-        for what in ("num_features", "num_labels"):
-            ours, theirs = getattr(config, what), getattr(points, what)
-            if ours != theirs:
-                raise ValueError(f"{features or path}: {what} is {theirs}, but the model's {ours}")
+        for size in ("num_features", "num_labels"):
+            expected, found = getattr(config, size), getattr(points, size)
+            if found != expected:
+                raise ValueError(f"{features or path}: {size} is {found}, but the model's {expected}")
     _check_not_empty(path, points)
     return _exclude(points, filter, saved.label_encoder), unknown
 
@@ -184,27 +186,28 @@ def _is_text(path: str) -> bool:
     return Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".tsv")
 
 
-def _load_text(train: str, test: str, ngrams: int, pretrained: FrozenEncoder | Tokenizer | None) -> Splits:
-    train_labels, train_texts = read_tsv(train)
-    test_labels, test_texts = read_tsv(test)
+def _load_texts(
+    train: str,
+    test: str,
+    ngrams: int,
+    pretrained: FrozenEncoder | Tokenizer | None,
+    cache_dir: str | None,
+) -> Splits:
+    train_names, train_texts = read_tsv(train)
+    test_names, test_texts = read_tsv(test)
     _check_not_empty(train, train_texts)
     _check_not_empty(test, test_texts)
-    labels = LabelEncoder.fit(train_labels)
+    labels = LabelEncoder.fit(train_names)
     try:
-        texts = TextEncoder.fit(train_texts, ngrams=ngrams)
+        inputs = InputEncoder.fit(train_texts, ngrams=ngrams, pretrained=pretrained)
     except ValueError as error:
         raise ValueError(f"{train}: no word is in two of its texts") from error
-
-    def dataset(names: list[list[str]], of_points: list[str]) -> Dataset:
-        encoded = None if pretrained is None else pretrained(of_points)
-        return Dataset(texts(of_points), labels(names), encoded=encoded)
-
     return Splits(
-        train=dataset(train_labels, train_texts),
-        test=dataset(test_labels, test_texts),
-        text_encoder=texts,
+        train=inputs(train_texts, cache_dir=cache_dir).with_labels(labels(train_names)),
+        test=inputs(test_texts, cache_dir=cache_dir).with_labels(labels(test_names)),
+        inputs=inputs,
         label_encoder=labels,
-        unseen_labels=len({name for names in test_labels for name in names} - set(labels.names)),
+        unseen_labels=len({name for names in test_names for name in names} - set(labels.names)),
     )
 
 

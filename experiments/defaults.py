@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from sparse_xmc import XMCClassifier
-from sparse_xmc.data import Dataset, read_tsv
+from sparse_xmc.data import read_tsv
 from sparse_xmc.evaluation import evaluate
 from sparse_xmc.metrics import inverse_propensities
 
@@ -28,12 +28,11 @@ def measure(train: str, test: str) -> dict:
     classifier = XMCClassifier(verbose=True).fit(texts, labels)
     seconds = time.perf_counter() - start
     saved = classifier.saved_
-    text_encoder, label_encoder = saved.text_encoder, saved.label_encoder
-    assert text_encoder is not None  # The classifier was given texts
-    assert label_encoder is not None  # and label names.
+    assert saved.inputs is not None  # The classifier was given texts
+    assert saved.label_encoder is not None  # and label names.
     test_labels, test_texts = read_tsv(test)
-    points = Dataset(text_encoder(test_texts), label_encoder(test_labels))
-    weights = inverse_propensities(label_encoder(labels))
+    points = saved.inputs(test_texts).with_labels(saved.label_encoder(test_labels))
+    weights = inverse_propensities(saved.label_encoder(labels))
     return {
         "train": train,
         "test": evaluate(saved.model, points, inv_propensities=weights),

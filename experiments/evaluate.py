@@ -25,7 +25,7 @@ _FILTER = flags.DEFINE_string("test_filter", None, "Labels to leave out: lines o
 _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 
 
-def main():
+def main() -> None:
     """Evaluate the model that the flags describe."""
     saved = trained.load().saved_
     points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)

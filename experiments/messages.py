@@ -51,7 +51,7 @@ def print_sizes(splits: datasets.Splits, validation: Dataset) -> None:
     if jax.process_index() == 0:
         warn_of_unusual_labels(train.labels, names)
     kind = "features"
-    if splits.text_encoder is not None:
+    if splits.inputs is not None:
         kind = "words and pairs of words" if FLAGS.ngrams > 1 else "words"
     print_once(f"{train.num_features:,} {kind}")
 

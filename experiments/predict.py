@@ -39,7 +39,7 @@ _THRESHOLD = flags.DEFINE_float(
 _POINTS_AT_ONCE = 1024
 
 
-def main():
+def main() -> None:
     """Predict labels of the points that the flags describe."""
     classifier = trained.load()
     calibration = classifier.saved_.calibration if _PROBABILITIES.value else None
@@ -55,16 +55,16 @@ def main():
         kept = np.ones(scores.shape, bool)
         if _THRESHOLD.value is not None:
             kept = columns["probabilities" if _PROBABILITIES.value else "scores"] >= _THRESHOLD.value
-        for row, of_row in enumerate(kept):
-            print(line(names[row][of_row], {name: values[row][of_row] for name, values in columns.items()}))
+        for row, is_kept in enumerate(kept):
+            print(line(names[row][is_kept], {name: values[row][is_kept] for name, values in columns.items()}))
 
 
 def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
     """Yield the points of a file in blocks, in the format of the classifier."""
-    if classifier.saved_.text_encoder is not None:
+    if classifier.saved_.inputs is not None:
         lines = read_text_lines(path)
         is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
-        texts = (_behind_tab(path, *line) if is_tsv else line[1] for line in lines)
+        texts = (_after_tab(path, *line) if is_tsv else line[1] for line in lines)
         yield from iter(lambda: list(itertools.islice(texts, _POINTS_AT_ONCE)), [])
     elif classifier.saved_.config.bag_of_words:
         for dataset in iterate_xmc_text(path, _POINTS_AT_ONCE):
@@ -77,7 +77,7 @@ def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
             yield points
 
 
-def _behind_tab(path: str, number: int, line: str) -> str:
+def _after_tab(path: str, number: int, line: str) -> str:
     _, tab, text = line.partition("\t")
     if not tab:
         raise ValueError(f"{path}:{number}: expected 'label|label|...<TAB>text', got no tab in {line[:40]!r}")

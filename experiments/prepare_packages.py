@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from sparse_xmc.data import files, formats
+from sparse_xmc.data import files, write_tsv
 
 from . import program
 
@@ -164,7 +164,7 @@ def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], r
     rows += [[name, *(f"{value:,}" for value in row.values())] for name, row in described.items()]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     for name, part in parts.items():
-        formats.write_tsv(out / f"{name}.tsv.gz", [p.labels for p in part], [p.text for p in part])
+        write_tsv(out / f"{name}.tsv.gz", [p.labels for p in part], [p.text for p in part])
     summary = described | {"seed": seed, "packages": dict(sorted(versions.items()))}
     (out / "statistics.json").write_text(json.dumps(summary, indent=2) + "\n")
     form = _FORMAT.format(table=table, test_share=_TEST_SHARE, seed=seed)

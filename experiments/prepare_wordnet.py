@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from sparse_xmc.data import formats
+from sparse_xmc.data import write_tsv
 
 from . import program
 
@@ -175,7 +175,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     splits = build(read_wordnet(_DICT_DIR.value), _FULL.value)
     for name, points in zip(("train", "test"), splits, strict=True):
-        formats.write_tsv(out / f"{name}.tsv.xz", [p.labels for p in points], [p.text for p in points])
+        write_tsv(out / f"{name}.tsv.xz", [p.labels for p in points], [p.text for p in points])
     print(statistics(*([p.labels for p in points] for points in splits)))
 
 

@@ -20,14 +20,16 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from sparse_xmc.calibration import Calibration
+from sparse_xmc.assembly import build, finish
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.files import write_text
+from sparse_xmc.encoders import PretrainedEncoder
 from sparse_xmc.encoders.frozen_encoder import open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
@@ -37,7 +39,7 @@ from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.modules import count_parameters
 from sparse_xmc.planning import check_memory, plan_memory
 from sparse_xmc.saving import SavedModel
-from sparse_xmc.train import Checkpoints, GradientDensity, Progress, RecordFile, Stopped, Trainer, fit
+from sparse_xmc.train import Checkpoints, GradientDensity, Progress, RecordFile, Stopped, fit
 
 from . import datasets, program, reflection, run_directory, run_flags
 from .measure import environment
@@ -69,16 +71,14 @@ def main():
     if FLAGS.encoder_trainable and FLAGS.encoder is None:
         raise ValueError("--encoder_trainable needs --encoder")
     print_unused_encoder_flags()
-    pretrained, trained = None, None
+    pretrained, network = None, None
     if FLAGS.encoder is not None:
-        pretrained, trained = open_pretrained(
-            FLAGS.encoder,
-            trainable=FLAGS.encoder_trainable,
-            max_length=FLAGS.max_length,
-            cache_dir=FLAGS.cache_dir,
-            dtype=FLAGS.encoder_dtype,
-            remat=FLAGS.encoder_remat,
-        )
+        trainable = FLAGS.encoder_trainable
+        pretrained = open_pretrained(FLAGS.encoder, trainable=trainable, max_length=FLAGS.max_length)
+        if trainable:
+            network = PretrainedEncoder.from_directory(
+                FLAGS.encoder, dtype=jnp.dtype(FLAGS.encoder_dtype), remat=FLAGS.encoder_remat
+            )
     splits = datasets.load(
         FLAGS.train,
         FLAGS.test,
@@ -92,14 +92,7 @@ def main():
     )
     train, validation = _hold_out(splits)
     print_sizes(splits, validation)
-    config = ClassifierConfig(
-        num_features=train.num_features,
-        num_labels=train.num_labels,
-        bag_of_words=train.is_sparse,
-        encoder=settings.encoder,
-        head=settings.head,
-        **ClassifierConfig.beside_words(pretrained, trained),
-    )
+    config = ClassifierConfig.for_data(train, settings.encoder, settings.head, network)
     plan = plan_memory if FLAGS.plan else check_memory
     memory_plan = plan(config, training, train, mesh=mesh)
     if FLAGS.plan:
@@ -113,16 +106,20 @@ def main():
         write_text(workdir / "flags.cfg", "".join(f"{line}\n" for line in run_flags.flag_lines()))
 
     memory = PeakMemory()
-    start = None if FLAGS.init_from is None else SavedModel.load(FLAGS.init_from, mesh=mesh)
-    model = config.make(
-        train=train if start is None else None, text=trained, mesh=mesh, rngs=nnx.Rngs(FLAGS.seed)
+    initial = None if FLAGS.init_from is None else SavedModel.load(FLAGS.init_from, mesh=mesh)
+    saved, trainer = build(
+        config,
+        training,
+        train,
+        inputs=splits.inputs,
+        label_encoder=splits.label_encoder,
+        network=network,
+        initial=initial,
+        mesh=mesh,
+        seed=FLAGS.seed,
     )
-    saved = SavedModel(config, model, splits.text_encoder, splits.label_encoder, pretrained)
-    if start is not None:
-        saved.start_from(start)
-        del start
-    print_once(f"{count_parameters(model):,} parameters")
-    trainer = Trainer(model, training, seed=FLAGS.seed)
+    del initial
+    print_once(f"{count_parameters(saved.model):,} parameters")
     records = workdir / "metrics.jsonl"
     with Checkpoints(workdir / "checkpoints") as checkpoints, _Signals() as signals:
         epochs = _fit_or_exit(
@@ -134,12 +131,11 @@ def main():
             checkpoint_minutes=FLAGS.checkpoint_minutes,
             callbacks=[GradientDensity(), *([Progress(), RecordFile(records)] if is_first else [])],
         )
-    model = saved.model = trainer.model
     print_once("evaluating on the test and training points ...")
     counts = splits.train.label_counts()
-    constants = PROPENSITY_CONSTANTS[FLAGS.propensities]
-    statistics = saved.label_statistics = LabelStatistics.of(splits.train.labels, *constants)
-    saved.calibration = Calibration.fit(model, validation, batch_size=training.batch_size)
+    statistics = LabelStatistics.of(splits.train.labels, *PROPENSITY_CONSTANTS[FLAGS.propensities])
+    finish(saved, trainer, statistics=statistics, validation=validation)
+    model = saved.model
     options: dict[str, Any] = {
         "inv_propensities": statistics.inv_propensities,
         "batch_size": training.batch_size,

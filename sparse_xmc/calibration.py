@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.data.files import write_text
-from sparse_xmc.data.formats import Dataset
 from sparse_xmc.evaluation import predict
 from sparse_xmc.metrics import is_listed
 from sparse_xmc.model import Classifier
@@ -50,14 +50,16 @@ class Calibration:
         Raises:
           ValueError: there are no points.
         """
-        scores, right = [], []
+        scores, is_correct = [], []
         k = min(_RANKS, points.num_labels)
-        for rows, its_scores, labels in predict(model, points, k, batch_size=batch_size):
-            scores.append(its_scores.ravel())
-            right.append(is_listed(labels, points.labels[rows]).ravel())
+        for rows, batch_scores, labels in predict(model, points, k, batch_size=batch_size):
+            scores.append(batch_scores.ravel())
+            is_correct.append(is_listed(labels, points.labels[rows]).ravel())
         if not scores:
             raise ValueError("calibration needs at least one point that was held out")
-        fitted = IsotonicRegression().fit(np.concatenate(scores).astype(np.float64), np.concatenate(right))
+        fitted = IsotonicRegression().fit(
+            np.concatenate(scores).astype(np.float64), np.concatenate(is_correct)
+        )
         return cls(fitted.X_thresholds_, fitted.y_thresholds_)
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
@@ -79,10 +81,10 @@ class Calibration:
         try:
             fields = json.loads(Path(path).read_text())
             scores, probabilities = (np.array(fields[n], np.float64) for n in ("scores", "probabilities"))
-            of_both = scores.ndim == 1 and scores.shape == probabilities.shape
+            same_shape = scores.ndim == 1 and scores.shape == probabilities.shape
             ascending = all((np.diff(values) >= 0).all() for values in (scores, probabilities))
-            within = np.isfinite(scores).all() and probabilities.min() >= 0 and probabilities.max() <= 1
-            if not (of_both and ascending and within):
+            in_range = np.isfinite(scores).all() and probabilities.min() >= 0 and probabilities.max() <= 1
+            if not (same_shape and ascending and in_range):
                 raise ValueError("expected ascending scores and as many ascending probabilities")
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: not a calibration: {error}") from error

@@ -2,12 +2,10 @@
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from sparse_xmc.inputs import InputEncoder
+from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import count_parameters
-
-if TYPE_CHECKING:
-    from sparse_xmc.saving import SavedModel
 
 # A README.md without this first line was written by the user, and is not replaced.
 MARK = "<!-- sparse-xmc model card -->"
@@ -15,33 +13,38 @@ _PACKAGES = ("sparse-xmc", "jax", "flax")
 
 
 def model_card(
-    saved: "SavedModel",
+    config: ClassifierConfig,
+    model: Classifier,
     *,
+    inputs: InputEncoder | None = None,
+    is_calibrated: bool = False,
     data: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Return the model card of a saved model, in Markdown.
 
     Args:
-      saved: the saved model.
+      config: configuration of the classifier.
+      model: the classifier.
+      inputs: encoder of texts, or None if the classifier takes features.
+      is_calibrated: whether the model has probabilities.
       data: description of the training data, by name; or None.
       metrics: metrics on test points, by name; or None.
     """
-    config = saved.config
-    parameters = count_parameters(saved.model)
-    takes = "texts, by their words"
-    if saved.pretrained is not None:
-        takes = "texts, by their words and a pretrained encoder"
-    elif saved.text_encoder is None:
+    if inputs is None:
         kind = "sparse" if config.bag_of_words else "dense"
         takes = f"{kind} features, float32 [N, {config.num_features}]"
+    elif inputs.pretrained is None:
+        takes = "texts, by their words"
+    else:
+        takes = "texts, by their words and a pretrained encoder"
     sizes = {
         "takes": takes,
         "labels": f"{config.num_labels:,}",
         "words": f"{config.num_features:,}" if config.bag_of_words else None,
-        "parameters": f"{parameters:,}",
+        "parameters": f"{count_parameters(model):,}",
         "head": repr(config.head),
-        "probabilities": "calibrated on held-out points" if saved.calibration else "none",
+        "probabilities": "calibrated on held-out points" if is_calibrated else "none",
     }
     lines = [MARK, "", "# A classifier by sparse-xmc", "", *_table(sizes)]
     if data:
@@ -49,14 +52,14 @@ def model_card(
     if metrics:
         lines += ["", "On the test points", "", *_table({n: f"{v:.4f}" for n, v in metrics.items()})]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    call = "texts" if saved.text_encoder is not None else "features"
+    argument = "features" if inputs is None else "texts"
     lines += [
         "",
         "```python",
         "from sparse_xmc import XMCClassifier",
         "",
         'classifier = XMCClassifier.load("this/directory")',
-        f"names, scores = classifier.predict({call}, k=5)",
+        f"names, scores = classifier.predict({argument}, k=5)",
         "```",
         "",
         f"Saved with {versions}.",

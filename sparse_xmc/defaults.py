@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.data.tokens import TokenLists
 from sparse_xmc.heads import RewireConfig
 from sparse_xmc.train import TrainingConfig
 
-_MOST_EPOCHS = 100
+_MAX_EPOCHS = 100
 
 # Texts with more words on average, and bags with more distinct words on average, count as long.
 _LONG_TEXT, _LONG_BAG = 250, 150
@@ -40,15 +40,15 @@ def sizes_for(dataset: Dataset, **given: int) -> dict[str, int]:
       dataset: the training points.
       given: sizes that are already fixed.
     """
-    words_alone = dataset.is_sparse and dataset.encoded is None
-    penultimate = 4096 if words_alone else 8192
+    words_only = dataset.is_sparse and dataset.encoded is None
+    penultimate = 4096 if words_only else 8192
     while penultimate > max(256, dataset.num_labels):
         penultimate //= 2
     sizes = {"embedding": 256, "penultimate": penultimate} | given
     features = sizes["embedding"] if dataset.is_sparse else dataset.num_features
     sizes = {"fan_in": min(32, sizes["penultimate"] or features)} | sizes
-    words_in_8 = 7 if words_alone else 5
-    return sizes | {"direct_inputs": words_in_8 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
+    direct_in_8 = 7 if words_only else 5
+    return sizes | {"direct_inputs": direct_in_8 * sizes["fan_in"] // 8 if dataset.is_sparse else 0}
 
 
 def dropout_for(dataset: Dataset, ngrams: int = 1) -> float:
@@ -76,12 +76,12 @@ def input_scale_for(dataset: Dataset, penultimate: int, fan_in: int) -> float:
     """
     mean_square = _mean_square(dataset.features) * dataset.num_features  # of the norm of a point
     if dataset.is_sparse:
-        wanted = 1.0
+        target = 1.0
     elif penultimate:
-        wanted = (dataset.num_features + penultimate) / (2 * fan_in)
+        target = (dataset.num_features + penultimate) / (2 * fan_in)
     else:
-        wanted = dataset.num_features / fan_in
-    return float((wanted / mean_square) ** 0.5) if mean_square else 1.0
+        target = dataset.num_features / fan_in
+    return float((target / mean_square) ** 0.5) if mean_square else 1.0
 
 
 def _mean_square(features: np.ndarray | scipy.sparse.csr_array) -> float:
@@ -108,8 +108,8 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         while batch_size > 16 and len(dataset) < 100 * batch_size:
             batch_size //= 2
     steps_per_epoch = max(1, len(dataset) // batch_size)
-    fewest = 6 if dataset.is_sparse else 10
-    epochs = min(_MOST_EPOCHS, max(fewest, -(-100 * fewest // steps_per_epoch)))
+    min_epochs = 6 if dataset.is_sparse else 10
+    epochs = min(_MAX_EPOCHS, max(min_epochs, -(-100 * min_epochs // steps_per_epoch)))
     settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -123,9 +123,8 @@ def training_for(dataset: Dataset, **given: Any) -> TrainingConfig:
         "schedule": "linear",
         "rewire": RewireConfig(fraction=0.0),
     }
-    if isinstance(
-        dataset.encoded, TokenLists
-    ):  # Fine-tuning of a pretrained encoder: a learning rate of 1e-5, of the order of BERT's.
+    if isinstance(dataset.encoded, TokenLists):
+        # A pretrained encoder is fine-tuned with a learning rate of 1e-5, of the order of BERT's.
         steps = epochs * steps_per_epoch
         settings |= {
             "encoder_lr_multiplier": 2.5e-3,

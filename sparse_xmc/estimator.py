@@ -8,25 +8,35 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.sparse
-from flax import nnx
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.assembly import build, finish
+from sparse_xmc.data.dataset import Points
 from sparse_xmc.data.label_checks import warn_of_unusual_labels
-from sparse_xmc.data.text import LabelEncoder, TextEncoder
-from sparse_xmc.data.validation import Features, LabelMatrix, Labels, read_labels, read_points, to_binary
+from sparse_xmc.data.text import LabelEncoder
+from sparse_xmc.data.tokens import Tokenizer
+from sparse_xmc.data.validation import (
+    LabelMatrix,
+    Labels,
+    TextsOrFeatures,
+    read_labels,
+    read_points,
+    to_binary,
+)
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
-from sparse_xmc.encoders.frozen_encoder import open_pretrained
+from sparse_xmc.encoders import PretrainedEncoder
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
+from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.model_files import PARAMETERS
 from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.settings import LARGEST_SEED, check, check_seed, setting
-from sparse_xmc.train import Progress, Trainer, fit
+from sparse_xmc.train import Progress, fit
 
 _DEFAULT_K = 5
 
@@ -101,7 +111,7 @@ class XMCClassifier(BaseEstimator):
       n_labels_: L, the number of labels.
       classes_: [L], the names of the labels, or their numbers if they have no names.
       n_features_in_: number of features; for texts, the number of words.
-      saved_: the `SavedModel`, which contains the Flax module, its configuration and the text encoder.
+      saved_: the `SavedModel`, which contains the Flax module, its configuration and the encoder of texts.
       history_: a record for each epoch, as returned by `sparse_xmc.train.fit`.
       seed_: the seed used by `fit`: `seed`, or the one drawn from the operating system.
 
@@ -151,7 +161,7 @@ class XMCClassifier(BaseEstimator):
         self.seed = seed
         self.verbose = verbose
 
-    def fit(self, X: Features, y: Labels) -> "XMCClassifier":
+    def fit(self, X: TextsOrFeatures, y: Labels) -> "XMCClassifier":
         """Train the classifier from scratch.
 
         X and y are not modified.
@@ -179,35 +189,27 @@ class XMCClassifier(BaseEstimator):
         seed = _draw_seed() if parameters.seed is None else parameters.seed
         if parameters.encoder_trainable and parameters.encoder is None:
             raise ValueError("encoder_trainable=True needs an encoder")
-        points = read_points(X)
+        values = read_points(X)
         labels, label_encoder = _encode_labels(y)
-        num_points = len(points) if isinstance(points, list) else points.shape[0]
+        num_points = len(values) if isinstance(values, list) else values.shape[0]
         if num_points != labels.shape[0]:
             raise ValueError(
                 f"X and y must be of the same points, got {num_points} in X and {labels.shape[0]} in y"
             )
         if not num_points or not labels.nnz:
             raise ValueError(f"expected points with labels, got {num_points} points and {labels.nnz} labels")
-        text_encoder, pretrained, trained, encoded, ngrams = None, None, None, None, 1
-        if not isinstance(points, list):
-            if parameters.encoder is not None:
-                raise ValueError("encoder is for texts, but X is a matrix")
-            features = points
+        inputs, network, ngrams = None, None, 1
+        if isinstance(values, list):
+            ngrams = ngrams_for(values) if parameters.ngrams is None else parameters.ngrams
+            pretrained, network = _open_encoder(parameters)
+            inputs = InputEncoder.fit(values, ngrams=ngrams, min_df=parameters.min_df, pretrained=pretrained)
+            points = inputs(values, cache_dir=parameters.cache_dir)
+        elif parameters.encoder is not None:
+            raise ValueError("encoder is for texts, but X is a matrix")
         else:
-            ngrams = ngrams_for(points) if parameters.ngrams is None else parameters.ngrams
-            text_encoder = TextEncoder.fit(points, ngrams=ngrams, min_df=parameters.min_df)
-            features = text_encoder(points)
-            if parameters.encoder is not None:
-                pretrained, trained = open_pretrained(
-                    parameters.encoder,
-                    trainable=parameters.encoder_trainable,
-                    max_length=parameters.max_length,
-                    cache_dir=parameters.cache_dir,
-                    remat=True,
-                )
-                encoded = pretrained(points)
+            points = Points(values)
         warn_of_unusual_labels(labels, None if label_encoder is None else label_encoder.names)
-        train = Dataset(features, labels, encoded=encoded)
+        train = points.with_labels(labels)
         given = {name: value for name, value in vars(parameters).items() if value is not None}
         training = training_for(train, **_only(given, "epochs", "batch_size", "learning_rate"))
         if parameters.embedding is not None and not train.is_sparse:
@@ -216,30 +218,35 @@ class XMCClassifier(BaseEstimator):
             )
         sizes = sizes_for(train, **_only(given, "embedding", "penultimate", "fan_in"))
         dropout = dropout_for(train, ngrams) if parameters.dropout is None else parameters.dropout
-        config = ClassifierConfig(
-            num_features=train.num_features,
-            num_labels=train.num_labels,
-            bag_of_words=train.is_sparse,
-            encoder=EncoderConfig(embedding=sizes["embedding"], dropout=dropout),
-            head=FixedFanInConfig(
+        config = ClassifierConfig.for_data(
+            train,
+            EncoderConfig(embedding=sizes["embedding"], dropout=dropout),
+            FixedFanInConfig(
                 penultimate=sizes["penultimate"],
                 fan_in=sizes["fan_in"],
                 direct_inputs=sizes["direct_inputs"],
                 output_bias=-1.0,  # on the negative side of the margin: easy negatives have no gradient
                 output_bound=0.05,
             ),
-            **ClassifierConfig.beside_words(pretrained, trained),
+            network,
         )
         scale = 1.0
-        if text_encoder is None:  # The TF-IDF of texts is scaled already.
+        if inputs is None:  # The TF-IDF of texts is scaled already.
             scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
         check_memory(config, training, train, mesh=self.mesh)
-        model = config.make(train=train, text=trained, input_scale=scale, mesh=self.mesh, rngs=nnx.Rngs(seed))
-        trainer = Trainer(model, training, seed=seed)
+        saved, trainer = build(
+            config,
+            training,
+            train,
+            inputs=inputs,
+            label_encoder=label_encoder,
+            network=network,
+            input_scale=scale,
+            mesh=self.mesh,
+            seed=seed,
+        )
         history = fit(trainer, train, callbacks=[Progress()] if parameters.verbose else [])
-        saved = SavedModel(config, trainer.model, text_encoder, label_encoder, pretrained)
-        if len(train) > 2:
-            saved.label_statistics = LabelStatistics.of(labels)
+        finish(saved, trainer, statistics=LabelStatistics.of(labels) if len(train) > 2 else None)
         self._set_fitted(saved)
         self.history_, self.seed_ = history, seed
         return self
@@ -250,7 +257,7 @@ class XMCClassifier(BaseEstimator):
         paths = {name: os.fspath(v) for name, v in values.items() if isinstance(v, os.PathLike)}
         return _Parameters(**values | paths | {"verbose": bool(self.verbose)})
 
-    def predict(self, X: Features, k: int | None = None) -> Predictions:
+    def predict(self, X: TextsOrFeatures, k: int | None = None) -> Predictions:
         """Return the k best labels of each point and their scores.
 
         Args:
@@ -266,11 +273,11 @@ class XMCClassifier(BaseEstimator):
         points = self._points(X)
         k = number_to_rank(k, self.n_labels_)
         labels, scores = np.zeros((len(points), k), np.int64), np.zeros((len(points), k), np.float32)
-        for rows, its_scores, its_labels in predict(self.saved_.model, points, k):
-            labels[rows], scores[rows] = its_labels, its_scores
+        for rows, batch_scores, batch_labels in predict(self.saved_.model, points, k):
+            labels[rows], scores[rows] = batch_labels, batch_scores
         return Predictions(self.classes_[labels], scores)
 
-    def score(self, X: Features, y: Labels) -> float:
+    def score(self, X: TextsOrFeatures, y: Labels) -> float:
         """Return P@1, the fraction of points whose best label is correct.
 
         Labels that were not seen in `fit` are never predicted.
@@ -292,7 +299,7 @@ class XMCClassifier(BaseEstimator):
             )
         if not len(points):
             raise ValueError("X must have at least one point to score, got none")
-        return evaluate(self._fitted.model, dataclasses.replace(points, labels=labels), ks=(1,))["p@1"]
+        return evaluate(self._fitted.model, points.with_labels(labels), ks=(1,))["p@1"]
 
     def save(self, directory: str | os.PathLike) -> None:
         """Save the trained classifier to a directory, for `load` and `experiments.predict`.
@@ -352,7 +359,7 @@ class XMCClassifier(BaseEstimator):
         names = saved.label_encoder
         self.classes_ = np.arange(self.n_labels_) if names is None else np.array(names.names, object)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         model_mesh = self.saved_.model.head.mesh if hasattr(self, "saved_") else None
         if self.mesh is not None or model_mesh is not None:
             raise TypeError(
@@ -367,24 +374,36 @@ class XMCClassifier(BaseEstimator):
             raise NotFittedError("this XMCClassifier is not trained yet: call fit, or load one")
         return self.saved_
 
-    def _points(self, X: Features) -> Dataset:
-        """Return the points as a `Dataset` without labels, after checking their kind."""
-        saved, points = self._fitted, read_points(X)
-        config = saved.config
-        if isinstance(points, list) and not points and saved.text_encoder is None:
+    def _points(self, X: TextsOrFeatures) -> Points:
+        """Return the points, after checking that they are of the kind that the classifier takes."""
+        saved = self._fitted
+        config, values = saved.config, read_points(X)
+        if isinstance(values, list) and not values and saved.inputs is None:
             empty = np.zeros((0, config.num_features), np.float32)
-            points = scipy.sparse.csr_array(empty) if config.bag_of_words else empty
-        if isinstance(points, list) != (saved.text_encoder is not None):
-            expected, got = ("features", "texts") if saved.text_encoder is None else ("texts", "features")
-            raise TypeError(f"X must be {expected}, as the classifier was trained on, got {got}")
-        if isinstance(points, list):
-            return saved.points(points)
-        if points.shape[1] != self.n_features_in_:
-            raise ValueError(f"X must have {self.n_features_in_} features, got {points.shape[1]}")
-        if scipy.sparse.issparse(points) != config.bag_of_words:
+            values = scipy.sparse.csr_array(empty) if config.bag_of_words else empty
+        if isinstance(values, list):
+            if saved.inputs is None:
+                raise TypeError("X must be features, as the classifier was trained on, got texts")
+            return saved.inputs(values)
+        if saved.inputs is not None:
+            raise TypeError("X must be texts, as the classifier was trained on, got features")
+        if values.shape[1] != self.n_features_in_:
+            raise ValueError(f"X must have {self.n_features_in_} features, got {values.shape[1]}")
+        if scipy.sparse.issparse(values) != config.bag_of_words:
             expected = "sparse" if config.bag_of_words else "dense"
             raise TypeError(f"X must be {expected}, as the classifier was trained on, got {type(X).__name__}")
-        return Dataset(points, scipy.sparse.csr_array((points.shape[0], self.n_labels_), dtype=bool))
+        return Points(values)
+
+
+def _open_encoder(
+    parameters: _Parameters,
+) -> tuple[FrozenEncoder | Tokenizer | None, PretrainedEncoder | None]:
+    """Return the pretrained part of the encoder of texts, and the network to be fine-tuned; or None."""
+    if parameters.encoder is None:
+        return None, None
+    trainable = parameters.encoder_trainable
+    pretrained = open_pretrained(parameters.encoder, trainable=trainable, max_length=parameters.max_length)
+    return pretrained, PretrainedEncoder.from_directory(parameters.encoder, remat=True) if trainable else None
 
 
 def number_to_rank(k: int | None, num_labels: int) -> int:

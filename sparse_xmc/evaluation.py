@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparse_xmc.data.batches import Batch, Batches
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.batches import Batch, padded_inputs
+from sparse_xmc.data.dataset import Dataset, Points
 from sparse_xmc.losses import find_loss
-from sparse_xmc.mesh import data_size, own_rows, place_batch
+from sparse_xmc.mesh import data_size, local_rows, place_batch, place_inputs
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation
@@ -26,7 +26,7 @@ class _Ranking:
     """The compiled ranking programs of classifiers of one structure, one for each shape and k."""
 
     def __init__(self, graphdef: nnx.GraphDef):
-        def top_k(state, inputs, k):
+        def top_k(state: nnx.State, inputs: Any, k: int) -> tuple[jax.Array, jax.Array]:
             return nnx.merge(graphdef, state).top_k(inputs, k)
 
         self.top_k = jax.jit(top_k, static_argnums=2)
@@ -34,53 +34,53 @@ class _Ranking:
 
 # Classifiers of the same structure share programs, which are freed with the last of these classifiers. The
 # two programs used last are kept in any case, because each `Trainer.model` is a new object.
-_of_structure: weakref.WeakValueDictionary[nnx.GraphDef, _Ranking] = weakref.WeakValueDictionary()
-_of_classifier: weakref.WeakKeyDictionary[Classifier, _Ranking] = weakref.WeakKeyDictionary()
+_by_structure: weakref.WeakValueDictionary[nnx.GraphDef, _Ranking] = weakref.WeakValueDictionary()
+_by_classifier: weakref.WeakKeyDictionary[Classifier, _Ranking] = weakref.WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=2)
-def _ranking_of(graphdef: nnx.GraphDef) -> _Ranking:
-    ranking = _of_structure.get(graphdef)
+def _find_ranking(graphdef: nnx.GraphDef) -> _Ranking:
+    ranking = _by_structure.get(graphdef)
     if ranking is None:
-        ranking = _of_structure[graphdef] = _Ranking(graphdef)
+        ranking = _by_structure[graphdef] = _Ranking(graphdef)
     return ranking
 
 
 def _ranking(model: Classifier) -> tuple[_Ranking, nnx.State]:
     """Return the ranking programs of a classifier, and the state that they take."""
     graphdef, state = nnx.split(in_evaluation(model))
-    ranking = _of_classifier[model] = _ranking_of(graphdef)
+    ranking = _by_classifier[model] = _find_ranking(graphdef)
     return ranking, state
 
 
 def predict(
-    model: Classifier, dataset: Dataset, k: int, *, batch_size: int = 256
+    model: Classifier, points: Points, k: int, *, batch_size: int = 256
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield the k best labels of all points, batch by batch, in the order of the data set.
+    """Yield the k best labels of all points, batch by batch, in the order of the points.
 
     Args:
       model: the classifier; it is applied without dropout, and is not changed.
-      dataset: the points; their labels and exclusions are ignored.
+      points: the points; labels and exclusions of a `Dataset` are ignored.
       k: number of labels for each point, at most the number of labels of the model.
       batch_size: number of points in a batch.
 
     Yields:
-      The range of n points, their scores [n, k] and labels [n, k], best first.
+      A range of n points, their scores [n, k] and labels [n, k], best first.
 
     Raises:
       FloatingPointError: a score is not finite.
     """
     ranking, state = _ranking(model)
     mesh = model.head.mesh
-    batches = Batches(dataset, batch_size, own_rows=own_rows(mesh))
-    for points, batch in batches.to_predict(multiple_of=data_size(mesh)):
-        inputs = place_batch(batch, mesh).inputs
-        count = points.stop - points.start
-        scores, labels = (np.asarray(array)[:count] for array in ranking.top_k(state, inputs, k))
+    batches = padded_inputs(points, batch_size, multiple_of=data_size(mesh), local_rows=local_rows(mesh))
+    for rows, inputs in batches:
+        placed = place_inputs(inputs, len(inputs), mesh)
+        count = rows.stop - rows.start
+        scores, labels = (np.asarray(array)[:count] for array in ranking.top_k(state, placed, k))
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
-            raise FloatingPointError(f"the scores of point {points.start + row} are not finite")
-        yield points, scores, labels
+            raise FloatingPointError(f"the scores of point {rows.start + row} are not finite")
+        yield rows, scores, labels
 
 
 def trace_top_k(model: Classifier, inputs: Any) -> jax.stages.Traced:
@@ -125,8 +125,8 @@ def evaluate(
     if not len(dataset):
         raise ValueError("expected at least one point to evaluate on, got none")
     metrics = RankingMetrics(ks=ks, inv_propensities=inv_propensities)
-    for points, labels in _rankings(model, dataset, max(ks), batch_size):
-        metrics.update(labels, dataset.labels[points])
+    for rows, labels in _rankings(model, dataset, max(ks), batch_size):
+        metrics.update(labels, dataset.labels[rows])
     return metrics.compute()
 
 
@@ -149,14 +149,14 @@ def evaluate_groups(
     """
     hits, totals = np.zeros((2, len(LABEL_GROUPS)), np.int64)
     members = [dataset.labels @ (groups == group).astype(np.int64) > 0 for group in range(len(LABEL_GROUPS))]
-    for points, labels in _rankings(model, dataset, CANDIDATES, batch_size):
-        hit = is_listed(labels, dataset.labels[points])
+    for rows, labels in _rankings(model, dataset, CANDIDATES, batch_size):
+        hit = is_listed(labels, dataset.labels[rows])
         for group, has_label in enumerate(members):
             in_group = (labels >= 0) & (groups[labels] == group)
             first = in_group.argmax(axis=1)[:, None]
             is_hit = np.take_along_axis(in_group & hit, first, axis=1)[:, 0]
-            hits[group] += np.sum(is_hit & has_label[points])
-            totals[group] += np.sum(has_label[points])
+            hits[group] += np.sum(is_hit & has_label[rows])
+            totals[group] += np.sum(has_label[rows])
     return {
         name: float(hit / total) if total else None
         for name, hit, total in zip(LABEL_GROUPS, hits, totals, strict=True)
@@ -171,12 +171,12 @@ def _rankings(
     if dataset.excluded is not None:
         candidates = max(CANDIDATES, k + np.diff(dataset.excluded.indptr).max(initial=0))
     candidates = min(int(candidates), dataset.num_labels)
-    for points, _, labels in predict(model, dataset, candidates, batch_size=batch_size):
+    for rows, _, labels in predict(model, dataset, candidates, batch_size=batch_size):
         if dataset.excluded is not None:
-            dropped = is_listed(labels, dataset.excluded[points])
+            dropped = is_listed(labels, dataset.excluded[rows])
             order = np.argsort(dropped, axis=1, kind="stable")
             labels = np.take_along_axis(np.where(dropped, -1, labels), order, axis=1)
-        yield points, np.pad(labels[:, :k], ((0, 0), (0, max(0, k - candidates))), constant_values=-1)
+        yield rows, np.pad(labels[:, :k], ((0, 0), (0, max(0, k - candidates))), constant_values=-1)
 
 
 def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "squared_hinge") -> float:
@@ -212,15 +212,17 @@ def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "s
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(graphdef, state, inputs):
+def _features(graphdef: nnx.GraphDef, state: nnx.State, inputs: Any) -> Any:
     return nnx.merge(graphdef, state, copy=True)(inputs)
 
 
 @jax.jit
-def _count_within_margin(logits, labels, positives, margin):
+def _count_within_margin(
+    logits: jax.Array, labels: jax.Array, positives: jax.Array, margin: float
+) -> jax.Array:
     """Count the logits [B, n] of the given labels [n], ascending, that have a gradient."""
-    at = jnp.searchsorted(labels, positives)
-    inside = labels[jnp.minimum(at, len(labels) - 1)] == positives
-    at_positives = jnp.take_along_axis(logits, jnp.where(inside, at, 0), axis=1)
-    as_negatives = jnp.sum(logits > -margin) - jnp.sum(inside & (at_positives > -margin))
-    return as_negatives + jnp.sum(inside & (at_positives < margin))
+    columns = jnp.searchsorted(labels, positives)
+    is_positive = labels[jnp.minimum(columns, len(labels) - 1)] == positives
+    positive_logits = jnp.take_along_axis(logits, jnp.where(is_positive, columns, 0), axis=1)
+    negatives = jnp.sum(logits > -margin) - jnp.sum(is_positive & (positive_logits > -margin))
+    return negatives + jnp.sum(is_positive & (positive_logits < margin))

@@ -31,8 +31,9 @@ def export_predict(
       [B, E].
 
     It returns the scores float32 [B, k] and the labels int32 [B, k], best first; label names are the lines of
-    `labels.txt` in the directory of a saved model. Encode texts before with `text_encoder` and `pretrained`
-    of the `SavedModel`. The program does not check that scores are finite.
+    `labels.txt` in the directory of a saved model. Encode texts before with the `inputs` of the `SavedModel`,
+    which return `Points` with the CSR matrix `features` and the embeddings `encoded`. The program does not
+    check that scores are finite.
 
     Args:
       model: the classifier. For encoders with other inputs, use `xla_ops.save_exported`.
@@ -74,7 +75,7 @@ def export_predict(
             f"the inputs of a {type(encoder).__name__} are not known here; use xla_ops.save_exported"
         )
 
-    def predict(weights, *arrays):
+    def predict(weights: nnx.State, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         classifier = nnx.merge(graphdef, random, weights, copy=True)
         if len(arrays) == 1:
             return classifier.top_k(*arrays, k)

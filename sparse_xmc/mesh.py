@@ -101,7 +101,7 @@ def data_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape.get("data", 1)
 
 
-def own_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
+def local_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
     """Return a function from B to bool [B], true for the rows of a batch on this process's devices.
 
     Returns None if this process needs all rows.
@@ -109,14 +109,14 @@ def own_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
     if mesh is None or jax.process_count() == 1:
         return None
 
-    def own(size: int) -> np.ndarray:
+    def local(size: int) -> np.ndarray:
         rows = np.zeros(size, bool)
         for taken in _by_row(mesh).addressable_devices_indices_map((size,)).values():
             assert taken is not None  # None would mean a device without rows.
             rows[taken] = True
         return rows
 
-    return own
+    return local
 
 
 def _by_row(mesh: Mesh) -> NamedSharding:
@@ -161,17 +161,25 @@ def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """
     if mesh is None:
         return batch
-    size, parts = len(batch.positives), data_size(mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    inputs = place_inputs(batch.inputs, len(batch.positives), mesh)
+    return Batch(inputs=inputs, positives=_split(batch.positives, everywhere))
+
+
+def place_inputs(inputs: Any, size: int, mesh: Mesh | None) -> Any:
+    """Place the inputs of `size` points on a mesh, as `place_batch` does."""
+    if mesh is None:
+        return inputs
+    parts = data_size(mesh)
     if size % parts:
         raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {parts}, got {size}")
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = _by_row(mesh)
 
-    def put(leaf):
+    def put(leaf: Any) -> Any:
         if isinstance(leaf, BagOfWords):
             return jax.tree.map(lambda array: _split(array, everywhere), leaf)
         rows = np.ndim(leaf) > 0 and np.shape(leaf)[0] == size
         return _split(leaf, by_row if rows else everywhere)
 
-    inputs = jax.tree.map(put, batch.inputs, is_leaf=lambda node: isinstance(node, BagOfWords))
-    return Batch(inputs=inputs, positives=_split(batch.positives, everywhere))
+    return jax.tree.map(put, inputs, is_leaf=lambda node: isinstance(node, BagOfWords))

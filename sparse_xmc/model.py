@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.data.formats import Dataset
-from sparse_xmc.data.tokens import Tokenizer
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
-from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.encoders.pretrained_files import POOLINGS, PretrainedConfig
 from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
 from sparse_xmc.mesh import place
@@ -136,13 +135,31 @@ class ClassifierConfig:
         check(self)
 
     @classmethod
-    def beside_words(
-        cls, frozen: FrozenEncoder | Tokenizer | None, trained: PretrainedEncoder | None
-    ) -> dict[str, Any]:
-        """Return the fields "text_features" and "pretrained" for results of `open_pretrained`, or None."""
-        if trained is not None:
-            return {"text_features": trained.features, "pretrained": PretrainedSettings.of(trained)}
-        return {"text_features": frozen.features} if isinstance(frozen, FrozenEncoder) else {}
+    def for_data(
+        cls,
+        train: Dataset,
+        encoder: EncoderConfig,
+        head: HeadConfig,
+        network: PretrainedEncoder | None = None,
+    ) -> "ClassifierConfig":
+        """Return the configuration of a classifier for a data set.
+
+        Args:
+          train: the training points, or points with the same features and labels.
+          encoder: configuration of the encoder.
+          head: configuration of the head.
+          network: pretrained encoder that is fine-tuned, whose tokens the points have; or None.
+        """
+        text_features = train.encoded.shape[1] if isinstance(train.encoded, np.ndarray) else 0
+        return cls(
+            num_features=train.num_features,
+            num_labels=train.num_labels,
+            bag_of_words=train.is_sparse,
+            encoder=encoder,
+            head=head,
+            text_features=text_features if network is None else network.features,
+            pretrained=None if network is None else PretrainedSettings.of(network),
+        )
 
     def make(
         self,

@@ -15,13 +15,16 @@ from pathlib import Path
 import jax
 
 from sparse_xmc.data.files import checksums, difference, remove, write_text
+from sparse_xmc.inputs import FROZEN_FILE, TOKENIZER_FILE, WORDS_FILE
 from sparse_xmc.weights import wait_for_all
 
-CONFIG, MODEL, TEXT_ENCODER, LABELS = "model.json", "model", "text_encoder.json", "labels.txt"
-FROZEN, TOKENIZER = "frozen_encoder.json", "tokenizer.json"
+CONFIG, MODEL, LABELS = "model.json", "model", "labels.txt"
 CALIBRATION, LABEL_STATISTICS = "calibration.json", "label_statistics.npz"
 PARAMETERS = "estimator.json"
-PARTS = (CONFIG, MODEL, TEXT_ENCODER, LABELS, FROZEN, TOKENIZER, CALIBRATION, LABEL_STATISTICS, PARAMETERS)
+PARTS = (
+    *(CONFIG, MODEL, WORDS_FILE, LABELS, FROZEN_FILE, TOKENIZER_FILE),
+    *(CALIBRATION, LABEL_STATISTICS, PARAMETERS),
+)
 CHECKSUMS = "checksums.json"
 
 _FORMAT = 1  # format version of saved models; models of other versions are rejected

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 import xla_ops
 from sparse_xmc.data.batches import Batches
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.encoders.table import TableParam
 from sparse_xmc.evaluation import trace_top_k
 from sparse_xmc.memory_limits import memory_left

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import scipy.sparse
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset, Points
 from sparse_xmc.data.tokens import Tokens
 
 Array = np.ndarray | jax.Array
@@ -31,6 +31,9 @@ class BagOfWords:
     weights: Array
     num_examples: int = dataclasses.field(metadata={"static": True})
 
+    def __len__(self) -> int:
+        return self.num_examples
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -44,6 +47,9 @@ class WordsAndText:
 
     bags: BagOfWords
     encoded: Array | Tokens
+
+    def __len__(self) -> int:
+        return len(self.bags)
 
 
 @jax.tree_util.register_dataclass
@@ -61,35 +67,37 @@ class Batch:
     positives: Array
 
 
+Inputs: TypeAlias = np.ndarray | BagOfWords | WordsAndText
+LocalRows: TypeAlias = Callable[[int], np.ndarray]
+
+
 class Batches:
     """An iterator over a data set in batches of nearly always equal shapes, so that jit compiles once.
 
     Args:
       dataset: the data set.
       batch_size: B, the number of points in a batch; at most the number of points in the data set.
-      own_rows: function from B to bool [B], true for the rows of a batch that this process needs. Other rows
-        of dense features and encoded texts are not read, and are 0. None for all rows.
+      local_rows: function from B to bool [B], true for the rows of a batch that this process needs. Other
+        rows of dense features and encoded texts are not read, and are 0. None for all rows.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        own_rows: Callable[[int], np.ndarray] | None = None,
-    ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    def __init__(self, dataset: Dataset, batch_size: int, *, local_rows: LocalRows | None = None):
+        _check_batch_size(batch_size)
         self._dataset = dataset
-        self._most = batch_size
-        self.batch_size = batch_size = min(batch_size, max(1, len(dataset)))
-        self._own_rows = own_rows
-        self._positives = max(1, np.diff(dataset.labels.indptr).max(initial=1))
+        self.batch_size = min(batch_size, max(1, len(dataset)))
+        self._local_rows = local_rows
+        self._positives_width = max(1, np.diff(dataset.labels.indptr).max(initial=1))
+        self._entries_multiple = 1
         if not isinstance(dataset.features, np.ndarray):
             # The number of entries is padded to a multiple of 1.25 times its mean, so that nearly all batches
             # have the same shape.
             mean = dataset.features.nnz / max(1, len(dataset))
-            self._entries = max(16, int(1.25 * mean * batch_size))
+            self._entries_multiple = max(16, int(1.25 * mean * self.batch_size))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of batches that `shuffled` yields."""
+        return max(1, len(self._dataset) // self.batch_size)
 
     def shuffled(self, seed: int, epoch: int, *, first: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch in random order.
@@ -104,6 +112,11 @@ class Batches:
         for rows in self._shuffled_rows(seed, epoch)[first:]:
             yield self._batch(rows)
 
+    def in_order(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield all points in order, as pairs (range of points, batch); the last batch may be smaller."""
+        for points in _ranges(len(self._dataset), self.batch_size):
+            yield points, self._batch(np.arange(points.start, points.stop))
+
     def rows_not_finite(self, seed: int, epoch: int, number: int) -> np.ndarray:
         """Return the points with NaN or infinite inputs in a batch of `shuffled`.
 
@@ -116,8 +129,8 @@ class Batches:
         """
         rows = self._shuffled_rows(seed, epoch)[number]
         features, encoded = self._dataset.features, self._dataset.encoded
-        of_points = [features[rows]] + ([encoded[rows]] if isinstance(encoded, np.ndarray) else [])
-        sums = [np.asarray(abs(part).sum(axis=1)).ravel() for part in of_points]
+        inputs = [features[rows]] + ([encoded[rows]] if isinstance(encoded, np.ndarray) else [])
+        sums = [np.asarray(abs(matrix).sum(axis=1)).ravel() for matrix in inputs]
         return rows[~np.isfinite(sum(sums))]
 
     def _shuffled_rows(self, seed: int, epoch: int) -> list[np.ndarray]:
@@ -125,76 +138,99 @@ class Batches:
         size = self.batch_size
         return [order[start : start + size] for start in range(0, self.steps_per_epoch * size, size)]
 
-    def in_order(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield all points in order, as pairs (range of points, batch); the last batch may be smaller."""
-        for points in self._slices():
-            yield points, self._batch(np.arange(points.start, points.stop))
-
-    def to_predict(self, multiple_of: int = 1) -> Iterator[tuple[slice, Batch]]:
-        """Yield all points in order, in batches padded to a few sizes for data sets of any size and density.
-
-        The number of rows is padded to a power of two, or to B, and to a multiple of `multiple_of`, by
-        repeating the last point; the number of entries of bags of words to 16, 64, 256, ... times the number
-        of rows.
-
-        Args:
-          multiple_of: divisor of the number of rows, such as the size of the mesh's data axis.
-
-        Yields:
-          The range of points, and the batch; rows after the range are padding.
-        """
-        for points in self._slices():
-            rows = np.arange(points.start, points.stop)
-            size = min(self._most, _power_of_two(len(rows)))
-            size += -size % multiple_of
-            yield points, self._batch(np.pad(rows, (0, size - len(rows)), mode="edge"), of_any=True)
-
-    def _slices(self) -> Iterator[slice]:
-        for start in range(0, len(self._dataset), self.batch_size):
-            yield slice(start, min(start + self.batch_size, len(self._dataset)))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of batches that `shuffled` yields."""
-        return max(1, len(self._dataset) // self.batch_size)
-
-    def _batch(self, points: np.ndarray, of_any: bool = False) -> Batch:
-        labels = self._dataset.labels[points]
-        positives = np.full((len(points), self._positives), -1, np.int32)
+    def _batch(self, rows: np.ndarray) -> Batch:
+        labels = self._dataset.labels[rows]
+        positives = np.full((len(rows), self._positives_width), -1, np.int32)
         counts = np.diff(labels.indptr)
-        positives[np.arange(self._positives) < counts[:, None]] = labels.indices
-        return Batch(inputs=self._inputs(points, of_any), positives=positives)
+        positives[np.arange(self._positives_width) < counts[:, None]] = labels.indices
+        inputs = _take_inputs(self._dataset, rows, self._local_rows, lambda *_: self._entries_multiple)
+        return Batch(inputs=inputs, positives=positives)
 
-    def _inputs(self, points: np.ndarray, of_any: bool) -> np.ndarray | BagOfWords | WordsAndText:
-        features, encoded = self._dataset.features, self._dataset.encoded
-        if isinstance(features, np.ndarray):
-            return self._rows(features, points)
-        bags = self._bags(features[points], of_any)
-        if encoded is None:
-            return bags
-        text = self._rows(encoded, points) if isinstance(encoded, np.ndarray) else encoded.take(points)
-        return WordsAndText(bags, text)
 
-    def _rows(self, matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Return the rows of these points; rows that this process does not need are 0, and are not read."""
-        own = None if self._own_rows is None else self._own_rows(len(points))
-        if own is None or own.all():
-            return matrix[points]
-        rows = np.zeros((len(points), matrix.shape[1]), matrix.dtype)
-        rows[own] = matrix[points[own]]
-        return rows
+def padded_inputs(
+    points: Points, batch_size: int, *, multiple_of: int = 1, local_rows: LocalRows | None = None
+) -> Iterator[tuple[slice, Inputs]]:
+    """Yield the inputs of all points in order, padded to a few sizes for any number of points and words.
 
-    def _bags(self, features: scipy.sparse.csr_array, of_any: bool) -> BagOfWords:
-        size = features.shape[0]
-        unit = _capacity(features.nnz, size) if of_any else self._entries
-        padding = -features.nnz % unit if features.nnz else unit
-        rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(features.indptr))
-        return BagOfWords(
-            rows=np.pad(rows, (0, padding), constant_values=size),
-            words=np.pad(features.indices.astype(np.int32), (0, padding)),
-            weights=np.pad(features.data, (0, padding)),
-            num_examples=size,
-        )
+    The number of rows is padded to a power of two, or to B, and to a multiple of `multiple_of`, by repeating
+    the last point; the number of entries of bags of words to 16, 64, 256, ... times the number of rows.
+
+    Args:
+      points: the points.
+      batch_size: B, the maximum number of points in a batch.
+      multiple_of: divisor of the number of rows, such as the size of the mesh's data axis.
+      local_rows: as for `Batches`.
+
+    Yields:
+      The range of points, and the inputs; rows after the range are padding.
+    """
+    _check_batch_size(batch_size)
+    for batch in _ranges(len(points), batch_size):
+        rows = np.arange(batch.start, batch.stop)
+        size = min(batch_size, _power_of_two(len(rows)))
+        size += -size % multiple_of
+        rows = np.pad(rows, (0, size - len(rows)), mode="edge")
+        yield batch, _take_inputs(points, rows, local_rows, _capacity)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _ranges(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _take_inputs(
+    points: Points,
+    rows: np.ndarray,
+    local_rows: LocalRows | None,
+    entries_multiple: Callable[[int, int], int],
+) -> Inputs:
+    """Return the inputs of these points.
+
+    Args:
+      points: the points.
+      rows: int [B], the numbers of the points.
+      local_rows: as for `Batches`.
+      entries_multiple: function from the number of entries and of rows of a `BagOfWords` to a number; the
+        number of entries is padded to a multiple of this number.
+    """
+    features, encoded = points.features, points.encoded
+    if isinstance(features, np.ndarray):
+        return _take_rows(features, rows, local_rows)
+    features = features[rows]
+    bags = _bags(features, entries_multiple(features.nnz, len(rows)))
+    if encoded is None:
+        return bags
+    if isinstance(encoded, np.ndarray):
+        return WordsAndText(bags, _take_rows(encoded, rows, local_rows))
+    return WordsAndText(bags, encoded.take(rows))
+
+
+def _take_rows(matrix: np.ndarray, rows: np.ndarray, local_rows: LocalRows | None) -> np.ndarray:
+    """Return rows of a matrix; rows that this process does not need are 0, and are not read."""
+    local = None if local_rows is None else local_rows(len(rows))
+    if local is None or local.all():
+        return matrix[rows]
+    taken = np.zeros((len(rows), matrix.shape[1]), matrix.dtype)
+    taken[local] = matrix[rows[local]]
+    return taken
+
+
+def _bags(features: scipy.sparse.csr_array, multiple: int) -> BagOfWords:
+    """Return the rows of a matrix as bags of words, with the number of entries padded to a multiple."""
+    size = features.shape[0]
+    padding = -features.nnz % multiple if features.nnz else multiple
+    rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(features.indptr))
+    return BagOfWords(
+        rows=np.pad(rows, (0, padding), constant_values=size),
+        words=np.pad(features.indices.astype(np.int32), (0, padding)),
+        weights=np.pad(features.data, (0, padding)),
+        num_examples=size,
+    )
 
 
 def _capacity(entries: int, rows: int) -> int:

@@ -13,6 +13,9 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+INTEGER = rb"\d{1,18}"  # pattern of integers in data files: at most 18 digits, which fit into 64 bits
+LARGEST_SIZE = 2**31 - 1  # maximum number of points, labels or features
+
 
 @contextlib.contextmanager
 def open_binary(path: str | os.PathLike, mode: str) -> Iterator[Any]:
@@ -47,6 +50,17 @@ def read_lines(path: str | os.PathLike) -> Generator[tuple[int, bytes], None, No
                 yield number, line.rstrip(b"\r\n")
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{path}:{number + 1}: damaged compressed file: {error}") from error
+
+
+def first_line(path: str | os.PathLike) -> bytes:
+    """Return the first line of a file, as `read_lines` does; empty if the file is empty."""
+    with contextlib.closing(read_lines(path)) as lines:
+        return next(lines, (1, b""))[1]
+
+
+def excerpt(text: bytes) -> str:
+    """Return the beginning of a part of a file, quoted, for an error message."""
+    return repr(text[:40].decode(errors="replace"))
 
 
 def read_text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Encoders of raw texts and label names, as read by `formats.read_tsv`, into matrices of a `Dataset`."""
+"""Encoders of texts and label names, such as those read by `read_tsv`, as matrices of a `Dataset`."""
 
 import collections
 import functools
@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -66,7 +67,7 @@ class TextEncoder:
           TypeError: `texts` is a single str.
           ValueError: there are no texts, or no word is left.
         """
-        texts = _list_of(texts)
+        texts = _as_list(texts)
         if not texts:
             raise ValueError("expected texts to learn words from, got none")
         vectorizer = _new_vectorizer(ngrams, min_df=min_df, max_features=max_features)
@@ -83,7 +84,7 @@ class TextEncoder:
 
     def __call__(self, texts: Iterable[str]) -> scipy.sparse.csr_array:
         """Return the float32 features `[N, V]` of N texts; a text without known words gets an empty row."""
-        texts = _list_of(texts)
+        texts = _as_list(texts)
         if not texts:  # scikit-learn raises an error for an empty list
             return scipy.sparse.csr_array((0, self.vocabulary_size), dtype=np.float32)
         return scipy.sparse.csr_array(self._vectorizer.transform(texts))
@@ -130,13 +131,7 @@ class LabelEncoder:
         if len(self._ids) < len(self.names):
             raise ValueError("a label name appears twice")
         for name in self.names:
-            if not name or "\n" in name or "\r" in name:
-                raise ValueError(f"label names must be non-empty and without line breaks, got {name!r}")
-            if not name.isascii():
-                try:
-                    name.encode()
-                except UnicodeEncodeError as error:
-                    raise ValueError(f"label names must be encodable in UTF-8, got {name!r}") from error
+            check_label_name(name)
 
     @classmethod
     def fit(cls, label_lists: Iterable[Iterable[str]], min_count: int = 1) -> "LabelEncoder":
@@ -172,27 +167,38 @@ class LabelEncoder:
           ValueError: a line is blank, contains a carriage return, repeats another line, or is not UTF-8; the
             message names the line.
         """
-        line_of: dict[str, int] = {}
+        lines: dict[str, int] = {}
         for number, name in files.read_text_lines(path):
             if not name:
                 raise ValueError(f"{path}:{number}: expected a label name, got a blank line")
             if "\r" in name:
                 raise ValueError(f"{path}:{number}: expected a label name without line breaks, got {name!r}")
-            if name in line_of:
+            if name in lines:
                 raise ValueError(
-                    f"{path}:{number}: expected distinct names, got {name!r} as on line {line_of[name]}"
+                    f"{path}:{number}: expected distinct names, got {name!r} as on line {lines[name]}"
                 )
-            line_of[name] = number
-        return cls(line_of)
+            lines[name] = number
+        return cls(lines)
 
 
-def _list_of(texts: Iterable[str]) -> list[str]:
+def check_label_name(name: str, where: str = "") -> None:
+    """Raise ValueError if a label name cannot be a line of a UTF-8 file; the message ends with `where`."""
+    if not name or "\n" in name or "\r" in name:
+        raise ValueError(f"label names must be non-empty and without line breaks, got {name!r}{where}")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"label names must be encodable in UTF-8, got {name!r}{where}") from error
+
+
+def _as_list(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of str, got a single str")
     return list(texts)
 
 
-def _new_vectorizer(ngrams: int, **options) -> TfidfVectorizer:
+def _new_vectorizer(ngrams: int, **options: Any) -> TfidfVectorizer:
     return TfidfVectorizer(
         preprocessor=_normalize,
         tokenizer=_words,
@@ -214,11 +220,11 @@ def _normalize(text: str) -> str:
 
 def _words(text: str) -> list[str]:
     """Return the words of a text, in order."""
-    return (_ASCII_WORD if text.isascii() else _any_word()).findall(text)
+    return (_ASCII_WORD if text.isascii() else _unicode_word()).findall(text)
 
 
 @functools.cache
-def _any_word() -> re.Pattern[str]:
+def _unicode_word() -> re.Pattern[str]:
     """Return the pattern of words with combining marks, for which `re` has no character class."""
     # All marks are in these ranges: U+0300 to the end of plane 1, and the variation selectors in plane 14.
     points = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))

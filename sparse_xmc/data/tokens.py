@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +13,9 @@ from sparse_xmc.data import files
 
 Array = np.ndarray | jax.Array
 
-_NARROWEST = 16
+_MIN_WIDTH = 16
 _TEXTS_AT_ONCE = 16_384  # bounds memory: results of the tokenizers library are far larger than the tokens
-_LONGEST = 512  # default maximum length in tokens, which encoders of this family support
+_DEFAULT_MAX_LENGTH = 512  # in tokens; encoders of the BERT family support it
 
 
 @jax.tree_util.register_dataclass
@@ -59,16 +60,17 @@ class TokenLists:
         Widths are 16, 24, 32, 48, 64, ... or `max_length`: so few that jit compiles only a handful of times.
         """
         power = 1 << max(0, int(length) - 1).bit_length()
-        between = 3 * power // 4
-        return min(self.max_length, max(_NARROWEST, between if length <= between else power))
+        smaller = 3 * power // 4
+        return min(self.max_length, max(_MIN_WIDTH, smaller if length <= smaller else power))
 
     def __getitem__(self, rows: np.ndarray | slice) -> "TokenLists":
         """Return the texts selected by integers, by a bool for each text, or by a slice."""
         rows = np.arange(len(self))[rows]
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
-        at = np.arange(lengths.sum()) + np.repeat(np.asarray(self.indptr)[rows] - (ends - lengths), lengths)
-        return TokenLists(np.asarray(self.ids[at]), np.append(0, ends), self.max_length)
+        shifts = np.asarray(self.indptr)[rows] - (ends - lengths)  # from new to old positions
+        positions = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+        return TokenLists(np.asarray(self.ids[positions]), np.append(0, ends), self.max_length)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Tokens:
         """Return the texts with these numbers as a batch, padded to the next `width`."""
@@ -97,9 +99,9 @@ class Tokenizer:
       ValueError: `max_length` leaves no room for a token of the text.
     """
 
-    def __init__(self, tokenizer, *, max_length: int | None = None):
+    def __init__(self, tokenizer: Any, *, max_length: int | None = None):
         if max_length is None:
-            max_length = (tokenizer.truncation or {"max_length": _LONGEST})["max_length"]
+            max_length = (tokenizer.truncation or {"max_length": _DEFAULT_MAX_LENGTH})["max_length"]
         special = tokenizer.num_special_tokens_to_add(is_pair=False)
         if max_length <= special:
             raise ValueError(
@@ -146,9 +148,9 @@ class Tokenizer:
         pieces, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             encodings = self._tokenizer.encode_batch_fast(list(texts[start : start + _TEXTS_AT_ONCE]))
-            of_texts = [encoding.ids for encoding in encodings]
-            lengths.append(np.array([len(ids) for ids in of_texts], np.int64))
-            pieces.append(np.concatenate([np.array(ids, np.int32) for ids in of_texts]))
+            ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+            lengths.append(np.array([len(text_ids) for text_ids in ids], np.int64))
+            pieces.append(np.concatenate(ids))
         return TokenLists(np.concatenate(pieces), np.cumsum(np.concatenate(lengths)), self.max_length)
 
     def save(self, directory: str | os.PathLike) -> None:

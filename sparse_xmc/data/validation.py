@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import scipy.sparse
 
+from sparse_xmc.data.text import check_label_name
+
 # Any object with `__array__` is accepted as a matrix: arrays of JAX or PyTorch, data frames.
 Matrix: TypeAlias = np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix
-Features: TypeAlias = Iterable[str] | Matrix | Any
+TextsOrFeatures: TypeAlias = Iterable[str] | Matrix | Any
 Labels: TypeAlias = Iterable[Iterable[str]] | Matrix | Any
 
 _ROWS_AT_ONCE = 4096
@@ -32,7 +34,7 @@ class LabelMatrix(NamedTuple):
     names: list[str] | None = None
 
 
-def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
+def read_points(X: TextsOrFeatures) -> list[str] | np.ndarray | scipy.sparse.csr_array:
     """Convert points to texts, or to features.
 
     Args:
@@ -52,7 +54,7 @@ def read_points(X: Features) -> list[str] | np.ndarray | scipy.sparse.csr_array:
     if isinstance(values, list):
         if not values or isinstance(values[0], str):
             return _check_texts(values)
-        rows = _array_of_rows(values)
+        rows = _rows_to_array(values)
         if rows is None:
             return _check_texts(values)
         values = rows
@@ -102,7 +104,7 @@ def read_labels(y: Labels) -> LabelMatrix | list[list[str]]:
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(f"y must have columns named by str, or 0..L-1, got a column named {name!r}")
-            _check_name(name, "as the name of a column")
+            check_label_name(name, " as the name of a column")
         if len(set(names)) < len(names):
             raise ValueError("y must have columns with distinct names, got a name twice")
     labels = scipy.sparse.csr_array(values != 0) if isinstance(values, np.ndarray) else to_binary(values)
@@ -146,7 +148,7 @@ def _unwrap(values: Any, expected: str) -> Any:
     if isinstance(values, Mapping | set | frozenset):
         raise TypeError(f"{expected}, got a {type(values).__name__}")
     if _column_names(values) is not None:
-        return _array_of_frame(values, expected)
+        return _frame_to_array(values, expected)
     # Columns of pandas, Polars and PyArrow: converted to arrays, their lists would become arrays of objects.
     for method in ("to_pylist", "to_list"):
         if not isinstance(values, np.ndarray) and hasattr(values, method):
@@ -172,7 +174,7 @@ def _column_names(values: Any) -> list[Any] | None:
     return None if names is None else list(names)
 
 
-def _array_of_frame(frame: Any, expected: str) -> Any:
+def _frame_to_array(frame: Any, expected: str) -> Any:
     """Return the numbers of a data frame as an array, or as a sparse matrix if the frame is sparse."""
     if hasattr(frame, "sparse"):  # pandas defines this accessor for frames of sparse columns only.
         return frame.sparse.to_coo()
@@ -183,7 +185,7 @@ def _array_of_frame(frame: Any, expected: str) -> Any:
         return array
     # Columns of different dtypes, such as int and bool, become one array of objects.
     rows = [list(row) for row in array]
-    numeric = _array_of_rows(rows)
+    numeric = _rows_to_array(rows)
     if numeric is not None:
         return numeric
     for i, row in enumerate(rows):
@@ -203,7 +205,7 @@ def _to_array(values: Any, expected: str) -> np.ndarray:
         raise TypeError(f"{expected}, got a {type(values).__name__}: {error}") from error
 
 
-def _array_of_rows(rows: list[Any]) -> np.ndarray | None:
+def _rows_to_array(rows: list[Any]) -> np.ndarray | None:
     """Convert a list of rows to an array of numbers; return None if this is impossible."""
     try:
         array = np.asarray(rows)
@@ -234,18 +236,10 @@ def _check_names(point: int, names: Any) -> list[str]:
         raise TypeError(
             f"y must have a sequence of names (str) for each point, got {names!r} for point {point}"
         )
+    where = f" for point {point}"
     for name in names:
-        _check_name(name, f"for point {point}")
+        check_label_name(name, where)
     return names
-
-
-def _check_name(name: str, where: str) -> None:
-    if not name or "\n" in name or "\r" in name:
-        raise ValueError(f"labels must not be empty or have line breaks, got {name!r} {where}")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"labels must be text that UTF-8 can encode, got {name!r} {where}") from None
 
 
 def _check_finite(name: str, matrix: np.ndarray | scipy.sparse.csr_array) -> None:

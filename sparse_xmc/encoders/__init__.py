@@ -2,7 +2,7 @@
 
 from sparse_xmc.encoders.bag_of_words import BagOfWordsEncoder, EmbeddingBag
 from sparse_xmc.encoders.dense_features import DenseFeatures
-from sparse_xmc.encoders.frozen import cached_embeddings, embed
+from sparse_xmc.encoders.embedding_cache import cached_embeddings, embed
 from sparse_xmc.encoders.joint import JointEncoder
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.table import EmbeddingTable

@@ -1,4 +1,4 @@
-"""Pretrained encoders given by a directory: a frozen encoder of texts, or one to be fine-tuned."""
+"""Encoding of texts for a pretrained encoder that is given by a directory."""
 
 import functools
 import json
@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from sparse_xmc.data.files import write_text
 from sparse_xmc.data.tokens import Tokenizer
-from sparse_xmc.encoders.frozen import cached_embeddings, embed, fingerprint
+from sparse_xmc.encoders.embedding_cache import cached_embeddings, embed, fingerprint
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import (
     PretrainedConfig,
@@ -28,7 +27,6 @@ class FrozenEncoder:
       max_length: maximum number of tokens of a text; longer texts are truncated. None for the
         `max_seq_length` of `sentence_bert_config.json`, or without this file for the setting of the
         tokenizer.
-      cache_dir: directory in which embeddings are cached for later runs; None for no cache.
 
     Attributes:
       features: E, the number of features.
@@ -37,31 +35,26 @@ class FrozenEncoder:
       ValueError: the directory has no encoder of a supported architecture.
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        *,
-        max_length: int | None = None,
-        cache_dir: str | os.PathLike | None = None,
-    ):
+    def __init__(self, directory: str | os.PathLike, *, max_length: int | None = None):
         self._directory = Path(directory)
         warn_of_unused_settings(self._directory, max_length)
-        self._cache_dir = cache_dir
         config = PretrainedConfig.from_file(self._directory / "config.json")
         self._max_length = resolve_length(self._directory, max_length, config)
         self.features = config.hidden_size
         self._fingerprint = fingerprint(self._directory, [])
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the embeddings float32 [N, E] of N texts; memory-mapped if they are cached."""
-        if self._cache_dir is not None and len(texts):
-            return cached_embeddings(self._directory, texts, self._cache_dir, max_length=self._max_length)
-        return self.embed(texts)
+    def __call__(self, texts: Sequence[str], *, cache_dir: str | os.PathLike | None = None) -> np.ndarray:
+        """Return the embeddings float32 [N, E] of N texts.
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Compute the embeddings float32 [N, E] of N texts without the cache."""
+        Args:
+          texts: the texts.
+          cache_dir: directory in which embeddings are cached for later calls with the same texts; the result
+            is then memory-mapped. None for no cache.
+        """
         if not len(texts):
             return np.zeros((0, self.features), np.float32)
+        if cache_dir is not None:
+            return cached_embeddings(self._directory, texts, cache_dir, max_length=self._max_length)
         encoder, tokenizer = self._loaded
         return embed(encoder, tokenizer(texts))
 
@@ -92,10 +85,10 @@ class FrozenEncoder:
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
-            before, max_length, known = state["directory"], state["max_length"], state["fingerprint"]
+            saved, max_length, expected = state["directory"], state["max_length"], state["fingerprint"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved FrozenEncoder: {error!r}") from error
-        directory = before if directory is None else directory
+        directory = saved if directory is None else directory
         try:
             encoder = cls(directory, max_length=max_length)
         except ValueError as error:
@@ -103,41 +96,30 @@ class FrozenEncoder:
                 f"{path}: the encoder that the model was trained on is not in {directory}: {error}; "
                 "if it moved, say where: load(..., encoder=DIRECTORY)"
             ) from error
-        if encoder._fingerprint != known:
+        if encoder._fingerprint != expected:
             raise ValueError(f"{path}: the encoder in {directory} is not the one the model was trained on")
         return encoder
 
 
 def open_pretrained(
-    directory: str | os.PathLike,
-    *,
-    trainable: bool = False,
-    max_length: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    dtype: str = "float32",
-    remat: bool = False,
-) -> tuple[FrozenEncoder | Tokenizer, PretrainedEncoder | None]:
-    """Open a pretrained encoder, either frozen or to be fine-tuned.
+    directory: str | os.PathLike, *, trainable: bool = False, max_length: int | None = None
+) -> FrozenEncoder | Tokenizer:
+    """Open the encoding of texts for a pretrained encoder.
 
     Args:
       directory: directory of the encoder, see `PretrainedEncoder.from_directory`.
       trainable: whether the encoder is to be fine-tuned.
       max_length: maximum number of tokens of a text, as for `FrozenEncoder`.
-      cache_dir: directory of cached embeddings, for a frozen encoder only.
-      dtype: dtype of the computation, for a fine-tuned encoder only; see `PretrainedEncoder`.
-      remat: whether a backward pass recomputes the activations, for a fine-tuned encoder only.
 
     Returns:
-      The preprocessing of texts, and the encoder to fine-tune: a `FrozenEncoder` and None, or a `Tokenizer`
-      and a `PretrainedEncoder`.
+      A `FrozenEncoder`; or if the encoder is to be fine-tuned its `Tokenizer`.
     """
     if not trainable:
-        return FrozenEncoder(directory, max_length=max_length, cache_dir=cache_dir), None
-    warn_of_unused_settings(Path(directory), max_length)
-    encoder = PretrainedEncoder.from_directory(directory, dtype=jnp.dtype(dtype), remat=remat)
-    length = resolve_length(Path(directory), max_length, encoder.config)
+        return FrozenEncoder(directory, max_length=max_length)
+    directory = Path(directory)
+    warn_of_unused_settings(directory, max_length)
+    config = PretrainedConfig.from_file(directory / "config.json")
+    length = resolve_length(directory, max_length, config)
     tokenizer = Tokenizer.from_directory(directory, max_length=length)
-    resolve_length(
-        Path(directory), tokenizer.max_length, encoder.config
-    )  # checks the limit set in tokenizer.json
-    return tokenizer, encoder
+    resolve_length(directory, tokenizer.max_length, config)  # checks the limit set in tokenizer.json
+    return tokenizer

@@ -9,12 +9,14 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from sparse_xmc.data.tokens import Tokens
 from sparse_xmc.encoders import pretrained_files as files
@@ -33,18 +35,18 @@ _INIT = nnx.initializers.normal(0.02)
 class _LayerNorm(nnx.LayerNorm):
     """A layer normalisation that computes in float32 and returns `dtype`."""
 
-    def __init__(self, config: PretrainedConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: PretrainedConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
-        self.returned = dtype
+        self.output_dtype = dtype
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        return super().__call__(x.astype(jnp.float32)).astype(self.returned)
+        return super().__call__(x.astype(jnp.float32)).astype(self.output_dtype)
 
 
 class _Layer(nnx.Module):
     """A transformer layer: self-attention and feed-forward network, each with residual and normalisation."""
 
-    def __init__(self, config: PretrainedConfig, dropout: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: PretrainedConfig, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
         linear = functools.partial(nnx.Linear, dtype=dtype, kernel_init=_INIT, rngs=rngs)
         self.num_heads = config.num_attention_heads
@@ -95,7 +97,7 @@ class PretrainedEncoder(nnx.Module):
         *,
         pooling: str = "mean",
         normalize: bool = False,
-        dtype=jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         dropout: float | None = None,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -158,7 +160,7 @@ class PretrainedEncoder(nnx.Module):
         *,
         pooling: str | None = None,
         normalize: bool | None = None,
-        dtype=jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         dropout: float | None = None,
         remat: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -182,7 +184,7 @@ class PretrainedEncoder(nnx.Module):
         path = Path(path)
         config = PretrainedConfig.from_file(path / "config.json")
         pooling, normalize = files.resolve_pooling(path, pooling, normalize)
-        options = {
+        options: dict[str, Any] = {
             "pooling": pooling,
             "normalize": normalize,
             "dtype": dtype,

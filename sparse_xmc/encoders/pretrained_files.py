@@ -96,9 +96,9 @@ class PretrainedConfig:
         try:
             model_type = str(values.get("model_type"))
             require_one_of("model_type", model_type, _PREFIXES)
-            for key, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-                if values.get(key, wanted) != wanted:
-                    raise ValueError(f"{key} must be {wanted}, got {values[key]!r}")
+            for key, expected in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+                if values.get(key, expected) != expected:
+                    raise ValueError(f"{key} must be {expected}, got {values[key]!r}")
             settings: dict[str, Any] = {"pad_token_id": 1} if "roberta" in model_type else {}
             keys = _DISTILBERT_KEYS if model_type == "distilbert" else {}
             for field in dataclasses.fields(cls):
@@ -149,7 +149,7 @@ _DISTILBERT_LAYER = {
 }
 _DTYPES = ("F32", "F16", "BF16")
 # Tensors that are ignored: buffers, an unused pooler, and the heads of other tasks.
-_HARMLESS = re.compile(
+_IGNORED = re.compile(
     r"embeddings\.(position_ids|token_type_ids)|pooler\..*|cls\..*|lm_head\..*|vocab_(transform|layer_norm|projector)\..*"
     r"|(pre_)?classifier\..*|qa_outputs\..*"
 )
@@ -190,12 +190,12 @@ def read_parameters(
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, _PREFIXES[config.model_type], stack)
         names = {path: tensor_names(path, config) for path in shapes}
-        wanted = {name for of_parameter in names.values() for name in of_parameter}
-        problems = [f"{name} is missing" for name in sorted(wanted - {*tensors})]
+        expected_names = {name for parameter_names in names.values() for name in parameter_names}
+        problems = [f"{name} is missing" for name in sorted(expected_names - {*tensors})]
         problems += [
             f"{name} is not of a {config.model_type}"
-            for name in sorted({*tensors} - wanted)
-            if not _HARMLESS.fullmatch(name)
+            for name in sorted({*tensors} - expected_names)
+            if not _IGNORED.fullmatch(name)
         ]
         for path, shape in shapes.items():
             expected = (*shape[:-1], shape[-1] // len(names[path]))
@@ -208,7 +208,7 @@ def read_parameters(
                 if (dtype := tensors[name].dtype) not in _DTYPES:
                     problems.append(f"{name} is {dtype}, not one of {', '.join(_DTYPES)}")
         if problems:
-            raise ValueError(f"{directory}: {_some(problems)}")
+            raise ValueError(f"{directory}: {_join(problems)}")
         values = {}
         for path in shapes:
             parts = [tensors[name].read() for name in names[path]]
@@ -248,10 +248,10 @@ def _open_tensors(directory: Path, prefix: str, stack: contextlib.ExitStack) -> 
             raise ValueError(f"{file}: not a safetensors file: {error}") from error
         for name in opened.keys():  # noqa: SIM118
             # The first BERT checkpoints have the names of TensorFlow.
-            ours = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            current = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
                 "LayerNorm.beta", "LayerNorm.bias"
             )
-            tensors[ours.removeprefix(prefix)] = _Tensor(opened, name)
+            tensors[current.removeprefix(prefix)] = _Tensor(opened, name)
     return tensors
 
 
@@ -274,7 +274,7 @@ def weight_files(directory: Path) -> list[Path]:
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise ValueError(f"{index}: not an index of shards: {error}") from error
     if missing:
-        raise ValueError(f"{index}: {_some(missing)} missing")
+        raise ValueError(f"{index}: {_join(missing)} missing")
     return [directory / name for name in names]
 
 
@@ -329,7 +329,7 @@ def resolve_pooling(directory: Path, pooling: str | None, normalize: bool | None
         return pooling, normalize
     if unknown := sorted({*kinds} - {"Transformer", "Pooling", "Normalize"}):
         file = directory / "modules.json"
-        raise ValueError(f"{file}: {_some(unknown)} not known here; a pooling that is given does without")
+        raise ValueError(f"{file}: {_join(unknown)} not supported; pass `pooling` to ignore them")
     file = directory / kinds.get("Pooling", "1_Pooling") / "config.json"
     values = _read_json(file, default={_POOLING_KEYS["mean"]: True})
     modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
@@ -418,16 +418,16 @@ def warn_of_unused_settings(directory: Path, max_length: int | None) -> None:
 # ---- shared helpers ----
 
 
-def require_one_of(what: str, value: Any, choices: Iterable[str]) -> None:
+def require_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is among `choices`."""
     if value not in (choices := list(choices)):
-        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _some(problems: list[str]) -> str:
+def _join(problems: list[str]) -> str:
     """Join the first few problems into one line, even if names in them contain line breaks."""
-    some = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-    return " ".join("; ".join(some).split())
+    shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+    return " ".join("; ".join(shown).split())
 
 
 def _read_json(path: Path, default: Any = None) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads.head import OUTPUT_BIAS, Features, Head, HeadConfig, label_blocks
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.updates import step_dense

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 import xla_ops
 from sparse_xmc.connectivity import draw_connections
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.heads.head import OUTPUT_BIAS, Features, Head, HeadConfig, label_blocks, split_features
 from sparse_xmc.heads.layered import LayeredHead

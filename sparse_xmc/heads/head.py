@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads.rewiring import RewireConfig
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.settings import check, setting

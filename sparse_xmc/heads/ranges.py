@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads.dense import make_dense
 from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig
 from sparse_xmc.heads.head import Features, Head, HeadConfig, HeadTraining, StepInputs

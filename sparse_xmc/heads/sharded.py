@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, label_blocks
 from sparse_xmc.heads.part import BY_LABEL, PADDING_BIAS, LabelPart, merge_top_k
 from sparse_xmc.heads.rewiring import RewireConfig

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_xmc.connectivity import draw_coordinates
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.heads.head import OUTPUT_BIAS, Head, HeadConfig
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import RewireConfig, rewire_unstructured

@@ -13,9 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sparse_xmc.data.batches import Batches
-from sparse_xmc.data.formats import Dataset
+from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.evaluation import evaluate
-from sparse_xmc.mesh import own_rows
+from sparse_xmc.mesh import local_rows
 from sparse_xmc.train.callbacks import Callback
 from sparse_xmc.train.checkpoints import Checkpoints
 from sparse_xmc.train.schedules import SCHEDULES
@@ -125,7 +125,7 @@ class _Loop:
             )
         self._trainer = trainer
         self._config = config
-        self._batches = Batches(train, config.batch_size, own_rows=own_rows(trainer.mesh))
+        self._batches = Batches(train, config.batch_size, local_rows=local_rows(trainer.mesh))
         self._validation = validation
         self._checkpoints = checkpoints
         self._checkpoint_seconds = 60 * checkpoint_minutes

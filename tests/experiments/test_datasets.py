@@ -71,7 +71,7 @@ def test_repository_format(xmc, tmp_path):
         assert_equal(splits.test, test)
         assert splits.unseen_labels == np.sum(test.labels.sum(axis=0) > 10 * train.labels.sum(axis=0))
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert splits.text_encoder is splits.label_encoder is None
+    assert splits.inputs is splits.label_encoder is None
 
 
 def test_dense_features_beside_labels(xmc, tmp_path):

@@ -114,7 +114,7 @@ def test_classifiers_of_one_structure_share_programs_which_are_freed_with_them()
     def rank(model, size):
         (*_,) = predict(model, make_dataset(size), 3)
 
-    evaluation._ranking_of.cache_clear()
+    evaluation._find_ranking.cache_clear()
     before, first, second = programs(), make_model(), make_model()
     for size in range(1, 9):
         rank(first, size)

@@ -9,7 +9,7 @@ from test_pretrained import load
 
 from sparse_xmc.data.tokens import Tokenizer, TokenLists
 from sparse_xmc.encoders import PretrainedEncoder, cached_embeddings, embed
-from sparse_xmc.encoders.frozen import fingerprint
+from sparse_xmc.encoders.embedding_cache import fingerprint
 
 WORDS = ["dog", "cat", "runs", "sleeps", "the", "a"]
 TEXTS = ["the dog runs", "a cat", "the cat sleeps the dog sleeps a dog runs", "dog", "cat cat cat"]
@@ -95,12 +95,12 @@ def test_a_damaged_cache_is_an_error(directory, tmp_path, name):
             (entry / name).unlink()
         else:
             (entry / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{entry}: not the embeddings that were kept there; delete it"):
+        with pytest.raises(ValueError, match=f"{entry}: damaged embeddings; delete this directory"):
             cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
 
 
 def test_an_interrupted_run_leaves_nothing(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparse_xmc.encoders.frozen.embed", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("sparse_xmc.encoders.embedding_cache.embed", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
     assert list((tmp_path / "cache").iterdir()) == []

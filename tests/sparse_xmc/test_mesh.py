@@ -16,7 +16,7 @@ from small_encoders import add_tokenizer, make_directory
 from experiments.measure.meshes import bytes_on_first_device, collectives
 from sparse_xmc import XMCClassifier
 from sparse_xmc.data import Dataset
-from sparse_xmc.data.batches import BagOfWords, Batch, Batches
+from sparse_xmc.data.batches import BagOfWords, Batch, Batches, padded_inputs
 from sparse_xmc.evaluation import evaluate, gradient_density, predict
 from sparse_xmc.heads import (
     HEADS,
@@ -29,6 +29,7 @@ from sparse_xmc.mesh import make_mesh, parse_mesh, place_batch
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.train import Checkpoints, Trainer, TrainingConfig, fit
+from sparse_xmc.warm_start import start_from
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 MESHES = pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 8)], ids=str)
@@ -300,7 +301,7 @@ class TestTraining:
                     restore(trainers[1])
         saved = [SavedModel(config, t.model) for config, t in zip(configs, trainers, strict=True)]
         with pytest.raises(ValueError, match=f"has {labels} labels, expected 103"):
-            saved[1].start_from(saved[0])
+            start_from(saved[1], saved[0])
 
     def test_a_checkpoint_of_other_sizes_is_refused(self, dataset, tmp_path):
         _, trainer = make_trainer(dataset, (1, 2))
@@ -385,11 +386,11 @@ class TestMesh:
         read = []
         features = np.arange(40, dtype=np.float32).reshape(10, 4).view(Features)
         points = Dataset(features, scipy.sparse.csr_array(np.eye(10, 3, dtype=bool)))
-        batches = Batches(points, 6, own_rows=lambda size: np.arange(size) < size // 2)
-        (_, first), (_, last) = batches.to_predict(multiple_of=2)
+        half = lambda size: np.arange(size) < size // 2  # noqa: E731
+        (_, first), (_, last) = padded_inputs(points, 6, multiple_of=2, local_rows=half)
         assert read == [0, 1, 2, 6, 7]
-        np.testing.assert_array_equal(first.inputs, np.asarray(features)[:6] * (np.arange(6) < 3)[:, None])
-        assert last.inputs.shape == (4, 4)
+        np.testing.assert_array_equal(first, np.asarray(features)[:6] * (np.arange(6) < 3)[:, None])
+        assert last.shape == (4, 4)
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -216,7 +216,7 @@ class TestFiles:
                 r"1_Pooling.config\.json: pooling must be .*max_tokens",
             ),
             (None, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "'mean'"),
-            (["Transformer", "Pooling", "Dense"], {}, r"modules\.json: Dense not known"),
+            (["Transformer", "Pooling", "Dense"], {}, r"modules\.json: Dense not supported"),
         ],
     )
     def test_other_poolings_are_refused(self, tmp_path, modules, config, message):

@@ -20,12 +20,13 @@ from sparse_xmc import saving
 from sparse_xmc.data import LabelEncoder, TextEncoder
 from sparse_xmc.heads import HEADS
 from sparse_xmc.heads.unstructured import UnstructuredLinear
+from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.saving import SavedModel, load_weights, save_weights
 from sparse_xmc.weights import write_weights
 
-WORDS = TextEncoder([f"word{i}" for i in range(12)], np.ones(12, np.float32))
+WORDS = InputEncoder(TextEncoder([f"word{i}" for i in range(12)], np.ones(12, np.float32)))
 NAMES = LabelEncoder([f"label {i}" for i in range(30)])
 
 
@@ -46,7 +47,7 @@ def test_models_round_trip(tmp_path, kind, bag_of_words):
     SavedModel(config, model).save(tmp_path)  # in place of that one
     loaded = SavedModel.load(tmp_path)
     assert loaded.config == config
-    assert loaded.text_encoder is loaded.label_encoder is None
+    assert loaded.inputs is loaded.label_encoder is None
     assert_equal(loaded.model, model)
     inputs = make_inputs(bag_of_words=bag_of_words)
     np.testing.assert_array_equal(loaded.model(inputs), model(inputs))
@@ -58,7 +59,7 @@ def test_encoders_round_trip(tmp_path):
     loaded = SavedModel.load(tmp_path)
     assert loaded.label_encoder.names == NAMES.names
     np.testing.assert_array_equal(
-        loaded.text_encoder(["word3 word7"]).toarray(), WORDS(["word3 word7"]).toarray()
+        loaded.inputs(["word3 word7"]).features.toarray(), WORDS(["word3 word7"]).features.toarray()
     )
 
 

@@ -29,6 +29,7 @@ from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
 from sparse_xmc.evaluation import predict
 from sparse_xmc.modules import parameters_of
 from sparse_xmc.saving import SavedModel
+from sparse_xmc.warm_start import start_from
 
 ROOT = Path(sparse_xmc.__file__).parents[1]
 SIZES = {"fan_in": 4, "penultimate": 8, "embedding": 4, "epochs": 2, "batch_size": 4, "max_length": 12}
@@ -113,7 +114,7 @@ class TestSettingsOfSentenceTransformers:
     @pytest.mark.parametrize("trainable", [False, True])
     def test_the_length_is_that_of_the_file_by_default(self, directory, trainable, tmp_path):
         def lengths(max_length):
-            opened, _ = open_pretrained(directory, trainable=trainable, max_length=max_length)
+            opened = open_pretrained(directory, trainable=trainable, max_length=max_length)
             tokenizer = opened if trainable else opened._loaded[1]
             return tokenizer([self.LONG]).lengths.item()
 
@@ -140,10 +141,10 @@ class TestSettingsOfSentenceTransformers:
 
 class TestFrozen:
     def test_embeds_as_the_encoder_does(self, directory, tmp_path):
-        cached = FrozenEncoder(directory, max_length=12, cache_dir=tmp_path / "cache")
-        expected = FrozenEncoder(directory, max_length=12)(TEXTS)
-        np.testing.assert_array_equal(cached(TEXTS), expected)
-        assert expected.shape == (16, cached.features)
+        encoder = FrozenEncoder(directory, max_length=12)
+        expected = encoder(TEXTS)
+        np.testing.assert_array_equal(encoder(TEXTS, cache_dir=tmp_path / "cache"), expected)
+        assert expected.shape == (16, encoder.features)
         assert any((tmp_path / "cache").iterdir())
 
     @pytest.mark.parametrize("trainable", [False, True])
@@ -151,7 +152,7 @@ class TestFrozen:
         options = {"encoder": directory, "encoder_trainable": trainable, "cache_dir": tmp_path}
         classifier = XMCClassifier(**options, **SIZES).fit(TEXTS, LABELS)
         assert classifier.predict([], k=2).labels.shape == (0, 2)
-        assert FrozenEncoder(directory, cache_dir=tmp_path)([]).shape == (0, small_encoders.WIDTH)
+        assert FrozenEncoder(directory)([], cache_dir=tmp_path).shape == (0, small_encoders.WIDTH)
 
     def test_a_classifier_is_saved_without_the_weights_and_finds_them_again(self, directory, tmp_path):
         classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
@@ -212,7 +213,7 @@ class TestTrained:
         for file in directory.iterdir():
             file.unlink()  # nothing of it is needed any more
         loaded = XMCClassifier.load(tmp_path / "model")
-        assert loaded.saved_.pretrained.max_length == 12
+        assert loaded.saved_.inputs.pretrained.max_length == 12
         for ours, theirs in zip(classifier.predict(TEXTS, k=3), loaded.predict(TEXTS, k=3), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
@@ -221,7 +222,7 @@ class TestTrained:
             tmp_path / "m"
         )
         XMCClassifier(**SIZES).fit(TEXTS, LABELS).save(tmp_path / "m")
-        assert XMCClassifier.load(tmp_path / "m").saved_.pretrained is None
+        assert XMCClassifier.load(tmp_path / "m").saved_.inputs.pretrained is None
 
     @pytest.mark.parametrize("trainable", [False, True])
     def test_texts_longer_than_it_takes_are_refused(self, directory, trainable):
@@ -245,7 +246,7 @@ class TestStartFrom:
         frozen, trained = self.saved(directory), self.saved(directory, encoder_trainable=True, seed=1)
         of_text = parameters_of(trained.model.encoder.text)
         before = {name: np.asarray(parameter[...]) for name, parameter in of_text.items()}
-        trained.start_from(frozen)
+        start_from(trained, frozen)
         for name, parameter in parameters_of(frozen.model).items():
             np.testing.assert_array_equal(parameters_of(trained.model)[name][...], parameter[...])
         np.testing.assert_array_equal(
@@ -254,18 +255,18 @@ class TestStartFrom:
         for name, values in before.items():
             np.testing.assert_array_equal(of_text[name][...], values)
         with pytest.raises(ValueError, match=r"encoder\.text\..* is float32 .*, expected none"):
-            frozen.start_from(trained)
+            start_from(frozen, trained)
 
     def test_models_that_do_not_fit_are_refused(self, directory):
         ours = self.saved(directory)
         with pytest.raises(ValueError, match=r"head\.output\.indices is .*, expected .*"):
-            ours.start_from(self.saved(directory, fan_in=SIZES["fan_in"] - 1))
+            start_from(ours, self.saved(directory, fan_in=SIZES["fan_in"] - 1))
         with pytest.raises(ValueError, match="has other words; was it trained on the same data"):
-            ours.start_from(XMCClassifier(encoder=directory, **SIZES).fit(TEXTS[1:4], LABELS[1:4]).saved_)
+            start_from(ours, XMCClassifier(encoder=directory, **SIZES).fit(TEXTS[1:4], LABELS[1:4]).saved_)
         others = XMCClassifier(encoder=directory, **SIZES)
         others.fit(TEXTS, [[f"{name}'" for name in names] for names in LABELS])
         with pytest.raises(ValueError, match="has other labels; was it trained on the same data"):
-            ours.start_from(others.saved_)
+            start_from(ours, others.saved_)
 
 
 def test_errors_of_the_estimator(directory):
@@ -303,9 +304,9 @@ def test_runs_with_an_encoder(directory, tmp_path, trainable):
     first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("run", "again"))
     assert json.loads(second[0])["loss"] < json.loads(first[0])["loss"]  # it starts where the first ended
     saved = SavedModel.load(tmp_path / "run")
-    assert isinstance(saved.pretrained, Tokenizer if trainable else FrozenEncoder)
+    assert isinstance(saved.inputs.pretrained, Tokenizer if trainable else FrozenEncoder)
     assert (saved.config.pretrained is not None) == trainable
     report = json.loads((tmp_path / "run" / "result.json").read_text())
     assert report["model"]["text_features"] == small_encoders.WIDTH
-    scores = next(predict(saved.model, saved.points(TEXTS), 3))[1]
+    scores = next(predict(saved.model, saved.inputs(TEXTS), 3))[1]
     assert np.isfinite(scores).all()

@@ -4,7 +4,7 @@ import pytest
 import scipy.sparse
 
 from sparse_xmc.data import Dataset
-from sparse_xmc.data.batches import Batches
+from sparse_xmc.data.batches import Batches, padded_inputs
 
 
 def make_dataset(size, *, sparse=False, seed=0):
@@ -86,17 +86,17 @@ def test_data_sets_of_any_size_are_predicted_in_few_shapes(sparse):
     shapes = set()
     for size in range(1, 40):
         dataset, stops = make_dataset(size, sparse=sparse), []
-        for points, batch in Batches(dataset, 16).to_predict():
+        for points, batch in padded_inputs(dataset, 16):
             count = points.stop - points.start
-            inputs = to_dense(batch.inputs, 40) if sparse else batch.inputs
+            inputs = to_dense(batch, 40) if sparse else batch
             expected = dataset.features[points].toarray() if sparse else dataset.features[points]
             np.testing.assert_array_equal(inputs[:count], expected)
             np.testing.assert_array_equal(inputs[count:], np.repeat(expected[-1:], len(inputs) - count, 0))
             stops.append(points.stop)
-            shapes.add(tuple(array.shape for array in jax.tree.leaves(batch.inputs)) + inputs.shape)
+            shapes.add(tuple(array.shape for array in jax.tree.leaves(batch)) + inputs.shape)
         assert stops == [*range(16, size, 16), size]
     assert len(shapes) <= (10 if sparse else 5)
-    assert {len(batch.positives) for _, batch in Batches(make_dataset(5), 16).to_predict(3)} == {9}
+    assert {len(inputs) for _, inputs in padded_inputs(make_dataset(5), 16, multiple_of=3)} == {9}
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -106,8 +106,8 @@ def test_batches_are_no_larger_than_the_data_set(sparse):
     assert (batches.batch_size, batches.steps_per_epoch) == (23, 1)
     (batch,) = batches.shuffled(0, 0)
     assert sum(array.size for array in jax.tree.leaves(batch.inputs)) < 4 * 23 * 40
-    ((_, batch),) = batches.to_predict()
-    assert len(batch.positives) == 32
+    ((_, inputs),) = padded_inputs(dataset, 10**9)
+    assert len(inputs) == 32
 
 
 def test_positives_travel_with_their_point():

@@ -11,7 +11,8 @@ import pytest
 import scipy.sparse
 from hypothesis import strategies as st
 
-from sparse_xmc.data import files, formats, storage
+from sparse_xmc import data
+from sparse_xmc.data import files, storage, xmc_text
 
 SUFFIXES = st.sampled_from(["", ".gz", ".xz"])
 
@@ -46,18 +47,18 @@ def datasets(draw):
     labels = draw(
         hnp.arrays(draw(st.sampled_from([bool, np.uint8])), (n, num_labels), elements=st.integers(0, 1))
     )
-    return formats.Dataset(features, scipy.sparse.csr_array(labels))
+    return data.Dataset(features, scipy.sparse.csr_array(labels))
 
 
 LABELS = csr([[0, 1], [1, 1]], bool)
 FEATURES = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 # The largest and the smallest float32, the former of which is written as a slightly larger decimal.
-EXTREMES = formats.Dataset(np.array([[3.4028235e38, -3.4028235e38, 1e-45]], np.float32), csr([[1]], bool))
+EXTREMES = data.Dataset(np.array([[3.4028235e38, -3.4028235e38, 1e-45]], np.float32), csr([[1]], bool))
 
 
 class TestDataset:
     def test_sizes(self):
-        dataset = formats.Dataset(FEATURES, LABELS)
+        dataset = data.Dataset(FEATURES, LABELS)
         assert (len(dataset), dataset.num_features, dataset.num_labels) == (2, 3, 2)
 
     @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ class TestDataset:
     )
     def test_take(self, features, rows):
         excluded = csr([[1, 0], [0, 1]], bool)
-        taken = formats.Dataset(features, LABELS, excluded).take(rows)
+        taken = data.Dataset(features, LABELS, excluded).take(rows)
         np.testing.assert_array_equal(taken.excluded.toarray(), excluded.toarray()[rows])
         dense = taken.features if isinstance(features, np.ndarray) else taken.features.toarray()
         np.testing.assert_array_equal(dense, FEATURES[rows])
@@ -91,11 +92,11 @@ class TestDataset:
     )
     def test_rejects(self, features, labels, fault):
         with pytest.raises(ValueError, match=fault):
-            formats.Dataset(features, labels)
+            data.Dataset(features, labels)
 
     def test_rejects_exclusions_of_another_shape(self):
         with pytest.raises(ValueError, match=r"excluded must have the shape .* \(2, 2\), got \(2, 1\)"):
-            formats.Dataset(FEATURES, LABELS, csr([[1], [0]], bool))
+            data.Dataset(FEATURES, LABELS, csr([[1], [0]], bool))
 
 
 class TestFilter:
@@ -104,14 +105,14 @@ class TestFilter:
         path = write(tmp_path / "filter.txt", "0 3\n2 1\r\n0 3\n0 0\n")
         expected = np.zeros((3, num_labels or 4), bool)
         expected[[0, 2, 0], [3, 1, 0]] = True
-        read = formats.read_filter(path, 3, num_labels)
+        read = data.read_filter(path, 3, num_labels)
         np.testing.assert_array_equal(read.toarray(), expected, strict=True)
         assert read.has_canonical_format
 
     def test_an_empty_file_excludes_nothing(self, tmp_path):
         path = write(tmp_path / "filter.txt", "")
-        assert formats.read_filter(path, 3, 4).shape == (3, 4)
-        assert formats.read_filter(path, 3).nnz == 0
+        assert data.read_filter(path, 3, 4).shape == (3, 4)
+        assert data.read_filter(path, 3).nnz == 0
 
     @pytest.mark.parametrize(
         ("line", "fault"),
@@ -126,7 +127,7 @@ class TestFilter:
     )
     def test_malformed(self, tmp_path, line, fault):
         with pytest.raises(ValueError, match=rf"filter\.txt:2: {fault}"):
-            formats.read_filter(write(tmp_path / "filter.txt", f"1 1\n{line}\n"), 3, 4)
+            data.read_filter(write(tmp_path / "filter.txt", f"1 1\n{line}\n"), 3, 4)
 
 
 class TestXmcText:
@@ -134,8 +135,8 @@ class TestXmcText:
     @hypothesis.example(dataset=EXTREMES, suffix="")
     def test_round_trip(self, tmp_path_factory, dataset, suffix):
         path = tmp_path_factory.mktemp("xmc") / f"data.txt{suffix}"
-        formats.write_xmc_text(path, dataset)
-        read = formats.read_xmc_text(path)
+        data.write_xmc_text(path, dataset)
+        read = data.read_xmc_text(path)
         features = scipy.sparse.csr_array(dataset.features)
         np.testing.assert_array_equal(read.features.toarray(), features.toarray(), strict=True)
         np.testing.assert_array_equal(
@@ -147,7 +148,7 @@ class TestXmcText:
 
     @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
     def test_reads(self, tmp_path, suffix):
-        dataset = formats.read_xmc_text(write(tmp_path / f"data.txt{suffix}", self.TEXT))
+        dataset = data.read_xmc_text(write(tmp_path / f"data.txt{suffix}", self.TEXT))
         expected = [[0, 2, 0, 0, -0.5], [1e-3, 0, 0, 0, 0], [0] * 5, [0] * 5]
         np.testing.assert_array_equal(dataset.features.toarray(), np.array(expected, np.float32), strict=True)
         assert dataset.features.has_sorted_indices
@@ -156,8 +157,8 @@ class TestXmcText:
 
     def test_writes(self, tmp_path):
         features = np.array([[0.1, 0, -2], [0, 0, 0], [0, 3, 0]], np.float32)
-        dataset = formats.Dataset(features, csr([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool))
-        formats.write_xmc_text(tmp_path / "data.txt", dataset)
+        dataset = data.Dataset(features, csr([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool))
+        data.write_xmc_text(tmp_path / "data.txt", dataset)
         assert (tmp_path / "data.txt").read_text() == "3 3 3\n0,2 0:0.1 2:-2.0\n1 \n 1:3.0\n"
 
     @pytest.mark.parametrize(
@@ -188,44 +189,44 @@ class TestXmcText:
     )
     def test_malformed(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
-            formats.read_xmc_text(write(tmp_path / "bad.txt", text))
+            data.read_xmc_text(write(tmp_path / "bad.txt", text))
 
     def test_a_feature_twice_in_a_long_line(self, tmp_path):
         # Took minutes when each feature was counted in turn.
         pairs = " ".join(f"{feature}:1" for feature in [*range(300_000), 299_999])
         with pytest.raises(ValueError, match=r"bad\.txt:2: expected each feature once, got 299999 twice"):
-            formats.read_xmc_text(write(tmp_path / "bad.txt", f"1 300000 1\n0 {pairs}\n"))
+            data.read_xmc_text(write(tmp_path / "bad.txt", f"1 300000 1\n0 {pairs}\n"))
 
     @pytest.mark.parametrize("suffix", [".gz", ".xz"])
     def test_truncated_file(self, tmp_path, suffix):
         path = write(tmp_path / f"cut{suffix}", self.TEXT)
         path.write_bytes(path.read_bytes()[:-4])
         with pytest.raises(ValueError, match=rf"cut\{suffix}:\d: damaged compressed file"):
-            formats.read_xmc_text(path)
+            data.read_xmc_text(path)
 
     @pytest.mark.parametrize("suffix", [".gz", ".xz"])
     def test_file_that_is_not_compressed(self, tmp_path, suffix):
         path = tmp_path / f"plain{suffix}"
         path.write_text(self.TEXT)
         with pytest.raises(ValueError, match=rf"plain\{suffix}:1: damaged compressed file"):
-            formats.read_xmc_text(path)
+            data.read_xmc_text(path)
 
     def test_refuses_to_write_what_cannot_be_read(self, tmp_path):
         infinite = np.array([[1, 2], [np.inf, 0]], np.float32)
         with pytest.raises(ValueError, match=r"out:3: expected finite features, got inf or nan in row 1"):
-            formats.write_xmc_text(tmp_path / "out", formats.Dataset(infinite, LABELS))
+            data.write_xmc_text(tmp_path / "out", data.Dataset(infinite, LABELS))
         twice = scipy.sparse.csr_array((np.ones(2, np.float32), [1, 1], [0, 2, 2]))
         with pytest.raises(ValueError, match="features must have sorted indices without duplicates"):
-            formats.write_xmc_text(tmp_path / "out", formats.Dataset(twice, LABELS))
+            data.write_xmc_text(tmp_path / "out", data.Dataset(twice, LABELS))
 
 
 class TestCache:
     def test_second_read_does_not_parse(self, tmp_path, monkeypatch):
         path = write(tmp_path / "data.txt", TestXmcText.TEXT)
-        parsed = formats.read_xmc_text(path)
-        first = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
-        monkeypatch.delattr(formats, "_parse_xmc_text")
-        second = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        parsed = data.read_xmc_text(path)
+        first = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        monkeypatch.delattr(xmc_text, "_parse_xmc_text")
+        second = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         for cached in (first, second):
             assert is_memory_mapped(cached.features.data)
             assert is_memory_mapped(cached.features.indices)
@@ -239,15 +240,15 @@ class TestCache:
     def test_changed_source_is_parsed_again(self, tmp_path, text, seconds_later):
         path = write(tmp_path / "data.txt", "1 1 1\n0 0:3\n")
         time = path.stat().st_mtime_ns
-        formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         write(path, text)
         os.utime(path, ns=(time, time + seconds_later * 10**9))
-        dataset = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        dataset = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         assert dataset.features.toarray() == float(text.split(":")[1])
 
     def test_damage_is_noticed_and_parsed_again(self, tmp_path, caplog, monkeypatch):
         path = write(tmp_path / "data.txt", TestXmcText.TEXT)
-        parsed = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        parsed = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         parts = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
         assert len(parts) == 10
 
@@ -259,39 +260,39 @@ class TestCache:
         for damage in (flip_a_bit, lambda part: os.truncate(part, part.stat().st_size - 1), os.remove):
             for part in parts:
                 damage(part)
-                again = formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+                again = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
                 assert caplog.messages[0].startswith(f"parsing {path} again: {part.parent}: not a saved")
                 caplog.clear()
                 np.testing.assert_array_equal(again.features.toarray(), parsed.features.toarray())
                 np.testing.assert_array_equal(again.labels.toarray(), parsed.labels.toarray())
                 assert is_memory_mapped(again.features.data)
-        monkeypatch.delattr(formats, "_parse_xmc_text")
-        formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        monkeypatch.delattr(xmc_text, "_parse_xmc_text")
+        data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         assert not caplog.messages
 
     def test_a_foreign_entry_is_parsed_again(self, tmp_path, caplog):
         for name, text in (("a.txt", TestXmcText.TEXT), ("b.txt", "1 1 1\n0 0:3\n")):
-            formats.read_xmc_text(write(tmp_path / name, text), cache_dir=tmp_path / name[0])
+            data.read_xmc_text(write(tmp_path / name, text), cache_dir=tmp_path / name[0])
         ((ours,), (theirs,)) = ((tmp_path / name).iterdir() for name in "ab")
         shutil.rmtree(ours)
         theirs.rename(ours)
-        assert len(formats.read_xmc_text(tmp_path / "a.txt", cache_dir=tmp_path / "a")) == 4
+        assert len(data.read_xmc_text(tmp_path / "a.txt", cache_dir=tmp_path / "a")) == 4
         assert f"{ours}: has other sizes than {tmp_path / 'a.txt'}" in caplog.text
 
     def test_damage_that_cannot_be_replaced_is_named(self, tmp_path, monkeypatch):
         path = write(tmp_path / "data.txt", TestXmcText.TEXT)
-        formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+        data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         (part,) = tmp_path.glob("cache/*/labels/indptr.npy")
         part.unlink()
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(ValueError, match=r"labels: not a saved CSR matrix: indptr\.npy is missing since"):
-            formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+            data.read_xmc_text(path, cache_dir=tmp_path / "cache")
 
     def test_malformed_source_leaves_nothing(self, tmp_path):
         path = write(tmp_path / "bad.txt", "1 1 1\n0 0:1 1:1\n")
         for _ in range(2):
             with pytest.raises(ValueError, match=r"bad\.txt:2"):
-                formats.read_xmc_text(path, cache_dir=tmp_path / "cache")
+                data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         assert not list(tmp_path.glob("cache/*"))
 
     def test_new_directory_is_discarded_on_failure(self, tmp_path):
@@ -343,7 +344,7 @@ class TestCsr:
 class TestXmcLabels:
     def test_reads(self, tmp_path):
         path = write(tmp_path / "trn_X_Y.txt", "4 3\n2:1 0:1.0\n\n1 2 1\n0:0 1:0.5\n")
-        labels = formats.read_xmc_labels(path)
+        labels = data.read_xmc_labels(path)
         np.testing.assert_array_equal(
             labels.toarray(), np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [0, 1, 0]], bool), strict=True
         )
@@ -358,14 +359,14 @@ class TestXmcLabels:
         lines = [" ".join(f"{label}{value}" for label in row.nonzero()[0]) for row in dense]
         text = "".join(f"{line}\n" for line in [f"{dense.shape[0]} {dense.shape[1]}", *lines])
         path = write(tmp_path_factory.mktemp("labels") / f"Y.txt{suffix}", text)
-        labels = formats.read_xmc_labels(path)
+        labels = data.read_xmc_labels(path)
         np.testing.assert_array_equal(labels.toarray(), dense, strict=True)
         again = path.with_name(f"again.txt{suffix}")
-        formats.write_xmc_labels(again, labels)
-        np.testing.assert_array_equal(formats.read_xmc_labels(again).toarray(), dense, strict=True)
+        data.write_xmc_labels(again, labels)
+        np.testing.assert_array_equal(data.read_xmc_labels(again).toarray(), dense, strict=True)
 
     def test_writes(self, tmp_path):
-        formats.write_xmc_labels(tmp_path / "Y.txt", csr([[1, 0, 1], [0, 0, 0]], bool))
+        data.write_xmc_labels(tmp_path / "Y.txt", csr([[1, 0, 1], [0, 0, 0]], bool))
         assert (tmp_path / "Y.txt").read_text() == "2 3\n0:1 2:1\n\n"
 
     @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ class TestXmcLabels:
     )
     def test_malformed(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
-            formats.read_xmc_labels(write(tmp_path / "bad.txt", text))
+            data.read_xmc_labels(write(tmp_path / "bad.txt", text))
 
 
 def header(text):
@@ -404,7 +405,7 @@ class TestDense:
     @pytest.mark.parametrize("labels", ["2 2\n1:1\n0:1 1:1\n", "2 9 2\n1 8:1\n0,1\n"], ids=["N L", "N D L"])
     def test_reads(self, tmp_path, labels):
         np.save(tmp_path / "x.npy", FEATURES)
-        dataset = formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
+        dataset = data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
         np.testing.assert_array_equal(dataset.features, FEATURES, strict=True)
         np.testing.assert_array_equal(dataset.labels.toarray(), LABELS.toarray(), strict=True)
         assert is_memory_mapped(dataset.features)
@@ -427,7 +428,7 @@ class TestDense:
     def test_malformed(self, tmp_path, features, labels, fault):
         np.save(tmp_path / "x.npy", features)
         with pytest.raises(ValueError, match=fault):
-            formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
+            data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
 
     def test_finite_values_are_looked_for_some_rows_at_a_time(self, tmp_path, monkeypatch):
         features = np.zeros((50, 2), np.float32)
@@ -435,13 +436,13 @@ class TestDense:
         np.save(tmp_path / "x.npy", features)
         monkeypatch.setattr(storage, "_VALUES_AT_ONCE", 16)
         with pytest.raises(ValueError, match=r"got inf or nan in row 41$"):
-            formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "50 2\n" + "\n" * 50))
+            data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "50 2\n" + "\n" * 50))
 
     @pytest.mark.parametrize("content", [b"", b"1 2 3\n", *(header(text) for text in BAD_HEADERS)], ids=repr)
     def test_features_that_are_no_npy_file(self, tmp_path, content):
         write(tmp_path / "x.npy", content)
         with pytest.raises(ValueError, match=r"x\.npy: not a whole \.npy file: "):
-            formats.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "1 2\n\n"))
+            data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "1 2\n\n"))
 
 
 class TestTsv:
@@ -454,24 +455,24 @@ class TestTsv:
     def test_round_trip(self, tmp_path_factory, points, suffix):
         labels, texts = [names for names, _ in points], [text for _, text in points]
         path = tmp_path_factory.mktemp("tsv") / f"data.tsv{suffix}"
-        formats.write_tsv(path, labels, texts)
-        assert formats.read_tsv(path) == (labels, texts)
+        data.write_tsv(path, labels, texts)
+        assert data.read_tsv(path) == (labels, texts)
 
     def test_reads(self, tmp_path):
         path = write(tmp_path / "data.tsv", "big cat|Löwe\ta\tlion\r\n\tno labels\nx\t\n")
-        labels, texts = formats.read_tsv(path)
+        labels, texts = data.read_tsv(path)
         assert labels == [["big cat", "Löwe"], [], ["x"]]
         assert texts == ["a\tlion", "no labels", ""]
 
     def test_blanks_around_labels_and_a_byte_order_mark_are_not_read(self, tmp_path):
         path = write(tmp_path / "data.tsv", "\ufeffbig cat | lion\t text \n \tnone\n\u00a0x\t\n")
-        assert formats.read_tsv(path) == ([["big cat", "lion"], [], ["x"]], [" text ", "none", ""])
+        assert data.read_tsv(path) == ([["big cat", "lion"], [], ["x"]], [" text ", "none", ""])
 
     @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
     def test_equal_input_gives_identical_files(self, tmp_path, suffix):
         paths = [tmp_path / f"{name}.tsv{suffix}" for name in "ab"]
         for time, path in enumerate(paths):
-            formats.write_tsv(path, [["x"]], ["text"])
+            data.write_tsv(path, [["x"]], ["text"])
             os.utime(path, (time, time))
         assert paths[0].read_bytes() == paths[1].read_bytes()
         if suffix == ".gz":
@@ -497,7 +498,7 @@ class TestTsv:
     )
     def test_malformed(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.tsv:{line}: {fault}"):
-            formats.read_tsv(write(tmp_path / "bad.tsv", text))
+            data.read_tsv(write(tmp_path / "bad.tsv", text))
 
     @pytest.mark.parametrize(
         ("labels", "texts", "fault"),
@@ -515,5 +516,5 @@ class TestTsv:
     )
     def test_refuses_to_write(self, tmp_path, labels, texts, fault):
         with pytest.raises(ValueError, match=fault):
-            formats.write_tsv(tmp_path / "out.tsv", labels, texts)
+            data.write_tsv(tmp_path / "out.tsv", labels, texts)
         assert not (tmp_path / "out.tsv").exists()

@@ -156,7 +156,7 @@ def test_what_are_no_points(X, error, message):
         ([["a"], "b"], TypeError, "got 'b' for point 1"),
         ([["a"], ["b", None]], TypeError, r"got \['b', None\] for point 1"),
         ([["a"], iter([1])], TypeError, r"got \[1\] for point 1"),
-        ([["a"], ["\ud800"]], ValueError, r"UTF-8 can encode, got '\\ud800' for point 1"),
+        ([["a"], ["\ud800"]], ValueError, r"in UTF-8, got '\\ud800' for point 1"),
         (scipy.sparse.csr_array([[0], [np.nan]]), ValueError, "y must be finite, .* in point 1"),
     ],
 )

@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from sparse_xmc.data import files, storage
@@ -24,7 +27,7 @@ from sparse_xmc.encoders.pretrained_files import (
 )
 from sparse_xmc.modules import in_evaluation
 
-_SHORT = 32  # tokens
+_SHORT = 32  # maximum number of tokens of a text that counts as short
 _EMBEDDINGS = "embeddings.npy"
 _VERSION = 1  # version of the computation; increase it to invalidate cached embeddings
 
@@ -55,7 +58,7 @@ def embed(
         out = np.empty((len(order), features), np.float32)
     hidden = not sys.stderr.isatty()
     batch_size = min(batch_size, 1 << max(0, len(order) - 1).bit_length())  # Batches are padded to full size.
-    waiting: list[tuple[np.ndarray, jax.Array]] = []
+    waiting: list[tuple[np.ndarray, Array]] = []
     with tqdm(total=len(order), desc="embedding", unit=" texts", leave=False, disable=hidden) as bar:
         start = 0
         while start < len(order) or waiting:
@@ -73,7 +76,7 @@ def embed(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef, state, tokens):
+def _encode(graphdef: nnx.GraphDef, state: nnx.State, tokens: Tokens) -> Array:
     return nnx.merge(graphdef, state)(tokens)
 
 
@@ -92,7 +95,7 @@ def cached_embeddings(
     max_length: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     batch_size: int = 64,
 ) -> np.ndarray:
     """Return the features of N texts from the cache, or compute and cache them.
@@ -118,7 +121,7 @@ def cached_embeddings(
     config = PretrainedConfig.from_file(Path(directory) / "config.json")
     max_length = resolve_length(Path(directory), max_length, config)
     pooling, normalize = resolve_pooling(Path(directory), pooling, normalize)
-    settings = {"pooling": pooling, "normalize": normalize, "dtype": dtype}
+    settings: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "dtype": dtype}
     target = Path(cache_dir) / fingerprint(directory, texts, max_length=max_length, **settings)
     if not target.is_dir():
         encoder = PretrainedEncoder.from_directory(directory, **settings)
@@ -132,7 +135,7 @@ def cached_embeddings(
     try:
         storage.check_sealed(target, [_EMBEDDINGS])
     except ValueError as error:
-        raise ValueError(f"{target}: not the embeddings that were kept there; delete it: {error}") from error
+        raise ValueError(f"{target}: damaged embeddings; delete this directory: {error}") from error
     return storage.open_npy(target / _EMBEDDINGS)
 
 
@@ -143,7 +146,7 @@ def fingerprint(
     max_length: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> str:
     """Return a hash of everything that determines the features of texts, 64 hexadecimal digits.
 
@@ -157,8 +160,8 @@ def fingerprint(
         digest.update(f"{len(content)}:".encode())  # marks the boundaries between parts
         digest.update(content)
 
-    how = (_VERSION, max_length, *resolve_pooling(directory, pooling, normalize), jnp.dtype(dtype).name)
-    add(repr(how).encode())
+    settings = (_VERSION, max_length, *resolve_pooling(directory, pooling, normalize), jnp.dtype(dtype).name)
+    add(repr(settings).encode())
     for file in (directory / "config.json", directory / "tokenizer.json", *weight_files(directory)):
         if file.is_file():
             with open(file, "rb") as opened:
