@@ -53,6 +53,7 @@ from sparse_xmc.train import (
 )
 
 from . import datasets, flagfiles, program, reflection
+from . import unstructured as unstructured  # registers a head
 from .measure import environment
 from .measure.memory import PeakMemory
 

@@ -18,6 +18,7 @@ from sparse_xmc.data.formats import Dataset
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.heads import label_rows
 from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.model_files import (
@@ -115,7 +116,7 @@ class SavedModel:
             LABEL_STATISTICS: self.label_statistics,
         }
         objects = {
-            CONFIG: self.config.to_json() | {_LABEL_ROWS: self.model.head.label_rows},
+            CONFIG: self.config.to_json() | {_LABEL_ROWS: label_rows(self.model.head)},
             PARAMETERS: self.parameters,
         }
         texts = {name: json.dumps(fields, indent=2) for name, fields in objects.items() if fields is not None}

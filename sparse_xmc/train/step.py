@@ -19,8 +19,9 @@ from flax import nnx
 from jax.extend import core
 
 from sparse_xmc.data.batches import Batch
+from sparse_xmc.encoders import EncoderOutput, as_encoder_output
 from sparse_xmc.encoders.table import TableParam, adagrad, put_rows, tables_of, take_rows, used_rows
-from sparse_xmc.heads import Features, StepInputs, split_features
+from sparse_xmc.heads import StepInputs, reset_padding_labels
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation, in_training, parameters_of, path_name, split
 from sparse_xmc.train.config import TrainingConfig
@@ -82,13 +83,13 @@ class Step:
 
         def encode(tables, params):
             encoder = nnx.merge(graphdef, tables, params, rest, copy=True)
-            features, words = split_features(encoder(batch.inputs))
-            return features.astype(jnp.float32), (words, nnx.state(encoder, nnx.Not(nnx.Param)))
+            features, direct = as_encoder_output(encoder(batch.inputs))
+            return features.astype(jnp.float32), (direct, nnx.state(encoder, nnx.Not(nnx.Param)))
 
-        features, pullback, (words, rest) = jax.vjp(encode, tables, params, has_aux=True)
+        features, pullback, (direct, rest) = jax.vjp(encode, tables, params, has_aux=True)
         has_params, positives = bool(jax.tree.leaves((tables, params))), jnp.asarray(batch.positives)
         inputs = StepInputs(
-            features, positives, learning_rate, self.seed, step, wants_d_x=has_params, words=words
+            features, positives, learning_rate, self.seed, step, wants_d_x=has_params, direct=direct
         )
         before = {name: parameter[...] for name, parameter in parameters_of(head).items()}
         step_head = head.step_fused if self.fused else head.step_by_optax
@@ -123,9 +124,9 @@ class Step:
     def rewire(self, state: State, batch: Batch, step) -> State:
         """Return the state after a rewiring on a batch; `step` is mixed into the random key."""
         model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
-        x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
+        features, direct = as_encoder_output(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
-            Features(x.astype(jnp.float32), words),
+            EncoderOutput(features.astype(jnp.float32), direct),
             jnp.asarray(batch.positives),
             state["moments"],
             key,
@@ -133,10 +134,10 @@ class Step:
         )
         return _state(model, moments, state["optimizer"], state["squares"])
 
-    def fill_up(self, state: State) -> State:
-        """Return the state after `Head.fill_up`."""
+    def reset_padding_labels(self, state: State) -> State:
+        """Return the state with padding labels of a mesh reset, after it was read from another mesh."""
         model = self._merge(state)
-        model.head.fill_up()
+        reset_padding_labels(model.head)
         return _state(model, state["moments"], state["optimizer"], state["squares"])
 
     def _merge(self, state: State) -> Classifier:

@@ -162,7 +162,7 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Replace the state by a saved one, of any mesh. Its arrays are donated to the next step."""
-        self.state = state if self.mesh is None else self._programs.fill_up(state)
+        self.state = state if self.mesh is None else self._programs.reset_padding_labels(state)
 
     def epoch(
         self, batches: Any, epoch: int, learning_rate: Callable[[int], float], *, first: int = 0
@@ -189,7 +189,7 @@ class _Programs(NamedTuple):
 
     train: Any
     rewire: Any
-    fill_up: Any
+    reset_padding_labels: Any
 
 
 def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
@@ -197,13 +197,13 @@ def _compiled(step: Step, state: Any = None, trained: Any = None) -> _Programs:
 
     Args:
       step: the step.
-      state: shardings of a state, for the results of `rewire` and `fill_up`; None for unspecified.
+      state: shardings of a state, for the results of the functions other than `train`; None for unspecified.
       trained: shardings of the results of `train`; None for unspecified.
     """
     return _Programs(
         jax.jit(step.train, donate_argnums=0, out_shardings=trained),
         jax.jit(step.rewire, donate_argnums=0, out_shardings=state),
-        jax.jit(step.fill_up, donate_argnums=0, out_shardings=state),
+        jax.jit(step.reset_padding_labels, donate_argnums=0, out_shardings=state),
     )
 
 
