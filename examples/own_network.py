@@ -12,7 +12,7 @@ from flax import nnx
 from sparse_xmc import Classifier, RewireConfig, Trainer, TrainingConfig, fit
 from sparse_xmc.data import Dataset
 from sparse_xmc.evaluation import evaluate
-from sparse_xmc.heads import FixedFanInConfig
+from sparse_xmc.heads import FixedFanInConfig, HeadSpec
 from sparse_xmc.saving import load_weights, save_weights
 
 FEATURES, LABELS = 128, 1000
@@ -46,7 +46,7 @@ def make_classifier(seed: int) -> Classifier:
     """The network, behind it 2,048 units, and labels that read 32 of them each."""
     rngs = nnx.Rngs(seed)
     head = FixedFanInConfig(penultimate=2048, fan_in=32, output_bias=-1, output_bound=0.05)
-    return Classifier(Network(256, rngs), head.make(256, LABELS, rngs=rngs))
+    return Classifier(Network(256, rngs), head.make(HeadSpec(256, LABELS), rngs))
 
 
 def main(points: int = 20_000, epochs: int = 10, path: str = "runs/own_network") -> dict[str, float]:

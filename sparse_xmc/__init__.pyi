@@ -9,15 +9,8 @@ from .data.batches import BagOfWords, Batch
 from .encoders import BagOfWordsEncoder, DenseFeatures, EmbeddingBag, EmbeddingTable
 from .estimator import XMCClassifier
 from .exporting import export_predict
-from .heads.rewiring import (
-    RewireConfig,
-    reset_moments,
-    rewire,
-    rewire_active,
-    rewire_layer,
-    rewire_unstructured,
-)
-from .heads.unstructured import UnstructuredLinear
+from .heads.optax_state import reset_moments, rewire_layer
+from .heads.rewiring import RewireConfig, rewire, rewire_active
 from .layers import Connectivity, FixedFanInLinear
 from .mesh import make_mesh
 from .model import Classifier, ClassifierConfig, EncoderConfig
@@ -40,7 +33,6 @@ __all__ = [
     "RewireConfig",
     "Trainer",
     "TrainingConfig",
-    "UnstructuredLinear",
     "XMCClassifier",
     "check_memory",
     "data",
@@ -56,7 +48,6 @@ __all__ = [
     "rewire",
     "rewire_active",
     "rewire_layer",
-    "rewire_unstructured",
     "saving",
     "train",
 ]

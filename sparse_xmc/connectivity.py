@@ -1,4 +1,4 @@
-"""Random connections of sparse layers: F distinct inputs for each label, or pairs at any position."""
+"""Random connections of sparse layers, F distinct inputs for each label."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from xla_ops import index_dtype
 
@@ -54,11 +54,11 @@ def redraw(
 
     rows, fan_in = indices.shape
 
-    def draw(keys):
+    def draw(keys: Array) -> Array:
         drawn = jax.vmap(lambda key: jax.random.randint(key, (fan_in,), 0, in_features, jnp.int32))(keys)
         return drawn.astype(indices.dtype)
 
-    def conflicts(indices):
+    def conflicts(indices: Array) -> Array:
         # A kept entry to the right of a new one counts as well, so both triangles are compared.
         same = indices[:, :, None] == indices[:, None, :]
         earlier_or_kept = jnp.tril(jnp.ones(same.shape[1:], bool), k=-1)[None] | ~mask[:, None, :]
@@ -66,7 +66,7 @@ def redraw(
 
     keys = row_keys(key, first, rows)
 
-    def draw_again(state):
+    def draw_again(state: tuple[int, Array, Array]) -> tuple[int, Array, Array]:
         attempt, indices, pending = state
         of_attempt = jax.vmap(jax.random.fold_in, (0, None))(keys, attempt)
         indices = jnp.where(pending, draw(of_attempt), indices)
@@ -100,7 +100,7 @@ def draw_connections(
 def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Callable[..., Array]:
     """Return `draw_connections` compiled for these sizes, as a function of `key` and `first`."""
 
-    def draw_connections(key, first):
+    def draw_connections(key: Array, first: ArrayLike) -> Array:
         (indices,) = update_in_blocks(
             lambda row, fresh, arrays: (
                 redraw(
@@ -119,32 +119,14 @@ def _drawing(labels: int, fan_in: int, in_features: int, distinct: bool) -> Call
     return jax.jit(draw_connections)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def draw_coordinates(key: Array, connections: int, labels: int, in_features: int) -> Array:
-    """Draw connections uniformly from all pairs of a label and an input; pairs may repeat.
-
-    Args:
-      key: random key.
-      connections: N, the number of connections.
-      labels: L, the number of labels.
-      in_features: D, the number of inputs.
-
-    Returns:
-      int32 [N, 2]: the label and the input of each connection.
-    """
-    label_key, input_key = jax.random.split(key)
-    label = jax.random.randint(label_key, (connections,), 0, labels, jnp.int32)
-    return jnp.stack(
-        [label, jax.random.randint(input_key, (connections,), 0, in_features, jnp.int32)], axis=1
-    )
-
-
-def blank(shape: tuple[int, ...], dtype, first: ArrayLike) -> Array:
+def blank(shape: tuple[int, ...], dtype: DTypeLike, first: ArrayLike) -> Array:
     """Return zeros; within `jax.shard_map` they vary over the same mesh axes as `first`."""
     return jnp.full(shape, (0 * jnp.asarray(first)).astype(dtype))
 
 
-def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+def update_in_blocks(
+    function: Callable[[Array, Array, tuple[Array, ...]], tuple[Array, ...]], arrays: tuple[Array, ...]
+) -> tuple[Array, ...]:
     """Update arrays in blocks of rows, so that temporaries stay small.
 
     Args:
@@ -162,11 +144,11 @@ def update_in_blocks(function, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     total = arrays[0].shape[0]
     rows = max(1, min(total, _AT_ONCE * total // max(1, arrays[0].size)))
 
-    def update(i, arrays):
+    def update(i: Array, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         first = jnp.minimum(i * rows, total - rows)
-        blocks = tuple(jax.lax.dynamic_slice_in_dim(a, first, rows) for a in arrays)
-        blocks = [jax.lax.bitcast_convert_type(b, d) for b, d in zip(blocks, dtypes, strict=True)]
-        blocks = function(first, first + jnp.arange(rows, dtype=jnp.int32) >= i * rows, tuple(blocks))
+        slices = [jax.lax.dynamic_slice_in_dim(a, first, rows) for a in arrays]
+        blocks = tuple(jax.lax.bitcast_convert_type(s, d) for s, d in zip(slices, dtypes, strict=True))
+        blocks = function(first, first + jnp.arange(rows, dtype=jnp.int32) >= i * rows, blocks)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(a, _as_integers(block), first, axis=0)
             for a, block in zip(arrays, blocks, strict=True)

@@ -1,8 +1,10 @@
 """The fixed fan-in output layer, and initializers of kernels and biases."""
 
+import abc
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,11 @@ class Connectivity(nnx.Variable):
     """The inputs of each output. It is no `nnx.Param`, so gradients and optimizers ignore it."""
 
 
+def is_by_label(node: Any) -> bool:
+    """Return whether a node of a state is a variable with a row for each label, which a mesh shards."""
+    return isinstance(node, nnx.Variable) and node.get_metadata().get("by_label", False)
+
+
 def _uniform(
     key: Array, shape: tuple[int, ...], dtype: DTypeLike, bound: ArrayLike, first: ArrayLike = 0
 ) -> Array:
@@ -39,8 +46,8 @@ def _uniform(
 def _uniform_of(shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[..., Array]:
     """Return `_uniform` compiled for a shape, as a function of the key, the bound and `first`."""
 
-    def uniform(key, bound, first):
-        def draw(row, fresh, blocks):
+    def uniform(key: Array, bound: Array, first: Array) -> Array:
+        def draw(row: Array, fresh: Array, blocks: tuple[Array, ...]) -> tuple[Array, ...]:
             keys = row_keys(key, first + row, blocks[0].shape[0])
             values = jax.vmap(lambda key: jax.random.uniform(key, shape[1:], jnp.float32, -1, 1))(keys)
             return ((bound * values).astype(dtype),)
@@ -68,7 +75,9 @@ def glorot_uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.fl
     return _uniform(key, shape, dtype, (6 / (shape[0] + shape[1])) ** 0.5)
 
 
-def start_of_kernel(bound: float | None, num_labels: int | None = None, first: ArrayLike = 0) -> Initializer:
+def sparse_kernel_init(
+    bound: float | None, num_labels: int | None = None, first: ArrayLike = 0
+) -> Initializer:
     """Return the initializer of the kernel of a sparse output layer, uniform in +-bound.
 
     Args:
@@ -78,7 +87,7 @@ def start_of_kernel(bound: float | None, num_labels: int | None = None, first: A
       first: number of the first label of the shard. The result is the shard of the kernel of the whole layer.
     """
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         rows = shape[0] if num_labels is None else num_labels
         return _uniform(
             key, shape, dtype, _flat_bound(rows * math.prod(shape[1:])) if bound is None else bound, first
@@ -96,7 +105,21 @@ def rare_label_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.f
     return jnp.full(shape, -math.log(max(1, math.prod(shape))), dtype)
 
 
-class FixedFanInLinear(nnx.Module):
+class SparseLinear(nnx.Module):
+    """Base class of layers whose outputs read some of the inputs.
+
+    Attributes:
+      in_features: D, the number of inputs.
+    """
+
+    in_features: int
+
+    @abc.abstractmethod
+    def connected_inputs(self) -> Array:
+        """Return the input of each connection, an integer array of any shape."""
+
+
+class FixedFanInLinear(SparseLinear):
     """A sparse linear layer in which every output has exactly `fan_in` inputs.
 
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`: L*F weights in place of L*D. The
@@ -156,7 +179,7 @@ class FixedFanInLinear(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        kernel_init: Initializer = start_of_kernel(OUTPUT_BOUND),
+        kernel_init: Initializer = sparse_kernel_init(OUTPUT_BOUND),
         bias_init: Initializer = rare_label_bias,
         distinct: bool = True,
         first_output: ArrayLike = 0,
@@ -171,13 +194,24 @@ class FixedFanInLinear(nnx.Module):
         self.out_features = out_features
         self.fan_in = fan_in
         self.dtype = dtype
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (out_features, fan_in), param_dtype))
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (out_features, fan_in), param_dtype), by_label=True
+        )
         self.indices = Connectivity(
             draw_connections(
                 rngs.params(), out_features, fan_in, in_features, distinct=distinct, first=first_output
-            )
+            ),
+            by_label=True,
         )
-        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype), by_label=True)
+            if use_bias
+            else None
+        )
+
+    def connected_inputs(self) -> Array:
+        """Return the input of each connection, integer [L, F]."""
+        return self.indices[...]
 
     def cast(self, x: Array) -> tuple[Array, Array, Array, Array | None]:
         """Return x, kernel, indices and bias in the dtype of the computation, as arguments of `xla_ops`."""

@@ -12,7 +12,7 @@ from jax import Array
 from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder, PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import POOLINGS, PretrainedConfig
-from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig
+from sparse_xmc.heads import HEADS, FixedFanInConfig, Head, HeadConfig, HeadSpec
 from sparse_xmc.mesh import place
 from sparse_xmc.settings import check, rename_settings, setting
 
@@ -70,7 +70,7 @@ class EncoderConfig:
     text_dropout: float = setting(0.1, at_least=0, below=1)
     text_scale: float = setting(8.0, above=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
 
@@ -92,7 +92,7 @@ class PretrainedSettings:
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
     @classmethod
@@ -131,7 +131,7 @@ class ClassifierConfig:
     text_features: int = setting(0, at_least=0)
     pretrained: PretrainedSettings | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
     @classmethod
@@ -181,15 +181,15 @@ class ClassifierConfig:
             weights do not depend on it. None for one device.
           rngs: random keys; the streams `params` and `dropout` are used.
         """
-        width, num_words = self.num_features, 0
+        width, num_direct = self.num_features, 0
         options: dict[str, Any] = {"dropout": self.encoder.dropout, "scale": input_scale, "rngs": rngs}
         encoder: nnx.Module
         if not self.bag_of_words:
             encoder = DenseFeatures(width, **options)
         else:
-            width, num_words = self.encoder.embedding, self.num_features
+            width, num_direct = self.encoder.embedding, self.num_features
             encoder = BagOfWordsEncoder(
-                num_words, width, return_direct_inputs=self.head.reads_words, **options
+                num_direct, width, return_direct_inputs=self.head.reads_direct_inputs, **options
             )
             if self.text_features:
                 options = {"dropout": self.encoder.text_dropout, "scale": self.encoder.text_scale}
@@ -198,11 +198,9 @@ class ClassifierConfig:
                     text = self.pretrained.make(rngs)
                 encoder = JointEncoder(encoder, embeddings, text)
                 width += self.text_features
-        sizes: dict[str, Any] = {"num_words": num_words, "train": train, "rngs": rngs}
-        if mesh is None:
-            return Classifier(encoder, self.head.make(width, self.num_labels, **sizes))
-        head = self.head.make_sharded(width, self.num_labels, mesh, **sizes)
-        nnx.update(encoder, place(nnx.state(encoder), mesh))
+        head = self.head.make(HeadSpec(width, self.num_labels, num_direct, train, mesh), rngs)
+        if mesh is not None:
+            nnx.update(encoder, place(nnx.state(encoder), mesh))
         return Classifier(encoder, head)
 
     def to_json(self) -> dict[str, Any]:
@@ -220,7 +218,12 @@ class ClassifierConfig:
         """
         try:
             head = rename_settings(fields["head"])
-            config = HEADS[head.pop("kind")](**head)
+            if (kind := head.pop("kind")) not in HEADS:
+                raise ValueError(
+                    f"not the configuration of a classifier: head {kind!r} is not registered; import the "
+                    "module that defines it first, which is experiments.unstructured for 'unstructured'"
+                )
+            config = HEADS[kind](**head)
             pretrained = fields.get("pretrained")
             if pretrained is not None:
                 network = PretrainedConfig(**pretrained["network"])

@@ -17,6 +17,7 @@ from sparse_xmc.data.batches import Batches
 from sparse_xmc.data.dataset import Dataset
 from sparse_xmc.encoders.table import TableParam
 from sparse_xmc.evaluation import trace_top_k
+from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.memory_limits import memory_left
 from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
@@ -24,8 +25,7 @@ from sparse_xmc.train import Trainer, TrainingConfig
 # Measured memory of a process in addition to its arrays: compiled programs, initialization of the weights,
 # and overhead of the allocator. It is 40 to 60 MiB for training steps, and 90 MiB for `fit` and `evaluate`.
 RUNTIME_BYTES = 80 * 2**20
-# Smallest values that are proposed for settings.
-_LEAST = {"batch_size": 32, "penultimate": 1024, "fan_in": 16}
+_LEAST_BATCH_SIZE = 32  # the smallest that is proposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,22 +180,21 @@ def _smaller(
     config: ClassifierConfig, training: TrainingConfig
 ) -> Iterator[tuple[ClassifierConfig, TrainingConfig]]:
     """Yield settings with decreasing memory, in the order of increasing loss of accuracy."""
-    if not hasattr(config.head, "output_dtype"):
-        config = dataclasses.replace(config, head=ClassifierConfig.head)
+    in_bfloat16 = config.head.in_bfloat16()
+    if in_bfloat16 is None:
+        config = dataclasses.replace(config, head=FixedFanInConfig())
+        in_bfloat16 = FixedFanInConfig().in_bfloat16()
         yield config, training
     training = dataclasses.replace(training, moment_dtype="bfloat16")
     yield config, training
-    head: Any = config.head
-    config = dataclasses.replace(config, head=dataclasses.replace(head, output_dtype="bfloat16"))
+    config = dataclasses.replace(config, head=in_bfloat16)
     training = dataclasses.replace(training, output_optimizer="sgd")
     yield config, training
-    while training.batch_size >= 2 * _LEAST["batch_size"]:
+    while training.batch_size >= 2 * _LEAST_BATCH_SIZE:
         training = dataclasses.replace(training, batch_size=training.batch_size // 2)
         yield config, training
-    for name in ("penultimate", "fan_in"):
-        while (value := getattr(config.head, name)) >= 2 * _LEAST[name]:
-            config = dataclasses.replace(config, head=dataclasses.replace(config.head, **{name: value // 2}))
-            yield config, training
+    for head in config.head.smaller():
+        yield dataclasses.replace(config, head=head), training
 
 
 def _differences(before: Any, after: Any) -> Iterator[str]:

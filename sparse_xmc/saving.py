@@ -14,6 +14,7 @@ from sparse_xmc.calibration import Calibration
 from sparse_xmc.card import MARK, model_card
 from sparse_xmc.data.files import write_text
 from sparse_xmc.data.text import LabelEncoder
+from sparse_xmc.heads import label_rows
 from sparse_xmc.inputs import FROZEN_FILE, WORDS_FILE, InputEncoder
 from sparse_xmc.metrics import LabelStatistics
 from sparse_xmc.model import Classifier, ClassifierConfig
@@ -89,7 +90,7 @@ class SavedModel:
             LABEL_STATISTICS: self.label_statistics,
         }
         objects = {
-            CONFIG: self.config.to_json() | {_LABEL_ROWS: self.model.head.label_rows},
+            CONFIG: self.config.to_json() | {_LABEL_ROWS: label_rows(self.model.head)},
             PARAMETERS: self.parameters,
         }
         texts = {name: json.dumps(fields, indent=2) for name, fields in objects.items() if fields is not None}

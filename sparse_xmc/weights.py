@@ -21,9 +21,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from sparse_xmc.data.files import remove
-from sparse_xmc.heads import Head
-from sparse_xmc.heads.unstructured import UnstructuredLinear
-from sparse_xmc.layers import FixedFanInLinear
+from sparse_xmc.heads import reset_padding_labels, with_label_rows
+from sparse_xmc.layers import SparseLinear
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import key_path_names, path_name
 
@@ -70,13 +69,13 @@ def write_weights(path: Path, model: nnx.Module) -> None:
         check_sizes(checkpointer.metadata(target).item_metadata, state, path)
 
 
-def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int | None = None) -> Any:
+def load_weights(path: str | os.PathLike, model: Any, *, label_rows: int | None = None) -> Any:
     """Load the arrays saved by `save_weights` into a copy of a module.
 
     Args:
       path: the directory.
-      model: a module of the same structure; only the shapes of its arrays are used.
-      label_rows: number of rows by label in the saved head, if it was sharded over a mesh; else None.
+      model: an `nnx.Module` of the same structure; only the shapes of its arrays are used.
+      label_rows: number of rows by label in the saved head of a `Classifier`; None for the number in `model`.
 
     Returns:
       A module like `model` with the saved arrays.
@@ -90,22 +89,21 @@ def load_weights(path: str | os.PathLike, model: nnx.Module, *, label_rows: int 
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     with reading(path) as readable, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        head = model.head if isinstance(model, Classifier) else None
-        check_sizes(checkpointer.metadata(readable).item_metadata, state, path, head, label_rows)
+        saved = state if label_rows is None else with_label_rows(state, model.head, label_rows)
+        check_sizes(checkpointer.metadata(readable).item_metadata, saved, path)
         args = ocp.args.StandardRestore(shapes_of(state), strict=False)
         loaded = nnx.merge(graphdef, checkpointer.restore(readable, args=args))
     _check_connections(loaded, path)
     if isinstance(loaded, Classifier):
-        loaded.head.fill_up()
+        reset_padding_labels(loaded.head)
     return loaded
 
 
 def _check_connections(model: nnx.Module, path: Path) -> None:
     """Raise ValueError if a layer has connections to inputs out of range, which shapes do not reveal."""
     for where, layer in nnx.iter_modules(model):
-        if isinstance(layer, FixedFanInLinear | UnstructuredLinear):
-            indices = layer.indices[...]
-            last = int(jnp.max(indices if isinstance(layer, FixedFanInLinear) else indices[:, 1], initial=0))
+        if isinstance(layer, SparseLinear):
+            last = int(jnp.max(layer.connected_inputs(), initial=0))
             if last >= layer.in_features:
                 raise ValueError(
                     f"{path}: not the weights of such a model: {path_name((*where, 'indices'))} has input "
@@ -210,10 +208,8 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(f"sparse_xmc {what}")
 
 
-def check_sizes(
-    metadata: Any, expected: Any, path: Path, head: Head | None = None, label_rows: int | None = None
-) -> None:
-    """Raise ValueError unless saved arrays have the shapes and dtypes of a state, except for padding labels.
+def check_sizes(metadata: Any, expected: Any, path: Path) -> None:
+    """Raise ValueError unless saved arrays have the shapes and dtypes of a state.
 
     The check precedes the reading of arrays, as Orbax would report a mismatch only after reading a part.
 
@@ -221,22 +217,11 @@ def check_sizes(
       metadata: Orbax metadata of the saved arrays.
       expected: the state, of arrays or shapes.
       path: the saved directory, for the message.
-      head: the head in the state, or None.
-      label_rows: number of rows of the saved variables `by_label`; None for the number in the state.
     """
-    there, here = _leaves(metadata.tree), _leaves(expected)
-    by_label = "|".join(map(re.escape, head.by_label)) if head is not None else ""
-    has_rows = re.compile(rf"(((params|other)\.)?head|moments\.\w+)\.({by_label})" if by_label else "(?!)")
-
-    def as_saved(name: str) -> str:
-        """Return the dtype and shape that an array must have in the saved state."""
-        array = here[name]
-        if label_rows is None or not has_rows.fullmatch(name):
-            return dtype_and_shape(array)
-        return dtype_and_shape(jax.ShapeDtypeStruct((label_rows, *array.shape[1:]), array.dtype))
-
-    wanted = {name: as_saved(name) for name in here}
-    found = {name: dtype_and_shape(array) for name, array in there.items()}
+    found, wanted = (
+        {name: dtype_and_shape(array) for name, array in _leaves(tree).items()}
+        for tree in (metadata.tree, expected)
+    )
     if different := sorted(name for name in found | wanted if found.get(name) != wanted.get(name)):
         name = different[0]
         raise ValueError(

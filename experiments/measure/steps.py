@@ -106,7 +106,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
     def head_of(state) -> FixedFanInHead:
         return nnx.merge(graphdef, state, copy=True)
 
-    forward = jax.jit(lambda state, x: head_of(state).hidden(x))
+    forward = jax.jit(lambda state, x: head_of(state).output_inputs(x)[0])
     gather = jax.jit(
         lambda state, hidden: xla_ops.fan_in_loss(
             *head_of(state).output.cast(hidden), positives, loss=training.loss
@@ -144,7 +144,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
         x, d_y = x_and_d_y
         layer, inputs = head.penultimate, inputs_of(x, False)
         epsilon = training.epsilon_for(head.num_labels)
-        return step_dense(layer, "penultimate", d_y, inputs, moments, rate=1.0, epsilon=epsilon)[1]
+        return step_dense(layer, "penultimate", d_y, inputs, moments, lr_multiplier=1.0, epsilon=epsilon)[1]
 
     return {
         "gather": lambda: gather(held[0], hidden),

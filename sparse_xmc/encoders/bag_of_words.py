@@ -6,8 +6,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_xmc.data.batches import BagOfWords
+from sparse_xmc.encoders.output import EncoderOutput
 from sparse_xmc.encoders.table import EmbeddingTable
-from sparse_xmc.heads.head import Features
 from sparse_xmc.modules import Scale
 from xla_ops import SparseInputs
 
@@ -37,7 +37,7 @@ class BagOfWordsEncoder(nnx.Module):
       features: E, the number of features.
       dropout: dropout rate.
       scale: factor by which the weights of the words are multiplied.
-      return_direct_inputs: whether to return `Features`, with the scaled words as direct inputs of a head.
+      return_direct_inputs: whether to return `EncoderOutput`, with the scaled words as direct inputs.
       rngs: random keys; the streams `params` and `dropout` are used.
 
     Attributes:
@@ -60,11 +60,11 @@ class BagOfWordsEncoder(nnx.Module):
         self.embedding = EmbeddingBag(num_words, features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
-    def __call__(self, bags: BagOfWords) -> Array | Features:
-        """Map B bags of words to float32 [B, E], or to `Features` if `return_direct_inputs` is set."""
+    def __call__(self, bags: BagOfWords) -> Array | EncoderOutput:
+        """Map B bags of words to float32 [B, E], or to `EncoderOutput` if `return_direct_inputs` is set."""
         x = self.dropout(nnx.relu(self.scale[...] * self.embedding(bags)))
         if not self.return_direct_inputs:
             return x
         rows, words = jnp.asarray(bags.rows), jnp.asarray(bags.words)
         values = self.scale[...] * jnp.asarray(bags.weights)
-        return Features(x, SparseInputs(rows, words, values, self.num_words))
+        return EncoderOutput(x, SparseInputs(rows, words, values, self.num_words))

@@ -9,15 +9,15 @@ from jax import Array
 from sparse_xmc.data.batches import WordsAndText
 from sparse_xmc.encoders.bag_of_words import BagOfWordsEncoder
 from sparse_xmc.encoders.dense_features import DenseFeatures
+from sparse_xmc.encoders.output import EncoderOutput, as_encoder_output
 from sparse_xmc.encoders.pretrained import PretrainedEncoder
-from sparse_xmc.heads.head import Features, split_features
 
 
 class JointEncoder(nnx.Module):
     """An encoder that concatenates the embeddings [B, E] of texts and the features [B, W] of their words.
 
     Args:
-      words: encoder of bags of words, which returns float32 [B, W] or `Features`.
+      words: encoder of bags of words, which returns float32 [B, W] or `EncoderOutput`.
       embeddings: module applied to the embeddings, for example for dropout.
       text: encoder from tokens to embeddings, to be fine-tuned; None if the inputs contain embeddings.
     """
@@ -29,10 +29,10 @@ class JointEncoder(nnx.Module):
         self.embeddings = embeddings
         self.text = text
 
-    def __call__(self, inputs: WordsAndText) -> Array | Features:
-        """Map a batch of B texts to float32 [B, E + W], or to `Features`."""
+    def __call__(self, inputs: WordsAndText) -> Array | EncoderOutput:
+        """Map a batch of B texts to float32 [B, E + W], or to `EncoderOutput`."""
         encoded: Any = inputs.encoded
         embeddings = encoded if self.text is None else self.text(encoded)
-        x, words = split_features(self.words(inputs.bags))
+        x, direct = as_encoder_output(self.words(inputs.bags))
         x = jnp.concatenate([self.embeddings(embeddings), x], axis=1)
-        return x if words is None else Features(x, words)
+        return x if direct is None else EncoderOutput(x, direct)

@@ -1,4 +1,4 @@
-"""Connections chosen from the training points: columns that are larger for the points of a label."""
+"""Selection of direct inputs: for each label, the columns that are larger for its points."""
 
 from collections.abc import Iterator
 
@@ -13,9 +13,9 @@ _ROWS_AT_ONCE = 1 << 13
 def select_direct_inputs(
     features: np.ndarray | scipy.sparse.csr_array, labels: scipy.sparse.csr_array, count: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Choose for each label the columns whose mean over its points exceeds the mean over all points by most.
+    """Select for each label the columns whose mean over its points exceeds the mean over all points by most.
 
-    For dense features, which may be negative, it chooses the columns whose mean over the points of the label
+    For dense features, which may be negative, it selects the columns whose mean over the points of the label
     is farthest from the mean over all points.
 
     Works in blocks of labels: no array has size L x D, nor N x D besides the features.
@@ -23,7 +23,7 @@ def select_direct_inputs(
     Args:
       features: float32 [N, D], dense, or sparse such as TF-IDF.
       labels: bool [N, L], the labels of each point.
-      count: C, number of columns to choose for each label.
+      count: C, number of columns to select for each label.
 
     Yields:
       A range of n labels; the columns, int32 [n, C], best first, padded with -1; and the differences of their
@@ -35,9 +35,8 @@ def select_direct_inputs(
     dense = isinstance(features, np.ndarray)
     overall = _means(features)
     points_of = scipy.sparse.csr_array(labels.T, dtype=np.float32)
-    if isinstance(
-        features, scipy.sparse.csr_array
-    ):  # Both need one index type, or SciPy converts all features for each product.
+    if isinstance(features, scipy.sparse.csr_array):
+        # Both need one index type, or SciPy converts all features for each product.
         kind = features.indices.dtype
         points_of.indices, points_of.indptr = points_of.indices.astype(kind), points_of.indptr.astype(kind)
     for block in _blocks(points_of, features):

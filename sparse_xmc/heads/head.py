@@ -3,8 +3,8 @@
 A head maps the features [B, E] of the encoder to labels. It implements logits, loss, ranking, the training
 step and rewiring. Code outside of this package does not depend on the class of a head.
 
-To add a head, write a module here with its configuration (a frozen dataclass with a method `make`) and its
-class, and add the configuration to `HEADS` in the `__init__.py` of this package.
+To add a head, write a module with its configuration (a frozen dataclass with a method `make`) and its class,
+and register the configuration with `sparse_xmc.heads.register_head`.
 """
 
 import abc
@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_xmc.data.dataset import Dataset
+from sparse_xmc.encoders.output import EncoderOutput
 from sparse_xmc.heads.rewiring import RewireConfig
 from sparse_xmc.losses import LOSSES
 from sparse_xmc.settings import check, setting
@@ -64,23 +65,6 @@ class HeadTraining:
         return _EPSILON_TIMES_LABELS / num_labels if self.epsilon is None else self.epsilon
 
 
-class Features(NamedTuple):
-    """Output of an encoder that also passes its bag of words on, for heads that read words directly.
-
-    Attributes:
-      x: float32 [B, E], the features.
-      words: the bags of words of the batch, [B, V], or None.
-    """
-
-    x: Array
-    words: SparseInputs | None
-
-
-def split_features(features: Array | Features) -> Features:
-    """Return `Features` for the output of any encoder; `words` is None for an array [B, E]."""
-    return features if isinstance(features, Features) else Features(features, None)
-
-
 class StepInputs(NamedTuple):
     """The inputs of a training step of a head, apart from the state of the head.
 
@@ -91,7 +75,7 @@ class StepInputs(NamedTuple):
       seed: integer scalar, the seed of stochastic rounding.
       step: int32 scalar, the number of the step; every step must have a different number.
       wants_d_x: whether the gradient with respect to x is used; if false, the head need not compute it.
-      words: the bags of words [B, V], as in `Features`, or None.
+      direct: the direct inputs [B, V], as in `EncoderOutput`, or None.
     """
 
     x: Array
@@ -100,32 +84,35 @@ class StepInputs(NamedTuple):
     seed: Any
     step: Array
     wants_d_x: bool = True
-    words: SparseInputs | None = None
+    direct: SparseInputs | None = None
+
+
+# The loss before the step, its gradient with respect to x [B, E], and the new moments.
+StepResult = tuple[Array, Array, Any]
 
 
 class Head(nnx.Module):
     """Base class of heads, which map features [B, E] to labels.
 
-    Arguments named x are arrays [B, E] or `Features`; heads without direct inputs ignore the words.
+    Arguments named x are the output of an encoder, an array [B, E] or `EncoderOutput`. Heads without direct
+    inputs ignore those of `EncoderOutput`.
 
     Attributes:
       in_features: E, the number of features.
       num_labels: L, the number of labels.
       mesh: mesh over whose devices the labels are sharded, or None.
-      by_label: names of the variables that have a row for each label, and on a mesh rows for padding labels.
     """
 
     in_features: int
     num_labels: int
     mesh: jax.sharding.Mesh | None = None
-    by_label: tuple[str, ...] = ()
 
     @abc.abstractmethod
-    def __call__(self, x: Array | Features) -> Array:
+    def __call__(self, x: Array | EncoderOutput) -> Array:
         """Return the logits [B, L] for features [B, E]."""
 
     @abc.abstractmethod
-    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
+    def loss(self, x: Array | EncoderOutput, positives: Array, loss: str = "squared_hinge") -> Array:
         """Return the mean of a loss over batch and labels, differentiable in x and the parameters.
 
         Args:
@@ -135,7 +122,7 @@ class Head(nnx.Module):
         """
 
     @abc.abstractmethod
-    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
+    def top_k(self, x: Array | EncoderOutput, k: int) -> tuple[Array, Array]:
         """Return the k best labels of each point.
 
         Args:
@@ -148,7 +135,7 @@ class Head(nnx.Module):
         """
 
     @abc.abstractmethod
-    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | EncoderOutput) -> Iterator[tuple[Array, Array]]:
         """Yield the logits of all labels in blocks: logits [B, n], and their labels int32 [n], ascending."""
 
     @abc.abstractmethod
@@ -160,9 +147,7 @@ class Head(nnx.Module):
         """
 
     @abc.abstractmethod
-    def step_fused(
-        self, inputs: StepInputs, moments: Any, training: HeadTraining
-    ) -> tuple[Array, Array, Any]:
+    def step_fused(self, inputs: StepInputs, moments: Any, training: HeadTraining) -> StepResult:
         """Take one training step with fused ops, which update the parameters of the head in place.
 
         The gradient of a kernel that an op can update in place is never held in memory, nor, for a fixed
@@ -174,24 +159,14 @@ class Head(nnx.Module):
         """
 
     @abc.abstractmethod
-    def step_by_optax(
-        self, inputs: StepInputs, moments: Any, training: HeadTraining
-    ) -> tuple[Array, Array, Any]:
+    def step_by_optax(self, inputs: StepInputs, moments: Any, training: HeadTraining) -> StepResult:
         """Take the same step with `jax.grad` of `loss` and Optax, as a reference for `step_fused`."""
-
-    @property
-    def label_rows(self) -> int:
-        """Number of rows of the variables `by_label`: L, plus the number of padding labels on a mesh."""
-        return self.num_labels
-
-    def fill_up(self) -> None:
-        """Reset the padding labels behind the last label, after arrays saved from another mesh were read."""
 
     def check_rewiring(self, config: RewireConfig) -> None:
         """Raise ValueError if the connections of the head cannot be rewired with this configuration."""
 
     def rewire(
-        self, x: Array | Features, positives: Array, moments: Any, key: Array, config: RewireConfig
+        self, x: Array | EncoderOutput, positives: Array, moments: Any, key: Array, config: RewireConfig
     ) -> Any:
         """Rewire this head, if it has connections.
 
@@ -210,54 +185,61 @@ class Head(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """The sizes of a new head, and the data that it is made for.
+
+    Attributes:
+      in_features: E, the number of features.
+      num_labels: L, the number of labels.
+      num_direct: V, the number of direct inputs in `EncoderOutput`; 0 if the encoder returns none.
+      train: the training points, for heads that are initialized from them, by label frequencies or by
+        selected inputs; None if only the shapes are needed.
+      mesh: mesh over whose devices the labels are sharded; None for one device.
+    """
+
+    in_features: int
+    num_labels: int
+    num_direct: int = 0
+    train: Dataset | None = None
+    mesh: jax.sharding.Mesh | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadConfig(abc.ABC):
     """Base class of head configurations, which are frozen dataclasses; `HEADS` has all of them."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
     @property
-    def reads_words(self) -> bool:
-        """Whether the head reads words directly, so that the encoder must return `Features`."""
+    def reads_direct_inputs(self) -> bool:
+        """Whether labels read direct inputs, so that the encoder must return `EncoderOutput`."""
         return False
 
     @abc.abstractmethod
-    def make(
-        self,
-        in_features: int,
-        num_labels: int,
-        *,
-        num_words: int = 0,
-        train: Dataset | None = None,
-        rngs: nnx.Rngs,
-    ) -> Head:
+    def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
         """Make a new head.
 
         Args:
-          in_features: E, the number of features.
-          num_labels: L, the number of labels.
-          num_words: V, the size of the vocabulary of `Features.words`; 0 if the encoder returns no words.
-          train: the training points, for heads initialized from them by label frequencies or chosen
-            connections; None if only the shapes are needed.
+          spec: the sizes and the data.
           rngs: random keys; the stream `params` is used.
-        """
-
-    def make_sharded(
-        self,
-        in_features: int,
-        num_labels: int,
-        mesh: jax.sharding.Mesh,
-        *,
-        num_words: int = 0,
-        train: Dataset | None = None,
-        rngs: nnx.Rngs,
-    ) -> Head:
-        """Make a new head with its labels sharded over the devices of a mesh; arguments as for `make`.
 
         Raises:
-          ValueError: heads of this class cannot be sharded.
+          ValueError: the sizes do not fit, or `spec` has a mesh and this head cannot be sharded.
         """
-        raise ValueError(f"a mesh needs a fixed fan-in head, got {type(self).__name__}")
+
+    def refuse_mesh(self, spec: HeadSpec) -> None:
+        """Raise ValueError if `spec` has a mesh; called by heads that cannot be sharded."""
+        if spec.mesh is not None:
+            raise ValueError(f"a mesh needs a fixed fan-in head, got {type(self).__name__}")
+
+    def in_bfloat16(self) -> "HeadConfig | None":
+        """Return this configuration with output weights in bfloat16, or None for heads without this dtype."""
+        return None
+
+    def smaller(self) -> Iterator["HeadConfig"]:
+        """Yield configurations of decreasing memory, in the order of increasing loss of accuracy."""
+        yield from ()
 
 
 def label_blocks(num_labels: int) -> Iterator[slice]:

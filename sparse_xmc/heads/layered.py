@@ -1,7 +1,7 @@
 """Heads with an output layer, optionally behind a wide penultimate layer."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -9,25 +9,36 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
 
 import xla_ops
-from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, split_features
-from sparse_xmc.heads.part import LabelPart, shift
+from sparse_xmc.encoders.output import EncoderOutput, as_encoder_output
+from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, StepResult
+from sparse_xmc.heads.label_shard import LabelShard
 from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
 from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
 from sparse_xmc.modules import check_features, parameters_of, path_name, split
+from xla_ops import SparseInputs
 
 
 class OutputLayer(Protocol):
     """Protocol of output layers of a `LayeredHead`, such as `nnx.Linear`: maps [B, D] to [B, L]."""
 
-    kernel: nnx.Param
-    bias: nnx.Param | None
+    in_features: int
     out_features: int
 
+    @property
+    def kernel(self) -> nnx.Param: ...
+
+    @property
+    def bias(self) -> nnx.Param | None: ...
+
     def __call__(self, x: Array, /) -> Array: ...
+
+
+def make_penultimate(in_features: int, width: int, rngs: nnx.Rngs) -> nnx.Linear | None:
+    """Make a penultimate layer of `width` hidden units; return None if the width is 0."""
+    return nnx.Linear(in_features, width, kernel_init=glorot_uniform, rngs=rngs) if width else None
 
 
 class LayeredHead(Head):
@@ -36,65 +47,53 @@ class LayeredHead(Head):
     The methods work for any output layer; subclasses override them with faster ones for their layer.
 
     Args:
-      in_features: E, the number of features.
-      penultimate: I, the width of the penultimate layer; 0 for none.
-      make_output: function from the number of inputs, I or E, to the output layer.
-      rngs: random keys; the stream `params` is used.
+      output: the output layer.
+      penultimate: the penultimate layer, from the features to the inputs of the output layer; None for none.
 
     Attributes:
-      part: the sharding of the labels, if this head has the shard of one device; else None.
+      shard: the labels of this head, which are all labels unless it is the head of one device of a mesh.
     """
 
-    part: LabelPart | None = None
     output: Any  # an OutputLayer; subclasses narrow the type
+    shard: LabelShard
 
-    def __init__(
-        self, in_features: int, penultimate: int, make_output: Callable[[int], OutputLayer], *, rngs: nnx.Rngs
-    ):
-        self.in_features = in_features
-        self.penultimate = (
-            nnx.Linear(in_features, penultimate, kernel_init=glorot_uniform, rngs=rngs)
-            if penultimate
-            else None
-        )
-        self.output = make_output(penultimate or in_features)
-        self.num_labels = self.output.out_features
+    def __init__(self, output: OutputLayer, penultimate: nnx.Linear | None = None):
+        self.penultimate = penultimate
+        self.output = output
+        self.in_features = output.in_features if penultimate is None else penultimate.in_features
+        self.num_labels = output.out_features
+        self.shard = LabelShard.whole(self.num_labels)
 
-    @property
-    def labels_of_all(self) -> int:
-        """The number of labels of all devices together."""
-        return self.num_labels if self.part is None else self.part.num_labels
+    # ---- inputs of the output layer ----
 
-    def first_label(self) -> ArrayLike:
-        """Return the first label of this head among the labels of all devices."""
-        return 0 if self.part is None else self.part.first(self.num_labels)
+    def output_inputs(self, x: Array | EncoderOutput) -> tuple[Array, SparseInputs | None]:
+        """Return the dense inputs [B, D] of the output layer, and the sparse inputs after them or None."""
+        features, direct = as_encoder_output(x)
+        check_features(self, features, self.in_features, ndim=2)
+        if self.penultimate is None:
+            return features, self.sparse_inputs(direct)
+        return self.dense_inputs(self.penultimate(features), features), self.sparse_inputs(direct)
 
-    def own_positives(self, positives: Array) -> Array:
-        """Renumber positives for this head; labels of other devices and invalid values become negative."""
-        if self.part is None:
-            return positives
-        return shift(jnp.where(positives < self.labels_of_all, positives, -1), self.first_label())
+    def dense_inputs(self, y: Array, features: Array) -> Array:
+        """Return the dense inputs of the output layer, given the penultimate layer's output and its input."""
+        return nnx.relu(y)
 
-    def hidden(self, x: Array | Features) -> Array:
-        """Return the dense input of the output layer, for features [B, E]."""
-        x, _ = split_features(x)
-        check_features(self, x, self.in_features, ndim=2)
-        return x if self.penultimate is None else self.output_input(nnx.relu(self.penultimate(x)), x)
+    def sparse_inputs(self, direct: SparseInputs | None) -> SparseInputs | None:
+        """Return the sparse inputs of the output layer, given the direct inputs of the encoder."""
+        return None
 
-    def output_input(self, hidden: Array, x: Array) -> Array:
-        """Return the dense input of the output layer, given the hidden units and the features."""
-        return hidden
+    # ---- logits ----
 
-    def __call__(self, x: Array | Features) -> Array:
-        return self.output(self.hidden(x))
+    def __call__(self, x: Array | EncoderOutput) -> Array:
+        return self.output(self.output_inputs(x)[0])
 
-    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
+    def loss(self, x: Array | EncoderOutput, positives: Array, loss: str = "squared_hinge") -> Array:
         return find_loss(loss)(self(x), positives)
 
-    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
+    def top_k(self, x: Array | EncoderOutput, k: int) -> tuple[Array, Array]:
         return jax.lax.top_k(self(x).astype(jnp.float32), k)
 
-    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | EncoderOutput) -> Iterator[tuple[Array, Array]]:
         yield self(x), jnp.arange(self.num_labels, dtype=jnp.int32)
 
     # ---- training ----
@@ -113,7 +112,7 @@ class LayeredHead(Head):
                     f"output_optimizer='adam' needs a float32 output layer, got {dtype}; use 'sgd'"
                 )
 
-        def zeros():
+        def zeros() -> dict[str, Array]:
             return {
                 name: jnp.zeros(parameter.shape, dtypes[layer])
                 for name, parameter in parameters.items()
@@ -122,58 +121,63 @@ class LayeredHead(Head):
 
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def step_fused(self, inputs, moments, training):
+    def step_fused(
+        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> StepResult:
         check_features(self, inputs.x, self.in_features, ndim=2)
+        output_inputs = inputs._replace(direct=self.sparse_inputs(inputs.direct))
+        if self.penultimate is not None:
+            y = self.penultimate(inputs.x)
+            dense, pullback = jax.vjp(self.dense_inputs, y, inputs.x)
+            output_inputs = output_inputs._replace(x=dense, wants_d_x=True)
+        loss, d_x, output_moments = self.step_output(output_inputs, moments, training)
+        loss, d_x = self.shard.sum((loss, d_x))
         if self.penultimate is None:
-            loss, d_x, of_output = self._step_own(inputs, moments, training)
-            return loss, d_x, next_state(moments, of_output)
-        y = self.penultimate(inputs.x)
-        hidden, pullback = jax.vjp(lambda y, x: self.output_input(nnx.relu(y), x), y, inputs.x)
-        behind = inputs._replace(x=hidden, wants_d_x=True)
-        loss, d_hidden, of_output = self._step_own(behind, moments, training)
-        d_y, d_x_past = pullback(d_hidden)
-        d_x, of_penultimate = step_dense(
+            return loss, d_x, next_state(moments, output_moments)
+        d_y, d_x_direct = pullback(d_x)
+        d_x, penultimate_moments = step_dense(
             self.penultimate,
             "penultimate",
             d_y,
             inputs,
             moments,
-            rate=training.penultimate_lr_multiplier,
-            epsilon=training.epsilon_for(self.labels_of_all),
+            lr_multiplier=training.penultimate_lr_multiplier,
+            epsilon=training.epsilon_for(self.shard.global_num_labels),
         )
-        d_x = d_x + d_x_past if inputs.wants_d_x else d_x
-        return loss, d_x, next_state(moments, of_output, of_penultimate)
-
-    def _step_own(
-        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
-    ) -> tuple[Array, Array, Moments]:
-        """Call `step_output`, and sum its loss and gradient over all devices if labels are sharded."""
-        loss, d_x, of_output = self.step_output(inputs, moments, training)
-        return (*((loss, d_x) if self.part is None else self.part.sum((loss, d_x))), of_output)
+        d_x = d_x + d_x_direct if inputs.wants_d_x else d_x
+        return loss, d_x, next_state(moments, output_moments, penultimate_moments)
 
     def step_output(
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> tuple[Array, Array, Moments]:
-        """Take one training step of the output layer, whose input is `inputs.x`.
+        """Take one training step of the output layer.
+
+        Args:
+          inputs: the inputs of the step, with the inputs of the output layer in place of those of the head.
+          moments: the moments of the head.
+          training: the training configuration.
 
         Returns:
-          The loss, its gradient with respect to `inputs.x`, and the new moments of the output layer.
+          The loss of the labels of this shard, its gradient with respect to `inputs.x`, and the new moments
+          of the output layer.
         """
         graphdef, (params, rest) = split(self.output, nnx.Param)
 
-        def loss_of(params, x):
+        def loss_of(params: nnx.State, x: Array) -> Array:
             output = nnx.merge(graphdef, params, rest, copy=True)
             return find_loss(training.loss)(output(x), inputs.positives)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
         return loss, d_x, self._update(nnx.State({"output": grads}), inputs, moments, training)
 
-    def step_by_optax(self, inputs, moments, training):
+    def step_by_optax(
+        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> StepResult:
         graphdef, (params, rest) = split(self, nnx.Param)
 
-        def loss_of(params, x):
+        def loss_of(params: nnx.State, x: Array) -> Array:
             head = nnx.merge(graphdef, params, rest, copy=True)
-            return head.loss(Features(x, inputs.words), inputs.positives, training.loss)
+            return head.loss(EncoderOutput(x, inputs.direct), inputs.positives, training.loss)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
         return loss, d_x, next_state(moments, self._update(grads, inputs, moments, training))
@@ -183,27 +187,31 @@ class LayeredHead(Head):
     ) -> Moments:
         """Update the parameters in `grads` with Optax, and return their new moments."""
         gradients = {path_name(path): g[...] for path, g in nnx.to_flat_state(grads)}
-        parameters = parameters_of(self)
-        rates = {"penultimate": training.penultimate_lr_multiplier, "output": training.output_lr_multiplier}
-        of_adam = {name: g for name, g in gradients.items() if name in state.mu}
-        epsilon = training.epsilon_for(self.labels_of_all)
-        directions, moments = adam_directions(of_adam, state, epsilon, inputs.seed)
+        parameters, num_labels = parameters_of(self), self.shard.global_num_labels
+        lr_multipliers = {
+            "penultimate": training.penultimate_lr_multiplier,
+            "output": training.output_lr_multiplier,
+        }
+        adam_gradients = {name: g for name, g in gradients.items() if name in state.mu}
+        epsilon = training.epsilon_for(num_labels)
+        directions, moments = adam_directions(adam_gradients, state, epsilon, inputs.seed)
         for name, gradient in gradients.items():
             # The loss is a mean over batch and labels; SGD follows the sum.
-            scale = float(inputs.x.shape[0] * self.labels_of_all)
+            scale = float(inputs.x.shape[0] * num_labels)
             direction = directions[name] if name in directions else scale * gradient.astype(jnp.float32)
             value = parameters[name][...]
-            new = value.astype(jnp.float32) - rates[name.partition(".")[0]] * inputs.learning_rate * direction
+            rate = lr_multipliers[name.partition(".")[0]] * inputs.learning_rate
+            new = value.astype(jnp.float32) - rate * direction
             if value.dtype == jnp.bfloat16:
-                shape, is_bias = parameters["output.kernel"].shape, name == "output.bias"
-                # The bias uses the random bits that follow the bits of the kernel.
-                of_kernel = math.prod(shape if self.part is None else (self.labels_of_all, *shape[1:]))
+                is_bias = name == "output.bias"
+                # The bias uses the random bits that follow the bits of the kernel of all labels.
+                kernel_size = math.prod(parameters["output.kernel"].shape) * num_labels // self.shard.size
                 new = xla_ops.round_stochastically(
                     new[:, None] if is_bias else new,
                     inputs.seed,
                     inputs.step,
-                    first=of_kernel if is_bias else 0,
-                    first_row=self.first_label(),
+                    first=kernel_size if is_bias else 0,
+                    first_row=self.shard.first,
                 ).reshape(new.shape)
             parameters[name].set_value(new.astype(value.dtype))
         return moments

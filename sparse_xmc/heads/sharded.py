@@ -4,7 +4,7 @@ All devices receive the features of the batch, and the gradients of the features
 array that is sent between devices has a size proportional to the number of labels.
 
     mesh axes        labels are sharded over all axes of the mesh, such as "data" and "label"
-    output layer     sharded by labels, with its moments; padding labels fill the last shards (`LabelPart`)
+    output layer     sharded by labels, with its moments; padding labels fill the last shards (`LabelShard`)
     penultimate      replicated; all devices take equal steps
     d_features       summed over devices, [B, I] behind a penultimate layer, else [B, E]
     top k            of each device, [B, k], gathered and merged
@@ -12,7 +12,7 @@ array that is sent between devices has a size proportional to the number of labe
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,14 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_xmc.data.dataset import Dataset
-from sparse_xmc.heads.head import Features, Head, HeadTraining, StepInputs, label_blocks
-from sparse_xmc.heads.part import BY_LABEL, PADDING_BIAS, LabelPart, merge_top_k
+from sparse_xmc.encoders.output import EncoderOutput
+from sparse_xmc.heads.fixed_fan_in import FixedFanInHead
+from sparse_xmc.heads.head import Head, HeadSpec, HeadTraining, StepInputs, StepResult, label_blocks
+from sparse_xmc.heads.label_shard import PADDING_BIAS, LabelShard, merge_top_k
 from sparse_xmc.heads.rewiring import RewireConfig
-from sparse_xmc.modules import key_path_names
-
-if TYPE_CHECKING:
-    from sparse_xmc.heads.fixed_fan_in import FixedFanInConfig, FixedFanInHead
+from sparse_xmc.layers import is_by_label
+from sparse_xmc.modules import path_name
+from xla_ops import SparseInputs
 
 _EVERYWHERE = PartitionSpec()
 
@@ -49,7 +50,6 @@ class ShardedHead(Head):
     """
 
     mesh: Mesh
-    by_label = BY_LABEL
 
     def __init__(
         self, graphdef: nnx.GraphDef, state: nnx.State, mesh: Mesh, in_features: int, num_labels: int
@@ -64,78 +64,66 @@ class ShardedHead(Head):
 
     @classmethod
     def make(
-        cls,
-        config: "FixedFanInConfig",
-        in_features: int,
-        num_labels: int,
-        mesh: Mesh,
-        *,
-        num_words: int,
-        train: Dataset | None,
-        rngs: nnx.Rngs,
+        cls, make_shard: Callable[[LabelShard, nnx.Rngs], FixedFanInHead], spec: HeadSpec, rngs: nnx.Rngs
     ) -> "ShardedHead":
         """Make a sharded head with the same initial weights and connections as on one device.
 
         No device and no process ever holds more than its own shards.
 
         Args:
-          config: the configuration of the head.
-          in_features: E, the number of features.
-          num_labels: L, the number of labels.
-          mesh: the mesh.
-          num_words: V, the number of words that labels may read directly.
-          train: the training points, from which direct inputs are chosen; or None.
+          make_shard: function that makes the head of one device, within `jax.shard_map`.
+          spec: the sizes, with a mesh.
           rngs: random keys; the stream `params` is used.
         """
-        part = LabelPart(num_labels, tuple(mesh.axis_names))
+        mesh, num_labels = spec.mesh, spec.num_labels
+        assert mesh is not None
         size = -(-num_labels // mesh.size)
-        of_rngs, keys = nnx.split(rngs)
+        rngs_graphdef, keys = nnx.split(rngs)
         graphdefs = []
 
-        def make(words, part=part):
-            rngs = nnx.merge(of_rngs, jax.tree.map(_as_key, words, keys), copy=True)
-            head = config.make_part(in_features, size, part, num_words=num_words, rngs=rngs)
-            if part is not None:
-                _fill_up(head, ())
+        def make(shard: LabelShard, key_data: nnx.State) -> tuple[nnx.State, nnx.State]:
+            rngs = nnx.merge(rngs_graphdef, jax.tree.map(_as_key, key_data, keys), copy=True)
+            head = make_shard(shard, rngs)
+            _reset_padding_labels(head, ())
             graphdef, state = nnx.split(head)
             graphdefs.append(graphdef)
-            return state, jax.tree.map(_as_words, nnx.state(rngs))
+            return state, jax.tree.map(_as_key_data, nnx.state(rngs))
 
-        words = jax.tree.map(lambda key: np.asarray(_as_words(key)), keys)
-        shapes, _ = jax.eval_shape(functools.partial(make, part=None), words)
-        results = (_specs(shapes, mesh), _EVERYWHERE)
-        on_devices = jax.shard_map(make, mesh=mesh, in_specs=_EVERYWHERE, out_specs=results)
-        state, words = jax.jit(on_devices)(words)
-        nnx.update(rngs, jax.tree.map(lambda words, key: _as_key(np.asarray(words), key), words, keys))
-        head = cls(graphdefs[-1], state, mesh, in_features, num_labels)
-        if config.direct_inputs and train is not None:
-            head._choose(config.direct_inputs, train, rngs.params())
-        return head
+        key_data = jax.tree.map(lambda key: np.asarray(_as_key_data(key)), keys)
+        shapes, _ = jax.eval_shape(functools.partial(make, LabelShard.whole(size)), key_data)
+        on_devices = jax.shard_map(
+            functools.partial(make, LabelShard(num_labels, size, tuple(mesh.axis_names))),
+            mesh=mesh,
+            in_specs=_EVERYWHERE,
+            out_specs=(_specs(shapes, mesh), _EVERYWHERE),
+        )
+        state, key_data = jax.jit(on_devices)(key_data)
+        nnx.update(rngs, jax.tree.map(lambda data, key: _as_key(np.asarray(data), key), key_data, keys))
+        return cls(graphdefs[-1], state, mesh, spec.in_features, num_labels)
 
-    def _choose(self, count: int, train: Dataset, key: Array) -> None:
-        """Run `FixedFanInHead.choose` on the shard of each device."""
+    def select_direct_inputs(self, count: int, train: Dataset, key: Array) -> None:
+        """Run `FixedFanInHead.select_direct_inputs` on the shard of each device."""
         local = self._local(nnx.split(self)[1])
         kernel, indices = self.output.kernel[...], self.output.indices[...]
-        kernels, connections = [], []
+        kernel_shards, indices_shards = [], []
         for shard in kernel.addressable_shards:
-            rows = shard.index[0]
-            first = rows.start or 0
+            first = shard.index[0].start or 0
             last = min(first + shard.data.shape[0], self.num_labels)
-            of_kernel, of_indices = np.array(shard.data), np.zeros(shard.data.shape, indices.dtype)
+            new_kernel, new_indices = np.array(shard.data), np.zeros(shard.data.shape, indices.dtype)
             if last > first:
-                real = slice(0, last - first)
-                of_kernel[real], of_indices[real] = local.chosen(
-                    count, train, key, slice(first, last), shard.data[real]
+                rows = slice(0, last - first)  # without padding labels
+                new_kernel[rows], new_indices[rows] = local.select_connections(
+                    count, train, key, slice(first, last), shard.data[rows]
                 )
-            kernels.append(jax.device_put(of_kernel, shard.device))
-            connections.append(jax.device_put(of_indices, shard.device))
-        together = functools.partial(jax.make_array_from_single_device_arrays, kernel.shape, kernel.sharding)
-        self.output.kernel.set_value(together(kernels))
-        self.output.indices.set_value(together(connections))
+            kernel_shards.append(jax.device_put(new_kernel, shard.device))
+            indices_shards.append(jax.device_put(new_indices, shard.device))
+        join = functools.partial(jax.make_array_from_single_device_arrays, kernel.shape, kernel.sharding)
+        self.output.kernel.set_value(join(kernel_shards))
+        self.output.indices.set_value(join(indices_shards))
 
     # ---- on the devices ----
 
-    def _local(self, state: nnx.State) -> "FixedFanInHead":
+    def _local(self, state: nnx.State) -> FixedFanInHead:
         return nnx.merge(self.local, state, copy=True)
 
     def _run(self, function: "_Function", static: tuple, *arguments: Any, changes: bool = False) -> Any:
@@ -152,19 +140,19 @@ class ShardedHead(Head):
         nnx.update(self, state)
         return results
 
-    def __call__(self, x: Array | Features) -> Array:
+    def __call__(self, x: Array | EncoderOutput) -> Array:
         """Return the logits [B, L]. All of them are in memory at once: for tests and small L only."""
         return self._run(_logits, (), x)[:, : self.num_labels]
 
-    def loss(self, x: Array | Features, positives: Array, loss: str = "squared_hinge") -> Array:
+    def loss(self, x: Array | EncoderOutput, positives: Array, loss: str = "squared_hinge") -> Array:
         return self._run(_loss, (loss,), x, positives)
 
-    def top_k(self, x: Array | Features, k: int) -> tuple[Array, Array]:
+    def top_k(self, x: Array | EncoderOutput, k: int) -> tuple[Array, Array]:
         if not 1 <= k <= self.num_labels:
             raise ValueError(f"k must be in 1..{self.num_labels}, got {k}")
         return self._run(_top_k, (k,), x)
 
-    def logits_in_blocks(self, x: Array | Features) -> Iterator[tuple[Array, Array]]:
+    def logits_in_blocks(self, x: Array | EncoderOutput) -> Iterator[tuple[Array, Array]]:
         size = self.output.kernel.shape[0] // self.mesh.size
         firsts = range(0, size * self.mesh.size, size)
         inputs = self._run(_inputs, (), x)
@@ -179,37 +167,94 @@ class ShardedHead(Head):
     def init_moments(self, training: HeadTraining) -> optax.ScaleByAdamState:
         local = self._local(nnx.split(self)[1])
         shapes = jax.eval_shape(lambda: local.init_moments(training))
-        specs = _specs_of_moments(shapes, self.mesh)
+        specs = _moment_specs(shapes, nnx.split(self)[1], self.mesh)
 
-        def init():
+        def init() -> optax.ScaleByAdamState:
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
         shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
         return jax.jit(init, out_shardings=shardings)()
 
-    def step_fused(self, inputs, moments, training):
+    def step_fused(
+        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> StepResult:
         return self._step("step_fused", inputs, moments, training)
 
-    def step_by_optax(self, inputs, moments, training):
+    def step_by_optax(
+        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> StepResult:
         return self._step("step_by_optax", inputs, moments, training)
 
-    def _step(self, kind: str, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining):
+    def _step(
+        self, method: str, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> StepResult:
         arrays = inputs._replace(seed=jnp.asarray(inputs.seed, jnp.uint32), wants_d_x=False)
-        return self._run(_step, (kind, inputs.wants_d_x, training), arrays, moments, changes=True)
+        return self._run(_step, (method, inputs.wants_d_x, training), arrays, moments, changes=True)
 
     def check_rewiring(self, config: RewireConfig) -> None:
         self._local(nnx.split(self)[1]).check_rewiring(config)
 
-    def rewire(self, x, positives, moments, key, config):
+    def rewire(
+        self,
+        x: Array | EncoderOutput,
+        positives: Array,
+        moments: optax.ScaleByAdamState,
+        key: Array,
+        config: RewireConfig,
+    ) -> optax.ScaleByAdamState:
         return self._run(_rewire, (config,), x, positives, moments, key, changes=True)
 
-    @property
-    def label_rows(self) -> int:
-        return self.output.kernel.shape[0]
-
-    def fill_up(self) -> None:
+    def reset_padding_labels(self) -> None:
         """Reset the weights and biases of the padding labels."""
-        self._run(_fill_up, (), changes=True)
+        self._run(_reset_padding_labels, (), changes=True)
+
+
+# ---- functions for any head, on a mesh or not ----
+
+
+def label_rows(head: Head) -> int:
+    """Return the number of rows of the arrays by label: L, plus the number of padding labels on a mesh."""
+    return head.output.kernel.shape[0] if isinstance(head, ShardedHead) else head.num_labels
+
+
+def reset_padding_labels(head: Head) -> None:
+    """Reset the padding labels of a head on a mesh, after arrays saved from another mesh were read."""
+    if isinstance(head, ShardedHead):
+        head.reset_padding_labels()
+
+
+def with_label_rows(state: Any, head: Head, rows: int) -> Any:
+    """Return the shapes of a state whose head was saved on another mesh.
+
+    Args:
+      state: pytree with the variables of a classifier, and possibly the moments of its head, of arrays or
+        shapes.
+      head: the head of the classifier.
+      rows: the number of rows by label of the saved head, as of `label_rows`.
+
+    Returns:
+      `state` with shapes of `rows` rows in place of the variables by label and their moments.
+    """
+    if rows == label_rows(head):
+        return state
+    names = _names_by_label(nnx.state(head))
+
+    def resize(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+
+    def resize_node(node: Any) -> Any:
+        if is_by_label(node):
+            return jax.tree.map(resize, node)
+        if isinstance(node, optax.ScaleByAdamState):
+            mu, nu = (
+                {name: resize(array) if name in names else array for name, array in moments.items()}
+                for moments in (node.mu, node.nu)
+            )
+            return node._replace(mu=mu, nu=nu)
+        return node
+
+    nodes = (nnx.Variable, optax.ScaleByAdamState)
+    return jax.tree.map(resize_node, state, is_leaf=lambda node: isinstance(node, nodes))
 
 
 # ---- functions that run on each device ----
@@ -223,75 +268,85 @@ def _on_devices(
 ) -> Callable:
     """Compile the function of `ShardedHead._run`, which takes the state of the head and the arguments."""
 
-    def specs_of(argument):
-        is_moments = isinstance(argument, optax.ScaleByAdamState)
-        return _specs_of_moments(argument, mesh) if is_moments else _EVERYWHERE
-
-    def call(state, *arguments):
-        def on_device(state, *arguments):
+    def call(state: nnx.State, *arguments: Any) -> Any:
+        def on_device(state: nnx.State, *arguments: Any) -> Any:
             head = nnx.merge(local, state, copy=True)
             results = function(head, static, *arguments)
             return (nnx.split(head)[1], results) if changes else results
 
-        specs, of_arguments = _specs(state, mesh), tuple(map(specs_of, arguments))
-        moments = next((s for s in of_arguments if isinstance(s, optax.ScaleByAdamState)), None)
-        of_results = _RESULTS[function](mesh.axis_names, moments)
+        def argument_specs(argument: Any) -> Any:
+            is_moments = isinstance(argument, optax.ScaleByAdamState)
+            return _moment_specs(argument, state, mesh) if is_moments else _EVERYWHERE
+
+        state_specs, specs = _specs(state, mesh), tuple(map(argument_specs, arguments))
+        moments = next((s for s in specs if isinstance(s, optax.ScaleByAdamState)), None)
+        result_specs = _RESULTS[function](mesh.axis_names, moments)
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs, *of_arguments),
-            out_specs=(specs, of_results) if changes else of_results,
+            in_specs=(state_specs, *specs),
+            out_specs=(state_specs, result_specs) if changes else result_specs,
         )(state, *arguments)
 
     return jax.jit(call)
 
 
-def _logits(head, static, x):
+def _logits(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput) -> Array:
     return head(x)
 
 
-def _loss(head, static, x, positives):
+def _loss(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput, positives: Array) -> Array:
     return head.loss(x, positives, *static)
 
 
-def _top_k(head, static, x):
-    (k,), axes = static, head.part.axes
-    scores, labels = head.top_k(x, min(k, head.num_labels))
+def _top_k(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput) -> tuple[Array, Array]:
+    (k,), shard = static, head.shard
+    scores, labels = head.top_k(x, min(k, shard.size))
     # The ranking of one device has the label -1 for scores that are not finite. Padding labels get it too.
-    numbers = labels + head.first_label()
-    real = (labels >= 0) & (numbers < head.part.num_labels)
+    numbers = labels + shard.first
+    real = (labels >= 0) & (numbers < shard.global_num_labels)
     scores, labels = jnp.where(real, scores, -jnp.inf), jnp.where(real, numbers, -1)
-    scores, labels = (_gathered(a, axes) for a in (scores, labels))
+    scores, labels = (_gathered(a, shard.axes) for a in (scores, labels))
     return merge_top_k([(scores, labels)], k)
 
 
-def _inputs(head, static, x):
+def _inputs(
+    head: FixedFanInHead, static: tuple, x: Array | EncoderOutput
+) -> tuple[Array, SparseInputs | None]:
     return head.output_inputs(x)
 
 
-def _logits_of_rows(head, static, inputs, start):
+def _logits_of_rows(
+    head: FixedFanInHead, static: tuple, inputs: tuple[Array, SparseInputs | None], start: Array
+) -> tuple[Array, Array]:
     """Return the logits of the labels from `start` on in each shard, and the numbers of the labels."""
     (rows,) = static
-    return head.logits_of(inputs, start, rows), head.first_label() + start + jnp.arange(rows, dtype=jnp.int32)
+    labels = head.shard.first + start + jnp.arange(rows, dtype=jnp.int32)
+    return head.logits_of(inputs, start, rows), labels
 
 
-def _step(head, static, inputs, moments):
-    kind, wants_d_x, training = static
-    return getattr(head, kind)(inputs._replace(wants_d_x=wants_d_x), moments, training)
+def _step(
+    head: FixedFanInHead, static: tuple, inputs: StepInputs, moments: optax.ScaleByAdamState
+) -> StepResult:
+    method, wants_d_x, training = static
+    return getattr(head, method)(inputs._replace(wants_d_x=wants_d_x), moments, training)
 
 
-def _rewire(head, static, x, positives, moments, key):
+def _rewire(
+    head: FixedFanInHead,
+    static: tuple,
+    x: Array | EncoderOutput,
+    positives: Array,
+    moments: optax.ScaleByAdamState,
+    key: Array,
+) -> optax.ScaleByAdamState:
     return head.rewire(x, positives, moments, key, *static)
 
 
-def _fill_up(head, static):
+def _reset_padding_labels(head: FixedFanInHead, static: tuple) -> None:
     """Reset the padding labels, so that they affect neither the loss nor any ranking."""
-    assert head.part is not None
-    assert head.output.bias is not None
-    real = (
-        head.part.first(head.num_labels) + jnp.arange(head.num_labels, dtype=jnp.int32) < head.part.num_labels
-    )
-    kernel, bias = head.output.kernel, head.output.bias
+    kernel, bias, real = head.output.kernel, head.output.bias, head.shard.is_label()
+    assert bias is not None
     kernel.set_value(jnp.where(real[:, None], kernel[...], 0).astype(kernel.dtype))
     bias.set_value(jnp.where(real, bias[...], PADDING_BIAS).astype(bias.dtype))
 
@@ -305,21 +360,21 @@ _RESULTS: dict[_Function, Callable[[tuple, Any], Any]] = {
     _logits_of_rows: lambda axes, moments: (PartitionSpec(None, axes), PartitionSpec(axes)),
     _step: lambda axes, moments: (_EVERYWHERE, _EVERYWHERE, moments),
     _rewire: lambda axes, moments: moments,
-    _fill_up: lambda axes, moments: None,
+    _reset_padding_labels: lambda axes, moments: None,
 }
 
 
-def _as_words(array: Array) -> Array:
+def _as_key_data(array: Array) -> Array:
     """Return a random key as integers, which processes can share; other arrays unchanged."""
     is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(array) if is_key else array
 
 
-def _as_key(words: Any, like: Array) -> Array:
-    """Invert `_as_words`; `like` is the original array or one of its type."""
+def _as_key(data: Any, like: Array) -> Array:
+    """Invert `_as_key_data`; `like` is the original array or one of its type."""
     is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
-    words = jnp.asarray(words)
-    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like)) if is_key else words
+    data = jnp.asarray(data)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if is_key else data
 
 
 def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
@@ -333,24 +388,29 @@ def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
     return jnp.concatenate(list(jax.lax.psum(mine, axes)), axis=1)
 
 
-def _is_split(path: tuple) -> bool:
-    """Return whether the variable at this path of the state has a row for each label."""
-    return ".".join(key_path_names(path)[:2]) in BY_LABEL
+# ---- partition specs ----
 
 
-def _specs(state: Any, mesh: Mesh) -> Any:
+def _specs(state: nnx.State, mesh: Mesh) -> nnx.State:
     """Return the partition specs of the variables of a head."""
     by_label = PartitionSpec(mesh.axis_names)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: by_label if _is_split(path) else _EVERYWHERE, state
+    return jax.tree.map(
+        lambda variable: by_label if is_by_label(variable) else _EVERYWHERE,
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
 
 
-def _specs_of_moments(moments: optax.ScaleByAdamState, mesh: Mesh) -> optax.ScaleByAdamState:
+def _moment_specs(moments: optax.ScaleByAdamState, state: nnx.State, mesh: Mesh) -> optax.ScaleByAdamState:
     """Return the partition specs of moments, which are stored by parameter name."""
-    by_label = PartitionSpec(mesh.axis_names)
+    by_label, names = PartitionSpec(mesh.axis_names), _names_by_label(state)
 
-    def specs(arrays):
-        return {name: by_label if name in BY_LABEL else _EVERYWHERE for name in arrays}
+    def specs(moments: dict[str, Array]) -> dict[str, PartitionSpec]:
+        return {name: by_label if name in names else _EVERYWHERE for name in moments}
 
     return optax.ScaleByAdamState(_EVERYWHERE, specs(moments.mu), specs(moments.nu))
+
+
+def _names_by_label(state: nnx.State) -> set[str]:
+    """Return the names of the variables of a head that have a row for each label."""
+    return {path_name(path) for path, variable in nnx.to_flat_state(state) if is_by_label(variable)}

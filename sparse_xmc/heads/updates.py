@@ -1,9 +1,12 @@
 """Adam updates of the parameters of a head: by Optax, and for a dense layer in place."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 import xla_ops
 from sparse_xmc.heads.head import StepInputs
@@ -24,7 +27,7 @@ def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleB
 
 
 def adam_directions(
-    gradients: dict[str, Array], state: optax.ScaleByAdamState, epsilon: float, seed
+    gradients: dict[str, Array], state: optax.ScaleByAdamState, epsilon: float, seed: Any
 ) -> tuple[dict[str, Array], Moments]:
     """Compute Adam updates with Optax, for float32 or bfloat16 moments.
 
@@ -42,17 +45,17 @@ def adam_directions(
     """
     dtypes = {name: state.mu[name].dtype for name in gradients}
 
-    def wide(moments):
+    def in_float32(moments: dict[str, Array]) -> dict[str, Array]:
         return {name: moments[name].astype(jnp.float32) for name in gradients}
 
-    before = optax.ScaleByAdamState(state.count, wide(state.mu), wide(state.nu))
+    before = optax.ScaleByAdamState(state.count, in_float32(state.mu), in_float32(state.nu))
     directions, after = optax.scale_by_adam(eps=epsilon).update(gradients, before)
     mu = {name: value.astype(dtypes[name]) for name, value in after.mu.items()}
     nu = {name: _round(value, dtypes[name], seed, after.count) for name, value in after.nu.items()}
     return directions, (mu, nu)
 
 
-def _round(value: Array, dtype, seed, count: Array) -> Array:
+def _round(value: Array, dtype: DTypeLike, seed: Any, count: Array) -> Array:
     if dtype != jnp.bfloat16:
         return value
     row_length = -(-value.shape[-1] // _RUN) * _RUN
@@ -66,7 +69,7 @@ def step_dense(
     inputs: StepInputs,
     state: optax.ScaleByAdamState,
     *,
-    rate: float,
+    lr_multiplier: float,
     epsilon: float,
 ) -> tuple[Array, Moments]:
     """Take one Adam step of a dense layer in place, without holding the gradient of its kernel.
@@ -77,7 +80,7 @@ def step_dense(
       d_y: [B, O], the gradient with respect to its output.
       inputs: the inputs of the training step of the head.
       state: the Adam state, with the moments of `name`.kernel and, if the layer has a bias, `name`.bias.
-      rate: learning-rate multiplier of the layer.
+      lr_multiplier: learning-rate multiplier of the layer.
       epsilon: Adam's epsilon.
 
     Returns:
@@ -85,7 +88,7 @@ def step_dense(
       layer.
     """
 
-    def step(x, kernel, name, **options):
+    def step(x: Array, kernel: Array, name: str, **options: Any) -> Array:
         moments = xla_ops.DenseAdamState(state.count, state.mu[name], state.nu[name])
         if kernel.ndim == 1:
             moments = moments._replace(mu=moments.mu[None], nu=moments.nu[None])
@@ -94,7 +97,7 @@ def step_dense(
             d_y,
             jnp.atleast_2d(kernel),
             moments,
-            rate * inputs.learning_rate,
+            lr_multiplier * inputs.learning_rate,
             epsilon=epsilon,
             seed=inputs.seed,
             **options,

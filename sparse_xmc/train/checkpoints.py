@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from sparse_xmc.data.files import checksums, differing_file, read_sealed_json, remove, write_sealed_json
-from sparse_xmc.heads import Head
+from sparse_xmc.heads import Head, label_rows, with_label_rows
 from sparse_xmc.train.trainer import Trainer
 from sparse_xmc.weights import check_sizes, reading, shapes_of, writing
 
@@ -157,7 +157,7 @@ class _Numbered:
             raise ValueError(f"{path}: is of {record['num_labels']} labels, expected {head.num_labels}")
         with reading(self.directory) as directory, _orbax(expected) as orbax:
             metadata = orbax.metadata(directory / str(number)).item_metadata["state"]
-        check_sizes(metadata, expected, path, head, record["label_rows"])
+        check_sizes(metadata, with_label_rows(expected, head, record["label_rows"]), path)
 
     def save(self, number: int, state: Any, progress: dict, head: Head) -> None:
         """Write a checkpoint, then delete all but the last few."""
@@ -170,7 +170,7 @@ class _Numbered:
                 orbax.save(target, args=args)
                 check_sizes(orbax.metadata(target).item_metadata["state"], state, path)
             if jax.process_index() == 0:
-                sizes = {"num_labels": head.num_labels, "label_rows": head.label_rows}
+                sizes = {"num_labels": head.num_labels, "label_rows": label_rows(head)}
                 write_sealed_json(self._record(number), sizes | {"files": checksums(path)})
         except OSError as error:
             text = f"{error.filename}: {error.strerror}" if error.filename else str(error)

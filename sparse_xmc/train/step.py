@@ -18,8 +18,9 @@ from flax import nnx
 from jax import Array
 
 from sparse_xmc.data.batches import Batch
+from sparse_xmc.encoders import EncoderOutput, as_encoder_output
 from sparse_xmc.encoders.table import TableParam, adagrad, put_rows, tables_of, take_rows, used_rows
-from sparse_xmc.heads import Features, StepInputs, split_features
+from sparse_xmc.heads import StepInputs, reset_padding_labels
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation, in_training, parameters_of, path_name, split
 from sparse_xmc.train.checks import check_encoder_used, check_head_updated
@@ -92,12 +93,12 @@ class Step:
 
         def encode(tables, params):
             encoder = nnx.merge(graphdef, tables, params, variables, copy=True)
-            features, words = split_features(encoder(batch.inputs))
+            features, direct = as_encoder_output(encoder(batch.inputs))
             # The call updates variables other than parameters, such as random state.
-            return features.astype(jnp.float32), (words, nnx.state(encoder, nnx.Not(nnx.Param)))
+            return features.astype(jnp.float32), (direct, nnx.state(encoder, nnx.Not(nnx.Param)))
 
-        features, pullback, (words, variables) = jax.vjp(encode, tables, params, has_aux=True)
-        nnx.update(model.encoder, variables)
+        features, pullback, (direct, new_variables) = jax.vjp(encode, tables, params, has_aux=True)
+        nnx.update(model.encoder, new_variables)
 
         # Loss and update of the head.
         has_params = bool(jax.tree.leaves((tables, params)))
@@ -108,7 +109,7 @@ class Step:
             self.seed,
             step,
             wants_d_x=has_params,
-            words=words,
+            direct=direct,
         )
         old_params = {name: parameter[...] for name, parameter in parameters_of(head).items()}
         step_head = head.step_fused if self.fused else head.step_by_optax
@@ -175,9 +176,9 @@ class Step:
           step: int32 scalar, the number of steps taken, which makes the random key different each time.
         """
         model, key = self._merge(state), jax.random.fold_in(jax.random.key(self.seed), step)
-        x, words = split_features(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
+        features, direct = as_encoder_output(in_evaluation(nnx.clone(model.encoder))(batch.inputs))
         moments = model.head.rewire(
-            Features(x.astype(jnp.float32), words),
+            EncoderOutput(features.astype(jnp.float32), direct),
             jnp.asarray(batch.positives),
             state["moments"],
             key,
@@ -188,7 +189,7 @@ class Step:
     def reset_padding_labels(self, state: State) -> State:
         """Return the state with padding labels of a mesh reset, after it was read from another mesh."""
         model = self._merge(state)
-        model.head.fill_up()
+        reset_padding_labels(model.head)
         return _make_state(model, state["moments"], state["optimizer"], state["squares"])
 
     def _merge(self, state: State) -> Classifier:

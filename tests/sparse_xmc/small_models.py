@@ -7,6 +7,7 @@ import numpy as np
 import scipy.sparse
 from flax import nnx
 
+from experiments import unstructured as unstructured  # registers a head from outside of the package
 from sparse_xmc import BagOfWords, Batch, ClassifierConfig, EncoderConfig
 from sparse_xmc.data import Dataset
 from sparse_xmc.heads import HEADS

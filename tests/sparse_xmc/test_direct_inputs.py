@@ -9,13 +9,14 @@ from flax import nnx
 from small_models import FEATURES, LABELS, make_batches, make_model, points_with_counts
 
 from sparse_xmc import BagOfWordsEncoder, RewireConfig, Trainer, TrainingConfig
-from sparse_xmc.heads import Features, FixedFanInConfig, StepInputs, feature_selection
+from sparse_xmc.encoders import EncoderOutput
+from sparse_xmc.heads import FixedFanInConfig, HeadSpec, StepInputs, feature_selection
 from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.heads.rewiring import rewire_active
 from xla_ops import SparseInputs
 
 
-def chosen(features, labels, count):
+def selected(features, labels, count):
     """What `select_direct_inputs` yields, of all labels."""
     blocks, columns, excess = zip(*select_direct_inputs(features, labels, count), strict=True)
     assert [label for block in blocks for label in range(block.start, block.stop)] == [
@@ -57,7 +58,7 @@ def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense
     x, y = problem()
     x = x - 0.3 * dense  # no zeros, and negative ones
     features = x if dense else scipy.sparse.csr_array(x)
-    columns, excess = chosen(features, scipy.sparse.csr_array(y), count)
+    columns, excess = selected(features, scipy.sparse.csr_array(y), count)
     expected_columns, expected = by_brute_force(x, y, count, dense)
     np.testing.assert_array_equal(columns, expected_columns)
     np.testing.assert_allclose(excess, expected, atol=1e-6)
@@ -67,7 +68,7 @@ def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense
 def test_a_word_of_one_label_is_chosen_for_it():
     features = scipy.sparse.csr_array(np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 1, 0.5]], np.float32))
     labels = scipy.sparse.csr_array(np.array([[True, False], [False, True], [False, True]]))
-    columns, excess = chosen(features, labels, 2)
+    columns, excess = selected(features, labels, 2)
     np.testing.assert_array_equal(columns, [[0, -1], [1, -1]])  # what all points have says nothing
     np.testing.assert_allclose(excess, [[2 / 3, 0], [1 / 3, 0]], rtol=1e-6)
 
@@ -76,8 +77,8 @@ def test_a_head_starts_with_its_words_and_units_for_the_rest():
     counts = np.arange(LABELS) % 4
     train = points_with_counts(counts, FEATURES, sparse=True)
     config = FixedFanInConfig(penultimate=8, fan_in=5, direct_inputs=3)
-    head = config.make(6, LABELS, num_words=FEATURES, train=train, rngs=nnx.Rngs(0))
-    columns, excess = chosen(train.features, train.labels, 3)
+    head = config.make(HeadSpec(6, LABELS, FEATURES, train), nnx.Rngs(0))
+    columns, excess = selected(train.features, train.labels, 3)
     indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
     for label in range(LABELS):
         words = columns[label][columns[label] >= 0]
@@ -100,10 +101,10 @@ def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
     model.eval()
     (batch,) = make_batches(1, bag_of_words=bag_of_words)
     features = model.encoder(batch.inputs)
-    x = features.x if bag_of_words else features
+    x = features.features if bag_of_words else features
     head = model.head
     units = np.maximum(np.asarray(head.penultimate(x)), 0)
-    inputs = np.asarray(features.words.densify(len(x)) if bag_of_words else x)
+    inputs = np.asarray(features.direct.densify(len(x)) if bag_of_words else x)
     both = np.concatenate([units, 2 * inputs], axis=1)
     indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
     assert (indices >= 8).any()
@@ -196,14 +197,14 @@ def test_training_lowers_the_loss_and_moves_connections(bag_of_words):
 
 def test_errors():
     with pytest.raises(ValueError, match="direct_inputs must be at most fan_in, 4, got 5"):
-        FixedFanInConfig(fan_in=4, direct_inputs=5).make(8, 9, rngs=nnx.Rngs(0))
+        FixedFanInConfig(fan_in=4, direct_inputs=5).make(HeadSpec(8, 9), nnx.Rngs(0))
     with pytest.raises(ValueError, match="without a penultimate layer labels read the features anyway"):
-        FixedFanInConfig(penultimate=0, fan_in=4, direct_inputs=2).make(8, 9, rngs=nnx.Rngs(0))
+        FixedFanInConfig(penultimate=0, fan_in=4, direct_inputs=2).make(HeadSpec(8, 9), nnx.Rngs(0))
     model = make_model(bag_of_words=True, fan_in=4, direct_inputs=2)
     with pytest.raises(ValueError, match="growth to 'active' or its fraction to 0, got growth='random'"):
         Trainer(model, TrainingConfig())
-    with pytest.raises(ValueError, match=f"must come with words, {FEATURES} of them, got none"):
+    with pytest.raises(ValueError, match=f"must come with direct inputs, {FEATURES} of them, got none"):
         model.head(jnp.zeros((2, 6)))
     nothing = jnp.zeros(0, jnp.int32)
-    with pytest.raises(ValueError, match=f"must come with words, {FEATURES} of them, got 3"):
-        model.head(Features(jnp.zeros((2, 6)), SparseInputs(nothing, nothing, jnp.zeros(0), 3)))
+    with pytest.raises(ValueError, match=f"must come with direct inputs, {FEATURES} of them, got 3"):
+        model.head(EncoderOutput(jnp.zeros((2, 6)), SparseInputs(nothing, nothing, jnp.zeros(0), 3)))

@@ -20,7 +20,7 @@ from sparse_xmc import (
     TrainingConfig,
 )
 from sparse_xmc.encoders.table import tables_of, used_rows
-from sparse_xmc.heads import FixedFanInConfig
+from sparse_xmc.heads import FixedFanInConfig, HeadSpec
 
 
 def make_bags(matrix, padding):
@@ -67,7 +67,9 @@ def test_parameters_in_bfloat16():
 
 
 def make_trainer(encoder, features, **options):
-    head = FixedFanInConfig(penultimate=0, fan_in=3, output_bound=0.5).make(features, 30, rngs=nnx.Rngs(1))
+    head = FixedFanInConfig(penultimate=0, fan_in=3, output_bound=0.5).make(
+        HeadSpec(features, 30), nnx.Rngs(1)
+    )
     training = TrainingConfig(batch_size=4, rewire=RewireConfig(fraction=0), **options)
     return Trainer(Classifier(encoder, head), training)
 

@@ -20,7 +20,7 @@ from sparse_xmc import (
     Trainer,
     TrainingConfig,
 )
-from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead
+from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead, HeadSpec, make_penultimate
 
 STEPS = 20
 
@@ -61,7 +61,12 @@ class Network:
         if self.bag_of_words:
             width = 7
             encoder = BagOfWordsEncoder(
-                FEATURES, width, self.dropout, scale=1.5, return_direct_inputs=self.reads_words, rngs=rngs
+                FEATURES,
+                width,
+                self.dropout,
+                scale=1.5,
+                return_direct_inputs=self.reads_direct_inputs,
+                rngs=rngs,
             )
         else:
             encoder = DenseFeatures(width, self.dropout, rngs=rngs)
@@ -70,28 +75,27 @@ class Network:
         return Classifier(encoder, self._head(width, rngs))
 
     @property
-    def reads_words(self):
+    def reads_direct_inputs(self):
         return self.bag_of_words and self.direct_inputs > 0
 
     def _head(self, width, rngs):
-        def sparse(width):
-            init = nnx.initializers.normal(0.3)
-            return FixedFanInLinear(width, LABELS, 4, use_bias=False, kernel_init=init, rngs=rngs)
-
         if self.kind == "no bias":
-            return FixedFanInHead(width, self.penultimate, sparse, rngs=rngs)
+            penultimate, init = make_penultimate(width, self.penultimate, rngs), nnx.initializers.normal(0.3)
+            layer = FixedFanInLinear(
+                self.penultimate or width, LABELS, 4, use_bias=False, kernel_init=init, rngs=rngs
+            )
+            return FixedFanInHead(layer, penultimate)
         if self.kind == "dense no bias":
-            layer = nnx.Linear(width, LABELS, use_bias=False, rngs=rngs)
-            return DenseHead(width, 0, lambda width: layer, rngs=rngs)
+            return DenseHead(nnx.Linear(width, LABELS, use_bias=False, rngs=rngs))
         options = {"output_dtype": "bfloat16"} if self.bfloat16 else {}
         options |= {"direct_inputs": self.direct_inputs}
         config = head_config(
             self.kind, penultimate=self.penultimate, fan_in=4, output_bias=-0.5, output_bound=0.5, **options
         )
         counts = np.random.default_rng(1).permutation(LABELS)
-        words = FEATURES if self.reads_words else 0
-        train = points_with_counts(counts, words or width, sparse=self.reads_words)
-        return config.make(width, LABELS, num_words=words, train=train, rngs=rngs)
+        direct = FEATURES if self.reads_direct_inputs else 0
+        train = points_with_counts(counts, direct or width, sparse=self.reads_direct_inputs)
+        return config.make(HeadSpec(width, LABELS, direct, train), rngs)
 
 
 KINDS = [*HEADS, "no bias", "dense no bias"]

@@ -21,6 +21,7 @@ from sparse_xmc.evaluation import evaluate, gradient_density, predict
 from sparse_xmc.heads import (
     HEADS,
     FixedFanInConfig,
+    HeadSpec,
     HeadTraining,
     RewireConfig,
     StepInputs,
@@ -39,8 +40,8 @@ FEATURES, LABELS, POINTS = 12, 103, 80  # 103 is a multiple of no number of devi
 def make_heads(mesh, labels=LABELS, **options):
     """The same head on one device and on a mesh."""
     config = FixedFanInConfig(**{"penultimate": 24, "fan_in": 5, "output_bias": -0.5} | options)
-    one = config.make(FEATURES, labels, rngs=nnx.Rngs(0))
-    return one, config.make_sharded(FEATURES, labels, make_mesh(*mesh), rngs=nnx.Rngs(0))
+    one = config.make(HeadSpec(FEATURES, labels), nnx.Rngs(0))
+    return one, config.make(HeadSpec(FEATURES, labels, mesh=make_mesh(*mesh)), nnx.Rngs(0))
 
 
 def make_inputs(labels=LABELS, seed=0):
@@ -187,15 +188,14 @@ class TestHead:
 
     def test_random_keys_of_any_kind(self):
         rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
-        head = FixedFanInConfig(penultimate=24, fan_in=5).make_sharded(
-            FEATURES, LABELS, make_mesh(1, 2), rngs=rngs
-        )
+        spec = HeadSpec(FEATURES, LABELS, mesh=make_mesh(1, 2))
+        head = FixedFanInConfig(penultimate=24, fan_in=5).make(spec, rngs)
         assert head.output.kernel.shape == (104, 5)
 
     @pytest.mark.parametrize("kind", sorted(set(HEADS) - {"fixed_fan_in"}))
     def test_other_heads_are_refused(self, kind):
         with pytest.raises(ValueError, match="a mesh needs a fixed fan-in head, got "):
-            HEADS[kind]().make_sharded(4, 30, make_mesh(1, 2), rngs=nnx.Rngs(0))
+            HEADS[kind]().make(HeadSpec(4, 30, mesh=make_mesh(1, 2)), nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from small_encoders import FAMILIES, make_directory, make_tensors, make_tokens, 
 from sparse_xmc import Batch, Classifier, Trainer, TrainingConfig
 from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders import PretrainedEncoder
-from sparse_xmc.heads import FixedFanInConfig
+from sparse_xmc.heads import FixedFanInConfig, HeadSpec
 from sparse_xmc.modules import in_evaluation, in_training, parameters_of
 
 
@@ -122,7 +122,7 @@ class TestTraining:
     def test_trains_with_a_head(self, tmp_path, remat):
         encoder = PretrainedEncoder.from_directory(make_directory(tmp_path), remat=remat)
         before = {name: np.asarray(p[...]) for name, p in parameters_of(encoder).items()}
-        head = FixedFanInConfig(penultimate=0, fan_in=3).make(encoder.features, 30, rngs=nnx.Rngs(1))
+        head = FixedFanInConfig(penultimate=0, fan_in=3).make(HeadSpec(encoder.features, 30), nnx.Rngs(1))
         trainer = Trainer(Classifier(encoder, head), TrainingConfig(batch_size=3, learning_rate=0.01))
         batch = Batch(make_tokens(), np.arange(6, dtype=np.int32).reshape(3, 2))
         losses = [float(trainer.train_step(batch, 0.01)) for _ in range(20)]

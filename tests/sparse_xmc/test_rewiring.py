@@ -9,14 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from sparse_xmc.heads.rewiring import (
-    PAPER,
-    RewireConfig,
-    reset_moments,
-    rewire,
-    rewire_active,
-    rewire_layer,
-)
+from sparse_xmc.heads.optax_state import reset_moments, rewire_layer
+from sparse_xmc.heads.rewiring import PAPER, RewireConfig, rewire, rewire_active
 from sparse_xmc.layers import FixedFanInLinear
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -16,10 +16,10 @@ import pytest
 from flax import nnx
 from small_models import config_of, make_inputs, make_model
 
+from experiments.unstructured import UnstructuredLinear
 from sparse_xmc import saving
 from sparse_xmc.data import LabelEncoder, TextEncoder
 from sparse_xmc.heads import HEADS
-from sparse_xmc.heads.unstructured import UnstructuredLinear
 from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.layers import FixedFanInLinear
 from sparse_xmc.metrics import LabelStatistics

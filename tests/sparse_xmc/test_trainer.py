@@ -25,7 +25,7 @@ from sparse_xmc import (
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.encoders.table import TableParam
-from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead
+from sparse_xmc.heads import HEADS, DenseHead, FixedFanInHead, HeadSpec
 from sparse_xmc.modules import in_evaluation, parameters_of
 
 NEVER = RewireConfig(fraction=0)
@@ -288,7 +288,7 @@ def test_labels_move_towards_the_hidden_units_of_their_points_which_dropout_does
     first, second, third = make_batches(3)
     trainer.train_step(first, 0.0)
     after, trained = indices_of(trainer), in_evaluation(trainer.model)
-    hidden = np.asarray(trained.head.hidden(trained.encoder(first.inputs)))
+    hidden = np.asarray(trained.head.output_inputs(trained.encoder(first.inputs))[0])
     excess = hidden - hidden.mean(axis=0, keepdims=True)
     for label in range(30):
         if label not in first.positives:
@@ -343,7 +343,7 @@ class Encoder(nnx.Module):
 
 
 def with_encoder(encoder, features=10, kind="fixed_fan_in", penultimate=24):
-    head = HEADS[kind](penultimate=penultimate, fan_in=4).make(features, 30, rngs=nnx.Rngs(1))
+    head = HEADS[kind](penultimate=penultimate, fan_in=4).make(HeadSpec(features, 30), nnx.Rngs(1))
     return Classifier(encoder, head)
 
 
@@ -481,7 +481,7 @@ def test_a_step_that_leaves_a_parameter_as_it_is_is_an_error():
         def step_fused(self, inputs, moments, training):
             return self.loss(inputs.x, inputs.positives), jnp.zeros_like(inputs.x), moments
 
-    head = Lazy(12, 0, lambda width: FixedFanInLinear(12, 30, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    head = Lazy(FixedFanInLinear(12, 30, 3, rngs=nnx.Rngs(0)))
     trainer = Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig(), fused=True)
     with pytest.raises(ValueError, match=r"head's step leaves its parameter output\.\w+ as it is"):
         trainer.train_step(one_batch(), 1e-3)
@@ -505,7 +505,7 @@ def test_parameters_outside_of_encoder_and_head_or_in_both_are_errors():
             return self.layer(x)
 
     layer = nnx.Linear(12, 30, rngs=nnx.Rngs(0))
-    tied = Classifier(Tied(layer), DenseHead(12, 0, lambda width: layer, rngs=nnx.Rngs(0)))
+    tied = Classifier(Tied(layer), DenseHead(layer))
     with pytest.raises(ValueError, match="is in the encoder and the head both"):
         Trainer(tied, TrainingConfig())
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparse_xmc.heads.rewiring import PAPER, RewireConfig, rewire_unstructured
-from sparse_xmc.heads.unstructured import UnstructuredLinear
+from experiments.unstructured import UnstructuredLinear, rewire_unstructured
+from sparse_xmc.heads.rewiring import PAPER, RewireConfig
 from sparse_xmc.layers import Connectivity
 
 
