@@ -1,4 +1,4 @@
-"""Builds the native modules, and says where packages are; everything else is in pyproject.toml."""
+"""Builds the native modules, and finds the packages; everything else is in pyproject.toml."""
 
 import concurrent.futures
 import functools
@@ -156,13 +156,8 @@ if find_nvcc() is not None:
         )
     )
 
-# The programs are `sparse_xmc.experiments` where they are installed, so that users may have an `experiments`;
-# in a clone they are `experiments` too.
-PROGRAMS = [f"sparse_xmc.{package}" for package in find_packages(include=["experiments*"])]
-
 setup(
-    packages=[*find_packages(include=["xla_ops*", "sparse_xmc*"]), *PROGRAMS],
-    package_dir={"sparse_xmc.experiments": "experiments"},
+    packages=find_packages(include=["xla_ops*", "sparse_xmc*"]),
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
 )

@@ -19,7 +19,7 @@ from sparse_xmc import XMCClassifier
 from sparse_xmc.data import write_tsv
 
 ROOT = Path(__file__).parents[1]
-# Flagfiles by name, of experiments/flags and below; of two flags the last wins.
+# Flagfiles by name, of sparse_xmc/cli/flags and below; of two flags the last wins.
 ROWS = {
     "the paper's row": ["paper", "fixed_fan_in_32_32k"],
     "words chosen by labels": ["text_direct", "fixed_fan_in_32_4k_direct"],

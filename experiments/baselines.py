@@ -33,11 +33,10 @@ import numpy as np
 from absl import flags
 from scipy.sparse import csr_array, csr_matrix
 
+from sparse_xmc.cli import datasets, flagfiles, program
+from sparse_xmc.cli.memory import status_bytes
 from sparse_xmc.data import Dataset, write_xmc_text
 from sparse_xmc.metrics import RankingMetrics
-
-from . import datasets, program
-from .measure.memory import status_bytes
 
 _KS = (1, 3, 5)
 _PACKAGES = ("omikuji", "napkinxc")
@@ -171,7 +170,7 @@ def _stdout_to_stderr() -> None:
 
 
 def _define_flags() -> None:
-    wordnet = Path(__file__).parent / "data" / "wordnet"
+    wordnet = flagfiles.PACKAGE / "data" / "wordnet"
     flags.DEFINE_string("train", str(wordnet / "train.tsv.xz"), "Training set, label|label<TAB>text.")
     flags.DEFINE_string("test", str(wordnet / "test.tsv.xz"), "Test set, in the same format.")
     flags.DEFINE_integer("ngrams", 1, "1 for words alone, 2 for pairs of neighbouring words as well.", 1)

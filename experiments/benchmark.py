@@ -32,9 +32,10 @@ from typing import Any
 
 from absl import app, flags
 
-from . import program
+from sparse_xmc.cli import program
+from sparse_xmc.cli.run_flags import flags_without_use
+
 from .measure import direct_inputs, encoder_memory, feature_selection, ops, problems, steps, workloads
-from .run_flags import flags_without_use
 
 # The flags of each kind of measurement; --fan_in and --penultimate are defined by `experiments.run`.
 _OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")

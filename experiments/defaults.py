@@ -13,12 +13,10 @@ from pathlib import Path
 from absl import flags
 
 from sparse_xmc import XMCClassifier
+from sparse_xmc.cli import environment, program
 from sparse_xmc.data import read_tsv
 from sparse_xmc.evaluation import evaluate
 from sparse_xmc.metrics import inverse_propensities
-
-from . import program
-from .measure import environment
 
 
 def measure(train: str, test: str) -> dict:

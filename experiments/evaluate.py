@@ -1,52 +1,6 @@
-"""Evaluate a saved model: `python -m experiments.evaluate --workdir=RUN --test=test.tsv`.
+"""Evaluate a saved model: the program of `sparse-xmc evaluate`, with the experiments' heads."""
 
-RUN is as for `experiments.predict`, and the points are in a format of `experiments.run`. The program prints
-P@k, nDCG@k and recall@k, and if the model has statistics of the training labels, propensity-scored metrics
-and P@1 by label group; --json writes all of them to a file. Labels that the model does not know are ignored
-and counted.
-"""
-
-import json
-from pathlib import Path
-from typing import Any
-
-from absl import flags
-
-from sparse_xmc.data.files import write_text
-from sparse_xmc.evaluation import evaluate, evaluate_groups
-
-from . import program, trained
-from .datasets import load_points
-
-flags.adopt_module_key_flags(trained)  # so that --help shows them
-_TEST = flags.DEFINE_string("test", None, "The points: .tsv or the repository's .txt.", required=True)
-_FEATURES = flags.DEFINE_string("test_features", None, "Their dense features, .npy float32 [N, D].")
-_FILTER = flags.DEFINE_string("test_filter", None, "Labels to leave out: lines of `row label`.")
-_JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
-
-
-def main() -> None:
-    """Evaluate the model that the flags describe."""
-    saved = trained.load().saved_
-    points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
-    statistics = saved.label_statistics
-    weights = None if statistics is None else statistics.inv_propensities
-    report: dict[str, Any] = {
-        "points": len(points),
-        "labels that the model does not know": unknown,
-        "metrics": evaluate(saved.model, points, inv_propensities=weights),
-    }
-    if statistics is not None:
-        report["p@1 by group"] = evaluate_groups(saved.model, points, statistics.groups)
-    for name in ("points", "labels that the model does not know"):
-        print(f"{name}: {report[name]:,}")
-    for name, value in report["metrics"].items():
-        print(f"{name:10s}{100 * value:8.2f}")
-    for name, value in report.get("p@1 by group", {}).items():
-        print(f"p@1 {name:6s}" + (f"{100 * value:8.2f}" if value is not None else "       -"))
-    if _JSON.value is not None:
-        write_text(Path(_JSON.value), json.dumps(report, indent=2, allow_nan=False) + "\n")
-
+import runpy
 
 if __name__ == "__main__":
-    program.start(main)
+    runpy.run_module("sparse_xmc.cli.evaluate", run_name="__main__", alter_sys=True)

@@ -41,7 +41,7 @@ from typing import IO, Any, NamedTuple
 
 from absl import app, flags
 
-from . import program
+from sparse_xmc.cli import program
 
 ROOT = Path(__file__).parents[1]
 CLAIM_BYTES = 4 << 30
@@ -168,7 +168,7 @@ def device(job: Job) -> dict:
     fields = ("name", "driver_version", "memory.total", "compute_cap")
     values = run(job, "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     script = (
-        f"import json, jax; from {__package__}.measure import environment; "
+        "import json, jax; from sparse_xmc.cli import environment; "
         "assert jax.default_backend() == 'gpu', 'jax computes on: ' + jax.default_backend(); "
         "print(json.dumps({'runtime': jax.devices()[0].client.platform_version, **environment.describe()}))"
     )

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from absl import app, flags
 
+from sparse_xmc.cli import program
+from sparse_xmc.cli.run_flags import flags_without_use
 from sparse_xmc.mesh import parse_mesh
 
-from . import program
 from .measure.scale import run_all, run_here, run_on_mesh
 from .measure.workloads import SCALES
-from .run_flags import flags_without_use
 
 _ON_MESH = "fixed_fan_in_32_32k"  # the model that is measured on a mesh
 
@@ -32,7 +32,7 @@ def _define_flags() -> None:
     flags.DEFINE_list(
         "models",
         "dense,bottleneck_64,fixed_fan_in_32_32k",
-        "The systems: flagfiles in experiments/flags/models.",
+        "The systems: flagfiles in sparse_xmc/cli/flags/models.",
     )
     flags.DEFINE_float("seconds", 10, "About how long each part is repeated.")
     flags.DEFINE_bool("here", False, "Measure one system in this process.")

@@ -3,7 +3,7 @@ r"""Prepare a public data set: list the required files, check them, and convert 
     python -m experiments.prepare --dataset=Amazon-670K
 
 The files belong into DIR/DATASET in lower case, such as data/amazon-670k, where the flagfiles in
-experiments/flags/data expect them. Labels and text come from the Extreme Classification Repository,
+sparse_xmc/cli/flags/data expect them. Labels and text come from the Extreme Classification Repository,
 http://manikvarma.org/downloads/XC/XMLRepository.html, in either of its formats:
 
 * train.txt and test.txt, a header `N D L` and lines of `label,label,... feature:value ...`;
@@ -31,6 +31,7 @@ import numpy as np
 import scipy.sparse
 from absl import app, flags
 
+from sparse_xmc.cli import program
 from sparse_xmc.data import (
     files,
     read_filter,
@@ -41,8 +42,6 @@ from sparse_xmc.data import (
     write_tsv,
     write_xmc_labels,
 )
-
-from . import program
 
 # Number of dense features of each kind.
 FEATURES = {"slice": 512, "cascade": 768}

@@ -24,9 +24,10 @@ from pathlib import Path
 
 from absl import flags
 
+from sparse_xmc.cli import program
 from sparse_xmc.data import files
 
-from . import prepare_packages, program
+from . import prepare_packages
 from .prepare_packages import Point, run
 
 # Small packages of Debian 12 with many pages that have references.

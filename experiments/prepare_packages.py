@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 from absl import app, flags
 
+from sparse_xmc.cli import program
 from sparse_xmc.data import files, write_tsv
-
-from . import program
 
 _TEST_SHARE = 0.15
 _MIN_LABEL_POINTS = 2

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from sparse_xmc.cli import program
 from sparse_xmc.data import files, write_xmc_labels
 
-from . import program
 from .measure.synthetic import Synthetic, label_matrix
 from .prepare_packages import check_out
 

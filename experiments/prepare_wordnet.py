@@ -3,7 +3,7 @@ r"""Build an extreme classification data set from WordNet 3.0.
 A point is a synset, its text consists of the synset's lemmas and gloss, and its labels are lemmas of related
 synsets:
 
-  python -m experiments.prepare_wordnet --out=experiments/data/wordnet
+  python -m experiments.prepare_wordnet --out=sparse_xmc/cli/data/wordnet
 
 writes the data set that is shipped in that directory. The labels are the lemmas of the hypernyms up to three
 steps above, and only a part of WordNet is used, to keep the files small. With --full, all of WordNet is used,
@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 from absl import flags
 
+from sparse_xmc.cli import program
 from sparse_xmc.data import write_tsv
-
-from . import program
 
 _DICT_DIR = flags.DEFINE_string("dict_dir", "/usr/share/wordnet", "Directory of WordNet's data.noun etc.")
 _OUT = flags.DEFINE_string("out", None, "Directory that train.tsv.xz and test.tsv.xz go to.", required=True)

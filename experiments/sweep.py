@@ -39,11 +39,10 @@ from typing import NamedTuple
 
 from absl import flags
 
+from sparse_xmc.cli import flagfiles, program, reflection, run_flags
 from sparse_xmc.data.files import open_no_follow, write_text
 from sparse_xmc.heads import HEADS
 from sparse_xmc.settings import rename_settings
-
-from . import flagfiles, program, reflection, run_flags
 
 TABLES = Path(__file__).parent / "tables"
 _FLAGS = Path("experiments/flags")

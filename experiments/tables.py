@@ -18,9 +18,10 @@ from pathlib import Path
 
 from absl import app, flags
 
+from sparse_xmc.cli import program
 from sparse_xmc.data.files import write_text
 
-from . import program, sweep
+from . import sweep
 from .figures import draw, draw_label_scale, save_figure
 from .published import read_end_to_end
 from .result_tables import (

@@ -302,7 +302,7 @@ class XMCClassifier(BaseEstimator):
         return evaluate(self._fitted.model, points.with_labels(labels), ks=(1,))["p@1"]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Save the trained classifier to a directory, for `load` and `experiments.predict`.
+        """Save the trained classifier to a directory, for `load` and `sparse-xmc predict`.
 
         Args:
           directory: the directory; created if missing.
@@ -324,7 +324,7 @@ class XMCClassifier(BaseEstimator):
         encoder: str | os.PathLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "XMCClassifier":
-        """Load a classifier saved by `save`, or by `experiments.run` in its working directory.
+        """Load a classifier saved by `save`, or by `sparse-xmc run` in its working directory.
 
         Args:
           directory: the directory of the saved classifier.

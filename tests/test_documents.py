@@ -57,7 +57,7 @@ def test_readme(tmp_path):
     for path in ("train.tsv", "test.tsv"):
         lines = ("|".join(names) + f"\t{text}\n" for names, text in zip(labels, TEXTS, strict=True))
         (tmp_path / path).write_text("".join(lines), encoding="utf-8")
-    smaller = {"experiments/data/wordnet": str(tmp_path), ".tsv.xz": ".tsv", "boat that is rowed": "dog"}
+    smaller = {"sparse_xmc/cli/data/wordnet": str(tmp_path), ".tsv.xz": ".tsv", "boat that is rowed": "dog"}
     names = run("README.md", {"features": np.ones((4, 768), np.float32)}, sizes=SIZES | smaller)
     assert set(names["names"][0][:2]) == {"dog", "small"}
     assert names["scores"].shape == (1, 3)
@@ -76,7 +76,7 @@ def test_many_devices():
 @pytest.fixture(scope="module")
 def real_points():
     """Training and test points of the shipped data set: 256 dense features, the 100 most frequent labels."""
-    names, texts = read_tsv(ROOT / "experiments" / "data" / "wordnet" / "train.tsv.xz")
+    names, texts = read_tsv(ROOT / "sparse_xmc" / "cli" / "data" / "wordnet" / "train.tsv.xz")
     labels = LabelEncoder.fit(names)(names)
     by_frequency = np.argsort(-np.asarray(labels.sum(axis=0)).ravel(), kind="stable")
     labels = labels[:, np.sort(by_frequency[:100])]

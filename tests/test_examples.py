@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.run_flags import values_of
+from sparse_xmc.cli.run_flags import values_of
 from sparse_xmc.encoders import PretrainedEncoder
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
 

@@ -1,1 +1,1 @@
-"""Measurements of time and memory, with a description of their environment."""
+"""Measurements of time and memory."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from .environment import threads
+from sparse_xmc.cli.environment import threads
 
 TIME_BOX_SECONDS = 20.0
 _COPY_BYTES = 1 << 28

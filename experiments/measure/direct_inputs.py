@@ -21,9 +21,10 @@ import numpy as np
 from jax import Array
 
 import xla_ops
+from sparse_xmc.cli import environment
 from xla_ops import SparseInputs, _native
 
-from . import clock, environment, problems
+from . import clock, problems
 from .problems import Shape
 
 OPS = ("adam", "sgd", "top_k")

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_xmc import planning
+from sparse_xmc.cli import environment
 from sparse_xmc.data.batches import BagOfWords, Batch, WordsAndText
 from sparse_xmc.data.tokens import Tokens
 from sparse_xmc.encoders.pretrained_files import PretrainedConfig
@@ -30,7 +31,6 @@ from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
 from sparse_xmc.modules import in_training, split
 from sparse_xmc.train import Trainer, TrainingConfig
 
-from . import environment
 from .workloads import AMAZON_670K
 
 BERT_BASE = PretrainedConfig("bert", 30_522, 768, 12, 12, 3072, max_position_embeddings=512)

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from sparse_xmc.cli import environment, program
 from sparse_xmc.data import Dataset, LabelEncoder, TextEncoder, read_tsv
 from sparse_xmc.data.batches import Batch, Batches
 from sparse_xmc.data.tokens import Tokens
@@ -34,8 +35,7 @@ from sparse_xmc.model import ClassifierConfig, EncoderConfig, PretrainedSettings
 from sparse_xmc.modules import in_evaluation
 from sparse_xmc.train import Trainer, TrainingConfig
 
-from .. import program
-from . import clock, environment
+from . import clock
 
 LENGTHS = (16, 32, 128)
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # for features scaled to a mean square of 1

@@ -13,6 +13,8 @@ import numpy as np
 import scipy.sparse
 from flax import nnx
 
+from sparse_xmc.cli import environment
+from sparse_xmc.cli.memory import PeakMemory
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.batches import Batches
 from sparse_xmc.heads import FixedFanInConfig, RewireConfig
@@ -20,9 +22,8 @@ from sparse_xmc.heads.feature_selection import select_direct_inputs
 from sparse_xmc.model import ClassifierConfig
 from sparse_xmc.train import Trainer, TrainingConfig
 
-from . import clock, environment
+from . import clock
 from .direct_inputs import draw_words
-from .memory import PeakMemory
 from .synthetic import Synthetic, label_matrix
 from .workloads import AMAZON_670K
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from .. import program
-from ..run_flags import flags_without_use
+from sparse_xmc.cli import program
+from sparse_xmc.cli.run_flags import flags_without_use
+
 from . import clock
 from .workloads import AMAZON_670K, BATCH_SIZE, NUM_FEATURES, Network, network_of_flags
 

@@ -24,10 +24,10 @@ from jax import Array
 from scipy import stats
 
 import xla_ops
+from sparse_xmc.cli import environment, program
 from sparse_xmc.losses import squared_hinge
 
-from .. import program
-from . import clock, environment, gpu_floors, problems, workloads
+from . import clock, gpu_floors, problems, workloads
 from .gpu_floors import Bandwidths
 from .ops import compile_contenders
 from .problems import Shape

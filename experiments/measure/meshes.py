@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sparse_xmc.cli import environment
 from sparse_xmc.mesh import data_size
 from sparse_xmc.modules import key_path_names, path_name
 from sparse_xmc.train import Trainer
 
-from . import environment
 from .workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -29,7 +29,7 @@ def measure(scale: Scale, model: str, mesh: Mesh) -> dict[str, Any]:
 
     Args:
       scale: the number of labels, and the statistics of the data.
-      model: name of a flagfile in experiments/flags/models, without its suffix.
+      model: name of a flagfile in sparse_xmc/cli/flags/models, without its suffix.
       mesh: the mesh.
     """
     arguments = [f"--flagfile=experiments/flags/models/{model}.cfg", f"--batch_size={BATCH_SIZE}"]

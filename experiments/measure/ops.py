@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
+from sparse_xmc.cli import environment
 from xla_ops import _native
 
-from . import clock, environment
+from . import clock
 from .problems import OPS, Problem, Shape
 
 _Key = tuple[str, str]  # contender and pass

@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from sparse_xmc.cli import environment
+from sparse_xmc.cli.memory import PeakMemory
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.evaluation import gradient_density
 from sparse_xmc.mesh import make_mesh
@@ -32,17 +34,8 @@ from sparse_xmc.model import Classifier
 from sparse_xmc.planning import placeholder_dataset, plan_memory
 from sparse_xmc.train import Trainer
 
-from . import clock, environment, meshes
-from .memory import PeakMemory
-from .workloads import (
-    BATCH_SIZE,
-    NUM_FEATURES,
-    Scale,
-    make_batches,
-    make_trainer,
-    read_settings,
-    stepper,
-)
+from . import clock, meshes
+from .workloads import BATCH_SIZE, NUM_FEATURES, Scale, make_batches, make_trainer, read_settings, stepper
 
 _STEPS_PER_REWIRING = 1000
 _BATCHES = 4
@@ -56,7 +49,7 @@ def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.pe
 
     Args:
       scale: the number of labels, and the statistics of the data.
-      model: name of a flagfile in experiments/flags/models, without its suffix.
+      model: name of a flagfile in sparse_xmc/cli/flags/models, without its suffix.
       seconds: approximate time for which each part is repeated.
       now: function that returns the time in seconds.
     """

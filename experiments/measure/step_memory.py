@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from sparse_xmc.cli.memory import PeakMemory
 from xla_ops import _native
 
-from .memory import PeakMemory
 from .workloads import Network, stepper
 
 _RATE = 1e-3

@@ -16,12 +16,13 @@ import numpy as np
 from flax import nnx
 
 import xla_ops
+from sparse_xmc.cli import environment
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.heads import FixedFanInHead, StepInputs
 from sparse_xmc.heads.updates import next_state, step_dense
 from sparse_xmc.train import Trainer
 
-from . import clock, environment
+from . import clock
 from .step_memory import measure_memory
 from .workloads import BATCH_SIZE, Network, stepper
 

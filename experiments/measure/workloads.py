@@ -11,12 +11,13 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
+from sparse_xmc.cli import flagfiles, run_flags
+from sparse_xmc.cli.run_flags import Settings
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.planning import MemoryPlan, placeholder_dataset, plan_memory
 from sparse_xmc.train import Trainer
 
-from .. import flagfiles, prepare, run_flags
-from ..run_flags import Settings
+from .. import prepare
 from .synthetic import Synthetic
 
 BATCH_SIZE = 32

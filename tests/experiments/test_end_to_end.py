@@ -115,7 +115,9 @@ class TestPrepare:
         ]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/flags/data/raw_*.cfg")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("sparse_xmc/cli/flags/data/raw_*.cfg")), ids=lambda p: p.stem
+)
 def test_flagfiles_of_raw_text_name_what_is_prepared(path):
     directory = path.stem.removeprefix("raw_")
     assert directory in {name.lower() for name in prepare.DATASETS}

@@ -12,7 +12,8 @@ import pytest
 import scipy.sparse
 
 import experiments
-from experiments import datasets, prepare
+from experiments import prepare
+from sparse_xmc.cli import datasets
 from sparse_xmc.data import Dataset, read_tsv, read_xmc_labels, write_xmc_labels, write_xmc_text
 
 ROOT = Path(experiments.__file__).parents[1]
@@ -275,7 +276,7 @@ def test_every_flagfile_of_a_public_set_names_files_that_are_prepared():
     written = {"trn_X_Y.txt", "tst_X_Y.txt", "train.tsv.gz", "test.tsv.gz"}
     for name in ("Wiki10-31K", "Wiki-500K", "Amazon-3M", "LF-AmazonTitles-131K"):
         known = written | {file for file, _ in prepare.required_files(name, prepare.DATASETS[name].features)}
-        flagfiles = list((ROOT / "experiments" / "flags" / "data").glob(f"{name.lower()}*.cfg"))
+        flagfiles = list((ROOT / "sparse_xmc" / "cli" / "flags" / "data").glob(f"{name.lower()}*.cfg"))
         assert flagfiles
         for path in flagfiles:
             paths = re.findall(r"^--\w+=(data/.*)$", path.read_text(), re.MULTILINE)

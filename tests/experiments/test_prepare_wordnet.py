@@ -9,7 +9,7 @@ from experiments import prepare_wordnet
 from sparse_xmc.data import read_tsv
 
 ROOT = pathlib.Path(prepare_wordnet.__file__).parents[1]
-SHIPPED = ROOT / "experiments" / "data" / "wordnet"
+SHIPPED = ROOT / "sparse_xmc" / "cli" / "data" / "wordnet"
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by\n"
 # A tiny WordNet: entity > living thing > animal > dog > poodle, with cat beside dog, and Lassie, also called

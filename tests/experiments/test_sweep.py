@@ -206,7 +206,9 @@ def test_every_table_of_the_project_is_read(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments" / "flags").rglob("*.cfg")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+    "path",
+    sorted((ROOT / "sparse_xmc" / "cli" / "flags").rglob("*.cfg")),
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
 def test_every_flagfile_of_the_project_is_read(path):
     values = sweep.effective_flags([f"--flagfile={path.relative_to(ROOT)}"])

@@ -73,7 +73,7 @@ def test_other_labels_are_not_warned_of(names):
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_the_shipped_data_set_is_not_warned_of_unless_it_is_read_wrongly(part):
-    names, texts = read_tsv(ROOT / "experiments" / "data" / "wordnet" / f"{part}.tsv.xz")
+    names, texts = read_tsv(ROOT / "sparse_xmc" / "cli" / "data" / "wordnet" / f"{part}.tsv.xz")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for size in (100, 1000, len(names)):

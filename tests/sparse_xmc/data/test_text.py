@@ -93,7 +93,7 @@ class TestTextEncoder:
 
     @pytest.mark.parametrize("ngrams", [1, 2])
     def test_english_texts_have_the_words_of_scikit_learn(self, ngrams):
-        _, texts = read_tsv(ROOT / "experiments" / "data" / "wordnet" / "test.tsv.xz")
+        _, texts = read_tsv(ROOT / "sparse_xmc" / "cli" / "data" / "wordnet" / "test.tsv.xz")
         texts = texts[:3000]
         encoder = text.TextEncoder.fit(texts, ngrams=ngrams)
         theirs = TfidfVectorizer(

@@ -1,6 +1,6 @@
 import numpy as np
 
-from experiments.measure.memory import PeakMemory
+from sparse_xmc.cli.memory import PeakMemory
 
 
 def test_peak_memory_is_what_came_and_went_since():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from absl import flags
 
-from experiments import reflection
+from sparse_xmc.cli import reflection
 from sparse_xmc.settings import check, setting
 
 

@@ -1,4 +1,4 @@
-"""Flags of `experiments.run`, and the configurations that they describe.
+"""Flags of `sparse-xmc run`, and the configurations that they describe.
 
 Flags of configurations are made from their dataclasses (`reflection`). This module is imported by all
 programs that describe classifiers by the same flags.
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from sparse_xmc.cli import flagfiles, reflection
 from sparse_xmc.heads import HEADS, HeadConfig
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS
 from sparse_xmc.model import ClassifierConfig, EncoderConfig
 from sparse_xmc.train import TrainingConfig
-
-from . import flagfiles, reflection
 
 FLAGS = flags.FLAGS
 
@@ -102,23 +101,23 @@ flags.adopt_module_key_flags(reflection)
 
 
 def own_flags() -> list[flags.Flag]:
-    """Return the flags of `experiments.run`, without those of the program that imports this module."""
+    """Return the flags of `sparse-xmc run`, without those of the program that imports this module."""
     modules = FLAGS.flags_by_module_dict()
     return [*modules[__name__], *modules[reflection.__name__]]
 
 
 def given_values() -> dict[str, Any]:
-    """Return the values of the flags of `experiments.run` on the command line."""
+    """Return the values of the flags of `sparse-xmc run` on the command line."""
     return {flag.name: flag.value for flag in own_flags()}
 
 
 def values_of(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the values of the flags of `experiments.run` for given arguments, without the command line."""
+    """Return the values of the flags of `sparse-xmc run` for given arguments, without the command line."""
     values = flags.FlagValues()
     for flag in own_flags():
         values[flag.name] = copied = copy.deepcopy(flag)
         copied.unparse()
-    values(["experiments.run", *flagfiles.expand(arguments)])
+    values(["sparse-xmc run", *flagfiles.expand(arguments)])
     return values.flag_values_dict()
 
 
@@ -128,7 +127,7 @@ def flag_lines() -> list[str]:
 
 
 def flags_without_use(*used: str) -> list[str]:
-    """Return the names of given flags of `experiments.run` that are not among the used ones."""
+    """Return the names of given flags of `sparse-xmc run` that are not among the used ones."""
     return [flag.name for flag in own_flags() if flag.present and flag.name not in used]
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 import experiments
-from experiments import flagfiles
 from experiments.sweep import TABLES
+from sparse_xmc.cli import flagfiles
 
 ROOT = Path(experiments.__file__).parents[1]
 PROGRAM = """
 '''What --help prints.'''
 from absl import flags
-from experiments import program
+from sparse_xmc.cli import program
 flags.DEFINE_integer("count", 1, "", 1)
 flags.DEFINE_string("do", None, "", required=True)
 flags.DEFINE_string("other", None, "", required=True)
@@ -98,7 +98,7 @@ def test_flagfiles_by_name_within_others_and_from_any_directory(tmp_path, monkey
     assert "--train=experiments/data/wordnet/train.tsv.xz" in found  # as it is written, wherever that is
     assert "--ngrams=2" in found  # of a flagfile in a flagfile
     assert flagfiles.find("experiments/data/wordnet/train.tsv.xz").samefile(
-        ROOT / "experiments/data/wordnet/train.tsv.xz"
+        ROOT / "sparse_xmc/cli/data/wordnet/train.tsv.xz"
     )
     assert flagfiles.expand(["--", "--flagfile=none"]) == ["--", "--flagfile=none"]
 

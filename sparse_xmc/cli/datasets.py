@@ -1,4 +1,4 @@
-"""Loading of the data sets of experiments from files."""
+"""Loading of data sets from the files that flags name."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_xmc.cli.flagfiles import find
 from sparse_xmc.data import (
     Dataset,
     LabelEncoder,
@@ -19,8 +20,6 @@ from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
 from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.saving import SavedModel
-
-from .flagfiles import find
 
 
 @dataclasses.dataclass(frozen=True)

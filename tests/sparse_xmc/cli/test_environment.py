@@ -1,7 +1,7 @@
 import json
 import subprocess
 
-from experiments.measure import environment
+from sparse_xmc.cli import environment
 
 
 def test_description_is_complete_and_ready_for_json():

@@ -1,13 +1,12 @@
-"""Messages that `experiments.run` prints; with several processes, only the first process prints."""
+"""Messages that `sparse-xmc run` prints; with several processes, only the first process prints."""
 
 import jax
 import numpy as np
 from absl import flags
 
+from sparse_xmc.cli import datasets
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.label_checks import shorten, warn_of_unusual_labels
-
-from . import datasets
 
 FLAGS = flags.FLAGS
 

@@ -5,11 +5,9 @@ from absl import flags
 from sparse_xmc import XMCClassifier
 from sparse_xmc.mesh import make_mesh, parse_mesh
 
-from . import unstructured as unstructured  # registers a head
-
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
 _ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
-_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for experiments.run.")
+_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for sparse-xmc run.")
 
 
 def load() -> XMCClassifier:

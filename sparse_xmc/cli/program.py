@@ -1,4 +1,4 @@
-"""Start of the programs of `experiments`, with their flags, errors and exit status.
+"""Start of programs, with their flags, errors and exit status.
 
 The exit status is 1 for an error and 2 for an error in the flags, each with a one-line message on standard
 error; --verbosity=1 adds the traceback. It is 130 after Ctrl-C, and 141 if the reader of the output has
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from . import flagfiles
+from sparse_xmc.cli import flagfiles
 
 _ERRORS = (ValueError, OSError, MemoryError, ArithmeticError, ImportError, RuntimeError)
 

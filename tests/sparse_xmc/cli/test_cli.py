@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import experiments
-from experiments import cli
+import sparse_xmc
+from sparse_xmc.cli import __main__ as cli
 
-ROOT = Path(experiments.__file__).parents[1]
+ROOT = Path(sparse_xmc.__file__).parents[1]
 
 
 def test_commands_are_programs_and_listed(monkeypatch, capsys):
@@ -22,7 +22,7 @@ def test_commands_are_programs_and_listed(monkeypatch, capsys):
     cli.main()
     printed = capsys.readouterr().out
     for command in cli.COMMANDS:
-        assert importlib.util.find_spec(f"experiments.{command}") is not None
+        assert importlib.util.find_spec(f"sparse_xmc.cli.{command}") is not None
         assert f"\n  {command} " in printed
 
 
@@ -36,8 +36,16 @@ def test_an_unknown_command_is_an_error(monkeypatch, capsys, arguments):
     assert errors.startswith("error: trian: no such command" if arguments else "sparse-xmc COMMAND")
 
 
+def test_programs_of_the_repository_say_how_to_run_them(monkeypatch):
+    for command in cli.REPRODUCTION:
+        assert importlib.util.find_spec(f"experiments.{command}") is not None
+        monkeypatch.setattr(sys, "argv", ["sparse-xmc", command])
+        with pytest.raises(SystemExit, match=rf"error: {command}: run python -m experiments\.{command} in a"):
+            cli.main()
+
+
 def test_a_command_is_its_module_with_its_flags_alone(tmp_path):
-    command = [sys.executable, "-m", "experiments.cli", "run", "--flagfile=quickstart", "--labels=5"]
+    command = [sys.executable, "-m", "sparse_xmc.cli", "run", "--flagfile=quickstart", "--labels=5"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert finished.returncode == 2
@@ -50,19 +58,19 @@ def test_a_wheel_has_the_programs_and_their_files_within_sparse_xmc(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"sparse_xmc", "xla_ops"}
-    programs = tmp_path / "sparse_xmc" / "experiments"
-    files = ("flags/data/wordnet.cfg", "data/wordnet/train.tsv.xz", "tables/wordnet.toml", "measure/ops.py")
+    programs = tmp_path / "sparse_xmc" / "cli"
+    files = ("flags/quickstart.cfg", "flags/data/wordnet.cfg", "data/wordnet/train.tsv.xz", "run.py")
     for file in files:
         assert (programs / file).exists()
     assert (tmp_path / "sparse_xmc" / "py.typed").exists()
     assert (tmp_path / "xla_ops" / "py.typed").exists()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"sparse-xmc": "sparse_xmc.experiments.cli:main"}
+    assert scripts == {"sparse-xmc": "sparse_xmc.cli.__main__:main"}
 
 
 def test_a_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
-    for name in ("sparse_xmc", "xla_ops", "experiments", "tests"):
+    for name in ("sparse_xmc", "xla_ops", "tests"):
         shutil.copytree(
             ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results")
         )
@@ -75,5 +83,5 @@ def test_a_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "xla_ops/csrc/cpu/kernels.cc", "sparse_xmc/__init__.pyi", "LICENSE"} <= names
-    assert {"experiments/data/wordnet/train.tsv.xz", "experiments/flags/quickstart.cfg"} <= names
+    assert {"sparse_xmc/cli/data/wordnet/train.tsv.xz", "sparse_xmc/cli/flags/quickstart.cfg"} <= names
     assert not [name for name in names if name.startswith("tests")]

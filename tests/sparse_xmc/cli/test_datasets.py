@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from experiments import datasets
+from sparse_xmc.cli import datasets
 from sparse_xmc.data import Dataset, write_xmc_text
 
 TRAIN = (

@@ -8,11 +8,10 @@ from typing import IO
 
 from absl import flags
 
+from sparse_xmc.cli import flagfiles
+from sparse_xmc.cli.run_flags import INCIDENTAL_FLAGS, flag_lines
 from sparse_xmc.data.files import open_no_follow
 from sparse_xmc.train import SCHEDULES
-
-from . import flagfiles
-from .run_flags import INCIDENTAL_FLAGS, flag_lines
 
 FLAGS = flags.FLAGS
 

@@ -1,8 +1,9 @@
-"""Lookup of flagfiles, tables and data of this package, by name and from any working directory.
+"""Lookup of the flagfiles and data of this package, by name and from any working directory.
 
 `--flagfile=quickstart` means `flags/quickstart.cfg`, and `--flagfile=wordnet` means `flags/data/wordnet.cfg`.
 A path such as `experiments/data/wordnet/train.tsv.xz` is first looked up relative to the working directory,
-and then in this package, wherever it is installed.
+and then in this package. It begins with `experiments/` because results and working directories contain such
+paths since the files were there.
 """
 
 import difflib
@@ -24,8 +25,8 @@ def find(path: str) -> Path:
     """Return a path, or if it does not exist and begins with `experiments/`, the path in this package."""
     found = Path(path).expanduser()
     first, *others = found.parts or ("",)
-    ours = PACKAGE.joinpath(*others)
-    return ours if first == "experiments" and not found.exists() and ours.exists() else found
+    packaged = PACKAGE.joinpath(*others)
+    return packaged if first == "experiments" and not found.exists() and packaged.exists() else found
 
 
 def find_named(name: str, directory: Path) -> Path:

@@ -1,0 +1,1 @@
+"""The command-line programs: `sparse-xmc run`, `predict`, `evaluate` and `plan`."""
