@@ -155,7 +155,7 @@ def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | No
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # missing or incomplete
                 job.enter(json.loads(path.read_text()))
 
-        command = (sys.executable, "-m", f"{__package__}.{name}", f"--json={path}", *arguments)
+        command = (sys.executable, "-m", f"experiments.{name}", f"--json={path}", *arguments)
         run(job, *command, look=look, env=env)
         return json.loads(path.read_text())
 
@@ -195,7 +195,7 @@ def tests(job: Job) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows"
         # Newer packages may give warnings that the suite does not know; they must not count as failures.
-        options = ["-p", f"{__package__}.measure.pytest_rows", f"--rows={rows}", "-W", "default"]
+        options = ["-p", "experiments.measure.pytest_rows", f"--rows={rows}", "-W", "default"]
         options += [
             f"-n={min(8, os.cpu_count() or 1)}",
             "--dist=worksteal",
@@ -261,7 +261,7 @@ def training(job: Job) -> dict:
             "--epochs=2",
             f"--workdir={directory}/run",
         ]
-        run(job, sys.executable, "-m", f"{__package__}.run", *arguments)
+        run(job, sys.executable, "-m", "experiments.run", *arguments)
         return json.loads((Path(directory) / "run" / "result.json").read_text())
 
 

@@ -187,7 +187,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
     for i, entry in enumerate(table.entries, start=1):
         values, result = effective_flags(entry.flags), entry.result(results)
         workdir = _directory(runs, values)
-        command = [sys.executable, "-m", f"{__package__}.run", *entry.flags]
+        command = [sys.executable, "-m", "experiments.run", *entry.flags]
         command += [f"--workdir={workdir}", f"--name={entry.data} {entry.model}"]
         print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
         if (

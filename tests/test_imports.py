@@ -18,11 +18,11 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "scipy", "sklearn", "numpy",
 
 
 def imports_of(source: str, *, at_start_up: bool) -> list[ast.Import | ast.ImportFrom]:
-    """Return the import statements of a module, without those for type checkers.
+    """Return the import statements of a module.
 
     Args:
       source: the source of the module.
-      at_start_up: leave out imports within functions.
+      at_start_up: leave out imports within functions and for type checkers.
     """
     found = []
     nodes: list[ast.AST] = [ast.parse(source)]
@@ -30,7 +30,7 @@ def imports_of(source: str, *, at_start_up: bool) -> list[ast.Import | ast.Impor
         node = nodes.pop()
         if at_start_up and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if at_start_up and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             nodes += node.orelse
             continue
         if isinstance(node, ast.Import | ast.ImportFrom):

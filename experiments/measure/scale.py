@@ -144,7 +144,7 @@ def run_all(scales: list[Scale], models: list[str], results: Path, seconds: floa
             if path.exists():
                 print(f"{path} is there")
                 continue
-            program = f"{(__package__ or '').rpartition('.')[0]}.label_scale"
+            program = "experiments.label_scale"
             command = [sys.executable, "-m", program, f"--results={results}"]
             command += [f"--labels={scale.labels}", f"--models={model}", f"--seconds={seconds}", "--here"]
             finished = subprocess.run(command, capture_output=True, text=True)

@@ -66,7 +66,7 @@ def measure_memory(networks: Sequence[Network], modes: Sequence[str], steps: int
     for network in networks:
         for mode in modes:
             model = json.dumps({"network": network._asdict(), "mode": mode, "steps": steps})
-            command = [sys.executable, "-m", f"{__package__}.step_memory", model]
+            command = [sys.executable, "-m", "experiments.measure.step_memory", model]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             record = {**network._asdict(), "mode": mode}
             if process.returncode == 0:
