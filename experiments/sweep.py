@@ -153,10 +153,10 @@ def read_table(path: str) -> Table:
 
 def effective_flags(arguments: list[str]) -> dict:
     """Return the values of the flags of `experiments.run` that affect results, for given arguments."""
-    return _that_matter(run_flags.values_of(arguments))
+    return _result_flags(run_flags.values_of(arguments))
 
 
-def _that_matter(values: dict) -> dict:
+def _result_flags(values: dict) -> dict:
     """Return the effective values of flags that affect results; missing flags have their defaults."""
     values = {flag.name: flag.default for flag in run_flags.own_flags()} | values
     head = reflection.kind_of("head", HEADS, values)
@@ -166,7 +166,7 @@ def _that_matter(values: dict) -> dict:
 
 def _directory(runs: Path, values: dict) -> Path:
     """Return the working directory of a run, named by a hash of its flags that differ from the defaults."""
-    defaults = _that_matter({})
+    defaults = _result_flags({})
     special = {name: value for name, value in values.items() if value != defaults.get(name)}
     return runs / hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -192,7 +192,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
         print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
         if (
             result.exists()
-            and _that_matter(rename_settings(json.loads(result.read_text())["flags"])) == values
+            and _result_flags(rename_settings(json.loads(result.read_text())["flags"])) == values
         ):
             print(f"{result} is there")
             continue

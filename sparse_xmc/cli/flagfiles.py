@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent
 FLAGFILES = PACKAGE / "flags"
 _log = logging.getLogger(__name__)
 _COMMENTS = ("#", "//")
-_DEEPEST, _MOST = 32, 1000  # maximum nesting depth, and total number, of flagfiles
+_MAX_DEPTH, _MAX_FILES = 32, 1000  # maximum nesting depth, and total number, of flagfiles
 
 
 def find(path: str) -> Path:
@@ -74,20 +74,22 @@ def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[
     expanded: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        flag, is_one, name = argument.partition("=")
+        flag, equals, name = argument.partition("=")
         if argument == "--":
             return [*expanded, argument, *remaining]
         if flag not in ("--flagfile", "-flagfile"):
             expanded.append(argument)
             continue
-        path = find_named(name if is_one else next(remaining, ""), FLAGFILES).resolve()
+        path = find_named(name if equals else next(remaining, ""), FLAGFILES).resolve()
         if path in within:
-            circle = " -> ".join(map(str, (*within[within.index(path) :], path)))
-            raise ValueError(f"{path}: a flagfile within itself: {circle}")
-        if len(within) == _DEEPEST:
-            raise ValueError(f"{path}: flagfiles within each other must be at most {_DEEPEST} deep")
-        if next(count) > _MOST:
-            raise ValueError(f"{path}: expected at most {_MOST} flagfiles in all, each as often as included")
+            cycle = " -> ".join(map(str, (*within[within.index(path) :], path)))
+            raise ValueError(f"{path}: a flagfile within itself: {cycle}")
+        if len(within) == _MAX_DEPTH:
+            raise ValueError(f"{path}: flagfiles within each other must be at most {_MAX_DEPTH} deep")
+        if next(count) > _MAX_FILES:
+            raise ValueError(
+                f"{path}: expected at most {_MAX_FILES} flagfiles in all, each as often as included"
+            )
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError as error:

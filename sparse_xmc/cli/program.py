@@ -31,11 +31,11 @@ def _parse(arguments: list[str]) -> list[str]:
         program, *others = flags.FLAGS([arguments[0], *flagfiles.expand(arguments[1:])])
     except (flags.Error, ValueError, OSError) as error:
         missing = re.findall(r"^flag (--\w+)=None: Flag .* other than None", str(error), re.MULTILINE)
-        _refuse(f"required: {', '.join(missing)}" if missing else _text(error))
+        _exit_for_usage(f"required: {', '.join(missing)}" if missing else _message(error))
     except SystemExit:  # after --help
         sys.exit(0)
     if others:
-        _refuse(f"expected flags only, got {' '.join(others)}")
+        _exit_for_usage(f"expected flags only, got {' '.join(others)}")
     if not flags.FLAGS["verbosity"].present:
         # By default, JAX would report every missing backend, and Orbax every step of every save.
         logging.set_verbosity(logging.WARNING)
@@ -50,7 +50,7 @@ def _run(main: Callable[[], object]) -> object:
         finally:
             sys.stdout.flush()
     except app.UsageError as error:
-        _refuse(str(error))
+        _exit_for_usage(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that is still buffered
         return 141
@@ -59,17 +59,19 @@ def _run(main: Callable[[], object]) -> object:
     except _ERRORS as error:
         if flags.FLAGS.verbosity > 0:
             traceback.print_exc()
-        print(f"error: {_text(error)}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         mesh = sys.modules.get("sparse_xmc.mesh")  # not imported here, as that would import JAX
         return 1 if mesh is None else mesh.exit_after_error(1)
 
 
-def _refuse(message: str) -> NoReturn:
+def _exit_for_usage(message: str) -> NoReturn:
+    """End the program with exit status 2 and a message on its flags."""
     print(f"error: {message} (--help lists the flags)", file=sys.stderr)
     sys.exit(2)
 
 
-def _text(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
+    """Return the message of an error; an error of a file begins with its name."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

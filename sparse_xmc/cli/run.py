@@ -32,13 +32,14 @@ from sparse_xmc.cli.memory import PeakMemory
 from sparse_xmc.cli.messages import print_once, print_result, print_sizes, print_unused_encoder_flags
 from sparse_xmc.data import Dataset
 from sparse_xmc.data.files import write_text
+from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.encoders import PretrainedEncoder
-from sparse_xmc.encoders.frozen_encoder import open_pretrained
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 from sparse_xmc.heads import HEADS
 from sparse_xmc.mesh import connect, make_mesh, parse_mesh
 from sparse_xmc.metrics import PROPENSITY_CONSTANTS, LabelStatistics
-from sparse_xmc.model import ClassifierConfig
+from sparse_xmc.model import Classifier, ClassifierConfig
 from sparse_xmc.modules import count_parameters
 from sparse_xmc.planning import check_memory, plan_memory
 from sparse_xmc.saving import SavedModel
@@ -66,17 +67,7 @@ def main():
     if unused := reflection.flags_without_use("head", HEADS, values):
         print_once(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
 
-    if FLAGS.encoder_trainable and FLAGS.encoder is None:
-        raise ValueError("--encoder_trainable needs --encoder")
-    print_unused_encoder_flags()
-    pretrained, network = None, None
-    if FLAGS.encoder is not None:
-        trainable = FLAGS.encoder_trainable
-        pretrained = open_pretrained(FLAGS.encoder, trainable=trainable, max_length=FLAGS.max_length)
-        if trainable:
-            network = PretrainedEncoder.from_directory(
-                FLAGS.encoder, dtype=jnp.dtype(FLAGS.encoder_dtype), remat=FLAGS.encoder_remat
-            )
+    pretrained, network = _open_encoder()
     splits = datasets.load(
         FLAGS.train,
         FLAGS.test,
@@ -129,24 +120,12 @@ def main():
             checkpoint_minutes=FLAGS.checkpoint_minutes,
             callbacks=[GradientDensity(), *([Progress(), RecordFile(records)] if is_first else [])],
         )
-    print_once("evaluating on the test and training points ...")
-    counts = splits.train.label_counts()
     statistics = LabelStatistics.of(splits.train.labels, *PROPENSITY_CONSTANTS[FLAGS.propensities])
     finish(saved, trainer, statistics=statistics, validation=validation)
-    model = saved.model
-    options: dict[str, Any] = {
-        "inv_propensities": statistics.inv_propensities,
-        "batch_size": training.batch_size,
-    }
     result = {
         "name": FLAGS.name or workdir.name,
-        "test": evaluate(model, splits.test, **options),
-        "train": evaluate(model, train, **options),
-        "test_p@1_by_group": evaluate_groups(
-            model, splits.test, statistics.groups, batch_size=training.batch_size
-        ),
-        "labels_by_group": np.bincount(statistics.groups, minlength=3).tolist(),
-        "labels_in_training": int(np.count_nonzero(counts)),
+        **_evaluate(saved.model, train, splits.test, statistics, training.batch_size),
+        "labels_in_training": int(np.count_nonzero(splits.train.label_counts())),
         "validated_on": "test" if FLAGS.validate_on_test else f"{len(validation)} held-out training points",
         "epochs": len(epochs),
         "train_seconds": sum(e["seconds"] for e in epochs),
@@ -154,7 +133,7 @@ def main():
         "peak_memory_bytes": memory.bytes(),
         "peak_memory_measured_as": memory.method,
         "planned_memory_bytes": memory_plan.bytes,
-        "model_bytes": sum(a.nbytes for a in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))),
+        "model_bytes": sum(a.nbytes for a in jax.tree.leaves(nnx.state(saved.model, nnx.Not(nnx.RngState)))),
         "model": config.to_json(),
         "training": dataclasses.asdict(training),
         "flags": values,
@@ -214,6 +193,43 @@ def _open_mesh() -> Mesh | None:
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes need --mesh, such as label:{jax.device_count()}")
     return None
+
+
+def _open_encoder() -> tuple[FrozenEncoder | Tokenizer | None, PretrainedEncoder | None]:
+    """Open the pretrained encoder that the flags name.
+
+    Returns:
+      The encoding of texts for it: the encoder itself if it is frozen, else its tokenizer; None without an
+        encoder.
+      The network if it is fine-tuned, else None.
+    """
+    trainable = FLAGS.encoder_trainable
+    if trainable and FLAGS.encoder is None:
+        raise ValueError("--encoder_trainable needs --encoder")
+    print_unused_encoder_flags()
+    if FLAGS.encoder is None:
+        return None, None
+    pretrained = open_pretrained(FLAGS.encoder, trainable=trainable, max_length=FLAGS.max_length)
+    if not trainable:
+        return pretrained, None
+    dtype = jnp.dtype(FLAGS.encoder_dtype)
+    return pretrained, PretrainedEncoder.from_directory(FLAGS.encoder, dtype=dtype, remat=FLAGS.encoder_remat)
+
+
+def _evaluate(
+    model: Classifier, train: Dataset, test: Dataset, statistics: LabelStatistics, batch_size: int
+) -> dict[str, Any]:
+    """Return the metrics on the training and test points, and the number of labels of each group."""
+    print_once("evaluating on the test and training points ...")
+    metrics = {
+        name: evaluate(model, points, inv_propensities=statistics.inv_propensities, batch_size=batch_size)
+        for name, points in (("test", test), ("train", train))
+    }
+    groups = statistics.groups
+    return metrics | {
+        "test_p@1_by_group": evaluate_groups(model, test, groups, batch_size=batch_size),
+        "labels_by_group": np.bincount(groups, minlength=3).tolist(),
+    }
 
 
 def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:

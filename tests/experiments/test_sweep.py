@@ -162,9 +162,9 @@ def test_runs_may_have_flagfiles_of_their_own(project):
 def test_a_result_from_before_a_flag_existed_counts_with_its_default():
     values = sweep.effective_flags(["--train=a", "--test=b"])
     older = {name: value for name, value in values.items() if name != "test_filter"}
-    assert sweep._that_matter(older) == values
-    assert sweep._that_matter(older | {"fan_in": 8}) != values
-    assert sweep._that_matter(older | {"no_longer_there": 1}) != values
+    assert sweep._result_flags(older) == values
+    assert sweep._result_flags(older | {"fan_in": 8}) != values
+    assert sweep._result_flags(older | {"no_longer_there": 1}) != values
 
 
 @pytest.mark.parametrize(
