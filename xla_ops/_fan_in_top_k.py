@@ -69,7 +69,8 @@ def fan_in_top_k_reference(
     """Compute `fan_in_top_k` with plain `jax.numpy`, holding all logits. Same arguments and result."""
     (x, _, kernel, indices, bias, _), k = _check(x, kernel, indices, bias, k, sparse)
     x, kernel = with_sparse(x, sparse).astype(jnp.float32), kernel.astype(jnp.float32)
-    return jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)
+    scores, labels = jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)
+    return scores, labels
 
 
 def _check(x, kernel, indices, bias, k, sparse) -> tuple[Layer, int]:
