@@ -24,7 +24,7 @@ KINDS = st.fixed_dictionaries(
 
 
 class Problem(NamedTuple):
-    """The arrays of a fixed fan-in layer, and a cotangent `dy` of its logits.
+    """The arrays of a fixed fan-in layer, and a cotangent `dy` of its logits or None.
 
     The first four are the arguments of `fan_in_matmul`, the first five those of `fan_in_loss`.
     """
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     indices: np.ndarray
     bias: np.ndarray | None
     positives: np.ndarray
-    dy: np.ndarray
+    dy: np.ndarray | None = None
 
 
 def make_problem(

@@ -146,7 +146,7 @@ def test_cross_entropy_of_extreme_logits(instruction_set, size):
     x = np.ones((20, 1), np.float32)
     kernel = np.array([[size], [-size], [size], [-size]], np.float32)
     indices, positives = np.zeros((4, 1), np.int32), np.tile(np.array([[0, 1]], np.int32), (20, 1))
-    problem = Problem(x, kernel, indices, np.zeros(4, np.float32), positives, None)
+    problem = Problem(x, kernel, indices, np.zeros(4, np.float32), positives)
     value, d_x, d_kernel, d_bias = run_loss(problem, "bce")
     np.testing.assert_allclose(value, 2 * size / 4, rtol=1e-6)
     np.testing.assert_allclose(d_bias, [0, -0.25, 0.25, 0], rtol=1e-6, atol=1e-30)

@@ -42,7 +42,7 @@ def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
     step = jax.jit(functools.partial(fan_in_adam_step, loss=loss, b1=b1, b2=b2, epsilon=epsilon))
 
     for t in range(4):
-        problem = Problem(x, params[0], indices, params[1], positives, None)
+        problem = Problem(x, params[0], indices, params[1], positives)
         expected_value, expected_d_x, *grads = loss_results(problem, loss)
         with jax.numpy_dtype_promotion("standard"):  # which Optax needs
             updates, opt_state = tx.update(tuple(grads), opt_state, params)
@@ -69,7 +69,7 @@ def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
 def test_sgd_in_float32(instruction_set, shape, loss, bias):
     x, kernel, indices, bias, positives = make_layer(*shape, with_bias=bias)
     rate = 0.1 * shape[0] * shape[2]
-    problem = Problem(x, kernel, indices, bias, positives, None)
+    problem = Problem(x, kernel, indices, bias, positives)
     expected_value, expected_d_x, *grads = loss_results(problem, loss)
     expected = jax.tree.map(lambda p, g: p - rate * g, [kernel, bias], grads)
     value, d_x, *actual = jax.jit(functools.partial(fan_in_sgd_step, loss=loss))(

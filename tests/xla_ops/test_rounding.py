@@ -61,7 +61,7 @@ def test_a_layer_is_rounded_as_sgd_rounds_it(shape):
     batch, _, labels, fan_in = shape
     x, kernel, indices, bias, positives = make_exact_step(*shape)
     rate = batch * labels * 2.0**-10
-    _, _, d_kernel, d_bias = loss_results(Problem(x, kernel, indices, bias, positives, None))
+    _, _, d_kernel, d_bias = loss_results(Problem(x, kernel, indices, bias, positives))
     exact_kernel, exact_bias = kernel - np.float32(rate) * d_kernel, bias - np.float32(rate) * d_bias
 
     layer = (kernel.astype(jnp.bfloat16), indices, bias.astype(jnp.bfloat16))
