@@ -113,7 +113,7 @@ def sgd(problem, sparse):
 
 def dense(problem, _):
     kernel = np.ones((problem.x.shape[1], problem.dy.shape[1]), np.float32)
-    arrays = {"x": problem.x, "dy": problem.dy, "kernel": kernel, "before": problem.x}
+    arrays = {"x": problem.x, "dy": problem.dy, "kernel": kernel, "depends_on": problem.x}
     return arrays | ADAM | {"seed": 1, "state": xla_ops.dense_adam_init(kernel)}
 
 

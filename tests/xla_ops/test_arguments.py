@@ -47,7 +47,7 @@ def test_index_dtype_is_the_narrowest(in_features, expected):
 
 # ---- arguments that are not arrays or numbers, and numbers out of range ----
 
-ARRAYS = ("x", "kernel", "indices", "bias", "positives", "dy", "before")
+ARRAYS = ("x", "kernel", "indices", "bias", "positives", "dy", "depends_on")
 BAD_ARRAYS = {
     "None": (None, "an array of numbers, got None"),
     "a string": ("abc", "an array of numbers, got 'abc'"),
@@ -83,7 +83,7 @@ def bad_numbers():
     for op, good in GOOD.items():
         for name in [name for name in ARRAYS if name in good]:
             for value, message in BAD_ARRAYS.values():
-                if value is not None or name not in ("bias", "before"):
+                if value is not None or name not in ("bias", "depends_on"):
                     yield op, name, value, TypeError, message
         for name in [name for name in STATIC_INTEGERS + UINT32 if name in good]:
             for value, error, message in BAD_INTEGERS.values():

@@ -91,7 +91,7 @@ def test_donated_arrays_are_updated_where_they_are_also_when_the_input_has_a_gra
     @functools.partial(jax.jit, donate_argnums=(2, 3))
     def run(x, dy, kernel, state):
         d_x = dy @ kernel.T
-        return d_x, *dense_adam_step(x, dy, kernel, state, 0.1, before=d_x)
+        return d_x, *dense_adam_step(x, dy, kernel, state, 0.1, depends_on=d_x)
 
     d_x = np.asarray(dy) @ np.asarray(kernel).T
     arguments = (x, dy, jnp.copy(kernel), dense_adam_init(kernel, dtype))

@@ -21,7 +21,7 @@ def logits(weights, x):
 @every_op(lambda op: op.is_native)
 def test_every_op_with_a_batch_of_any_size(op, is_sparse):
     batch, entries = jax.export.symbolic_shape("batch, entries")
-    first_axis = {"sparse": entries} | dict.fromkeys(("x", "positives", "dy", "before"), batch)
+    first_axis = {"sparse": entries} | dict.fromkeys(("x", "positives", "dy", "depends_on"), batch)
 
     def shape_of(path, leaf):
         shape = leaf.shape and (first_axis.get(path[0].key, leaf.shape[0]), *leaf.shape[1:])
