@@ -82,7 +82,7 @@ class Op:
 def make_example(*, batch=2, dense=DENSE_INPUTS, columns=COLUMNS, labels=4, fan_in=3, seed=0, **options):
     """Return the arguments of `Op.arguments`: a problem and its sparse inputs."""
     full = make_problem(batch, dense + columns, labels, fan_in, num_positives=2, seed=seed, **options)
-    return sparsify(full, dense, density=0.5, entries=2 * batch * columns, seed=seed)[1:]
+    return sparsify(full, dense, density=0.5, entries=3 * batch * columns, seed=seed)[1:]
 
 
 EXAMPLE = make_example()
@@ -93,7 +93,7 @@ def layer(problem, sparse):
 
 
 def top_k(problem, sparse):
-    return layer(problem, sparse) | {"k": min(2, len(problem.kernel))}
+    return layer(problem, sparse) | {"k": min(6, len(problem.kernel))}
 
 
 def loss(problem, sparse):

@@ -14,8 +14,10 @@ from op_problems import (
     KINDS,
     LOSS,
     Problem,
+    assert_all_close,
     assert_loss,
     assert_same,
+    brute_force_loss,
     loss_results,
     make_problem,
     run_loss,
@@ -196,6 +198,15 @@ def test_nan_is_not_hidden(instruction_set, loss):
 
 
 @LOSS
+@pytest.mark.parametrize("shape", [(0, 9, 6, 4), (5, 9, 0, 4), (5, 0, 6, 4)], ids=str)
+def test_a_dimension_of_size_0(loss, shape):
+    problem = make_problem(*shape)
+    results = run_loss(problem, loss)
+    assert np.isnan(results[0]) == (0 in (shape[0], shape[2]))  # the mean of no values
+    assert_all_close(results, brute_force_loss(problem, loss)[0])
+
+
+@LOSS
 @DTYPE
 def test_results_repeat_bit_for_bit(instruction_set, dtype, loss):
     problem = make_problem(100, 60, 3000, 20, dtype=dtype)
@@ -243,6 +254,14 @@ def test_gradients_scale_with_the_cotangent(dtype):
     # On a GPU both are sums that are taken in any order.
     reordered = 0 if jax.default_backend() == "cpu" else tolerance * float(jnp.abs(once).max())
     np.testing.assert_allclose(thrice.astype(jnp.float32), once, rtol=tolerance, atol=reordered)
+
+
+@LOSS
+def test_checkpoint_changes_nothing(loss):
+    problem = make_problem(7, 12, 10, 4)[:5]
+    function = functools.partial(fan_in_loss, loss=loss)
+    gradients = jax.jit(jax.value_and_grad(jax.checkpoint(function), (0, 1, 3)))(*problem)
+    assert_all_close(list(gradients), list(jax.value_and_grad(function, (0, 1, 3))(*problem)))
 
 
 @LOSS
