@@ -70,7 +70,7 @@ def _round(x, key, first_row, first, row_length):
     return jax.lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16).reshape(x.shape)
 
 
-def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
+def _positions(shape: tuple[int, int], first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
     """Return the high and the low word of each position."""
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     row += first_row
