@@ -1,4 +1,5 @@
-// The handlers of fan_in_loss, which each platform defines: their operands and results, and the checks of those.
+// The handlers of fan_in_loss, which each platform defines: their operands and results, and the checks of
+// those.
 
 #ifndef XLA_OPS_CSRC_FAN_IN_LOSS_H_
 #define XLA_OPS_CSRC_FAN_IN_LOSS_H_
@@ -16,13 +17,13 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_loss_gradients);
 template <typename Context>
 auto bind_fan_in_loss_value(Context&& context) {
   return bind_inputs(std::move(context))
-      .template Arg<ffi::AnyBuffer>()    // kernel [L, F]
-      .template Arg<ffi::AnyBuffer>()    // indices [L, F]
-      .template Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
-      .template Arg<ffi::AnyBuffer>()    // positives [B, P]
-      .template Attr<int64_t>("loss")    // 0: squared hinge, 1: binary cross-entropy
+      .template Arg<ffi::AnyBuffer>()        // kernel [L, F]
+      .template Arg<ffi::AnyBuffer>()        // indices [L, F]
+      .template Arg<ffi::AnyBuffer>()        // bias [L], or [0] for none
+      .template Arg<ffi::AnyBuffer>()        // positives [B, P]
+      .template Attr<int64_t>("loss")        // 0: squared hinge, 1: binary cross-entropy
       .template Attr<int64_t>("num_labels")  // that the loss is a mean over
-      .template Ret<ffi::AnyBuffer>();   // loss [] float32
+      .template Ret<ffi::AnyBuffer>();       // loss [] float32
 }
 
 template <typename Context>
@@ -41,8 +42,9 @@ inline ffi::Error check_fan_in_loss_value(const InputBuffers& in, const ffi::Any
   return check_loss(positives, loss, num_labels, mean, s);
 }
 
-inline ffi::Error check_fan_in_loss_gradients(const Shape& s, const ffi::AnyBuffer& bias, const ffi::AnyBuffer& d_x,
-                                              const ffi::AnyBuffer& d_kernel, const ffi::AnyBuffer& d_bias) {
+inline ffi::Error check_fan_in_loss_gradients(const Shape& s, const ffi::AnyBuffer& bias,
+                                              const ffi::AnyBuffer& d_x, const ffi::AnyBuffer& d_kernel,
+                                              const ffi::AnyBuffer& d_bias) {
   const ffi::DataType type = bias.element_type();
   XLA_OPS_RETURN_IF_ERROR(check_d_x(d_x, type, s));
   XLA_OPS_RETURN_IF_ERROR(check("d_kernel", d_kernel, type, {s.labels, s.fan_in}));

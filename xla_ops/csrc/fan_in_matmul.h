@@ -1,4 +1,5 @@
-// The handlers of fan_in_matmul, which each platform defines: their operands and results, and the checks of those.
+// The handlers of fan_in_matmul, which each platform defines: their operands and results, and the checks of
+// those.
 
 #ifndef XLA_OPS_CSRC_FAN_IN_MATMUL_H_
 #define XLA_OPS_CSRC_FAN_IN_MATMUL_H_

@@ -1,4 +1,5 @@
-// The handlers of fan_in_step, which each platform defines: their operands and results, and the checks of those.
+// The handlers of fan_in_step, which each platform defines: their operands and results, and the checks of
+// those.
 
 #ifndef XLA_OPS_CSRC_FAN_IN_STEP_H_
 #define XLA_OPS_CSRC_FAN_IN_STEP_H_
@@ -16,16 +17,16 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_step_sgd);
 template <typename Context>
 auto bind_fan_in_step_adam(Context&& context) {
   return bind_inputs(std::move(context))
-      .template Arg<ffi::AnyBuffer>()  // kernel [L, F]
-      .template Arg<ffi::AnyBuffer>()  // indices [L, F]
-      .template Arg<ffi::AnyBuffer>()  // bias [L], or [0] for none
-      .template Arg<ffi::AnyBuffer>()  // positives [B, P]
-      .template Arg<ffi::AnyBuffer>()  // first moment of the kernel [L, F]
-      .template Arg<ffi::AnyBuffer>()  // second moment of the kernel [L, F]
-      .template Arg<ffi::AnyBuffer>()  // first moment of the bias, of its shape
-      .template Arg<ffi::AnyBuffer>()  // second moment of the bias, of its shape
-      .template Arg<ffi::AnyBuffer>()  // rates: learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
-      .template Attr<int64_t>("loss")  // 0: squared hinge, 1: binary cross-entropy
+      .template Arg<ffi::AnyBuffer>()        // kernel [L, F]
+      .template Arg<ffi::AnyBuffer>()        // indices [L, F]
+      .template Arg<ffi::AnyBuffer>()        // bias [L], or [0] for none
+      .template Arg<ffi::AnyBuffer>()        // positives [B, P]
+      .template Arg<ffi::AnyBuffer>()        // first moment of the kernel [L, F]
+      .template Arg<ffi::AnyBuffer>()        // second moment of the kernel [L, F]
+      .template Arg<ffi::AnyBuffer>()        // first moment of the bias, of its shape
+      .template Arg<ffi::AnyBuffer>()        // second moment of the bias, of its shape
+      .template Arg<ffi::AnyBuffer>()        // rates: learning rate, 1 / (1 - b1^t), 1 / (1 - b2^t)
+      .template Attr<int64_t>("loss")        // 0: squared hinge, 1: binary cross-entropy
       .template Attr<int64_t>("num_labels")  // that the loss is a mean over
       .template Attr<float>("b1")
       .template Attr<float>("b2")
@@ -43,18 +44,18 @@ auto bind_fan_in_step_adam(Context&& context) {
 template <typename Context>
 auto bind_fan_in_step_sgd(Context&& context) {
   return bind_inputs(std::move(context))
-      .template Arg<ffi::AnyBuffer>()   // kernel [L, F]
-      .template Arg<ffi::AnyBuffer>()   // indices [L, F]
-      .template Arg<ffi::AnyBuffer>()   // bias [L], or [0] for none
-      .template Arg<ffi::AnyBuffer>()   // positives [B, P]
-      .template Arg<ffi::AnyBuffer>()   // learning rate [] float32
-      .template Arg<ffi::AnyBuffer>()   // key: seed (two words), step, and the first label [4] uint32
-      .template Attr<int64_t>("loss")   // 0: squared hinge, 1: binary cross-entropy
+      .template Arg<ffi::AnyBuffer>()        // kernel [L, F]
+      .template Arg<ffi::AnyBuffer>()        // indices [L, F]
+      .template Arg<ffi::AnyBuffer>()        // bias [L], or [0] for none
+      .template Arg<ffi::AnyBuffer>()        // positives [B, P]
+      .template Arg<ffi::AnyBuffer>()        // learning rate [] float32
+      .template Arg<ffi::AnyBuffer>()        // key: seed (two words), step, and the first label [4] uint32
+      .template Attr<int64_t>("loss")        // 0: squared hinge, 1: binary cross-entropy
       .template Attr<int64_t>("num_labels")  // that the loss is a mean over
-      .template Ret<ffi::AnyBuffer>()   // loss []
-      .template Ret<ffi::AnyBuffer>()   // d_x [B, D], or [0, 0] for none
-      .template Ret<ffi::AnyBuffer>()   // kernel, updated in place
-      .template Ret<ffi::AnyBuffer>();  // bias, updated in place
+      .template Ret<ffi::AnyBuffer>()        // loss []
+      .template Ret<ffi::AnyBuffer>()        // d_x [B, D], or [0, 0] for none
+      .template Ret<ffi::AnyBuffer>()        // kernel, updated in place
+      .template Ret<ffi::AnyBuffer>();       // bias, updated in place
 }
 
 // What both steps take and return.

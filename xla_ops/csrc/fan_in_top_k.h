@@ -1,4 +1,5 @@
-// The handler of fan_in_top_k, which each platform defines: its operands and results, and the checks of those.
+// The handler of fan_in_top_k, which each platform defines: its operands and results, and the checks of
+// those.
 
 #ifndef XLA_OPS_CSRC_FAN_IN_TOP_K_H_
 #define XLA_OPS_CSRC_FAN_IN_TOP_K_H_
@@ -24,7 +25,8 @@ auto bind_fan_in_top_k(Context&& context) {
 
 inline ffi::Error check_fan_in_top_k(const InputBuffers& in, const ffi::AnyBuffer& kernel,
                                      const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
-                                     const ffi::AnyBuffer& scores, const ffi::AnyBuffer& labels, Shape* s, int64_t* k) {
+                                     const ffi::AnyBuffer& scores, const ffi::AnyBuffer& labels, Shape* s,
+                                     int64_t* k) {
   XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, bias, s));
   *k = scores.dimensions().size() == 2 ? scores.dimensions()[1] : 0;
   XLA_OPS_RETURN_IF_ERROR(check("scores", scores, ffi::F32, {s->batch, *k}));

@@ -84,8 +84,10 @@ T* data(const ffi::AnyBuffer& buffer) {
 
 // Checks that `after` is `before`'s memory, where an update reads what it writes.
 inline ffi::Error check_aliased(const char* name, const ffi::AnyBuffer& before, const ffi::AnyBuffer& after) {
-  if (before.untyped_data() == after.untyped_data() || before.element_count() == 0) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument(std::string(name) + " must be updated in place: its result must alias it");
+  if (before.untyped_data() == after.untyped_data() || before.element_count() == 0)
+    return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(std::string(name) +
+                                     " must be updated in place: its result must alias it");
 }
 
 // What stands for no bias, or for no gradient of x, is an array of no elements.
@@ -122,24 +124,24 @@ inline ffi::Error check_inputs(const InputBuffers& in) {
 inline ffi::Error read_shape(const ffi::AnyBuffer& x, const ffi::AnyBuffer& indices, Shape* s) {
   const auto a = x.dimensions(), b = indices.dimensions();
   if (a.size() != 2 || b.size() != 2 || b[1] < 1) {
-    return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(a) +
-                                       " and " + shape_string(b));
+    return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " +
+                                       shape_string(a) + " and " + shape_string(b));
   }
   *s = {a[0], a[1], b[0], b[1], b[0]};
   return ffi::Error::Success();
 }
 
 // The same, and checks kernel [labels, fan_in] and bias ([labels], or [0] for none) against them.
-inline ffi::Error read_layer(const InputBuffers& in, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
-                             const ffi::AnyBuffer& bias, Shape* s) {
+inline ffi::Error read_layer(const InputBuffers& in, const ffi::AnyBuffer& kernel,
+                             const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias, Shape* s) {
   XLA_OPS_RETURN_IF_ERROR(read_shape(in.x, indices, s));
   XLA_OPS_RETURN_IF_ERROR(check_inputs(in));
   XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, in.x.element_type(), {s->labels, s->fan_in}));
   return check("bias", bias, in.x.element_type(), {bias.element_count() ? s->labels : 0});
 }
 
-// Binds the operands of InputBuffers, the first ones of every handler of a fixed fan-in layer; `num_columns` is the
-// first attribute.
+// Binds the operands of InputBuffers, the first ones of every handler of a fixed fan-in layer; `num_columns`
+// is the first attribute.
 template <typename Context>
 auto bind_inputs(Context&& context) {
   return std::move(context)
@@ -150,14 +152,16 @@ auto bind_inputs(Context&& context) {
       .template Arg<ffi::AnyBuffer>();  // values
 }
 
-// Checks what a loss takes besides the layer: positives [batch, any], how many labels it is a mean over, which becomes
-// part of the shape, and `mean`, the scalar result.
+// Checks what a loss takes besides the layer: positives [batch, any], how many labels it is a mean over,
+// which becomes part of the shape, and `mean`, the scalar result.
 inline ffi::Error check_loss(const ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels,
                              const ffi::AnyBuffer& mean, Shape* s) {
   s->mean_labels = num_labels;
   const auto dims = positives.dimensions();
-  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s->batch, dims.size() == 2 ? dims[1] : 0}));
-  if (loss != 0 && loss != 1) return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
+  XLA_OPS_RETURN_IF_ERROR(
+      check("positives", positives, ffi::S32, {s->batch, dims.size() == 2 ? dims[1] : 0}));
+  if (loss != 0 && loss != 1)
+    return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
   return check("loss", mean, ffi::F32, {});
 }
 

@@ -1,10 +1,10 @@
 // The backward pass of a fixed fan-in layer: all gradients in one sweep over the labels.
 //
 // A block of labels is taken through everything while its rows and the features that it reads are in cache:
-// gradient of the logits, gradient of the kernel, gradient of the input. Where the gradient of the logits is zero for
-// a label in a tile, which for the squared hinge is nearly everywhere once training is under way, the two products
-// are skipped. What becomes of the gradients of the kernel and the bias is up to a *sink*: `Gradients` writes them
-// out, the updates of fan_in_step.cc apply them and forget them.
+// gradient of the logits, gradient of the kernel, gradient of the input. Where the gradient of the logits is
+// zero for a label in a tile, which for the squared hinge is nearly everywhere once training is under way,
+// the two products are skipped. What becomes of the gradients of the kernel and the bias is up to a *sink*:
+// `Gradients` writes them out, the updates of fan_in_step.cc apply them and forget them.
 
 #ifndef XLA_OPS_CSRC_CPU_BACKWARD_H_
 #define XLA_OPS_CSRC_CPU_BACKWARD_H_
@@ -23,7 +23,8 @@ namespace xla_ops {
 template <typename T>
 class Gradients {
  public:
-  Gradients(const Shape& s, T* d_kernel, T* d_bias) : fan_in_(s.fan_in), d_kernel_(d_kernel), d_bias_(d_bias) {}
+  Gradients(const Shape& s, T* d_kernel, T* d_bias)
+      : fan_in_(s.fan_in), d_kernel_(d_kernel), d_bias_(d_bias) {}
 
   // Where the kernel's gradient of labels [first, first + labels) is to be summed.
   float* kernel_sums(int64_t first, int64_t labels) {
@@ -42,15 +43,15 @@ class Gradients {
   Buffer<float> beside_;
 };
 
-// One thread's part of the labels, [begin, end). rows_of(run, tile, label, n, rows) fills in the gradient of the logits
-// of n labels, and returns the mask of those that have any; the gradient of the packed input is added to d_packed,
-// unless that is null.
+// One thread's part of the labels, [begin, end). rows_of(run, tile, label, n, rows) fills in the gradient of
+// the logits of n labels, and returns the mask of those that have any; the gradient of the packed input is
+// added to d_packed, unless that is null.
 //
-// Tiles are on the inside, so that the sink gets a run's gradients summed over the batch, but a run is long enough to
-// pay for bringing a tile's features into the cache.
+// Tiles are on the inside, so that the sink gets a run's gradients summed over the batch, but a run is long
+// enough to pay for bringing a tile's features into the cache.
 template <typename T, typename I, typename Rows, typename Sink>
-void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed, int64_t begin, int64_t end,
-                   Rows& rows_of, Sink& sink, float* d_packed) {
+void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed, int64_t begin,
+                   int64_t end, Rows& rows_of, Sink& sink, float* d_packed) {
   const Shape& s = layer.shape;
   const int64_t run_length = labels_per_run(s);
   Run<T, I> run(layer, packed, std::min(run_length, end - begin));
@@ -76,11 +77,11 @@ void backward_part(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>
   }
 }
 
-// d_x [batch, in_features], unless that is null, and everything else into the sinks. make_rows() and make_sink() are called once per
-// part; the rows come back, for what they have counted.
+// d_x [batch, in_features], unless that is null, and everything else into the sinks. make_rows() and
+// make_sink() are called once per part; the rows come back, for what they have counted.
 template <typename T, typename I, typename MakeRows, typename MakeSink>
-auto backward(xla::ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed,
-              const MakeRows& make_rows, const MakeSink& make_sink, T* d_x) {
+auto backward(xla::ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles,
+              const Packed<T>& packed, const MakeRows& make_rows, const MakeSink& make_sink, T* d_x) {
   const Shape& s = layer.shape;
   const Parts parts(s, std::max<int64_t>(1, std::min(pool.num_threads(), worthwhile_copies(s))));
   const Buffer<float> d_packed = d_x ? allocate<float>(parts.count * tiles.elements) : nullptr;

@@ -1,5 +1,5 @@
-// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and the
-// gradient of its output, is computed a few rows and columns at a time and never stored.
+// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and
+// the gradient of its output, is computed a few rows and columns at a time and never stored.
 
 #include "../dense_step.h"
 
@@ -17,13 +17,15 @@ namespace {
 constexpr int64_t kGradientsAtOnce = 1 << 16;
 constexpr int64_t kRowsPerItem = 128;
 
-// update(row, column, count, gradient) for every run of the kernel's elements; `column` is a multiple of kColumns.
+// update(row, column, count, gradient) for every run of the kernel's elements; `column` is a multiple of
+// kColumns.
 template <typename Update>
 void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy,
                        const Update& update) {
   const int64_t tiles = ceil_div(s.columns, kColumns);
   const Buffer<float> packed = allocate<float>(tiles * s.batch * kColumns);  // [tile, batch, kColumns]
-  const int64_t tiles_per_group = std::max<int64_t>(1, kGradientsAtOnce / (std::max<int64_t>(1, s.batch) * kColumns));
+  const int64_t tiles_per_group =
+      std::max<int64_t>(1, kGradientsAtOnce / (std::max<int64_t>(1, s.batch) * kColumns));
   const int64_t groups = ceil_div(tiles, tiles_per_group);
   parallel_for(pool, groups, [&](int64_t group) {
     const int64_t end = std::min(tiles, (group + 1) * tiles_per_group);
@@ -49,7 +51,8 @@ void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* 
       int64_t stride = s.rows;
       if (rows < kRows) {  // the kernel reads kRows values: pad the last ones
         for (int64_t b = 0; b < s.batch; ++b) {
-          for (int64_t r = 0; r < kRows; ++r) last_rows[b * kRows + r] = r < rows ? x[b * s.rows + row + r] : 0;
+          for (int64_t r = 0; r < kRows; ++r)
+            last_rows[b * kRows + r] = r < rows ? x[b * s.rows + row + r] : 0;
         }
         values = last_rows.get();
         stride = kRows;
@@ -63,8 +66,8 @@ void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* 
   });
 }
 
-// Adam's moments. Of those in bfloat16 the second changes by less than its precision in a step, so it is rounded
-// stochastically; the first is rounded to nearest.
+// Adam's moments. Of those in bfloat16 the second changes by less than its precision in a step, so it is
+// rounded stochastically; the first is rounded to nearest.
 template <typename M>
 struct Moments {
   M *mu, *nu;
@@ -91,9 +94,10 @@ void adam(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const floa
 }
 
 ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key, ffi::AnyBuffer,
-                     float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel,
-                     ffi::Result<ffi::AnyBuffer> new_mu, ffi::Result<ffi::AnyBuffer> new_nu) {
+                     ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key,
+                     ffi::AnyBuffer, float b1, float b2, float epsilon,
+                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_mu,
+                     ffi::Result<ffi::AnyBuffer> new_nu) {
   DenseShape s;
   XLA_OPS_RETURN_IF_ERROR(
       check_dense_step_adam({x, kernel, dy, mu, nu, rates, key, *new_kernel, *new_mu, *new_nu}, &s));

@@ -1,5 +1,5 @@
-// The loss of a fixed fan-in output layer against sparse positives, and all of its gradients, in one sweep over the
-// labels: the logits of all labels never exist.
+// The loss of a fixed fan-in output layer against sparse positives, and all of its gradients, in one sweep
+// over the labels: the logits of all labels never exist.
 
 #include "../fan_in_loss.h"
 
@@ -49,11 +49,12 @@ struct GradientBuffers {
 };
 
 // Without gradients `d` is null.
-ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& kernel, ffi::AnyBuffer& indices,
-                ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels, ffi::AnyBuffer& mean,
-                GradientBuffers* d) {
+ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& kernel,
+                ffi::AnyBuffer& indices, ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss,
+                int64_t num_labels, ffi::AnyBuffer& mean, GradientBuffers* d) {
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, mean, &s));
+  XLA_OPS_RETURN_IF_ERROR(
+      check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, mean, &s));
   if (d) XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, d->x, d->kernel, d->bias));
   return dispatch(in.x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -63,24 +64,29 @@ ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& k
     const Packed<T> packed(pool, tiles, inputs_of<T>(in));
     const auto sorted = by_label(data<int32_t>(positives), s.batch, positives.dimensions()[1], s.labels);
     const LossRows rows(s, static_cast<Loss>(loss), sorted);
-    *data<float>(mean) = d ? gradients(pool, layer, tiles, packed, rows, optional_data<T>(d->x), data<T>(d->kernel),
-                                       optional_data<T>(d->bias))
+    *data<float>(mean) = d ? gradients(pool, layer, tiles, packed, rows, optional_data<T>(d->x),
+                                       data<T>(d->kernel), optional_data<T>(d->bias))
                            : value(pool, layer, tiles, packed, rows);
   });
 }
 
-ffi::Error value_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, int64_t num_labels,
-                      ffi::Result<ffi::AnyBuffer> mean) {
-  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss, num_labels, *mean, nullptr);
+ffi::Error value_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                      ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
+                      int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean) {
+  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss,
+              num_labels, *mean, nullptr);
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                          ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, int64_t num_labels,
-                          ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
-                          ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
+ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                          ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                          ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
+                          int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean,
+                          ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
+                          ffi::Result<ffi::AnyBuffer> d_bias) {
   GradientBuffers d{*d_x, *d_kernel, *d_bias};
-  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss, num_labels, *mean, &d);
+  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss,
+              num_labels, *mean, &d);
 }
 
 }  // namespace

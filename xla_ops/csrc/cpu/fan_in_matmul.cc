@@ -31,7 +31,8 @@ void forward(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>& i
     Run<T, I> run(layer, packed, kBlock);
     run.start(label, n);
     run.logits(tile, label, n, rows);
-    layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label, s.labels);
+    layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label,
+                                  s.labels);
   });
 }
 
@@ -43,7 +44,8 @@ struct GivenRows {
 
   template <typename AnyRun>
   uint64_t operator()(const AnyRun&, const Tile& tile, int64_t label, int64_t n, float* rows) const {
-    layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows, tile.width);
+    layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows,
+                                tile.width);
     return row_kernels().nonzero(rows, n, tile.width);
   }
 };
@@ -62,24 +64,28 @@ void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>&
 
 // ---- handlers ----
 
-ffi::Error forward_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                        ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error forward_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                        ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                        ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(in, kernel, indices, bias, *y, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, inputs_of<T>(in), data<T>(*y));
+    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, inputs_of<T>(in),
+            data<T>(*y));
   });
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                          ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x,
+ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                          ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                          ffi::AnyBuffer indices, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x,
                           ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
+  XLA_OPS_RETURN_IF_ERROR(
+      check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
   return dispatch(x, indices, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;

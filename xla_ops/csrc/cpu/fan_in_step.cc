@@ -1,5 +1,6 @@
-// A whole training step of a fixed fan-in output layer in one sweep over the labels: loss, gradient of the input, and
-// the update of kernel, bias and moments where they are. The kernel's gradient exists for one run of labels at a time.
+// A whole training step of a fixed fan-in output layer in one sweep over the labels: loss, gradient of the
+// input, and the update of kernel, bias and moments where they are. The kernel's gradient exists for one run
+// of labels at a time.
 
 #include "../fan_in_step.h"
 
@@ -45,7 +46,8 @@ struct SgdWeights {
 template <typename Weights>
 class Update {
  public:
-  Update(const Shape& s, const Weights& kernel, const Weights& bias) : fan_in_(s.fan_in), kernel_(kernel), bias_(bias) {}
+  Update(const Shape& s, const Weights& kernel, const Weights& bias)
+      : fan_in_(s.fan_in), kernel_(kernel), bias_(bias) {}
 
   float* kernel_sums(int64_t, int64_t labels) {
     if (!sums_) sums_ = allocate<float>(labels * fan_in_);  // no later run is longer than the first
@@ -63,32 +65,35 @@ class Update {
 };
 
 template <typename T, typename I, typename Weights>
-void step(ffi::ThreadPool& pool, const Shape& s, const StepBuffers& a, const Weights& kernel, const Weights& bias) {
+void step(ffi::ThreadPool& pool, const Shape& s, const StepBuffers& a, const Weights& kernel,
+          const Weights& bias) {
   const Layer<T, I> layer{s, data<T>(a.kernel), data<I>(a.indices), optional_data<T>(a.bias)};
   const Tiles tiles(s.batch, s.in_features);
   const Packed<T> packed(pool, tiles, inputs_of<T>(a.in));
   const auto sorted = by_label(data<int32_t>(a.positives), s.batch, a.positives.dimensions()[1], s.labels);
   const auto sums = backward(
-      pool, layer, tiles, packed,
-      [&] { return LossRows(s, static_cast<Loss>(a.loss), sorted); },
+      pool, layer, tiles, packed, [&] { return LossRows(s, static_cast<Loss>(a.loss), sorted); },
       [&] { return Update<Weights>(s, kernel, bias); }, optional_data<T>(a.d_x));
   *data<float>(a.mean) = mean_loss(sums, s);
 }
 
-ffi::Error adam_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel,
-                     ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates,
-                     int64_t loss, int64_t num_labels, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
+ffi::Error adam_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                     ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                     ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives,
+                     ffi::AnyBuffer mu_kernel, ffi::AnyBuffer nu_kernel, ffi::AnyBuffer mu_bias,
+                     ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates, int64_t loss, int64_t num_labels, float b1,
+                     float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean,
                      ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel,
                      ffi::Result<ffi::AnyBuffer> new_bias, ffi::Result<ffi::AnyBuffer> new_mu_kernel,
                      ffi::Result<ffi::AnyBuffer> new_nu_kernel, ffi::Result<ffi::AnyBuffer> new_mu_bias,
                      ffi::Result<ffi::AnyBuffer> new_nu_bias) {
   const InputBuffers in{x, rows, columns, values, num_columns};
-  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias};
+  const StepBuffers buffers{in,         kernel, indices, bias,        positives, loss,
+                            num_labels, *mean,  *d_x,    *new_kernel, *new_bias};
   Shape s;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(buffers,
-                                                 {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel,
-                                                  *new_nu_kernel, *new_mu_bias, *new_nu_bias},
+                                                 {mu_kernel, nu_kernel, mu_bias, nu_bias, rates,
+                                                  *new_mu_kernel, *new_nu_kernel, *new_mu_bias, *new_nu_bias},
                                                  &s));
   const float* r = data<float>(rates);
   const AdamStep adam{r[0], b1, b2, epsilon, r[1], r[2]};
@@ -96,19 +101,24 @@ ffi::Error adam_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x
     using I = std::remove_pointer_t<decltype(i)>;
     // Only float32 gets here; the other branch would not compile.
     if constexpr (std::is_same_v<decltype(t), float*>) {
-      const AdamWeights kernel_weights{data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel), adam};
-      const AdamWeights bias_weights{optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias), adam};
+      const AdamWeights kernel_weights{data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel),
+                                       adam};
+      const AdamWeights bias_weights{optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias),
+                                     adam};
       step<float, I>(pool, s, buffers, kernel_weights, bias_weights);
     }
   });
 }
 
-ffi::Error sgd_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                    ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
-                    int64_t loss, int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
+ffi::Error sgd_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                    ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                    ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives,
+                    ffi::AnyBuffer learning_rate, ffi::AnyBuffer key, int64_t loss, int64_t num_labels,
+                    ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias) {
   const InputBuffers in{x, rows, columns, values, num_columns};
-  const StepBuffers buffers{in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias};
+  const StepBuffers buffers{in,         kernel, indices, bias,        positives, loss,
+                            num_labels, *mean,  *d_x,    *new_kernel, *new_bias};
   Shape s;
   XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(buffers, learning_rate, key, &s));
   const uint32_t* k = data<uint32_t>(key);

@@ -39,13 +39,14 @@ struct Ranking {
 };
 
 template <typename T, typename I>
-void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inputs<T>& inputs, float* scores, int32_t* labels) {
+void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inputs<T>& inputs, float* scores,
+           int32_t* labels) {
   if (k == 0) return;
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Packed<T> packed(pool, tiles, inputs);
-  // A thread has a part of the labels. Where there are too few of these for all threads, several share a part and
-  // have some tiles of it each.
+  // A thread has a part of the labels. Where there are too few of these for all threads, several share a part
+  // and have some tiles of it each.
   const int64_t threads = pool.num_threads();
   const Parts parts(s, std::max<int64_t>(1, std::min(threads, ceil_div(s.labels, kBlock))));
   const int64_t shares = std::max<int64_t>(1, std::min(threads / parts.count, tiles.count));
@@ -58,7 +59,8 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
     Ranking& ranking = rankings[part];
     alignas(64) float rows[kBlock * kTile];
     const Buffer<float> worst_of_all = allocate<float>(tiles.count * kTile);
-    std::fill_n(worst_of_all.get(), tiles.count * kTile, std::numeric_limits<float>::infinity());  // the padding's
+    std::fill_n(worst_of_all.get(), tiles.count * kTile,
+                std::numeric_limits<float>::infinity());  // the padding's
     std::fill_n(worst_of_all.get(), s.batch, -std::numeric_limits<float>::infinity());
     Run<T, I> run(layer, packed, std::min(run_length, end - parts.begin(part)));
     for (int64_t first = parts.begin(part); first < end; first += run_length) {
@@ -95,8 +97,10 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
   std::copy_n(best.labels.get(), s.batch * k, labels);
 }
 
-ffi::Error top_k_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
+ffi::Error top_k_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
+                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
+                      ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores,
+                      ffi::Result<ffi::AnyBuffer> labels) {
   const InputBuffers in{x, rows, columns, values, num_columns};
   Shape s{};
   int64_t k = 0;
@@ -105,8 +109,7 @@ ffi::Error top_k_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer 
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
     top_k(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, k,
-          inputs_of<T>(in),
-          data<float>(*scores), data<int32_t>(*labels));
+          inputs_of<T>(in), data<float>(*scores), data<int32_t>(*labels));
   });
 }
 

@@ -1,15 +1,15 @@
 // See kernels.h. setup.py compiles this file once per instruction set, with XLA_OPS_ISA naming it.
 //
-// No header with functions that could be compiled on their own is included, and everything but the exported table has internal linkage: an inline
-// function of the standard library compiled here with AVX-512 could otherwise be the copy that the linker
-// keeps for the whole program, and crash processors without it.
+// No header with functions that could be compiled on their own is included, and everything but the exported
+// table has internal linkage: an inline function of the standard library compiled here with AVX-512 could
+// otherwise be the copy that the linker keeps for the whole program, and crash processors without it.
 
 #include "kernels.h"
 
 #include <stdint.h>
 
 #if defined(__AVX512F__)
-#include <immintrin.h>  // whose functions are never compiled on their own
+#include <immintrin.h>                                  // whose functions are never compiled on their own
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes its undefined vectors for mistakes
 #endif
 
@@ -239,12 +239,12 @@ struct Chosen {
 };
 
 // Calls fn<NV>(...) with NV = the number of vectors in a row of `width`, so that a row stays in registers.
-#define XLA_OPS_FOR_WIDTH(fn, width, ...)             \
-  switch ((width) / kLanes) {                         \
-    case 1: return fn<1 * kLanes / W>(__VA_ARGS__);   \
-    case 2: return fn<2 * kLanes / W>(__VA_ARGS__);   \
-    case 3: return fn<3 * kLanes / W>(__VA_ARGS__);   \
-    default: return fn<4 * kLanes / W>(__VA_ARGS__);  \
+#define XLA_OPS_FOR_WIDTH(fn, width, ...)            \
+  switch ((width) / kLanes) {                        \
+    case 1: return fn<1 * kLanes / W>(__VA_ARGS__);  \
+    case 2: return fn<2 * kLanes / W>(__VA_ARGS__);  \
+    case 3: return fn<3 * kLanes / W>(__VA_ARGS__);  \
+    default: return fn<4 * kLanes / W>(__VA_ARGS__); \
   }
 static_assert(kTile == 4 * kLanes, "XLA_OPS_FOR_WIDTH covers every width");
 
@@ -260,7 +260,8 @@ XLA_OPS_INLINE void prefetch(const T* packed, int64_t row) {
 }
 
 template <int NV, typename T, typename Connections>
-void logits_of_width(const T* packed, const Connections& connections, const T* bias, int64_t labels, float* rows) {
+void logits_of_width(const T* packed, const Connections& connections, const T* bias, int64_t labels,
+                     float* rows) {
   const int64_t last = connections.end(labels - 1) - 1;
   int64_t k = connections.begin(0);
   for (int64_t n = 0; n < labels; ++n) {
@@ -300,7 +301,8 @@ void kernel_grad_of_width(const T* packed, const Connections& connections, const
     for (; k + W <= end; k += W) {  // W connections at a time, summed over the lanes together
       Vec sum[W];
 #pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) sum[j] = products_of_rows<NV>(row, packed + connections.row(k + j) * NV * W);
+      for (int j = 0; j < W; ++j)
+        sum[j] = products_of_rows<NV>(row, packed + connections.row(k + j) * NV * W);
       SumLanes<1>::run(sum);
       store(d + k, load(d + k) + sum[0]);
     }
@@ -328,8 +330,8 @@ void input_grad_of_width(const float* rows, uint64_t mask, const Connections& co
 }
 
 template <typename T, typename I>
-void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices, const T* bias,
-            int64_t labels, int64_t fan_in, float* rows) {
+void logits(const T* packed, int64_t in_features, int64_t width, const T* kernel, const I* indices,
+            const T* bias, int64_t labels, int64_t fan_in, float* rows) {
   const All<T, I> all{kernel, indices, in_features, fan_in};
   XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, all, bias, labels, rows);
 }
@@ -347,27 +349,29 @@ void input_grad(const float* rows, uint64_t mask, int64_t in_features, int64_t w
 }
 
 template <typename T>
-void listed_logits(const T* packed, const Lists<T>& lists, int64_t width, const T* bias, int64_t labels, float* rows) {
+void listed_logits(const T* packed, const Lists<T>& lists, int64_t width, const T* bias, int64_t labels,
+                   float* rows) {
   const Chosen<T> chosen{lists};
   XLA_OPS_FOR_WIDTH(logits_of_width, width, packed, chosen, bias, labels, rows);
 }
 template <typename T>
-void listed_kernel_grad(const T* packed, const Lists<T>& lists, int64_t width, const float* rows, uint64_t mask,
-                        float* d_weight) {
+void listed_kernel_grad(const T* packed, const Lists<T>& lists, int64_t width, const float* rows,
+                        uint64_t mask, float* d_weight) {
   const Chosen<T> chosen{lists};
   XLA_OPS_FOR_WIDTH(kernel_grad_of_width, width, packed, chosen, rows, mask, d_weight);
 }
 template <typename T>
-void listed_input_grad(const float* rows, uint64_t mask, const Lists<T>& lists, int64_t width, float* d_packed) {
+void listed_input_grad(const float* rows, uint64_t mask, const Lists<T>& lists, int64_t width,
+                       float* d_packed) {
   const Chosen<T> chosen{lists};
   XLA_OPS_FOR_WIDTH(input_grad_of_width, width, rows, mask, chosen, d_packed);
 }
 
 // ---- listing connections ----
 
-// Appends one label's connections to a dense input to row and at, those to sparse inputs that the batch has to column
-// and at_sparse, and returns how many there are of each. Which they are is hard to predict: no branches. Writes up to
-// kLanes elements beyond.
+// Appends one label's connections to a dense input to row and at, those to sparse inputs that the batch has
+// to column and at_sparse, and returns how many there are of each. Which they are is hard to predict: no
+// branches. Writes up to kLanes elements beyond.
 struct Counts {
   int64_t dense, sparse;
 };
@@ -375,7 +379,9 @@ struct Counts {
 XLA_OPS_INLINE __m512i load_indices(const uint16_t* p, __mmask16 lanes) {
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
 }
-XLA_OPS_INLINE __m512i load_indices(const int32_t* p, __mmask16 lanes) { return _mm512_maskz_loadu_epi32(lanes, p); }
+XLA_OPS_INLINE __m512i load_indices(const int32_t* p, __mmask16 lanes) {
+  return _mm512_maskz_loadu_epi32(lanes, p);
+}
 
 template <typename I>
 XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_in, int32_t* row, int32_t* at,
@@ -397,9 +403,10 @@ XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_
       continue;
     }
     const __mmask16 sparse = _mm512_mask_cmplt_epu32_mask(lanes & ~dense, columns, all_sparse);
-    const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), sparse, _mm512_srli_epi32(columns, 5),
-                                                      map.present, 4);
-    const __m512i bit = _mm512_sllv_epi32(_mm512_set1_epi32(1), _mm512_and_epi32(columns, _mm512_set1_epi32(31)));
+    const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), sparse,
+                                                      _mm512_srli_epi32(columns, 5), map.present, 4);
+    const __m512i bit =
+        _mm512_sllv_epi32(_mm512_set1_epi32(1), _mm512_and_epi32(columns, _mm512_set1_epi32(31)));
     const __mmask16 present = _mm512_mask_test_epi32_mask(sparse, words, bit);
     _mm512_storeu_si512(row + n.dense, _mm512_maskz_compress_epi32(dense, index));
     _mm512_storeu_si512(at + n.dense, _mm512_maskz_compress_epi32(dense, position));
@@ -434,8 +441,8 @@ XLA_OPS_INLINE Counts split(const SparseMap& map, const I* indices, int64_t fan_
 constexpr int64_t kLabelsAhead = 8;
 
 template <typename T, typename I>
-void list(const SparseMap& map, const T* kernel, const I* indices, int64_t labels, int64_t fan_in, int32_t* spare,
-          const Lists<T>& out) {
+void list(const SparseMap& map, const T* kernel, const I* indices, int64_t labels, int64_t fan_in,
+          int32_t* spare, const Lists<T>& out) {
   int32_t *const column = spare, *const at_sparse = spare + fan_in + kLanes;
   int64_t end = 0;
   for (int64_t n = 0; n < labels; ++n) {
@@ -443,7 +450,8 @@ void list(const SparseMap& map, const T* kernel, const I* indices, int64_t label
     T* weight = out.weight + end;
     const int64_t ahead = n + kLabelsAhead < labels ? n + kLabelsAhead : labels - 1;
     const char* later = reinterpret_cast<const char*>(indices + ahead * fan_in);
-    for (int64_t byte = 0; byte < fan_in * static_cast<int64_t>(sizeof(I)); byte += 64) __builtin_prefetch(later + byte);
+    for (int64_t byte = 0; byte < fan_in * static_cast<int64_t>(sizeof(I)); byte += 64)
+      __builtin_prefetch(later + byte);
     const Counts counts = split(map, indices + n * fan_in, fan_in, row, at, column, at_sparse);
     for (int64_t k = 0; k < counts.sparse; ++k) {
       row[counts.dense + k] = map.row_of(column[k]);
@@ -474,7 +482,8 @@ struct SquaredHinge {
 XLA_OPS_INLINE Vec exp_negative(Vec x) {
   typedef int32_t IVec __attribute__((vector_size(4 * W)));
   const Vec shifted = x * 1.44269504f - 0.5f;
-  const IVec n = __builtin_convertvector(shifted, IVec);  // truncates, so rounds x / ln 2 to nearest for x <= 0
+  const IVec n =
+      __builtin_convertvector(shifted, IVec);  // truncates, so rounds x / ln 2 to nearest for x <= 0
   const Vec whole = __builtin_convertvector(n, Vec);
   const Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two pieces
   Vec p = Vec{} + 1.9875691500e-4f;
@@ -590,8 +599,8 @@ XLA_OPS_INLINE void multiply(UVec a, uint32_t b, UVec* high, UVec* low) {
   *low = __builtin_convertvector(product, UVec);
 }
 
-// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) for one counter, or for a
-// vector of them.
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) for one counter, or
+// for a vector of them.
 template <typename V>
 XLA_OPS_INLINE void philox(V counter_low, uint32_t counter_high, const RoundingKey& key, V* words) {
   uint32_t k0 = key.seed[0], k1 = key.seed[1];
@@ -614,8 +623,8 @@ XLA_OPS_INLINE void philox(V counter_low, uint32_t counter_high, const RoundingK
 constexpr int64_t kPositions = 128;  // that kLanes counters serve
 static_assert(kColumns == kPositions, "a dense layer is updated in runs that one set of counters serves");
 
-// values.one(i), or the vector values.many(i), rounded into out[i]: each is asked for once. What values.keeps(i), or
-// of a run values.keeps_run(i), says to keep stays as it is.
+// values.one(i), or the vector values.many(i), rounded into out[i]: each is asked for once. What
+// values.keeps(i), or of a run values.keeps_run(i), says to keep stays as it is.
 template <typename Values>
 void round_one(const Values& values, int64_t i, const RoundingKey& key, uint64_t position, bfloat16* out) {
   if (values.keeps(i)) return;
@@ -704,8 +713,8 @@ void sgd_stochastic(const float* gradient, int64_t count, float learning_rate, c
   round_stochastically(SgdValues{gradient, learning_rate, w}, count, key, position, w);
 }
 
-void adam_bf16(const float* gradient, int64_t count, const AdamStep& step, const RoundingKey& key, int64_t position,
-               float* w, bfloat16* mu, bfloat16* nu) {
+void adam_bf16(const float* gradient, int64_t count, const AdamStep& step, const RoundingKey& key,
+               int64_t position, float* w, bfloat16* mu, bfloat16* nu) {
   round_stochastically(AdamValues{gradient, step, w, mu, nu}, count, key, position, nu);
 }
 

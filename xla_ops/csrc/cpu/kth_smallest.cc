@@ -1,4 +1,5 @@
-// The k-th smallest magnitude of an array, from counts of the values of its bits: their order is that of magnitudes.
+// The k-th smallest magnitude of an array, from counts of the values of its bits: their order is that of
+// magnitudes.
 
 #include "../kth_smallest.h"
 
@@ -23,7 +24,8 @@ uint32_t magnitude(float x) {
 }
 uint32_t magnitude(bfloat16 x) { return static_cast<uint32_t>(x.bits & 0x7fff) << 16; }
 
-// How many of x have each value of bits [shift, shift + kCountedBits), among those whose bits above are `above`.
+// How many of x have each value of bits [shift, shift + kCountedBits), among those whose bits above are
+// `above`.
 template <typename T>
 std::vector<int64_t> count_bits(ffi::ThreadPool& pool, const T* x, int64_t n, int shift, uint32_t above) {
   const int64_t parts = pool.num_threads(), each = ceil_div(n, parts);
@@ -61,7 +63,9 @@ ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<f
   return guarded([&] {
     switch (x.element_type()) {
       case ffi::F32: *data<float>(*result) = kth(pool, data<float>(x), n, k); return ffi::Error::Success();
-      case ffi::BF16: *data<float>(*result) = kth(pool, data<bfloat16>(x), n, k); return ffi::Error::Success();
+      case ffi::BF16:
+        *data<float>(*result) = kth(pool, data<bfloat16>(x), n, k);
+        return ffi::Error::Success();
       default: return ffi::Error::InvalidArgument("x must be float32 or bfloat16");
     }
   });
@@ -69,7 +73,6 @@ ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<f
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kth_smallest, impl,
-                              bind_kth_smallest(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kth_smallest, impl, bind_kth_smallest(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
 }  // namespace xla_ops

@@ -36,8 +36,10 @@ struct Positive {
   bool operator==(const Positive& other) const { return label == other.label && example == other.example; }
 };
 
-// The distinct positives [batch, width] in order of their labels; padding and labels out of range are left out.
-inline std::vector<Positive> by_label(const int32_t* positives, int64_t batch, int64_t width, int64_t labels) {
+// The distinct positives [batch, width] in order of their labels; padding and labels out of range are left
+// out.
+inline std::vector<Positive> by_label(const int32_t* positives, int64_t batch, int64_t width,
+                                      int64_t labels) {
   std::vector<Positive> sorted;
   sorted.reserve(batch * width);
   for (int64_t i = 0; i < batch * width; ++i) {

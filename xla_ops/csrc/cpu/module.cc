@@ -14,7 +14,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return xla_ops::isa().name; });
   m.def("select_isa", [](const std::string& name) {
     if (!xla_ops::select_isa(name.c_str())) {
-      throw std::invalid_argument("instruction set '" + name + "' is not in this build or not on this processor");
+      throw std::invalid_argument("instruction set '" + name +
+                                  "' is not in this build or not on this processor");
     }
   });
 }

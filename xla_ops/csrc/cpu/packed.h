@@ -26,8 +26,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr uintptr_t kHugePage = 2 << 20;
 
-// Asks for huge pages under a large buffer that is about to be written. XLA takes results fresh from the system
-// on every call, and faulting them in 4 KiB at a time costs about as much as computing them.
+// Asks for huge pages under a large buffer that is about to be written. XLA takes results fresh from the
+// system on every call, and faulting them in 4 KiB at a time costs about as much as computing them.
 inline void expect_writes(void* data, size_t bytes) {
 #ifdef __linux__
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
@@ -62,8 +62,8 @@ struct Free {
 template <typename T>
 using Buffer = std::unique_ptr<T[], Free>;
 
-// Uninitialised and aligned to a cache line. Large ones are in huge pages: features are read all over the place,
-// and would miss the address cache as well. Throws std::bad_alloc.
+// Uninitialised and aligned to a cache line. Large ones are in huge pages: features are read all over the
+// place, and would miss the address cache as well. Throws std::bad_alloc.
 template <typename T>
 Buffer<T> allocate(int64_t count) {
   const int64_t wanted = std::max<int64_t>(1, count) * sizeof(T);
@@ -76,8 +76,8 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(p), Free{static_cast<int64_t>(bytes)});
 }
 
-// Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower. The same `beside`
-// serves again for a count that is no larger.
+// Where float32 sums that end up in `out` are kept: there, or in `*beside` if `out` is narrower. The same
+// `beside` serves again for a count that is no larger.
 inline float* accumulator(float* out, int64_t, Buffer<float>*) { return out; }
 inline float* accumulator(bfloat16*, int64_t count, Buffer<float>* beside) {
   if (!*beside) *beside = allocate<float>(count);
@@ -110,9 +110,9 @@ struct Tiles {
   int64_t batch, in_features, count, elements;
 };
 
-// The inputs of a batch: dense ones, x [batch, in_features], then `columns` sparse ones, of which the batch has
-// `entries`: row_of[n] is an example's number, column_of[n] an input's, and what is out of range is padding. Entries
-// of the same example and input are added.
+// The inputs of a batch: dense ones, x [batch, in_features], then `columns` sparse ones, of which the batch
+// has `entries`: row_of[n] is an example's number, column_of[n] an input's, and what is out of range is
+// padding. Entries of the same example and input are added.
 template <typename T>
 struct Inputs {
   const T* x;
@@ -125,8 +125,8 @@ struct Inputs {
 template <typename T>
 Inputs<T> inputs_of(const InputBuffers& in) {
   const int64_t entries = in.rows.element_count();
-  return {data<T>(in.x), data<int32_t>(in.rows), data<int32_t>(in.columns), data<T>(in.values), entries,
-          in.num_columns};
+  return {data<T>(in.x), data<int32_t>(in.rows), data<int32_t>(in.columns), data<T>(in.values),
+          entries,       in.num_columns};
 }
 
 inline void add(float value, float* sum) { *sum += value; }
@@ -176,9 +176,8 @@ class Packed {
     present_ = allocate<uint32_t>(words);
     first_ = allocate<int32_t>(words);
     std::fill_n(present_.get(), words, 0);
-    for_each(tiles, inputs, [&](int64_t, int64_t column, int64_t) {
-      present_[column / 32] |= uint32_t{1} << column % 32;
-    });
+    for_each(tiles, inputs,
+             [&](int64_t, int64_t column, int64_t) { present_[column / 32] |= uint32_t{1} << column % 32; });
     for (int64_t w = 0; w < words; ++w) {
       first_[w] = static_cast<int32_t>(rows_);
       rows_ += __builtin_popcount(present_[w]);
@@ -192,8 +191,8 @@ class Packed {
       const int64_t first = item % chunks * kFeaturesAtOnce;
       const int64_t n = std::min(kFeaturesAtOnce, in_features_ - first);
       T* rows = values_.get() + tile.first * rows_;
-      layout_kernels<T>().to_packed(x + tile.first * in_features_ + first, in_features_, n, tile.size, tile.width,
-                                    rows + first * tile.width, tile.width);
+      layout_kernels<T>().to_packed(x + tile.first * in_features_ + first, in_features_, n, tile.size,
+                                    tile.width, rows + first * tile.width, tile.width);
       if (first + kFeaturesAtOnce > in_features_) {  // the zeros, and sparse inputs before they are added
         std::fill(rows + in_features_ * tile.width, rows + rows_ * tile.width, T{});
       }
@@ -226,7 +225,8 @@ struct Parts {
   const int64_t count, labels, each;
 };
 
-// Labels taken through all tiles together have so many connections: their weights stay in the second-level cache.
+// Labels taken through all tiles together have so many connections: their weights stay in the second-level
+// cache.
 constexpr int64_t kConnectionsPerRun = 1 << 17;
 
 inline int64_t labels_per_run(const Shape& s) {
@@ -263,8 +263,8 @@ class Run {
   void start(int64_t first, int64_t count) {
     first_ = first, count_ = count;
     if (!packed_.has_sparse()) return;
-    list_kernels<T, I>().list(packed_.map(), layer_.kernel + first * fan_in(), indices(first), count, fan_in(), spare_,
-                              lists_);
+    list_kernels<T, I>().list(packed_.map(), layer_.kernel + first * fan_in(), indices(first), count,
+                              fan_in(), spare_, lists_);
   }
 
   // rows[n, tile.width] = the logits of labels [label, label + n).
@@ -274,7 +274,8 @@ class Run {
     if (packed_.has_sparse()) {
       listed_kernels<T>().logits(packed, lists(label), tile.width, bias, n, rows);
     } else {
-      plain().logits(packed, packed_.in_features(), tile.width, kernel, indices(label), bias, n, fan_in(), rows);
+      plain().logits(packed, packed_.in_features(), tile.width, kernel, indices(label), bias, n, fan_in(),
+                     rows);
     }
   }
 

@@ -1,9 +1,10 @@
-// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and the
-// gradient of its output, is summed in registers, for a tile of the kernel at a time, and never stored.
+// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and
+// the gradient of its output, is summed in registers, for a tile of the kernel at a time, and never stored.
 //
-// The kernel and its moments are what takes time: each is read and written once. The update must therefore not hold
-// up the loads. A block of threads has its tile's sums in shared memory by then, which leaves registers for all that
-// a thread asks for at once; and while one block sums, the others of its processor wait for memory.
+// The kernel and its moments are what takes time: each is read and written once. The update must therefore
+// not hold up the loads. A block of threads has its tile's sums in shared memory by then, which leaves
+// registers for all that a thread asks for at once; and while one block sums, the others of its processor
+// wait for memory.
 
 #include <type_traits>
 
@@ -15,18 +16,20 @@ namespace xla_ops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;  // on a processor, of 80 registers a thread: four would spill
+constexpr int kBlocks = 3;                 // on a processor, of 80 registers a thread: four would spill
 constexpr int kRows = 64, kColumns = 128;  // of a tile
 constexpr int kExamples = 16;              // that are in shared memory at once
 
-// For the sums a warp has some rows, and a lane every 32nd column: it multiplies each value that it reads from shared
-// memory four or eight times.
+// For the sums a warp has some rows, and a lane every 32nd column: it multiplies each value that it reads
+// from shared memory four or eight times.
 constexpr int kWarpRows = kRows / (kThreads / kWarp);
 constexpr int kLaneColumns = kColumns / kWarp;
 
-// For the update half a warp has a row, and a lane every 16th column: those whose random bits are of one counter.
+// For the update half a warp has a row, and a lane every 16th column: those whose random bits are of one
+// counter.
 constexpr int kWeights = kColumns / kCounters;
-static_assert(kColumns == kRun && kWarp == 2 * kCounters, "a row of a tile is a run of positions, for half a warp");
+static_assert(kColumns == kRun && kWarp == 2 * kCounters,
+              "a row of a tile is a run of positions, for half a warp");
 
 union Shared {
   struct {
@@ -41,8 +44,8 @@ struct Tile {
   int64_t row, column;
 };
 
-// Brings kExamples rows of a matrix [batch, width] into shared memory, from `example` on, and of those kPart columns,
-// from `column` on. What is outside of the matrix is 0.
+// Brings kExamples rows of a matrix [batch, width] into shared memory, from `example` on, and of those kPart
+// columns, from `column` on. What is outside of the matrix is 0.
 template <int kPart>
 __device__ void stage(const float* matrix, int64_t batch, int64_t width, int64_t example, int64_t column,
                       float (&part)[kExamples][kPart]) {
@@ -57,8 +60,8 @@ __device__ void stage(const float* matrix, int64_t batch, int64_t width, int64_t
   }
 }
 
-// shared.sums = the gradients of the tile's weights, each summed in the order of the batch. To be called by all
-// threads of a block.
+// shared.sums = the gradients of the tile's weights, each summed in the order of the batch. To be called by
+// all threads of a block.
 __device__ inline void sum_gradients(const DenseShape& s, const float* x, const float* dy, const Tile& tile,
                                      Shared& shared) {
   const int first_row = threadIdx.x / kWarp * kWarpRows, lane = threadIdx.x % kWarp;
@@ -103,8 +106,8 @@ struct Weights {
   __device__ Weights from(int64_t i) const { return {w + i, mu + i, nu + i}; }
 };
 
-// Updates every 16th of `columns` weights of a row. Of moments in bfloat16 the first is rounded to nearest, the second
-// stochastically.
+// Updates every 16th of `columns` weights of a row. Of moments in bfloat16 the first is rounded to nearest,
+// the second stochastically.
 template <typename M>
 __device__ void update_row(const Weights<M>& at, int columns, const float* gradients, const AdamStep& step,
                            const RoundingKey& key, uint64_t counter) {
@@ -150,8 +153,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int64_t row = tile.row + r;
       // Of random bits a row has as many positions as if it were whole runs.
       const uint64_t counter = (row * runs + run) * kCounters + lane;
-      update_row(weights.from(row * s.columns + tile.column + lane), columns - lane, &shared.sums[r][lane], step, key,
-                 counter);
+      update_row(weights.from(row * s.columns + tile.column + lane), columns - lane, &shared.sums[r][lane],
+                 step, key, counter);
     }
   });
 }
@@ -159,15 +162,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }  // namespace
 
 template <typename M>
-cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy, float* kernel,
-                            M* mu, M* nu, const AdamRates& rates, const uint32_t* key) {
+cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy,
+                            float* kernel, M* mu, M* nu, const AdamRates& rates, const uint32_t* key) {
   const int64_t tiles = ceil_div(s.rows, kRows) * ceil_div(s.columns, kColumns);
   return launch(adam_kernel<M>, tiles, kThreads, 0, stream, s, x, dy, Weights<M>{kernel, mu, nu}, rates, key);
 }
 
-#define XLA_OPS_INSTANTIATE(M)                                                                                     \
-  template cudaError_t dense_adam_step<M>(cudaStream_t, const DenseShape&, const float*, const float*, float*, M*, \
-                                          M*, const AdamRates&, const uint32_t*);
+#define XLA_OPS_INSTANTIATE(M)                                                                         \
+  template cudaError_t dense_adam_step<M>(cudaStream_t, const DenseShape&, const float*, const float*, \
+                                          float*, M*, M*, const AdamRates&, const uint32_t*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

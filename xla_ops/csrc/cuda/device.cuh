@@ -1,17 +1,18 @@
 // What the kernels share.
 //
-// The batch is cut into tiles of 32 examples and the labels into blocks of 64. Features are packed tile by tile as
-// [D + 1, 32], so that a connection reads one contiguous *row* of the batch (128 bytes of float32, 64 of bfloat16);
-// the last row is zero, and every index outside [0, D) is redirected to it. Behind all tiles there is a row for each
-// sparse input that a tile has, and a bitmap of those that it has says where (Packed in layout.h).
+// The batch is cut into tiles of 32 examples and the labels into blocks of 64. Features are packed tile by
+// tile as [D + 1, 32], so that a connection reads one contiguous *row* of the batch (128 bytes of float32, 64
+// of bfloat16); the last row is zero, and every index outside [0, D) is redirected to it. Behind all tiles
+// there is a row for each sparse input that a tile has, and a bitmap of those that it has says where (Packed
+// in layout.h).
 //
-// A block of threads has one group of lanes for each of its labels. A lane holds 16 bytes of a row: a group is 8
-// lanes with 4 examples each in float32, 4 lanes with 8 examples each in bfloat16. Connections are brought into
-// shared memory, 32 of each label at a time, by all threads together: so indices and weights are read in order
-// whatever the fan-in is, and all at once, which hides how far away they are. Where a label has no more than that,
-// they stay there for all that is done with the block, and so do the sums of their gradients. Where there are sparse
-// inputs, the connections that read nothing of the tile go behind the others of their label, and are left out from
-// there on.
+// A block of threads has one group of lanes for each of its labels. A lane holds 16 bytes of a row: a group
+// is 8 lanes with 4 examples each in float32, 4 lanes with 8 examples each in bfloat16. Connections are
+// brought into shared memory, 32 of each label at a time, by all threads together: so indices and weights are
+// read in order whatever the fan-in is, and all at once, which hides how far away they are. Where a label has
+// no more than that, they stay there for all that is done with the block, and so do the sums of their
+// gradients. Where there are sparse inputs, the connections that read nothing of the tile go behind the
+// others of their label, and are left out from there on.
 
 #ifndef XLA_OPS_CSRC_CUDA_DEVICE_CUH_
 #define XLA_OPS_CSRC_CUDA_DEVICE_CUH_
@@ -33,13 +34,14 @@ constexpr unsigned kAllLanes = 0xffffffff;
 
 template <typename T>
 struct Group {
-  static constexpr int kValues = 16 / sizeof(T);        // of a row, in a lane
-  static constexpr int kLanes = kTile / kValues;        // that share a label
-  static constexpr int kThreads = kLabels * kLanes;     // in a block
-  static constexpr int kQuads = kValues / 4;            // of a lane's examples, which are added at once
+  static constexpr int kValues = 16 / sizeof(T);     // of a row, in a lane
+  static constexpr int kLanes = kTile / kValues;     // that share a label
+  static constexpr int kThreads = kLabels * kLanes;  // in a block
+  static constexpr int kQuads = kValues / 4;         // of a lane's examples, which are added at once
 };
 
-// Rows that a lane asks for before it uses the first: with all threads of a processor that is 64 KB under way.
+// Rows that a lane asks for before it uses the first: with all threads of a processor that is 64 KB under
+// way.
 constexpr int kAtOnce = 4;
 
 // 1,024 threads on a processor leave each 64 registers: enough for kAtOnce rows, without spills.
@@ -99,8 +101,8 @@ __device__ inline float load_once(const bfloat16* p) {
 
 // ---- the layer, and a thread's place in it ----
 
-// What a tile's connections read: rows of features and, where there are sparse inputs, the tile's number, which says
-// where the map has it: registers are few.
+// What a tile's connections read: rows of features and, where there are sparse inputs, the tile's number,
+// which says where the map has it: registers are few.
 template <typename T, bool kSparse>
 struct Features {
   const T* rows;
@@ -122,7 +124,9 @@ struct Layer {
   static constexpr bool kHasSparse = kSparse;
   __host__ __device__ int64_t tiles() const { return ceil_div(shape.batch, kTile); }
   __host__ __device__ int64_t blocks() const { return ceil_div(shape.labels, kLabels); }
-  __device__ Features<T, false> tile(int64_t t) const { return {packed + t * (shape.in_features + 1) * kTile}; }
+  __device__ Features<T, false> tile(int64_t t) const {
+    return {packed + t * (shape.in_features + 1) * kTile};
+  }
 };
 
 template <typename T>
@@ -143,8 +147,8 @@ cudaError_t dispatch(const Layer<T>& layer, const SparseMap& map, Fn&& fn) {
   return map.columns > 0 ? fn(Layer<T, true>{layer, map}) : fn(layer);
 }
 
-// How many blocks of threads may share the labels where each has temporaries of its own: the size of those must not
-// depend on the device. No device so far runs as many at once.
+// How many blocks of threads may share the labels where each has temporaries of its own: the size of those
+// must not depend on the device. No device so far runs as many at once.
 constexpr int64_t kMostSharers = 1024;
 template <typename T>
 int64_t most_sharers(const Layer<T>& layer) {
@@ -170,9 +174,13 @@ struct Examples {
 
 // This thread's label within a block of them, and its lane of the label's group.
 template <typename T>
-__device__ int my_label() { return threadIdx.x / Group<T>::kLanes; }
+__device__ int my_label() {
+  return threadIdx.x / Group<T>::kLanes;
+}
 template <typename T>
-__device__ int my_lane() { return threadIdx.x % Group<T>::kLanes; }
+__device__ int my_lane() {
+  return threadIdx.x % Group<T>::kLanes;
+}
 
 // ---- connections ----
 
@@ -212,18 +220,18 @@ __device__ int32_t row_of(const Layer<T, true>& layer, const Word* words, int32_
   return word.has(column) ? first + word.row(column) : static_cast<int32_t>(input < dense ? input : dense);
 }
 
-// As below, where there are sparse inputs: a warp has the connections of a label, of which it moves those to the zero
-// row behind the others.
+// As below, where there are sparse inputs: a warp has the connections of a label, of which it moves those to
+// the zero row behind the others.
 template <typename T>
-__device__ void stage(const Layer<T, true>& layer, const Features<T, true>& features, const LabelBlock& labels,
-                      int f, Staged<true>& staged) {
+__device__ void stage(const Layer<T, true>& layer, const Features<T, true>& features,
+                      const LabelBlock& labels, int f, Staged<true>& staged) {
   static_assert(kConnections == kWarp, "a lane has one connection");
   constexpr int kWarps = Group<T>::kThreads / kWarp, kStagedAtOnce = 2;
   const int lane = threadIdx.x % kWarp;
   const Word* const words = layer.map.tile(features.tile);
   const int32_t first_sparse = layer.first_sparse_row(features.tile);
   __syncthreads();  // what is in there may still be in use
-#pragma unroll 1  // more at once do not fit in the registers
+#pragma unroll 1    // more at once do not fit in the registers
   for (int first = threadIdx.x / kWarp; first < kLabels; first += kStagedAtOnce * kWarps) {
     int32_t rows[kStagedAtOnce];
     float weights[kStagedAtOnce];
@@ -251,15 +259,15 @@ __device__ void stage(const Layer<T, true>& layer, const Features<T, true>& feat
   __syncthreads();
 }
 
-// Brings the block's connections from number `f` on into shared memory. What is past the last connection, or the
-// last label, is filled with connections to the zero row. To be called by all threads of a block.
+// Brings the block's connections from number `f` on into shared memory. What is past the last connection, or
+// the last label, is filled with connections to the zero row. To be called by all threads of a block.
 template <typename T>
 __device__ void stage(const Layer<T>& layer, const Features<T, false>&, const LabelBlock& labels, int f,
                       Staged<false>& staged) {
   constexpr int kRows = Group<T>::kThreads / kConnections, kStagedAtOnce = 4;
   const int column = threadIdx.x % kConnections;
   __syncthreads();  // what is in there may still be in use
-#pragma unroll 1  // more at once do not fit in the registers
+#pragma unroll 1    // more at once do not fit in the registers
   for (int first = threadIdx.x / kConnections; first < kLabels; first += kStagedAtOnce * kRows) {
     int32_t indices[kStagedAtOnce];
     float weights[kStagedAtOnce];
@@ -283,7 +291,9 @@ __device__ void stage(const Layer<T>& layer, const Features<T, false>&, const La
 
 // Whether all connections of a label are staged at once.
 template <typename T>
-__device__ bool all_staged(const Layer<T>& layer) { return layer.shape.fan_in <= kConnections; }
+__device__ bool all_staged(const Layer<T>& layer) {
+  return layer.shape.fan_in <= kConnections;
+}
 
 // The number of staged connections that a label has from number `f` on.
 template <typename T>
@@ -317,12 +327,13 @@ __device__ void load_rows(const T* tile, const Connection* connections, int lane
   }
 }
 
-// The logits of this thread's label, for its examples of the tile: of `features`, which is the tile's, in global
-// or shared memory. `there` says that all of the label's connections are staged already. To be called by all threads
-// of a block.
+// The logits of this thread's label, for its examples of the tile: of `features`, which is the tile's, in
+// global or shared memory. `there` says that all of the label's connections are staged already. To be called
+// by all threads of a block.
 template <bool kInShared, typename T, bool kSparse>
-__device__ void logits(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features, const LabelBlock& labels,
-                       Staged<kSparse>& staged, bool there, float (&sum)[Group<T>::kValues]) {
+__device__ void logits(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features,
+                       const LabelBlock& labels, Staged<kSparse>& staged, bool there,
+                       float (&sum)[Group<T>::kValues]) {
   const int label = my_label<T>(), lane = my_lane<T>();
   const float bias = layer.bias && label < labels.size ? to_float(layer.bias[labels.first + label]) : 0;
   for (float& s : sum) s = bias;
@@ -346,8 +357,8 @@ __device__ void logits(const Layer<T, kSparse>& layer, const Features<T, kSparse
   }
 }
 
-// The sum of values[i] over the lanes of a group, for i = lane % kCount. Each step halves what a lane holds, so that
-// this takes hardly more shuffles than there are sums. To be called by all threads of a warp.
+// The sum of values[i] over the lanes of a group, for i = lane % kCount. Each step halves what a lane holds,
+// so that this takes hardly more shuffles than there are sums. To be called by all threads of a warp.
 template <int kLanes, int kCount>
 __device__ float sum_to_own_lane(float (&values)[kCount], int lane) {
 #pragma unroll
@@ -360,14 +371,15 @@ __device__ float sum_to_own_lane(float (&values)[kCount], int lane) {
     }
   }
 #pragma unroll
-  for (int other = kCount; other < kLanes; other *= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], other);
+  for (int other = kCount; other < kLanes; other *= 2)
+    values[0] += __shfl_xor_sync(kAllLanes, values[0], other);
   return values[0];
 }
 
-// Sums of d_x for a tile are [D, kTile] like its features, but within a row they are in the order in which a warp adds
-// to them: what one instruction adds for a label is contiguous, so that it touches whole sectors of 32 bytes. From
-// compute capability 9.0 on that is 16 bytes of each lane, before it is one value of each. To be used by device code
-// only, where the two are told apart.
+// Sums of d_x for a tile are [D, kTile] like its features, but within a row they are in the order in which a
+// warp adds to them: what one instruction adds for a label is contiguous, so that it touches whole sectors of
+// 32 bytes. From compute capability 9.0 on that is 16 bytes of each lane, before it is one value of each. To
+// be used by device code only, where the two are told apart.
 #ifndef XLA_OPS_VECTOR_ATOMICS
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define XLA_OPS_VECTOR_ATOMICS 1
@@ -402,13 +414,13 @@ __device__ void add_to_sums(float* row, int lane, float weight, const float (&dy
   }
 }
 
-// Adds one tile's part of the gradients, given dy, those of this thread's label for its examples (0 where there is
-// no such label or example):
+// Adds one tile's part of the gradients, given dy, those of this thread's label for its examples (0 where
+// there is no such label or example):
 //   sums[label, f] (+)= sum_b dy[b] * x[b, index], for the labels of the block: added to only if `add`.
 //   sums_of_d_x[index, b] += kernel[label, f] * dy[b], atomically, unless it is null.
-// Returns false, and does nothing, if all gradients of the block are 0. A lane whose gradients are all 0 costs no part
-// of a row of features, or of d_x. `there` says that all of the label's connections are staged already. To be called
-// by all threads of a block.
+// Returns false, and does nothing, if all gradients of the block are 0. A lane whose gradients are all 0
+// costs no part of a row of features, or of d_x. `there` says that all of the label's connections are staged
+// already. To be called by all threads of a block.
 template <typename T, bool kSparse>
 __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, kSparse>& features,
                               const LabelBlock& labels, const float (&dy)[Group<T>::kValues], bool add,
@@ -428,7 +440,8 @@ __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, 
   if constexpr (kSparse) {  // connections that are left out write no sums
     if (!add) {
 #pragma unroll 1
-      for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += Group<T>::kThreads) sums[i] = 0;
+      for (int64_t i = threadIdx.x; i < labels.size * layer.shape.fan_in; i += Group<T>::kThreads)
+        sums[i] = 0;
       add = true;
       __syncthreads();
     }
@@ -442,7 +455,8 @@ __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, 
     int most = count;  // of the labels of the warp, whose lanes add up together
     if constexpr (kSparse) {
 #pragma unroll
-      for (int other = kLanes; other < kWarp; other *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, other));
+      for (int other = kLanes; other < kWarp; other *= 2)
+        most = max(most, __shfl_xor_sync(kAllLanes, most, other));
     }
 #pragma unroll 1
     for (int c = 0; c < most; c += kRows) {
@@ -458,8 +472,8 @@ __device__ bool add_gradients(const Layer<T, kSparse>& layer, const Features<T, 
 #pragma unroll
           for (int v = 0; v < kValues; ++v) products[i] = fmaf(dy[v], x[v], products[i]);
           if (sums_of_d_x && connection.row < layer.shape.in_features) {
-            add_to_sums<T>(sums_of_d_x + static_cast<int64_t>(connection.row) * kTile, lane, connection.weight, dy,
-                           nonzero);
+            add_to_sums<T>(sums_of_d_x + static_cast<int64_t>(connection.row) * kTile, lane,
+                           connection.weight, dy, nonzero);
           }
         }
       }
@@ -482,12 +496,12 @@ __device__ float* sums_of(const Layer<T>& layer, SharedSums& shared, float* of_b
   return all_staged(layer) ? shared.values : of_blocks + int64_t{blockIdx.x} * kLabels * layer.shape.fan_in;
 }
 
-// Calls sink.kernel(number of the first, their gradients) for four of the kernel's weights of a block of labels, or
-// sink.kernel(number of the weight, its gradient) for each of the last ones. The gradients are `sums`, or 0 if there
-// are none. To be called by all threads of a block.
+// Calls sink.kernel(number of the first, their gradients) for four of the kernel's weights of a block of
+// labels, or sink.kernel(number of the weight, its gradient) for each of the last ones. The gradients are
+// `sums`, or 0 if there are none. To be called by all threads of a block.
 template <typename T, typename Sink>
-__device__ void take_kernel_gradients(const Layer<T>& layer, const LabelBlock& labels, bool any, const float* sums,
-                                      const Sink& sink) {
+__device__ void take_kernel_gradients(const Layer<T>& layer, const LabelBlock& labels, bool any,
+                                      const float* sums, const Sink& sink) {
   __syncthreads();  // sums were written by other threads
   const int64_t count = labels.size * layer.shape.fan_in;
 #pragma unroll 1
@@ -514,8 +528,8 @@ struct WriteKernel {
   __device__ void kernel(int64_t i, const float4& d) const { set4(d_kernel + i, d); }
 };
 
-// Calls take(label, gradient of its bias), which is the sum of `sum` over the lanes of the label's group. To be
-// called by all threads of a block.
+// Calls take(label, gradient of its bias), which is the sum of `sum` over the lanes of the label's group. To
+// be called by all threads of a block.
 template <typename T, typename Fn>
 __device__ void for_each_bias_gradient(const LabelBlock& labels, float sum, Fn&& take) {
 #pragma unroll

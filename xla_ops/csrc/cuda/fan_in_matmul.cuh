@@ -9,7 +9,8 @@ namespace xla_ops::cuda {
 
 // y[b, l] = the logits, with y_stride elements from example to example. Out is float or T.
 template <typename T, typename Out>
-cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, const SparseMap& map, Out* y, int64_t y_stride);
+cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, const SparseMap& map, Out* y,
+                         int64_t y_stride);
 
 }  // namespace xla_ops::cuda
 

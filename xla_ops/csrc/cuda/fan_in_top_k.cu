@@ -1,10 +1,12 @@
-// The k best labels of each example, streaming over the labels: logits exist for a number of labels at a time.
+// The k best labels of each example, streaming over the labels: logits exist for a number of labels at a
+// time.
 //
-// Each example has a list of candidates, at first empty, for each part of the labels that exist at a time: a batch of
-// few examples has many parts, so that there is work for all of the device. Labels whose logits are above a list's worst
-// are appended; then it is cut down to the k best; in the end the lists of an example become one. A candidate is one
-// whole number that orders as (score, lower label), and no two are the same: so the set that is kept, and its order in
-// the end, depend neither on the order of appending nor on the parts.
+// Each example has a list of candidates, at first empty, for each part of the labels that exist at a time: a
+// batch of few examples has many parts, so that there is work for all of the device. Labels whose logits are
+// above a list's worst are appended; then it is cut down to the k best; in the end the lists of an example
+// become one. A candidate is one whole number that orders as (score, lower label), and no two are the same:
+// so the set that is kept, and its order in the end, depend neither on the order of appending nor on the
+// parts.
 
 #include "device.cuh"
 #include "fan_in_matmul.cuh"
@@ -55,10 +57,11 @@ struct Work {
   uint32_t histogram[kDigits];
 };
 
-// A bound, above 0, that exactly k of `count` candidates reach, for 0 < k < count. To be called by all threads of a block.
+// A bound, above 0, that exactly k of `count` candidates reach, for 0 < k < count. To be called by all
+// threads of a block.
 //
-// Digit by digit, from the top: counts the candidates by their next digit, among those whose digits so far are
-// those of the k-th best.
+// Digit by digit, from the top: counts the candidates by their next digit, among those whose digits so far
+// are those of the k-th best.
 __device__ inline uint64_t bound_of_best(const uint64_t* list, uint32_t count, uint32_t k, Work& work) {
   uint64_t found = 0, known = 0;
   uint32_t rank = k;  // of the one looked for, among those that agree with what is known of it
@@ -101,8 +104,9 @@ __device__ inline void keep(uint64_t* list, uint32_t count, uint64_t bound, Work
 }
 
 // Takes in the logits [B, stride] of `labels` labels from `first` on.
-__global__ void __launch_bounds__(kThreads) merge_kernel(int64_t batch, int64_t first, int64_t labels, int64_t stride,
-                                                         const float* __restrict__ logits, uint32_t k, Lists lists) {
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(int64_t batch, int64_t first, int64_t labels, int64_t stride,
+                 const float* __restrict__ logits, uint32_t k, Lists lists) {
   __shared__ Work work;
   for_each_item(batch * lists.parts, [&](int64_t item) {
     const int64_t example = item / lists.parts, part = item % lists.parts;
@@ -127,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(int64_t batch, int64_t 
   });
 }
 
-// Makes one list of all of an example, in the place of the first, and returns how many candidates it has: at most k. To
-// be called by all threads of a block.
+// Makes one list of all of an example, in the place of the first, and returns how many candidates it has: at
+// most k. To be called by all threads of a block.
 __device__ inline uint32_t join(const Lists& lists, int64_t example, Work& work) {
   uint64_t* const list = lists.list(example, 0);
   uint32_t count = lists.counts[example * lists.parts];
@@ -150,8 +154,8 @@ __device__ inline uint32_t join(const Lists& lists, int64_t example, Work& work)
   return k;
 }
 
-// Sorts the lists of each example, of which the first `size`, a power of 2 and at least k, are used (a bitonic sort), and
-// writes them.
+// Sorts the lists of each example, of which the first `size`, a power of 2 and at least k, are used (a
+// bitonic sort), and writes them.
 __global__ void __launch_bounds__(kThreads)
     sort_kernel(int64_t batch, int64_t k, int64_t size, Lists lists, float* __restrict__ scores,
                 int32_t* __restrict__ labels) {
@@ -181,42 +185,49 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <typename T>
-cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
-                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores,
-                         int32_t* labels) {
+cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k,
+                         int64_t labels_at_once, const Inputs<T>& inputs, const T* kernel, Indices indices,
+                         const T* bias, float* scores, int32_t* labels) {
   if (k == 0) return cudaSuccess;
   int64_t size = 1;
   while (size < k) size *= 2;
   const int64_t stride = std::min(s.labels, labels_at_once);
   // As many lists as a batch of kLists has at the most: the workspace grows no faster than the batch.
-  const int64_t parts = std::max<int64_t>(
-      1, std::min(kLists / std::max<int64_t>(1, s.batch), stride / kThreads));
+  const int64_t parts =
+      std::max<int64_t>(1, std::min(kLists / std::max<int64_t>(1, s.batch), stride / kThreads));
   const int64_t of_part = ceil_div(stride, parts);
   const int64_t capacity = std::max(parts * k + stride, size);
   const Packed<T> packed = take_packed(workspace, s, inputs);
   float* const logits = workspace.take<float>(s.batch * stride);
-  const Lists lists{parts, of_part, k, capacity, workspace.take<uint64_t>(s.batch * capacity),
-                    workspace.take<uint32_t>(s.batch * parts), workspace.take<uint64_t>(s.batch * parts)};
+  const Lists lists{parts,
+                    of_part,
+                    k,
+                    capacity,
+                    workspace.take<uint64_t>(s.batch * capacity),
+                    workspace.take<uint32_t>(s.batch * parts),
+                    workspace.take<uint64_t>(s.batch * parts)};
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.counts, s.batch * parts));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, lists.bounds, s.batch * parts));
   for (int64_t first = 0; first < s.labels; first += stride) {
     const int64_t count = std::min(stride, s.labels - first);
-    const Indices of_these{static_cast<const char*>(indices.data) + first * s.fan_in * (indices.is_uint16 ? 2 : 4),
-                           indices.is_uint16};
+    const Indices of_these{
+        static_cast<const char*>(indices.data) + first * s.fan_in * (indices.is_uint16 ? 2 : 4),
+        indices.is_uint16};
     const Shape part{s.batch, s.in_features, count, s.fan_in};
-    const Layer<T> layer{part, packed.rows, kernel + first * s.fan_in, of_these, bias ? bias + first : nullptr};
+    const Layer<T> layer{part, packed.rows, kernel + first * s.fan_in, of_these,
+                         bias ? bias + first : nullptr};
     XLA_OPS_RETURN_IF_CUDA_ERROR(write_logits(stream, layer, packed.map, logits, stride));
-    XLA_OPS_RETURN_IF_CUDA_ERROR(launch(merge_kernel, s.batch * parts, kThreads, 0, stream, s.batch, first, count, stride,
-                                        logits, static_cast<uint32_t>(k), lists));
+    XLA_OPS_RETURN_IF_CUDA_ERROR(launch(merge_kernel, s.batch * parts, kThreads, 0, stream, s.batch, first,
+                                        count, stride, logits, static_cast<uint32_t>(k), lists));
   }
   return launch(sort_kernel, s.batch, kThreads, 0, stream, s.batch, k, size, lists, scores, labels);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                               \
-  template cudaError_t fan_in_top_k<T>(cudaStream_t, Workspace&, const Shape&, int64_t, int64_t, const Inputs<T>&, \
-                                       const T*, Indices, const T*, float*, int32_t*);
+#define XLA_OPS_INSTANTIATE(T)                                                                   \
+  template cudaError_t fan_in_top_k<T>(cudaStream_t, Workspace&, const Shape&, int64_t, int64_t, \
+                                       const Inputs<T>&, const T*, Indices, const T*, float*, int32_t*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

@@ -1,5 +1,5 @@
-// See layout.h. Both directions transpose squares of 32 features by 32 examples through shared memory, so that
-// reads and writes are of whole runs of memory.
+// See layout.h. Both directions transpose squares of 32 features by 32 examples through shared memory, so
+// that reads and writes are of whole runs of memory.
 
 #include "layout.h"
 
@@ -23,7 +23,8 @@ struct Square {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Shape s, const T* __restrict__ x, T* __restrict__ packed) {
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(Shape s, const T* __restrict__ x, T* __restrict__ packed) {
   __shared__ float square[kTile][kTile + 1];
   const int64_t rows = s.in_features + 1;
   const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
@@ -84,7 +85,8 @@ cudaError_t pack(cudaStream_t stream, const Shape& s, const Inputs<T>& inputs, c
   if (inputs.columns > 0 && std::max(dense + sparse, s.in_features + inputs.columns) > INT32_MAX) {
     return cudaErrorInvalidValue;  // a Connection could not tell them apart
   }
-  if (s.fan_in > INT32_MAX - kConnections) return cudaErrorInvalidValue;  // kernels count connections in 32 bits
+  if (s.fan_in > INT32_MAX - kConnections)
+    return cudaErrorInvalidValue;  // kernels count connections in 32 bits
   const int64_t items = tiles * ceil_div(s.in_features + 1, kTile);
   XLA_OPS_RETURN_IF_CUDA_ERROR(launch(pack_kernel<T>, items, kThreads, 0, stream, s, inputs.x, packed.rows));
   if (inputs.columns == 0) return cudaSuccess;

@@ -1,7 +1,8 @@
-// Between matrices of XLA's, [batch, D], and the packed form of the kernels, [tiles, rows, kTile] (device.cuh).
+// Between matrices of XLA's, [batch, D], and the packed form of the kernels, [tiles, rows, kTile]
+// (device.cuh).
 //
-// A sparse input that no example of a tile has gets no row there. Rows are numbered in the order of columns: a bit for
-// each column says whether the tile has it, and each 32 of them have the number of their first row.
+// A sparse input that no example of a tile has gets no row there. Rows are numbered in the order of columns:
+// a bit for each column says whether the tile has it, and each 32 of them have the number of their first row.
 
 #ifndef XLA_OPS_CSRC_CUDA_LAYOUT_H_
 #define XLA_OPS_CSRC_CUDA_LAYOUT_H_
@@ -57,10 +58,11 @@ cudaError_t pack(cudaStream_t stream, const Shape& s, const Inputs<T>& inputs, c
 // At most how many sparse rows all tiles together have.
 int64_t most_sparse_rows(int64_t batch, int64_t entries, int64_t columns);
 
-// map = which sparse inputs each tile has; sums = their rows, added up. Entries that are given more than once are added
-// atomically: of three or more the order, and so the last bits, may differ from run to run.
+// map = which sparse inputs each tile has; sums = their rows, added up. Entries that are given more than once
+// are added atomically: of three or more the order, and so the last bits, may differ from run to run.
 template <typename T>
-cudaError_t pack_sparse(cudaStream_t stream, int64_t batch, const Inputs<T>& inputs, const SparseMap& map, float* sums);
+cudaError_t pack_sparse(cudaStream_t stream, int64_t batch, const Inputs<T>& inputs, const SparseMap& map,
+                        float* sums);
 
 // rows = sums, rounded.
 cudaError_t round_sums(cudaStream_t stream, const float* sums, int64_t count, bfloat16* rows);

@@ -1,4 +1,5 @@
-// Packs sparse inputs (layout.h): marks which of them each tile has, numbers their rows, and adds the entries to these.
+// Packs sparse inputs (layout.h): marks which of them each tile has, numbers their rows, and adds the entries
+// to these.
 
 #include "device.cuh"
 #include "launch.cuh"
@@ -29,10 +30,12 @@ struct Entry {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) mark_kernel(int64_t batch, const Inputs<T> inputs, const SparseMap map) {
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(int64_t batch, const Inputs<T> inputs, const SparseMap map) {
   for_each_item(ceil_div(inputs.entries, kThreads), [&](int64_t item) {
     const Entry entry(item * kThreads + threadIdx.x, batch, inputs);
-    if (entry.tile >= 0) atomicOr(&map.tile(entry.tile)[entry.column / 32].present, 1u << (entry.column % 32));
+    if (entry.tile >= 0)
+      atomicOr(&map.tile(entry.tile)[entry.column / 32].present, 1u << (entry.column % 32));
   });
 }
 
