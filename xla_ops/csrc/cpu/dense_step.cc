@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -93,29 +94,20 @@ void adam(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const floa
   });
 }
 
-ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key,
-                     ffi::AnyBuffer, float b1, float b2, float epsilon,
-                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_mu,
-                     ffi::Result<ffi::AnyBuffer> new_nu) {
-  DenseShape s;
-  XLA_OPS_RETURN_IF_ERROR(
-      check_dense_step_adam({x, kernel, dy, mu, nu, rates, key, *new_kernel, *new_mu, *new_nu}, &s));
-  const float* r = data<float>(rates);
-  const AdamStep step{r[0], b1, b2, epsilon, r[1], r[2]};
-  const uint32_t* k = data<uint32_t>(key);
-  const RoundingKey rounding{{k[0], k[1]}, k[2]};
-  return dispatch(mu, [&](auto* m) {
+void run_adam(ffi::ThreadPool& pool, const DenseStepAdam& call) {
+  const float* rates = data<float>(call.rates);
+  const AdamStep step{rates[0], call.b1, call.b2, call.epsilon, rates[1], rates[2]};
+  const uint32_t* key = data<uint32_t>(call.key);
+  const RoundingKey rounding{{key[0], key[1]}, key[2]};
+  dispatch_values(call.mu, [&](auto* m) {
     using M = std::remove_pointer_t<decltype(m)>;
-    adam(pool, s, data<float>(x), data<float>(dy), step, data<float>(kernel),
-         Moments<M>{data<M>(mu), data<M>(nu), rounding});
-    return ffi::Error::Success();
+    adam(pool, call.shape, data<float>(call.x), data<float>(call.dy), step, data<float>(call.kernel),
+         Moments<M>{data<M>(call.mu), data<M>(call.nu), rounding});
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dense_step_adam, adam_impl,
-                              bind_dense_step_adam(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(dense_step_adam, run_adam);
 
 }  // namespace xla_ops

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "backward.h"
+#include "handler.h"
 #include "kernels.h"
 #include "loss_rows.h"
 #include "packed.h"
@@ -42,59 +43,37 @@ float gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& ti
   return mean_loss(sums, layer.shape);
 }
 
-// ---- handlers ----
-
-struct GradientBuffers {
-  ffi::AnyBuffer x, kernel, bias;
-};
-
-// Without gradients `d` is null.
-ffi::Error impl(ffi::ThreadPool& pool, const InputBuffers& in, ffi::AnyBuffer& kernel,
-                ffi::AnyBuffer& indices, ffi::AnyBuffer& bias, ffi::AnyBuffer& positives, int64_t loss,
-                int64_t num_labels, ffi::AnyBuffer& mean, GradientBuffers* d) {
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(
-      check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, mean, &s));
-  if (d) XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, d->x, d->kernel, d->bias));
-  return dispatch(in.x, indices, [&](auto* t, auto* i) {
+// Returns fn(layer, tiles, packed, rows) for the types of a call.
+template <typename Fn>
+float run(ffi::ThreadPool& pool, const FanInLossValue& call, const Fn& fn) {
+  return dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    const Layer<T, I> layer{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)};
+    const Shape& s = call.shape;
     const Tiles tiles(s.batch, s.in_features);
-    const Packed<T> packed(pool, tiles, inputs_of<T>(in));
-    const auto sorted = by_label(data<int32_t>(positives), s.batch, positives.dimensions()[1], s.labels);
-    const LossRows rows(s, static_cast<Loss>(loss), sorted);
-    *data<float>(mean) = d ? gradients(pool, layer, tiles, packed, rows, optional_data<T>(d->x),
-                                       data<T>(d->kernel), optional_data<T>(d->bias))
-                           : value(pool, layer, tiles, packed, rows);
+    const Packed<T> packed(pool, tiles, inputs_of<T>(call));
+    const auto sorted = by_label(data<int32_t>(call.positives), s.batch, call.positives_width(), s.labels);
+    const LossRows rows(s, static_cast<Loss>(call.loss), sorted);
+    return fn(layer_of<T, I>(call), tiles, packed, rows);
   });
 }
 
-ffi::Error value_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
-                      ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
-                      int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean) {
-  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss,
-              num_labels, *mean, nullptr);
+void run_value(ffi::ThreadPool& pool, const FanInLossValue& call) {
+  *data<float>(call.mean) =
+      run(pool, call, [&](const auto& layer, const auto&... rest) { return value(pool, layer, rest...); });
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                          ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
-                          ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
-                          int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean,
-                          ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
-                          ffi::Result<ffi::AnyBuffer> d_bias) {
-  GradientBuffers d{*d_x, *d_kernel, *d_bias};
-  return impl(pool, {x, rows, columns, values, num_columns}, kernel, indices, bias, positives, loss,
-              num_labels, *mean, &d);
+void run_gradients(ffi::ThreadPool& pool, const FanInLossGradients& call) {
+  *data<float>(call.mean) = run(pool, call, [&](const auto& layer, const auto&... rest) {
+    using T = typename std::decay_t<decltype(layer)>::Value;
+    return gradients(pool, layer, rest..., optional_data<T>(call.d_x), data<T>(call.d_kernel),
+                     optional_data<T>(call.d_bias));
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_value, value_impl,
-                              bind_fan_in_loss_value(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_loss_gradients, gradients_impl,
-                              bind_fan_in_loss_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(fan_in_loss_value, run_value);
+XLA_OPS_DEFINE_HANDLER(fan_in_loss_gradients, run_gradients);
 
 }  // namespace xla_ops

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "backward.h"
+#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -62,44 +63,26 @@ void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>&
       [&] { return Gradients<T>(s, d_kernel, d_bias); }, d_x);
 }
 
-// ---- handlers ----
-
-ffi::Error forward_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                        ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
-                        ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(in, kernel, indices, bias, *y, &s));
-  return dispatch(x, indices, [&](auto* t, auto* i) {
+void run_forward(ffi::ThreadPool& pool, const FanInMatmulForward& call) {
+  dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, inputs_of<T>(in),
-            data<T>(*y));
+    forward(pool, layer_of<T, I>(call), inputs_of<T>(call), data<T>(call.y));
   });
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                          ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
-                          ffi::AnyBuffer indices, ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x,
-                          ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(
-      check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
-  return dispatch(x, indices, [&](auto* t, auto* i) {
+void run_gradients(ffi::ThreadPool& pool, const FanInMatmulGradients& call) {
+  dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    gradients(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), nullptr}, inputs_of<T>(in), data<T>(dy),
-              optional_data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
+    gradients(pool, layer_of<T, I>(call), inputs_of<T>(call), data<T>(call.dy), optional_data<T>(call.d_x),
+              data<T>(call.d_kernel), optional_data<T>(call.d_bias));
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl,
-                              bind_fan_in_matmul_forward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_gradients, gradients_impl,
-                              bind_fan_in_matmul_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_forward, run_forward);
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_gradients, run_gradients);
 
 }  // namespace xla_ops

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -97,25 +98,17 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
   std::copy_n(best.labels.get(), s.batch * k, labels);
 }
 
-ffi::Error top_k_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
-                      ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores,
-                      ffi::Result<ffi::AnyBuffer> labels) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  int64_t k = 0;
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(in, kernel, indices, bias, *scores, *labels, &s, &k));
-  return dispatch(x, indices, [&](auto* t, auto* i) {
+void run_top_k(ffi::ThreadPool& pool, const FanInTopK& call) {
+  dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    top_k(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, k,
-          inputs_of<T>(in), data<float>(*scores), data<int32_t>(*labels));
+    top_k(pool, layer_of<T, I>(call), call.k(), inputs_of<T>(call), data<float>(call.scores),
+          data<int32_t>(call.labels));
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_top_k, top_k_impl,
-                              bind_fan_in_top_k(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(fan_in_top_k, run_top_k);
 
 }  // namespace xla_ops

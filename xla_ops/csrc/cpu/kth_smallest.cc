@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "handler.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -57,22 +59,15 @@ float kth(ffi::ThreadPool& pool, const T* x, int64_t n, int64_t k) {
   return result;
 }
 
-ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result) {
-  XLA_OPS_RETURN_IF_ERROR(check_kth_smallest(x, k, *result));
-  const int64_t n = x.element_count();
-  return guarded([&] {
-    switch (x.element_type()) {
-      case ffi::F32: *data<float>(*result) = kth(pool, data<float>(x), n, k); return ffi::Error::Success();
-      case ffi::BF16:
-        *data<float>(*result) = kth(pool, data<bfloat16>(x), n, k);
-        return ffi::Error::Success();
-      default: return ffi::Error::InvalidArgument("x must be float32 or bfloat16");
-    }
+void run_kth(ffi::ThreadPool& pool, const KthSmallest& call) {
+  *data<float>(call.smallest) = dispatch_values(call.x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return kth(pool, data<T>(call.x), call.x.element_count(), call.k);
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kth_smallest, impl, bind_kth_smallest(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(kth_smallest, run_kth);
 
 }  // namespace xla_ops

@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../handler.h"
+#include "../fan_in_layer.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -123,10 +123,9 @@ struct Inputs {
 };
 
 template <typename T>
-Inputs<T> inputs_of(const InputBuffers& in) {
-  const int64_t entries = in.rows.element_count();
-  return {data<T>(in.x), data<int32_t>(in.rows), data<int32_t>(in.columns), data<T>(in.values),
-          entries,       in.num_columns};
+Inputs<T> inputs_of(const LayerCall& call) {
+  return {data<T>(call.x),      data<int32_t>(call.rows), data<int32_t>(call.columns),
+          data<T>(call.values), call.num_entries(),       call.num_columns};
 }
 
 inline void add(float value, float* sum) { *sum += value; }
@@ -236,11 +235,21 @@ inline int64_t labels_per_run(const Shape& s) {
 // A fixed fan-in layer: kernel and indices [labels, fan_in], bias [labels] or null.
 template <typename T, typename I>
 struct Layer {
+  using Value = T;
+
   Shape shape;
   const T* kernel;
   const I* indices;
   const T* bias;
 };
+template <typename T, typename I>
+Layer<T, I> layer_of(const LayerCall& call) {
+  return {call.shape, data<T>(call.kernel), data<I>(call.indices), nullptr};
+}
+template <typename T, typename I>
+Layer<T, I> layer_of(const BiasedLayerCall& call) {
+  return {call.shape, data<T>(call.kernel), data<I>(call.indices), optional_data<T>(call.bias)};
+}
 
 // What a layer computes of one tile after the other, for a run of labels.
 template <typename T, typename I>
