@@ -1,4 +1,4 @@
-// What the Python modules of all platforms export.
+// The exports that the Python modules of all platforms share.
 
 #ifndef XLA_OPS_CSRC_MODULE_H_
 #define XLA_OPS_CSRC_MODULE_H_

@@ -73,7 +73,7 @@ struct Device {
 };
 extern Device device;
 
-// How many instructions of threads have added floats to memory atomically.
+// The number of instructions of threads that have added floats to memory atomically.
 extern int64_t additions;
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);

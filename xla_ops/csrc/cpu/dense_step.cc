@@ -8,7 +8,7 @@
 
 #include "handler.h"
 #include "kernels.h"
-#include "packed.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace xla_ops {

@@ -8,9 +8,11 @@
 #include "backward.h"
 #include "handler.h"
 #include "kernels.h"
+#include "layer.h"
 #include "loss_rows.h"
 #include "packed.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace xla_ops {
 namespace {
@@ -19,15 +21,15 @@ template <typename T, typename I>
 float value(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Tiles& tiles, const Packed<T>& packed,
             const LossRows& start) {
   const Shape& s = layer.shape;
-  const Parts parts(s, std::max<int64_t>(1, std::min(pool.num_threads(), ceil_div(s.labels, kBlock))));
-  std::vector<LossRows> sums(parts.count, start);
-  parallel_for(pool, parts.count, [&](int64_t p) {
+  const LabelRanges ranges(s, std::max<int64_t>(1, std::min(pool.num_threads(), ceil_div(s.labels, kBlock))));
+  std::vector<LossRows> sums(ranges.count, start);
+  parallel_for(pool, ranges.count, [&](int64_t r) {
     alignas(64) float rows[kBlock * kTile];
-    Run<T, I> run(layer, packed, kBlock);
-    for (int64_t label = parts.begin(p); label < parts.end(p); label += kBlock) {
-      const int64_t n = std::min(kBlock, parts.end(p) - label);
-      run.start(label, n);
-      for (int64_t t = 0; t < tiles.count; ++t) sums[p](run, tiles[t], label, n, rows);
+    LabelChunk<T, I> chunk(layer, packed, kBlock);
+    for (int64_t label = ranges.begin(r); label < ranges.end(r); label += kBlock) {
+      const int64_t n = std::min(kBlock, ranges.end(r) - label);
+      chunk.start(label, n);
+      for (int64_t t = 0; t < tiles.count; ++t) sums[r](chunk, tiles[t], label, n, rows);
     }
   });
   return mean_loss(sums, s);

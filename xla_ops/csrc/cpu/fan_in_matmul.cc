@@ -1,9 +1,9 @@
 // fan_in_matmul and its gradients: y[b, l] = bias[l] + sum_f kernel[l, f] * x[b, indices[l, f]].
 //
-// x is packed feature-major in tiles of the batch (kernels.h), so that a connection reads one contiguous
-// run; labels are worked on in blocks whose rows stay in cache between the kernel and the transposition.
-// Every sum is taken in an order that depends on the shapes and the number of threads only, so results repeat
-// bit for bit.
+// x is packed feature-major in tiles of the batch (kernels.h), so that a connection reads contiguous memory;
+// labels are worked on in blocks whose rows stay in cache between the kernel and the transposition. Every sum
+// is taken in an order that depends on the shapes and the number of threads only, so results repeat bit for
+// bit.
 
 #include "../fan_in_matmul.h"
 
@@ -12,8 +12,10 @@
 #include "backward.h"
 #include "handler.h"
 #include "kernels.h"
+#include "layer.h"
 #include "packed.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace xla_ops {
 namespace {
@@ -29,9 +31,9 @@ void forward(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>& i
     const Tile tile = tiles[item / blocks];
     const int64_t label = item % blocks * kBlock, n = std::min(kBlock, s.labels - label);
     alignas(64) float rows[kBlock * kTile];
-    Run<T, I> run(layer, packed, kBlock);
-    run.start(label, n);
-    run.logits(tile, label, n, rows);
+    LabelChunk<T, I> chunk(layer, packed, kBlock);
+    chunk.start(label, n);
+    chunk.logits(tile, label, n, rows);
     layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label,
                                   s.labels);
   });
@@ -43,8 +45,8 @@ struct GivenRows {
   const T* dy;
   int64_t labels;
 
-  template <typename AnyRun>
-  uint64_t operator()(const AnyRun&, const Tile& tile, int64_t label, int64_t n, float* rows) const {
+  template <typename Chunk>
+  uint64_t operator()(const Chunk&, const Tile& tile, int64_t label, int64_t n, float* rows) const {
     layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows,
                                 tile.width);
     return row_kernels().nonzero(rows, n, tile.width);

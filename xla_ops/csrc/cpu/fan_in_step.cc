@@ -1,6 +1,6 @@
 // A whole training step of a fixed fan-in output layer in one sweep over the labels: loss, gradient of the
-// input, and the update of kernel, bias and moments where they are. The kernel's gradient exists for one run
-// of labels at a time.
+// input, and the update of kernel, bias and moments where they are. The kernel's gradient exists for one
+// chunk of labels at a time.
 
 #include "../fan_in_step.h"
 
@@ -9,9 +9,12 @@
 #include "backward.h"
 #include "handler.h"
 #include "kernels.h"
+#include "layer.h"
 #include "loss_rows.h"
+#include "memory.h"
 #include "packed.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace xla_ops {
 namespace {
@@ -51,7 +54,7 @@ class Update {
       : fan_in_(s.fan_in), kernel_(kernel), bias_(bias) {}
 
   float* kernel_sums(int64_t, int64_t labels) {
-    if (!sums_) sums_ = allocate<float>(labels * fan_in_);  // no later run is longer than the first
+    if (!sums_) sums_ = allocate<float>(labels * fan_in_);  // no later chunk is longer than the first
     return sums_.get();
   }
   void take(int64_t first, int64_t labels, const float* d_kernel, const float* d_bias) {

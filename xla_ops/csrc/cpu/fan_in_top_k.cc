@@ -8,8 +8,11 @@
 
 #include "handler.h"
 #include "kernels.h"
+#include "layer.h"
+#include "memory.h"
 #include "packed.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace xla_ops {
 namespace {
@@ -46,33 +49,33 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Packed<T> packed(pool, tiles, inputs);
-  // A thread has a part of the labels. Where there are too few of these for all threads, several share a part
-  // and have some tiles of it each.
+  // A thread has a range of the labels. If there are fewer ranges than threads, several threads share a
+  // range, and have some of its tiles each.
   const int64_t threads = pool.num_threads();
-  const Parts parts(s, std::max<int64_t>(1, std::min(threads, ceil_div(s.labels, kBlock))));
-  const int64_t shares = std::max<int64_t>(1, std::min(threads / parts.count, tiles.count));
+  const LabelRanges ranges(s, std::max<int64_t>(1, std::min(threads, ceil_div(s.labels, kBlock))));
+  const int64_t shares = std::max<int64_t>(1, std::min(threads / ranges.count, tiles.count));
   std::vector<Ranking> rankings;
-  rankings.reserve(parts.count);
-  for (int64_t p = 0; p < parts.count; ++p) rankings.emplace_back(s.batch, k);
+  rankings.reserve(ranges.count);
+  for (int64_t r = 0; r < ranges.count; ++r) rankings.emplace_back(s.batch, k);
 
-  parallel_for(pool, parts.count * shares, [&](int64_t item) {
-    const int64_t part = item / shares, end = parts.end(part), run_length = labels_per_run(s);
-    Ranking& ranking = rankings[part];
+  parallel_for(pool, ranges.count * shares, [&](int64_t item) {
+    const int64_t range = item / shares, end = ranges.end(range), chunk_size = labels_per_chunk(s);
+    Ranking& ranking = rankings[range];
     alignas(64) float rows[kBlock * kTile];
     const Buffer<float> worst_of_all = allocate<float>(tiles.count * kTile);
     std::fill_n(worst_of_all.get(), tiles.count * kTile,
                 std::numeric_limits<float>::infinity());  // the padding's
     std::fill_n(worst_of_all.get(), s.batch, -std::numeric_limits<float>::infinity());
-    Run<T, I> run(layer, packed, std::min(run_length, end - parts.begin(part)));
-    for (int64_t first = parts.begin(part); first < end; first += run_length) {
-      const int64_t last = std::min(end, first + run_length);
-      run.start(first, last - first);
+    LabelChunk<T, I> chunk(layer, packed, std::min(chunk_size, end - ranges.begin(range)));
+    for (int64_t first = ranges.begin(range); first < end; first += chunk_size) {
+      const int64_t last = std::min(end, first + chunk_size);
+      chunk.start(first, last - first);
       for (int64_t t = item % shares; t < tiles.count; t += shares) {
         const Tile tile = tiles[t];
         float* const worst = worst_of_all.get() + tile.first;
         for (int64_t label = first; label < last; label += kBlock) {
           const int64_t n = std::min(kBlock, last - label);
-          run.logits(tile, label, n, rows);
+          chunk.logits(tile, label, n, rows);
           for (uint64_t mask = row_kernels().above(rows, n, tile.width, worst); mask; mask &= mask - 1) {
             const int64_t i = __builtin_ctzll(mask);
             const float* row = rows + i * tile.width;
@@ -87,11 +90,11 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
     }
   });
 
-  // Parts are offered in the order of their labels, so that ties go to the lower one.
+  // Ranges are offered in the order of their labels, so that ties go to the lower one.
   Ranking& best = rankings[0];
-  for (int64_t p = 1; p < parts.count; ++p) {
+  for (int64_t r = 1; r < ranges.count; ++r) {
     for (int64_t i = 0; i < s.batch * k; ++i) {
-      if (rankings[p].labels[i] >= 0) best.offer(i / k, rankings[p].scores[i], rankings[p].labels[i]);
+      if (rankings[r].labels[i] >= 0) best.offer(i / k, rankings[r].scores[i], rankings[r].labels[i]);
     }
   }
   std::copy_n(best.scores.get(), s.batch * k, scores);

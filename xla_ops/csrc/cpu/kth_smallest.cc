@@ -9,8 +9,7 @@
 #include <vector>
 
 #include "handler.h"
-#include "kernels.h"
-#include "packed.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace xla_ops {
@@ -26,21 +25,21 @@ uint32_t magnitude(float x) {
 }
 uint32_t magnitude(bfloat16 x) { return static_cast<uint32_t>(x.bits & 0x7fff) << 16; }
 
-// How many of x have each value of bits [shift, shift + kCountedBits), among those whose bits above are
-// `above`.
+// Counts the elements of x by the value of their bits [shift, shift + kCountedBits), among the elements whose
+// bits above these are `above`.
 template <typename T>
 std::vector<int64_t> count_bits(ffi::ThreadPool& pool, const T* x, int64_t n, int shift, uint32_t above) {
-  const int64_t parts = pool.num_threads(), each = ceil_div(n, parts);
-  std::vector<std::vector<int64_t>> counts(parts, std::vector<int64_t>(1 << kCountedBits));
-  parallel_for(pool, parts, [&](int64_t part) {
-    std::vector<int64_t>& count = counts[part];
-    for (int64_t i = part * each; i < std::min(n, (part + 1) * each); ++i) {
+  const int64_t ranges = pool.num_threads(), each = ceil_div(n, ranges);
+  std::vector<std::vector<int64_t>> counts(ranges, std::vector<int64_t>(1 << kCountedBits));
+  parallel_for(pool, ranges, [&](int64_t range) {
+    std::vector<int64_t>& count = counts[range];
+    for (int64_t i = range * each; i < std::min(n, (range + 1) * each); ++i) {
       const uint64_t bits = magnitude(x[i]);  // 64 bits, so that it may be shifted by 32
       if (bits >> (shift + kCountedBits) == above) ++count[bits >> shift & ((1 << kCountedBits) - 1)];
     }
   });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (size_t value = 0; value < counts[0].size(); ++value) counts[0][value] += counts[part][value];
+  for (int64_t range = 1; range < ranges; ++range) {
+    for (size_t value = 0; value < counts[0].size(); ++value) counts[0][value] += counts[range][value];
   }
   return counts[0];
 }

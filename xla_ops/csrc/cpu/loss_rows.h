@@ -10,7 +10,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "packed.h"
+#include "layer.h"
+#include "tiles.h"
 
 namespace xla_ops {
 
@@ -60,8 +61,9 @@ class LossRows {
 
   // Returns the mask of the rows that are not zero.
   template <typename T, typename I>
-  uint64_t operator()(const Run<T, I>& run, const Tile& tile, int64_t label, int64_t n, float* rows) {
-    run.logits(tile, label, n, rows);
+  uint64_t operator()(const LabelChunk<T, I>& chunk, const Tile& tile, int64_t label, int64_t n,
+                      float* rows) {
+    chunk.logits(tile, label, n, rows);
     corrections_.clear();
     for (auto p = std::lower_bound(positives_.begin(), positives_.end(), Positive{label, 0});
          p != positives_.end() && p->label < label + n; ++p) {
@@ -94,11 +96,11 @@ class LossRows {
   double total_ = 0;
 };
 
-// The mean loss from the parts' sums.
+// The mean loss from the sums of the ranges of labels.
 template <typename Rows>
-float mean_loss(const std::vector<Rows>& parts, const Shape& s) {
+float mean_loss(const std::vector<Rows>& ranges, const Shape& s) {
   double total = 0;
-  for (const Rows& part : parts) total += part.total();
+  for (const Rows& rows : ranges) total += rows.total();
   return static_cast<float>(total / (static_cast<double>(s.batch) * static_cast<double>(s.mean_labels)));
 }
 

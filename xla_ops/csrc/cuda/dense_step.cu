@@ -8,9 +8,10 @@
 
 #include <type_traits>
 
-#include "device.cuh"
 #include "launch.cuh"
+#include "layout.h"
 #include "updates.cuh"
+#include "values.cuh"
 
 namespace xla_ops::cuda {
 namespace {
@@ -28,7 +29,7 @@ constexpr int kLaneColumns = kColumns / kWarp;
 // For the update half a warp has a row, and a lane every 16th column: those whose random bits are of one
 // counter.
 constexpr int kWeights = kColumns / kCounters;
-static_assert(kColumns == kRun && kWarp == 2 * kCounters,
+static_assert(kColumns == kPositions && kWarp == 2 * kCounters,
               "a row of a tile is a run of positions, for half a warp");
 
 union Shared {
@@ -44,19 +45,19 @@ struct Tile {
   int64_t row, column;
 };
 
-// Brings kExamples rows of a matrix [batch, width] into shared memory, from `example` on, and of those kPart
-// columns, from `column` on. What is outside of the matrix is 0.
-template <int kPart>
+// Brings rows [example, example + kExamples) and columns [column, column + kWidth) of a matrix [batch, width]
+// into shared memory. Elements outside of the matrix are 0.
+template <int kWidth>
 __device__ void stage(const float* matrix, int64_t batch, int64_t width, int64_t example, int64_t column,
-                      float (&part)[kExamples][kPart]) {
-  constexpr int kAtOnce = kThreads / kPart;
-  const int first = threadIdx.x / kPart, c = threadIdx.x % kPart;
+                      float (&staged)[kExamples][kWidth]) {
+  constexpr int kAtOnce = kThreads / kWidth;
+  const int first = threadIdx.x / kWidth, c = threadIdx.x % kWidth;
   const int examples = static_cast<int>(min(int64_t{kExamples}, batch - example));
   const bool inside = column + c < width;
   const float* from = matrix + (example + first) * width + column + c;
 #pragma unroll
   for (int b = 0; b < kExamples; b += kAtOnce, from += kAtOnce * width) {
-    part[first + b][c] = inside && first + b < examples ? __ldg(from) : 0;
+    staged[first + b][c] = inside && first + b < examples ? __ldg(from) : 0;
   }
 }
 
@@ -138,9 +139,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                 AdamRates rates, const uint32_t* words_of_key) {
   __shared__ Shared shared;
   const AdamStep step(rates);
-  const RoundingKey key(words_of_key);
+  const RoundingKey key = load_key(words_of_key);
   const int first_row = threadIdx.x / kCounters, lane = threadIdx.x % kCounters;
-  const int64_t tiles_of_rows = ceil_div(s.rows, kRows), runs = ceil_div(s.columns, kRun);
+  const int64_t tiles_of_rows = ceil_div(s.rows, kRows), runs = ceil_div(s.columns, kPositions);
   for_each_item(tiles_of_rows * runs, [&](int64_t item) {
     // Neighbours have the same columns: dy, the larger matrix, comes from memory once.
     const int64_t run = item / tiles_of_rows;

@@ -12,10 +12,12 @@
 
 #include <type_traits>
 
-#include "device.cuh"
 #include "fan_in_matmul.cuh"
+#include "gradients.cuh"
 #include "launch.cuh"
+#include "layer.cuh"
 #include "layout.h"
+#include "logits.cuh"
 
 namespace xla_ops::cuda {
 namespace {
@@ -115,7 +117,7 @@ template <typename T, typename Out>
 cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, const SparseMap& map, Out* y,
                          int64_t y_stride) {
   const int64_t items = layer.tiles() * layer.blocks();
-  if (map.columns > 0) {
+  if (map.num_columns > 0) {
     return launch(forward_kernel<false, T, true, Out>, items, Group<T>::kThreads, 0, stream,
                   Layer<T, true>{layer, map}, y, y_stride);
   }
@@ -152,12 +154,12 @@ cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, c
   const Layer<T> plain{s, packed.rows, kernel, indices, nullptr};
   float* d_packed = workspace.take<float>(sums_count(s));
   if (!d_x) d_packed = nullptr;
-  float* const sums = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
+  float* const sums = workspace.take<float>(max_blocks(plain) * kLabels * s.fan_in);
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
   if (d_packed) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(dispatch(plain, packed.map, [&](const auto& layer) {
-    return launch(gradients_kernel<T, std::decay_t<decltype(layer)>::kHasSparse>, most_sharers(plain),
+    return launch(gradients_kernel<T, std::decay_t<decltype(layer)>::kHasSparse>, max_blocks(plain),
                   Group<T>::kThreads, 0, stream, layer, dy, sums, d_packed, d_kernel, d_bias);
   }));
   return d_packed ? unpack_sums(stream, s, d_packed, d_x) : cudaSuccess;

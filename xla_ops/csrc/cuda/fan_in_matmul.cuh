@@ -1,9 +1,9 @@
-// What fan_in_top_k takes from fan_in_matmul.
+// The forward pass of fan_in_matmul, which fan_in_top_k uses too.
 
 #ifndef XLA_OPS_CSRC_CUDA_FAN_IN_MATMUL_CUH_
 #define XLA_OPS_CSRC_CUDA_FAN_IN_MATMUL_CUH_
 
-#include "device.cuh"
+#include "layer.cuh"
 
 namespace xla_ops::cuda {
 

@@ -12,7 +12,7 @@ template <typename T>
 struct SgdUpdate {
   T* weights;
   T* biases;                   // or null
-  int64_t fan_in, num_labels;  // of the whole layer, of which this may be a part
+  int64_t fan_in, num_labels;  // of the whole layer, of which this may be a shard
   const float* learning_rate;
   const uint32_t* key;
 
@@ -38,7 +38,7 @@ struct SgdUpdate {
 
   __device__ void update(T* w, int64_t position, float d) const {
     if (d == 0) return;
-    const RoundingKey rounding(load_here(key), load_here(key + 1), load_here(key + 2));
+    const RoundingKey rounding{{load_here(key), load_here(key + 1)}, load_here(key + 2)};
     set(w, to_float(*w) - load_here(learning_rate) * d, rounding_bits(rounding, position));
   }
   // A load that stays where it is: in a register throughout the pass over the labels the value would be one

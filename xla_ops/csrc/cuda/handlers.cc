@@ -1,8 +1,8 @@
-// The FFI handlers: they check what XLA passes, and call the launchers of kernels.h.
+// The FFI handlers: they check the operands that XLA passes, and call the launchers of kernels.h.
 //
-// Their last result is the launcher's workspace, of no bytes where that has no temporaries. So memory is
-// XLA's to plan, and the handlers are compatible with command buffers: XLA may capture the call into a graph
-// and replay it, on the same memory.
+// Their last result is the launcher's workspace, which has no bytes if the launcher has no temporaries. So
+// XLA plans all memory, and the handlers are compatible with command buffers: XLA may capture the call into a
+// graph and replay it, on the same memory.
 
 #include "handlers.h"
 
@@ -174,11 +174,11 @@ cudaError_t run_kth(cudaStream_t stream, cuda::Workspace& workspace, const KthSm
   });
 }
 
-// What a launcher takes if it has no workspace.
+// Returns the workspace that a launcher needs, which it computes if it is called without one.
 template <typename T>
-int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t entries,
-                 int64_t num_columns) {
-  const cuda::Inputs<T> inputs{nullptr, nullptr, nullptr, nullptr, entries, num_columns};
+int64_t workspace_needed(const std::string& handler, const Shape& s, int64_t k, int64_t num_entries,
+                         int64_t num_columns) {
+  const cuda::Inputs<T> inputs{nullptr, nullptr, nullptr, nullptr, num_entries, num_columns};
   const T* in = nullptr;
   T* out = nullptr;
   float* scores = nullptr;
@@ -198,7 +198,7 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
     cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, inputs, out, indices, out, labels, 0, scores, nullptr,
                           scores, out);
   } else if (handler == "xla_ops.fan_in_step.adam") {
-    const cuda::Inputs<float> of_floats{nullptr, nullptr, nullptr, nullptr, entries, num_columns};
+    const cuda::Inputs<float> of_floats{nullptr, nullptr, nullptr, nullptr, num_entries, num_columns};
     cuda::fan_in_adam_step(nullptr, none, s, Loss{}, of_floats, {}, indices, {}, labels, 0, {}, scores,
                            scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
@@ -225,9 +225,9 @@ std::string error_message(int status) {
 }
 
 int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k,
-                        int64_t entries, int64_t num_columns) {
-  return is_bfloat16 ? taken_by<bfloat16>(handler, s, k, entries, num_columns)
-                     : taken_by<float>(handler, s, k, entries, num_columns);
+                        int64_t num_entries, int64_t num_columns) {
+  return is_bfloat16 ? workspace_needed<bfloat16>(handler, s, k, num_entries, num_columns)
+                     : workspace_needed<float>(handler, s, k, num_entries, num_columns);
 }
 
 #define XLA_OPS_DEFINE_HANDLER(handler, run)                                                             \

@@ -24,16 +24,16 @@ struct Indices {
   bool is_uint16;
 };
 
-// The inputs of a batch: dense ones, and `columns` sparse ones behind them. An entry is of the example
-// `row_of` and the sparse input `column_of`, and padding if either is out of range; those of the same example
-// and input are added.
+// The inputs of a batch: dense ones, and sparse ones after them. Entry n of those is at rows[n] (an example)
+// and columns[n] (a sparse input); entries out of range are padding. Entries of the same example and input
+// are added.
 template <typename T>
 struct Inputs {
   const T* x;  // [B, D]
-  const int32_t* row_of;
-  const int32_t* column_of;
+  const int32_t* rows;
+  const int32_t* columns;
   const T* values;
-  int64_t entries, columns;
+  int64_t num_entries, num_columns;
 };
 
 // Weights and their moments; for a bias that there is not, null.
@@ -45,9 +45,9 @@ struct AdamRates {
   float b1, b2, epsilon;
 };
 
-// The temporaries of a launcher: parts of one buffer of device memory, aligned for any access.
+// The temporaries of a launcher, allocated from one buffer of device memory, aligned for any access.
 //
-// A launcher takes all of its parts before it queues anything, and if the buffer is too small for them it
+// A launcher takes all temporaries before it queues anything, and if the buffer is too small for them it
 // queues nothing and returns cudaErrorMemoryAllocation. With no buffer, therefore, it only finds out how
 // large one it needs.
 class Workspace {
@@ -58,16 +58,16 @@ class Workspace {
 
   template <typename T>
   T* take(int64_t count) {
-    const int64_t offset = taken_, part = (count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T));
-    taken_ += (part + kAlignment - 1) / kAlignment * kAlignment;
-    return enough() ? static_cast<T*>(place(offset, part)) : nullptr;
+    const int64_t offset = taken_, bytes = (count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T));
+    taken_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return enough() ? static_cast<T*>(place(offset, bytes)) : nullptr;
   }
   int64_t taken() const { return taken_; }
   bool enough() const { return taken_ <= bytes_; }
 
  protected:
   static constexpr int64_t kAlignment = 256;
-  // The tests override this, to have each part where a sanitizer sees what is out of its bounds.
+  // The tests override this, so that a sanitizer sees accesses out of the bounds of each.
   virtual void* place(int64_t offset, int64_t) { return data_ + offset; }
 
  private:
@@ -100,8 +100,8 @@ cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, con
                                   T* d_bias);
 
 // The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without
-// momentum, with a float and, for the rounding of bfloat16, the three words of csrc/cpu/kernels.h's
-// RoundingKey, or by Adam.
+// momentum, with a float and, for the rounding of bfloat16, the three words of a
+// RoundingKey (csrc/rounding.h), or by Adam.
 template <typename T>
 cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                             const Inputs<T>& inputs, T* kernel, Indices indices, T* bias,

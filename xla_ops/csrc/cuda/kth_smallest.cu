@@ -5,8 +5,9 @@
 
 #include <iterator>
 
-#include "device.cuh"
 #include "launch.cuh"
+#include "layout.h"
+#include "values.cuh"
 
 namespace xla_ops::cuda {
 namespace {
@@ -19,10 +20,10 @@ constexpr struct {
 } kDigits[] = {{20, 11}, {10, 10}, {0, 10}};  // 31 bits, without the sign
 using Count = unsigned long long;             // what atomicAdd takes
 
-// What is known of the one looked for.
+// The bits of the result that are known.
 struct Found {
   uint32_t bits;  // the top ones
-  Count rank;     // among those that agree with these
+  Count rank;     // among the elements that have these bits
 };
 
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }

@@ -14,6 +14,17 @@
 
 namespace xla_ops::cuda {
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// The shared memory that a launch asks for, beside what a kernel declares.
+#ifdef __CUDACC__  // the tests' stand-in for CUDA has one of its own
+__device__ inline void* dynamic_shared() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+#endif
+
 // Calls fn(item) for this block's share of [0, items). Neighbouring items run at the same time.
 template <typename Fn>
 __device__ void for_each_item(int64_t items, Fn&& fn) {
