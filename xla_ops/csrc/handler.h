@@ -32,12 +32,14 @@ class Call {
       : arguments_(arguments), results_(results), attributes_(attributes) {}
 
   // Returns the next argument.
-  ffi::AnyBuffer argument() { return value_of(arguments_.get<ffi::AnyBuffer>(arguments_read_++)); }
+  ffi::AnyBuffer argument() {
+    return value_of("arguments", arguments_.get<ffi::AnyBuffer>(arguments_read_++));
+  }
   // Returns the next result.
-  ffi::AnyBuffer result() { return *value_of(results_.get<ffi::AnyBuffer>(results_read_++)); }
+  ffi::AnyBuffer result() { return *value_of("results", results_.get<ffi::AnyBuffer>(results_read_++)); }
   template <typename T>
   T attribute(const char* name) {
-    return value_of(attributes_.get<T>(name));
+    return value_of(name, attributes_.get<T>(name));
   }
   void check_all_are_read() const {
     if (arguments_read_ == arguments_.size() && results_read_ == results_.size()) return;
@@ -48,8 +50,8 @@ class Call {
 
  private:
   template <typename T>
-  static T value_of(const ffi::ErrorOr<T>& value) {
-    if (value.has_error()) throw InvalidCall(value.error().message());
+  static T value_of(const char* name, const ffi::ErrorOr<T>& value) {
+    if (value.has_error()) throw InvalidCall(std::string(name) + ": " + value.error().message());
     return value.value();
   }
 
