@@ -70,15 +70,11 @@ class Update {
 
 template <typename T, typename I, typename Weights>
 void step(ffi::ThreadPool& pool, const FanInStep& call, const Weights& kernel, const Weights& bias) {
-  const Shape& s = call.shape;
-  const Tiles tiles(s.batch, s.in_features);
-  const Packed<T> packed(pool, tiles, inputs_of<T>(call));
-  const auto sorted = by_label(data<int32_t>(call.positives), s.batch, call.positives_width(), s.labels);
+  const LossPass<T, I> pass(pool, call);
   const auto sums = backward(
-      pool, layer_of<T, I>(call), tiles, packed,
-      [&] { return LossRows(s, static_cast<Loss>(call.loss), sorted); },
-      [&] { return Update<Weights>(s, kernel, bias); }, optional_data<T>(call.d_x));
-  *data<float>(call.mean) = mean_loss(sums, s);
+      pool, pass.layer, pass.tiles, pass.packed, [&] { return pass.rows; },
+      [&] { return Update<Weights>(call.shape, kernel, bias); }, optional_data<T>(call.d_x));
+  *data<float>(call.mean) = mean_loss(sums, call.shape);
 }
 
 void run_adam(ffi::ThreadPool& pool, const FanInStepAdam& call) {

@@ -25,8 +25,6 @@ inline int64_t labels_per_chunk(const Shape& s) {
 // A fixed fan-in layer: kernel and indices [labels, fan_in], bias [labels] or null.
 template <typename T, typename I>
 struct Layer {
-  using Value = T;
-
   Shape shape;
   const T* kernel;
   const I* indices;

@@ -9,8 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "../fan_in_loss.h"
 #include "kernels.h"
 #include "layer.h"
+#include "packed.h"
 #include "tiles.h"
 
 namespace xla_ops {
@@ -94,6 +96,24 @@ class LossRows {
   const std::vector<Positive>& positives_;
   std::vector<std::pair<int64_t, float>> corrections_;
   double total_ = 0;
+};
+
+// The layer and the inputs of a call, prepared for the pass over the labels.
+template <typename T, typename I>
+struct LossPass {
+  LossPass(ffi::ThreadPool& pool, const FanInLossValue& call)
+      : layer(layer_of<T, I>(call)),
+        tiles(call.shape.batch, call.shape.in_features),
+        packed(pool, tiles, inputs_of<T>(call)),
+        positives(by_label(data<int32_t>(call.positives), call.shape.batch, call.positives_width(),
+                           call.shape.labels)),
+        rows(call.shape, static_cast<Loss>(call.loss), positives) {}
+
+  const Layer<T, I> layer;
+  const Tiles tiles;
+  const Packed<T> packed;
+  const std::vector<Positive> positives;
+  const LossRows rows;  // to be copied for each range of labels
 };
 
 // The mean loss from the sums of the ranges of labels.
