@@ -160,7 +160,7 @@ def fan_in_sgd_step(
       kernel, indices, bias, positives, loss, num_labels, sparse: as for `fan_in_loss`.
       learning_rate: float32 scalar.
       seed: uint32 scalar, the seed of stochastic rounding. The random bits depend only on the seed, `step`
-        and the position of a weight, on any machine (Philox4x32-10; the details are in `csrc/cpu/kernels.h`).
+        and the position of a weight, on any machine (Philox4x32-10; the details are in `csrc/rounding.h`).
       step: uint32 or int32 scalar, the number of the step; every step must have a different number.
       first_label: integer scalar, the number of the first label if the labels are a shard of `num_labels`
         labels, so that their weights are rounded as in the whole layer.

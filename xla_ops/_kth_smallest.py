@@ -48,10 +48,12 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
         return jax.ffi.ffi_call(_HANDLER, types, vmap_method="sequential")(x, k=np.int64(k))[0]
 
     def on_any_platform(x):
-        if (cuda := _native.cuda()) is None:
+        if _native.cuda() is None:
             reference = functools.partial(_bisect, k=k, axes=())
             return (jax.lax.platform_dependent(x, cpu=native, default=reference),)
-        size = cuda.workspace_bytes(_HANDLER, x.dtype == jnp.bfloat16, *[0] * 7)
+        from xla_ops import _cuda  # which exists only if it was built with nvcc
+
+        size = _cuda.workspace_bytes(_HANDLER, x.dtype == jnp.bfloat16, 0, 0, 0, 0, 0, 0, 0)
         on_cuda = functools.partial(native, workspace=[((size,), jnp.uint8)])
         return (jax.lax.platform_dependent(x, cuda=on_cuda, default=native),)
 

@@ -179,8 +179,10 @@ def cuda_workspace(
 
     Its size may be 0.
     """
+    from xla_ops import _cuda  # which exists only if it was built with nvcc
+
     entries, kernel = (0, others[0]) if num_columns is None else (others[0].shape[0], others[3])
-    pieces, (batch, in_features) = 1, x.shape
+    pieces, (batch, in_features), (labels, fan_in) = 1, x.shape, kernel.shape
     if not isinstance(batch, int):
         pieces, batch = (batch + _SYMBOLIC_BATCH - 1) // _SYMBOLIC_BATCH, _SYMBOLIC_BATCH
     if not isinstance(entries, int):
@@ -188,8 +190,8 @@ def cuda_workspace(
         entries = _SYMBOLIC_ENTRIES
     columns = results[0].shape[-1] if results[0].shape else 0
     is_bfloat16 = x.dtype == jnp.bfloat16
-    size = cuda().workspace_bytes(
-        handler, is_bfloat16, batch, in_features, *kernel.shape, columns, entries, int(num_columns or 0)
+    size = _cuda.workspace_bytes(
+        handler, is_bfloat16, batch, in_features, labels, fan_in, columns, entries, int(num_columns or 0)
     )
     return jax.ShapeDtypeStruct((pieces, size), jnp.uint8)
 

@@ -48,7 +48,7 @@ def round_stochastically(
       TypeError, ValueError: an argument has a wrong dtype or shape, or is out of range; the message names it.
 
     Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, for the generator
-    Philox4x32-10; `csrc/cpu/kernels.h` defines which of its bits belong to a position.
+    Philox4x32-10; `csrc/rounding.h` defines which of its bits belong to a position.
     """
     x = as_array("x", x)
     check_dtype("x", x, [jnp.float32])
