@@ -271,7 +271,7 @@ class XMCClassifier(BaseEstimator):
           FloatingPointError: a score is not finite.
         """
         points = self._points(X)
-        k = number_to_rank(k, self.n_labels_)
+        k = resolve_k(k, self.n_labels_)
         labels, scores = np.zeros((len(points), k), np.int64), np.zeros((len(points), k), np.float32)
         for rows, batch_scores, batch_labels in predict(self.saved_.model, points, k):
             labels[rows], scores[rows] = batch_labels, batch_scores
@@ -406,7 +406,7 @@ def _open_encoder(
     return pretrained, PretrainedEncoder.from_directory(parameters.encoder, remat=True) if trainable else None
 
 
-def number_to_rank(k: int | None, num_labels: int) -> int:
+def resolve_k(k: int | None, num_labels: int) -> int:
     """Return the number of labels to rank: k, or if it is None 5, or all labels if there are fewer.
 
     Raises:
