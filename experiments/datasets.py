@@ -15,8 +15,7 @@ from sparse_xmc.data import (
     read_tsv,
     read_xmc_text,
 )
-from sparse_xmc.data.tokens import Tokenizer
-from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.encoders.frozen_encoder import PretrainedInput
 from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.saving import SavedModel
 
@@ -52,7 +51,7 @@ def load(
     test_filter: str | None = None,
     cache_dir: str | None = None,
     ngrams: int = 1,
-    pretrained: FrozenEncoder | Tokenizer | None = None,
+    pretrained: PretrainedInput | None = None,
 ) -> Splits:
     """Load a training and a test set.
 
@@ -190,7 +189,7 @@ def _load_texts(
     train: str,
     test: str,
     ngrams: int,
-    pretrained: FrozenEncoder | Tokenizer | None,
+    pretrained: PretrainedInput | None,
     cache_dir: str | None,
 ) -> Splits:
     train_names, train_texts = read_tsv(train)
