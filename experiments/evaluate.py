@@ -16,7 +16,7 @@ from sparse_xmc.data.files import write_text
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 
 from . import program, trained
-from .datasets import load_points
+from .datasets import load_for_model
 
 flags.adopt_module_key_flags(trained)  # so that --help shows them
 _TEST = flags.DEFINE_string("test", None, "The points: .tsv or the repository's .txt.", required=True)
@@ -28,7 +28,7 @@ _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 def main() -> None:
     """Evaluate the model that the flags describe."""
     saved = trained.load().saved_
-    points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
+    points, unknown = load_for_model(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics
     weights = None if statistics is None else statistics.inv_propensities
     report: dict[str, Any] = {

@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -118,7 +118,7 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
     """
     statistics, faults = DATASETS[name], []
 
-    def attempt(check: Callable, *arguments) -> None:
+    def attempt(check: Callable, *arguments: Any) -> None:
         try:
             check(*arguments)
         except (FileNotFoundError, ValueError) as error:
