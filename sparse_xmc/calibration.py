@@ -39,22 +39,22 @@ class Calibration:
     probabilities: np.ndarray
 
     @classmethod
-    def fit(cls, model: Classifier, points: Dataset, *, batch_size: int = 256) -> "Calibration":
+    def fit(cls, model: Classifier, dataset: Dataset, *, batch_size: int = 256) -> "Calibration":
         """Fit the calibration of a classifier on labelled points that it was not trained on.
 
         Args:
           model: the classifier.
-          points: the held-out points, at least one.
+          dataset: the held-out points, at least one.
           batch_size: number of points in a batch.
 
         Raises:
           ValueError: there are no points.
         """
         scores, is_correct = [], []
-        k = min(_RANKS, points.num_labels)
-        for rows, batch_scores, labels in predict(model, points, k, batch_size=batch_size):
+        k = min(_RANKS, dataset.num_labels)
+        for rows, batch_scores, labels in predict(model, dataset, k, batch_size=batch_size):
             scores.append(batch_scores.ravel())
-            is_correct.append(is_listed(labels, points.labels[rows]).ravel())
+            is_correct.append(is_listed(labels, dataset.labels[rows]).ravel())
         if not scores:
             raise ValueError("calibration needs at least one point that was held out")
         fitted = IsotonicRegression().fit(

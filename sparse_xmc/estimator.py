@@ -12,10 +12,9 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from sparse_xmc.assembly import build, finish
-from sparse_xmc.data.dataset import Points
+from sparse_xmc.data.dataset import Dataset, Points
 from sparse_xmc.data.label_checks import warn_of_unusual_labels
 from sparse_xmc.data.text import LabelEncoder
-from sparse_xmc.data.tokens import Tokenizer
 from sparse_xmc.data.validation import (
     LabelMatrix,
     Labels,
@@ -26,7 +25,7 @@ from sparse_xmc.data.validation import (
 )
 from sparse_xmc.defaults import dropout_for, input_scale_for, ngrams_for, sizes_for, training_for
 from sparse_xmc.encoders import PretrainedEncoder
-from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, open_pretrained
+from sparse_xmc.encoders.frozen_encoder import PretrainedInput, open_pretrained
 from sparse_xmc.evaluation import evaluate, predict
 from sparse_xmc.heads import FixedFanInConfig
 from sparse_xmc.inputs import InputEncoder
@@ -36,7 +35,7 @@ from sparse_xmc.model_files import PARAMETERS
 from sparse_xmc.planning import check_memory
 from sparse_xmc.saving import SavedModel
 from sparse_xmc.settings import LARGEST_SEED, check, check_seed, setting
-from sparse_xmc.train import Progress, fit
+from sparse_xmc.train import Progress, TrainingConfig, fit
 
 _DEFAULT_K = 5
 
@@ -210,29 +209,7 @@ class XMCClassifier(BaseEstimator):
             points = Points(values)
         warn_of_unusual_labels(labels, None if label_encoder is None else label_encoder.names)
         train = points.with_labels(labels)
-        given = {name: value for name, value in vars(parameters).items() if value is not None}
-        training = training_for(train, **_only(given, "epochs", "batch_size", "learning_rate"))
-        if parameters.embedding is not None and not train.is_sparse:
-            raise ValueError(
-                f"embedding={parameters.embedding} is for texts and sparse features, but X is dense"
-            )
-        sizes = sizes_for(train, **_only(given, "embedding", "penultimate", "fan_in"))
-        dropout = dropout_for(train, ngrams) if parameters.dropout is None else parameters.dropout
-        config = ClassifierConfig.for_data(
-            train,
-            EncoderConfig(embedding=sizes["embedding"], dropout=dropout),
-            FixedFanInConfig(
-                penultimate=sizes["penultimate"],
-                fan_in=sizes["fan_in"],
-                direct_inputs=sizes["direct_inputs"],
-                output_bias=-1.0,  # on the negative side of the margin: easy negatives have no gradient
-                output_bound=0.05,
-            ),
-            network,
-        )
-        scale = 1.0
-        if inputs is None:  # The TF-IDF of texts is scaled already.
-            scale = input_scale_for(train, sizes["penultimate"], sizes["fan_in"])
+        config, training, input_scale = _configure(train, parameters, ngrams, inputs, network)
         check_memory(config, training, train, mesh=self.mesh)
         saved, trainer = build(
             config,
@@ -241,7 +218,7 @@ class XMCClassifier(BaseEstimator):
             inputs=inputs,
             label_encoder=label_encoder,
             network=network,
-            input_scale=scale,
+            input_scale=input_scale,
             mesh=self.mesh,
             seed=seed,
         )
@@ -271,7 +248,7 @@ class XMCClassifier(BaseEstimator):
           FloatingPointError: a score is not finite.
         """
         points = self._points(X)
-        k = number_to_rank(k, self.n_labels_)
+        k = resolve_k(k, self.n_labels_)
         labels, scores = np.zeros((len(points), k), np.int64), np.zeros((len(points), k), np.float32)
         for rows, batch_scores, batch_labels in predict(self.saved_.model, points, k):
             labels[rows], scores[rows] = batch_labels, batch_scores
@@ -397,7 +374,7 @@ class XMCClassifier(BaseEstimator):
 
 def _open_encoder(
     parameters: _Parameters,
-) -> tuple[FrozenEncoder | Tokenizer | None, PretrainedEncoder | None]:
+) -> tuple[PretrainedInput | None, PretrainedEncoder | None]:
     """Return the pretrained part of the encoder of texts, and the network to be fine-tuned; or None."""
     if parameters.encoder is None:
         return None, None
@@ -406,7 +383,35 @@ def _open_encoder(
     return pretrained, PretrainedEncoder.from_directory(parameters.encoder, remat=True) if trainable else None
 
 
-def number_to_rank(k: int | None, num_labels: int) -> int:
+def _configure(
+    train: Dataset,
+    parameters: _Parameters,
+    ngrams: int,
+    inputs: InputEncoder | None,
+    network: PretrainedEncoder | None,
+) -> tuple[ClassifierConfig, TrainingConfig, float]:
+    """Return the configurations of the classifier and of training, and the scale of the inputs."""
+    given = {name: value for name, value in vars(parameters).items() if value is not None}
+    training = training_for(train, **_only(given, "epochs", "batch_size", "learning_rate"))
+    if parameters.embedding is not None and not train.is_sparse:
+        raise ValueError(f"embedding={parameters.embedding} is for texts and sparse features, but X is dense")
+    sizes = sizes_for(train, **_only(given, "embedding", "penultimate", "fan_in"))
+    dropout = dropout_for(train, ngrams) if parameters.dropout is None else parameters.dropout
+    encoder = EncoderConfig(embedding=sizes["embedding"], dropout=dropout)
+    head = FixedFanInConfig(
+        penultimate=sizes["penultimate"],
+        fan_in=sizes["fan_in"],
+        direct_inputs=sizes["direct_inputs"],
+        output_bias=-1.0,  # on the negative side of the margin: easy negatives have no gradient
+        output_bound=0.05,
+    )
+    input_scale = 1.0
+    if inputs is None:  # The TF-IDF of texts is scaled already.
+        input_scale = input_scale_for(train, head.penultimate, head.fan_in)
+    return ClassifierConfig.for_data(train, encoder, head, network), training, input_scale
+
+
+def resolve_k(k: int | None, num_labels: int) -> int:
     """Return the number of labels to rank: k, or if it is None 5, or all labels if there are fewer.
 
     Raises:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from sparse_xmc.data.batches import BagOfWords, WordsAndText
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder
-from sparse_xmc.estimator import XMCClassifier, number_to_rank
+from sparse_xmc.estimator import XMCClassifier, resolve_k
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation, split
 from sparse_xmc.saving import SavedModel
@@ -59,7 +59,7 @@ def export_predict(
         model = model._fitted
     if isinstance(model, SavedModel):
         model = model.model
-    k = number_to_rank(k, model.head.num_labels)
+    k = resolve_k(k, model.head.num_labels)
     if model.head.mesh is not None:
         raise ValueError("a classifier on a mesh is not exported: save it, and load it without one")
     graphdef, (random, weights) = split(in_evaluation(model), nnx.RngState)

@@ -10,7 +10,7 @@ import numpy as np
 from sparse_xmc.data.dataset import Points
 from sparse_xmc.data.text import TextEncoder
 from sparse_xmc.data.tokens import Tokenizer, TokenLists
-from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.encoders.frozen_encoder import FrozenEncoder, PretrainedInput
 
 # The files in which an encoder is saved.
 WORDS_FILE, FROZEN_FILE, TOKENIZER_FILE = "text_encoder.json", "frozen_encoder.json", "tokenizer.json"
@@ -28,7 +28,7 @@ class InputEncoder:
     """
 
     words: TextEncoder
-    pretrained: FrozenEncoder | Tokenizer | None = None
+    pretrained: PretrainedInput | None = None
 
     @classmethod
     def fit(
@@ -37,7 +37,7 @@ class InputEncoder:
         *,
         ngrams: int = 1,
         min_df: int = 2,
-        pretrained: FrozenEncoder | Tokenizer | None = None,
+        pretrained: PretrainedInput | None = None,
     ) -> "InputEncoder":
         """Make an encoder with the words of training texts.
 

@@ -172,14 +172,14 @@ def _errors_of_one_line(path: Path) -> Iterator[None]:
     logger, hook, reason = logging.getLogger("absl"), sys.unraisablehook, None
     level = logger.level
 
-    def ignore_writes_under_way(unraisable):
+    def ignore_pending_writes(unraisable: Any) -> None:
         """Ignore errors of pending writes after the save has ended."""
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     try:
         logger.setLevel(logging.CRITICAL + 1)
-        sys.unraisablehook = ignore_writes_under_way
+        sys.unraisablehook = ignore_pending_writes
         try:
             yield
         except Exception as error:  # The class depends on the cause.
@@ -252,7 +252,7 @@ def shapes_of(state: Any) -> Any:
     """
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def shape_of(array):
+    def shape_of(array: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(array, "sharding", None) or local
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 

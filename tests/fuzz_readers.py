@@ -57,11 +57,11 @@ def filter(path):
 
 
 def texts(path):
-    names, of_points = data.read_tsv(path)
-    assert len(names) == len(of_points)
+    names, contents = data.read_tsv(path)
+    assert len(names) == len(contents)
     with link(path.with_name("again.tsv")):
-        data.write_tsv(path.with_name("again.tsv"), names, of_points)
-    assert data.read_tsv(path.with_name("again.tsv")) == (names, of_points)
+        data.write_tsv(path.with_name("again.tsv"), names, contents)
+    assert data.read_tsv(path.with_name("again.tsv")) == (names, contents)
 
 
 def features(path):
@@ -96,10 +96,10 @@ def names(path):
 
 
 def raw(path):
-    of_points, titles = prepare.read_json(path)
-    assert len(of_points) == len(titles)
-    assert all(type(label) is int for row in of_points for label in row)
-    data.write_tsv(path.with_name("raw.tsv"), [list(map(str, row)) for row in of_points], titles)
+    labels, titles = prepare.read_json(path)
+    assert len(labels) == len(titles)
+    assert all(type(label) is int for row in labels for label in row)
+    data.write_tsv(path.with_name("raw.tsv"), [list(map(str, row)) for row in labels], titles)
 
 
 def config(path):

@@ -16,8 +16,7 @@ from sparse_xmc.data import (
     read_tsv,
     read_xmc_text,
 )
-from sparse_xmc.data.tokens import Tokenizer
-from sparse_xmc.encoders.frozen_encoder import FrozenEncoder
+from sparse_xmc.encoders.frozen_encoder import PretrainedInput
 from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.saving import SavedModel
 
@@ -51,7 +50,7 @@ def load(
     test_filter: str | None = None,
     cache_dir: str | None = None,
     ngrams: int = 1,
-    pretrained: FrozenEncoder | Tokenizer | None = None,
+    pretrained: PretrainedInput | None = None,
 ) -> Splits:
     """Load a training and a test set.
 
@@ -117,7 +116,7 @@ def load(
     )
 
 
-def load_points(
+def load_for_model(
     saved: SavedModel, path: str, *, features: str | None = None, filter: str | None = None
 ) -> tuple[Dataset, int]:
     """Load labelled points for a saved model.
@@ -149,15 +148,15 @@ def load_points(
         _check_not_empty(path, texts)
         labels = saved.label_encoder(names)
         unknown = sum(len(set(point_names)) for point_names in names) - labels.nnz
-        points = saved.inputs(texts).with_labels(labels)
+        dataset = saved.inputs(texts).with_labels(labels)
     else:
-        points = read_dense(features, path) if features else read_xmc_text(path)
+        dataset = read_dense(features, path) if features else read_xmc_text(path)
         for size in ("num_features", "num_labels"):
-            expected, found = getattr(config, size), getattr(points, size)
+            expected, found = getattr(config, size), getattr(dataset, size)
             if found != expected:
                 raise ValueError(f"{features or path}: {size} is {found}, but the model's {expected}")
-    _check_not_empty(path, points)
-    return _exclude(points, filter, saved.label_encoder), unknown
+    _check_not_empty(path, dataset)
+    return _exclude(dataset, filter, saved.label_encoder), unknown
 
 
 def _check_not_empty(path: str, points: Sized) -> None:
@@ -189,7 +188,7 @@ def _load_texts(
     train: str,
     test: str,
     ngrams: int,
-    pretrained: FrozenEncoder | Tokenizer | None,
+    pretrained: PretrainedInput | None,
     cache_dir: str | None,
 ) -> Splits:
     train_names, train_texts = read_tsv(train)

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from sparse_xmc.cli import program, trained
-from sparse_xmc.cli.datasets import load_points
+from sparse_xmc.cli.datasets import load_for_model
 from sparse_xmc.data.files import write_text
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 
@@ -27,7 +27,7 @@ _JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
 def main() -> None:
     """Evaluate the model that the flags describe."""
     saved = trained.load().saved_
-    points, unknown = load_points(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
+    points, unknown = load_for_model(saved, _TEST.value, features=_FEATURES.value, filter=_FILTER.value)
     statistics = saved.label_statistics
     weights = None if statistics is None else statistics.inv_propensities
     report: dict[str, Any] = {

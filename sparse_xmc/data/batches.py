@@ -68,7 +68,7 @@ class Batch:
 
 
 Inputs: TypeAlias = np.ndarray | BagOfWords | WordsAndText
-LocalRows: TypeAlias = Callable[[int], np.ndarray]
+LocalRows: TypeAlias = Callable[[int], np.ndarray]  # from B to bool [B]
 
 
 class Batches:
@@ -143,7 +143,7 @@ class Batches:
         positives = np.full((len(rows), self._positives_width), -1, np.int32)
         counts = np.diff(labels.indptr)
         positives[np.arange(self._positives_width) < counts[:, None]] = labels.indices
-        inputs = _take_inputs(self._dataset, rows, self._local_rows, lambda *_: self._entries_multiple)
+        inputs = _take_inputs(self._dataset, rows, self._local_rows, self._entries_multiple)
         return Batch(inputs=inputs, positives=positives)
 
 
@@ -167,10 +167,10 @@ def padded_inputs(
     _check_batch_size(batch_size)
     for batch in _ranges(len(points), batch_size):
         rows = np.arange(batch.start, batch.stop)
-        size = min(batch_size, _power_of_two(len(rows)))
+        size = min(batch_size, 1 << (len(rows) - 1).bit_length())  # the next power of two
         size += -size % multiple_of
         rows = np.pad(rows, (0, size - len(rows)), mode="edge")
-        yield batch, _take_inputs(points, rows, local_rows, _capacity)
+        yield batch, _take_inputs(points, rows, local_rows)
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -184,25 +184,13 @@ def _ranges(length: int, size: int) -> Iterator[slice]:
 
 
 def _take_inputs(
-    points: Points,
-    rows: np.ndarray,
-    local_rows: LocalRows | None,
-    entries_multiple: Callable[[int, int], int],
+    points: Points, rows: np.ndarray, local_rows: LocalRows | None, entries_multiple: int | None = None
 ) -> Inputs:
-    """Return the inputs of these points.
-
-    Args:
-      points: the points.
-      rows: int [B], the numbers of the points.
-      local_rows: as for `Batches`.
-      entries_multiple: function from the number of entries and of rows of a `BagOfWords` to a number; the
-        number of entries is padded to a multiple of this number.
-    """
+    """Return the inputs of the points with the numbers `rows`; `entries_multiple` is as for `_bags`."""
     features, encoded = points.features, points.encoded
     if isinstance(features, np.ndarray):
         return _take_rows(features, rows, local_rows)
-    features = features[rows]
-    bags = _bags(features, entries_multiple(features.nnz, len(rows)))
+    bags = _bags(features[rows], entries_multiple)
     if encoded is None:
         return bags
     if isinstance(encoded, np.ndarray):
@@ -220,9 +208,17 @@ def _take_rows(matrix: np.ndarray, rows: np.ndarray, local_rows: LocalRows | Non
     return taken
 
 
-def _bags(features: scipy.sparse.csr_array, multiple: int) -> BagOfWords:
-    """Return the rows of a matrix as bags of words, with the number of entries padded to a multiple."""
+def _bags(features: scipy.sparse.csr_array, multiple: int | None) -> BagOfWords:
+    """Return the rows of a matrix as bags of words.
+
+    The number of entries is padded to a multiple of `multiple`; if this is None, to the number of rows times
+    a power of 4 that is at least 16.
+    """
     size = features.shape[0]
+    if multiple is None:
+        multiple = 16 * size
+        while multiple < features.nnz:
+            multiple *= 4
     padding = -features.nnz % multiple if features.nnz else multiple
     rows = np.repeat(np.arange(size, dtype=np.int32), np.diff(features.indptr))
     return BagOfWords(
@@ -231,16 +227,3 @@ def _bags(features: scipy.sparse.csr_array, multiple: int) -> BagOfWords:
         weights=np.pad(features.data, (0, padding)),
         num_examples=size,
     )
-
-
-def _capacity(entries: int, rows: int) -> int:
-    """Return the padded number of entries of `rows` bags: `rows` times a power of 4 that is at least 16."""
-    capacity = 16 * rows
-    while capacity < entries:
-        capacity *= 4
-    return capacity
-
-
-def _power_of_two(size: int) -> int:
-    """Return the smallest power of two that is at least `size`."""
-    return 1 << max(0, size - 1).bit_length()

@@ -117,8 +117,8 @@ class Dataset(Points):
             elif isinstance(matrix, TokenLists):
                 parts += [matrix.lengths, matrix[rows].ids]
             elif matrix is not None:
-                some = matrix[rows]
-                parts += [some.indptr, some.indices, some.data]
+                sample = matrix[rows]
+                parts += [sample.indptr, sample.indices, sample.data]
         for part in parts:
             array = np.ascontiguousarray(part)
             digest.update((array.astype(np.int64) if array.dtype.kind in "iu" else array).tobytes())

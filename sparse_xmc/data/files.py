@@ -87,14 +87,14 @@ def new_path(path: str | os.PathLike) -> Iterator[Path]:
       OSError: the file cannot be written; the error has a path.
     """
     path = Path(path)
-    side = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        side.unlink(missing_ok=True)  # left over from a killed process, or a link
-        yield side
-        os.replace(side, path)
+        partial.unlink(missing_ok=True)  # left over from a killed process, or a link
+        yield partial
+        os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            side.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is None:  # raised by NumPy
             raise OSError(f"{path}: {error}") from error
         if isinstance(error, OSError) and error.filename is None:
@@ -113,14 +113,14 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open(path, "wb") as file:
             yield file
         return
-    with new_path(path) as side, open(side, "xb") as file:  # "x" follows no link
+    with new_path(path) as partial, open(partial, "xb") as file:  # "x" follows no link
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
 def open_no_follow(path: str, flags: int) -> int:
-    """Open a file like `os.open`, but fails on a symbolic link; to be used as the `opener` of `open`."""
+    """Open a file like `os.open`, but fail on a symbolic link; to be used as the `opener` of `open`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -141,7 +141,7 @@ def read_sealed_json(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
       OSError: the file cannot be read.
-        ValueError: the content does not match its checksum; the message names the file.
+      ValueError: the content does not match its checksum; the message names the file.
     """
     try:
         fields = dict(json.loads(Path(path).read_bytes()))
@@ -171,15 +171,15 @@ def checksums(directory: Path, parts: Iterable[str] = ("",)) -> dict[str, str]:
       directory: the directory.
       parts: names of the files and directories in it to include, by default all; missing ones are skipped.
     """
-    found = {}
+    digests = {}
     for part in parts:
         top = directory / part
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if path.is_file():
                 with open(path, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found[path.relative_to(directory).as_posix()] = digest
-    return found
+                digests[path.relative_to(directory).as_posix()] = digest
+    return digests
 
 
 def differing_file(directory: Path, expected: dict[str, str], parts: Iterable[str] = ("",)) -> str:

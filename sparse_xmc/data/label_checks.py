@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
-_FEWEST_POINTS = 100  # With fewer points, one label for each point is plausible.
+_MIN_POINTS = 100  # With fewer points, one label for each point is plausible.
 _SEPARATORS = (";", ",")
 
 
@@ -26,11 +26,11 @@ def warn_of_unusual_labels(
     counts = np.bincount(labels.indices, minlength=labels.shape[1])
     (used,) = np.nonzero(counts)
     points = np.count_nonzero(np.diff(labels.indptr))
-    if points < _FEWEST_POINTS or labels.nnz > 1.1 * points:
+    if points < _MIN_POINTS or labels.nnz > 1.1 * points:
         return
-    likely = None if names is None else _likely_separator([names[int(label)] for label in used])
-    if likely is not None:
-        separator, count, example = likely
+    separator_found = None if names is None else _likely_separator([names[int(label)] for label in used])
+    if separator_found is not None:
+        separator, count, example = separator_found
         message = (
             f"{points:,} points have one label each, and {count:,} of {len(used):,} label names contain "
             f"{separator!r}, such as {example!r}: is {separator!r} the separator of labels? In a .tsv that "

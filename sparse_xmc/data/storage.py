@@ -14,7 +14,7 @@ from sparse_xmc.data import files
 _ARRAYS = ("data", "indices", "indptr")
 _FILES = (*(f"{name}.npy" for name in _ARRAYS), "shape.json")
 _CHECKSUMS = "checksums.json"
-_VALUES_AT_ONCE = 1 << 24
+_BLOCK_VALUES = 1 << 24
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:
@@ -48,7 +48,7 @@ def check_finite(path: str | os.PathLike, matrix: np.ndarray) -> None:
 
     Checks blocks of rows, so that a memory-mapped matrix may be larger than the memory.
     """
-    rows = max(1, _VALUES_AT_ONCE // max(1, matrix.shape[1]))
+    rows = max(1, _BLOCK_VALUES // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), rows):
         finite = np.isfinite(matrix[start : start + rows]).all(axis=1)
         if not finite.all():
@@ -66,11 +66,11 @@ def check_sealed(directory: Path, names: Sequence[str]) -> None:
     """Raise ValueError, naming a file, if files in a directory have changed since `seal` was called."""
     try:
         recorded = dict(json.loads((directory / _CHECKSUMS).read_text()))
-        wrong = files.differing_file(directory, recorded, names)
+        difference = files.differing_file(directory, recorded, names)
     except (OSError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    if wrong:
-        raise ValueError(f"{wrong} since it was saved")
+    if difference:
+        raise ValueError(f"{difference} since it was saved")
 
 
 def save_csr(directory: str | os.PathLike, matrix: scipy.sparse.csr_array) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -101,9 +102,13 @@ class FrozenEncoder:
         return encoder
 
 
+# Encodes texts for a pretrained encoder: as embeddings if it is frozen, as tokens if it is fine-tuned.
+PretrainedInput: TypeAlias = FrozenEncoder | Tokenizer
+
+
 def open_pretrained(
     directory: str | os.PathLike, *, trainable: bool = False, max_length: int | None = None
-) -> FrozenEncoder | Tokenizer:
+) -> PretrainedInput:
     """Open the encoding of texts for a pretrained encoder.
 
     Args:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from sparse_xmc.layers import Initializer
 from sparse_xmc.modules import path_name
@@ -48,7 +48,7 @@ class EmbeddingTable(nnx.Module):
         features: int,
         *,
         embedding_init: Initializer = nnx.initializers.normal(0.1),
-        param_dtype=jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.embedding = TableParam(embedding_init(rngs.params(), (num_embeddings, features), param_dtype))
@@ -90,8 +90,8 @@ def used_rows(encoder: nnx.Module, inputs: Any) -> dict[str, Array]:
     if not seen:
         return {}
 
-    def recorder(ids_of_table):
-        def record(ids):
+    def recorder(ids_of_table: list[Array]) -> Callable[[Array], Array]:
+        def record(ids: Array) -> Array:
             ids_of_table.append(jnp.ravel(ids))
             return ids
 

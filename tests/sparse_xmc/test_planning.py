@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused_and_settings_that_fit_are_named(monkeypatc
 
 def test_the_estimator_refuses_before_it_allocates(monkeypatch):
     monkeypatch.setattr(planning, "_available", lambda mesh: (1000, "a tiny machine"))
-    monkeypatch.setattr(estimator, "Trainer", None)
+    monkeypatch.setattr(estimator, "build", None)
     with pytest.raises(MemoryError, match="a tiny machine"):
         XMCClassifier().fit(np.eye(8, dtype=np.float32), np.eye(8, dtype=bool))
 

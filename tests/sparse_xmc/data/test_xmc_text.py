@@ -1,8 +1,5 @@
-import gzip
-import lzma
 import os
 import shutil
-import struct
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -10,31 +7,10 @@ import numpy as np
 import pytest
 import scipy.sparse
 from hypothesis import strategies as st
+from small_files import LABELS, SUFFIXES, csr, is_memory_mapped, write
 
 from sparse_xmc import data
-from sparse_xmc.data import files, storage, xmc_text
-
-SUFFIXES = st.sampled_from(["", ".gz", ".xz"])
-
-
-def csr(rows, dtype):
-    return scipy.sparse.csr_array(np.array(rows, dtype))
-
-
-def write(path, content):
-    """Writes text to a file, with the compression its name asks for."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def is_memory_mapped(array):
-    while array is not None:
-        if isinstance(array, np.memmap):
-            return True
-        array = getattr(array, "base", None)
-    return False
+from sparse_xmc.data import files, xmc_text
 
 
 @st.composite
@@ -50,84 +26,8 @@ def datasets(draw):
     return data.Dataset(features, scipy.sparse.csr_array(labels))
 
 
-LABELS = csr([[0, 1], [1, 1]], bool)
-FEATURES = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 # The largest and the smallest float32, the former of which is written as a slightly larger decimal.
 EXTREMES = data.Dataset(np.array([[3.4028235e38, -3.4028235e38, 1e-45]], np.float32), csr([[1]], bool))
-
-
-class TestDataset:
-    def test_sizes(self):
-        dataset = data.Dataset(FEATURES, LABELS)
-        assert (len(dataset), dataset.num_features, dataset.num_labels) == (2, 3, 2)
-
-    @pytest.mark.parametrize(
-        "rows", [np.array([1, 0, 1]), np.array([False, True]), slice(1, 2), np.array([], np.int64)], ids=str
-    )
-    @pytest.mark.parametrize(
-        "features", [FEATURES, scipy.sparse.csr_array(FEATURES)], ids=["dense", "sparse"]
-    )
-    def test_take(self, features, rows):
-        excluded = csr([[1, 0], [0, 1]], bool)
-        taken = data.Dataset(features, LABELS, excluded).take(rows)
-        np.testing.assert_array_equal(taken.excluded.toarray(), excluded.toarray()[rows])
-        dense = taken.features if isinstance(features, np.ndarray) else taken.features.toarray()
-        np.testing.assert_array_equal(dense, FEATURES[rows])
-        np.testing.assert_array_equal(taken.labels.toarray(), LABELS.toarray()[rows])
-
-    @pytest.mark.parametrize(
-        ("features", "labels", "fault"),
-        [
-            (FEATURES[:1], LABELS, "features have 1 rows but labels 2"),
-            (FEATURES.astype(float), LABELS, r"float32 \[N, D\], got float64 of shape \(2, 3\)"),
-            (FEATURES[0], LABELS, r"float32 \[N, D\], got float32 of shape \(3,\)"),
-            (FEATURES.tolist(), LABELS, "ndarray or a csr_array, got list"),
-            (scipy.sparse.csc_array(FEATURES), LABELS, "ndarray or a csr_array, got csc_array"),
-            (FEATURES, LABELS.toarray(), "labels must be a csr_array, got ndarray"),
-            (FEATURES, LABELS.astype(np.float32), "bool or uint8 .*, got float32"),
-            (FEATURES, scipy.sparse.csr_array(([True] * 2, [1, 0], [0, 2, 2])), "sorted indices"),
-            (FEATURES, scipy.sparse.csr_array(([True] * 2, [1, 1], [0, 2, 2])), "without duplicates"),
-            (FEATURES, scipy.sparse.csr_array(([False], [1], [0, 1, 1])), "must not store zeros"),
-        ],
-    )
-    def test_rejects(self, features, labels, fault):
-        with pytest.raises(ValueError, match=fault):
-            data.Dataset(features, labels)
-
-    def test_rejects_exclusions_of_another_shape(self):
-        with pytest.raises(ValueError, match=r"excluded must have the shape .* \(2, 2\), got \(2, 1\)"):
-            data.Dataset(FEATURES, LABELS, csr([[1], [0]], bool))
-
-
-class TestFilter:
-    @pytest.mark.parametrize("num_labels", [5, None])
-    def test_reads(self, tmp_path, num_labels):
-        path = write(tmp_path / "filter.txt", "0 3\n2 1\r\n0 3\n0 0\n")
-        expected = np.zeros((3, num_labels or 4), bool)
-        expected[[0, 2, 0], [3, 1, 0]] = True
-        read = data.read_filter(path, 3, num_labels)
-        np.testing.assert_array_equal(read.toarray(), expected, strict=True)
-        assert read.has_canonical_format
-
-    def test_an_empty_file_excludes_nothing(self, tmp_path):
-        path = write(tmp_path / "filter.txt", "")
-        assert data.read_filter(path, 3, 4).shape == (3, 4)
-        assert data.read_filter(path, 3).nnz == 0
-
-    @pytest.mark.parametrize(
-        ("line", "fault"),
-        [
-            ("3 0", "expected a row below 3, got 3"),
-            ("0 4", "expected a label below 4, got 4"),
-            ("0 9223372036854775808", "expected 'row label', got '0 9223372036854775808'"),
-            ("0", "expected 'row label', got '0'"),
-            ("0 -1", "expected 'row label', got '0 -1'"),
-            ("", "expected 'row label', got ''"),
-        ],
-    )
-    def test_malformed(self, tmp_path, line, fault):
-        with pytest.raises(ValueError, match=rf"filter\.txt:2: {fault}"):
-            data.read_filter(write(tmp_path / "filter.txt", f"1 1\n{line}\n"), 3, 4)
 
 
 class TestXmcText:
@@ -313,34 +213,6 @@ class TestCache:
         assert [path.name for path in tmp_path.rglob("*")] == ["target", "theirs"]
 
 
-class TestCsr:
-    @hypothesis.given(
-        dense=hnp.arrays(
-            st.sampled_from([bool, np.uint8, np.float32]), hnp.array_shapes(min_dims=2, max_dims=2)
-        )
-    )
-    def test_round_trip(self, tmp_path_factory, dense):
-        directory = tmp_path_factory.mktemp("csr") / "new" / "matrix"
-        matrix = scipy.sparse.csr_array(dense)
-        storage.save_csr(directory, matrix)
-        loaded = storage.load_csr(directory)
-        np.testing.assert_array_equal(loaded.toarray(), dense, strict=True)
-        assert loaded.indices.dtype == matrix.indices.dtype
-
-    def test_memory_maps_all_arrays(self, tmp_path):
-        storage.save_csr(tmp_path, LABELS)
-        loaded = storage.load_csr(tmp_path)
-        for array in (loaded.data, loaded.indices, loaded.indptr):
-            assert is_memory_mapped(array)
-            assert not array.flags.writeable
-
-    def test_inconsistent_files(self, tmp_path):
-        storage.save_csr(tmp_path, LABELS)
-        np.save(tmp_path / "indices.npy", LABELS.indices[:-1])
-        with pytest.raises(ValueError, match=f"{tmp_path.name}: not a saved CSR matrix"):
-            storage.load_csr(tmp_path)
-
-
 class TestXmcLabels:
     def test_reads(self, tmp_path):
         path = write(tmp_path / "trn_X_Y.txt", "4 3\n2:1 0:1.0\n\n1 2 1\n0:0 1:0.5\n")
@@ -384,137 +256,3 @@ class TestXmcLabels:
     def test_malformed(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
             data.read_xmc_labels(write(tmp_path / "bad.txt", text))
-
-
-def header(text):
-    """A .npy file with this header, and two values."""
-    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode() + bytes(8)
-
-
-# NumPy answers with OverflowError, ValueError, TokenError, RecursionError and IndexError.
-BAD_HEADERS = (
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 999999999999999999999), }",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2), }",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2",
-    "-" * 3000 + "1",
-    "{'descr': ('f4',), 'fortran_order': False, 'shape': (1, 2), }",
-)
-
-
-class TestDense:
-    @pytest.mark.parametrize("labels", ["2 2\n1:1\n0:1 1:1\n", "2 9 2\n1 8:1\n0,1\n"], ids=["N L", "N D L"])
-    def test_reads(self, tmp_path, labels):
-        np.save(tmp_path / "x.npy", FEATURES)
-        dataset = data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
-        np.testing.assert_array_equal(dataset.features, FEATURES, strict=True)
-        np.testing.assert_array_equal(dataset.labels.toarray(), LABELS.toarray(), strict=True)
-        assert is_memory_mapped(dataset.features)
-        assert is_memory_mapped(dataset.take(slice(1)).features)
-
-    @pytest.mark.parametrize(
-        ("features", "labels", "fault"),
-        [
-            (FEATURES.astype(float), "2 2\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*float64"),
-            (FEATURES, "1 2\n\n", r"x\.npy with .*y\.txt: features have 2 rows but labels 1"),
-            (FEATURES.astype(">f4"), "2 2\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*>f4"),
-            (FEATURES[0], "3 2\n\n\n\n", r"x\.npy with .*y\.txt: features must be float32.*shape \(3,\)"),
-            (np.array([[None]]), "1 2\n\n", r"x\.npy: not a whole \.npy file: .*Python objects"),
-            (np.float32([[1, 2], [3, np.inf]]), "2 2\n\n\n", r"x\.npy: expected finite .* in row 1$"),
-            (np.float32([[np.nan, 2], [3, 4]]), "2 2\n\n\n", r"x\.npy: expected finite .* in row 0$"),
-            (FEATURES, "2\n\n\n", r"y\.txt:1: expected a header 'N L'"),
-            (FEATURES, "", r"y\.txt:1: expected a header 'N L'"),
-        ],
-    )
-    def test_malformed(self, tmp_path, features, labels, fault):
-        np.save(tmp_path / "x.npy", features)
-        with pytest.raises(ValueError, match=fault):
-            data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
-
-    def test_finite_values_are_looked_for_some_rows_at_a_time(self, tmp_path, monkeypatch):
-        features = np.zeros((50, 2), np.float32)
-        features[41, 1] = np.nan
-        np.save(tmp_path / "x.npy", features)
-        monkeypatch.setattr(storage, "_VALUES_AT_ONCE", 16)
-        with pytest.raises(ValueError, match=r"got inf or nan in row 41$"):
-            data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "50 2\n" + "\n" * 50))
-
-    @pytest.mark.parametrize("content", [b"", b"1 2 3\n", *(header(text) for text in BAD_HEADERS)], ids=repr)
-    def test_features_that_are_no_npy_file(self, tmp_path, content):
-        write(tmp_path / "x.npy", content)
-        with pytest.raises(ValueError, match=r"x\.npy: not a whole \.npy file: "):
-            data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "1 2\n\n"))
-
-
-class TestTsv:
-    TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
-    NAMES = st.text(st.characters(codec="utf-8", exclude_characters="|\t\r\n"), min_size=1).filter(
-        lambda name: name == name.strip(" \u00a0\u3000\ufeff")
-    )
-
-    @hypothesis.given(points=st.lists(st.tuples(st.lists(NAMES), TEXTS)), suffix=SUFFIXES)
-    def test_round_trip(self, tmp_path_factory, points, suffix):
-        labels, texts = [names for names, _ in points], [text for _, text in points]
-        path = tmp_path_factory.mktemp("tsv") / f"data.tsv{suffix}"
-        data.write_tsv(path, labels, texts)
-        assert data.read_tsv(path) == (labels, texts)
-
-    def test_reads(self, tmp_path):
-        path = write(tmp_path / "data.tsv", "big cat|Löwe\ta\tlion\r\n\tno labels\nx\t\n")
-        labels, texts = data.read_tsv(path)
-        assert labels == [["big cat", "Löwe"], [], ["x"]]
-        assert texts == ["a\tlion", "no labels", ""]
-
-    def test_blanks_around_labels_and_a_byte_order_mark_are_not_read(self, tmp_path):
-        path = write(tmp_path / "data.tsv", "\ufeffbig cat | lion\t text \n \tnone\n\u00a0x\t\n")
-        assert data.read_tsv(path) == ([["big cat", "lion"], [], ["x"]], [" text ", "none", ""])
-
-    @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-    def test_equal_input_gives_identical_files(self, tmp_path, suffix):
-        paths = [tmp_path / f"{name}.tsv{suffix}" for name in "ab"]
-        for time, path in enumerate(paths):
-            data.write_tsv(path, [["x"]], ["text"])
-            os.utime(path, (time, time))
-        assert paths[0].read_bytes() == paths[1].read_bytes()
-        if suffix == ".gz":
-            assert paths[0].read_bytes()[4:8] == bytes(4)  # the time stamp in a gzip header
-
-    @pytest.mark.parametrize(
-        ("text", "line", "fault"),
-        [
-            (
-                b"a\tx\nno tab here\n",
-                2,
-                r"expected 'label\|label\|...<TAB>text', got no tab in 'no tab here'",
-            ),
-            (b"a\tx\n\nb\ty\n", 2, r"expected 'label\|label\|...<TAB>text', got a blank line"),
-            (b"a\tx\n \n", 2, "expected .*, got a blank line"),
-            (b"a||b\tx\n", 1, r"expected a label on each side of a bar, got 'a\|\|b'"),
-            (b"a\tx\nb|\tx\n", 2, r"expected a label on each side of a bar, got 'b\|'"),
-            (b"a\tx\nb\t\xff\n", 2, "not UTF-8"),
-            (b"Label\tText\na\tx\n", 1, r"expected no headings, got 'Label\\tText': remove that line"),
-            (b"a| \tx\n", 1, r"expected a label on each side of a bar, got 'a\|'"),
-            (b"a\tx\rb\ty\r", 1, r"expected lines that end in .*, got \\r within one"),
-        ],
-    )
-    def test_malformed(self, tmp_path, text, line, fault):
-        with pytest.raises(ValueError, match=rf"bad\.tsv:{line}: {fault}"):
-            data.read_tsv(write(tmp_path / "bad.tsv", text))
-
-    @pytest.mark.parametrize(
-        ("labels", "texts", "fault"),
-        [
-            ([["a"], ["b|c"]], ["x", "y"], r"out\.tsv:2: a label must be .*, got 'b\|c'"),
-            ([["a"], ["b\tc"]], ["x", "y"], r"out\.tsv:2: a label must be .*, got 'b\\tc'"),
-            ([["a\n"]], ["x"], r"out\.tsv:1: a label must be .*, got 'a\\n'"),
-            ([["a", ""]], ["x"], r"out\.tsv:1: a label must be non-empty"),
-            ([["a "]], ["x"], r"out\.tsv:1: a label must be .* without .* blanks around it, got 'a '"),
-            ([["\ufeffa"]], ["x"], r"out\.tsv:1: a label must be .* blanks around it"),
-            ([["a"]], ["x\ny"], r"out\.tsv:1: a text must not contain a line break, got 'x\\ny'"),
-            ([["a"]], ["x\r"], r"out\.tsv:1: a text must not contain a line break"),
-            ([["a"]], ["x", "y"], r"out\.tsv: 1 lists of labels but 2 texts"),
-        ],
-    )
-    def test_refuses_to_write(self, tmp_path, labels, texts, fault):
-        with pytest.raises(ValueError, match=fault):
-            data.write_tsv(tmp_path / "out.tsv", labels, texts)
-        assert not (tmp_path / "out.tsv").exists()
