@@ -19,14 +19,14 @@ class Loss:
     """A loss that is a mean of terms of single logits.
 
     Attributes:
-      of_positive: function from the logit of a positive to its loss.
-      of_negative: function from the logit of a negative to its loss.
+      positive: function from the logit of a positive to its loss.
+      negative: function from the logit of a negative to its loss.
       margin: the gradient at a logit s is exactly 0 if `y s >= margin`, where y is +1 for a positive and -1
         for a negative; None if the gradient is nonzero everywhere.
     """
 
-    of_positive: Callable[[Array], Array]
-    of_negative: Callable[[Array], Array]
+    positive: Callable[[Array], Array]
+    negative: Callable[[Array], Array]
     margin: float | None
 
     def __call__(self, logits: Array, positives: Array) -> Array:
@@ -43,20 +43,20 @@ class Loss:
         batch, labels = logits.shape
         positives = jnp.where(positives < 0, labels, positives)  # Negative indices would count from the end.
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        of_positives = self.of_positive(jnp.asarray(logits).at[rows, positives].get(mode="clip"))
-        losses = self.of_negative(logits).at[rows, positives].set(of_positives, mode="drop")
+        positive_losses = self.positive(jnp.asarray(logits).at[rows, positives].get(mode="clip"))
+        losses = self.negative(logits).at[rows, positives].set(positive_losses, mode="drop")
         return jnp.sum(losses) / batch / labels  # The product of both may exceed int32.
 
 
 LOSSES = {
     "squared_hinge": Loss(
-        of_positive=lambda s: jnp.square(jnp.maximum(0, 1 - s)),
-        of_negative=lambda s: jnp.square(jnp.maximum(0, 1 + s)),
+        positive=lambda s: jnp.square(jnp.maximum(0, 1 - s)),
+        negative=lambda s: jnp.square(jnp.maximum(0, 1 + s)),
         margin=1.0,
     ),
     "bce": Loss(
-        of_positive=lambda s: jax.nn.softplus(-s),
-        of_negative=jax.nn.softplus,
+        positive=lambda s: jax.nn.softplus(-s),
+        negative=jax.nn.softplus,
         margin=None,
     ),
 }

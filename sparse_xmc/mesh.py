@@ -72,10 +72,11 @@ def make_mesh(data: int = 1, label: int = 1) -> Mesh:
     Raises:
       ValueError: there are fewer devices, or with several processes, not exactly as many.
     """
-    size, there = data * label, jax.device_count()
-    if min(data, label) < 1 or size > there or (jax.process_count() > 1 and size != there):
+    size, num_devices = data * label, jax.device_count()
+    is_partial = jax.process_count() > 1 and size != num_devices
+    if min(data, label) < 1 or size > num_devices or is_partial:
         raise ValueError(
-            f"a mesh of data:{data},label:{label} needs {size} devices, got {there}; of a CPU, "
+            f"a mesh of data:{data},label:{label} needs {size} devices, got {num_devices}; of a CPU, "
             f"the environment variable JAX_NUM_CPU_DEVICES={size} makes so many"
         )
     return jax.make_mesh((data, label), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -111,9 +112,9 @@ def local_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
 
     def local(size: int) -> np.ndarray:
         rows = np.zeros(size, bool)
-        for taken in _by_row(mesh).addressable_devices_indices_map((size,)).values():
-            assert taken is not None  # None would mean a device without rows.
-            rows[taken] = True
+        for index in _by_row(mesh).addressable_devices_indices_map((size,)).values():
+            assert index is not None  # None would mean a device without rows.
+            rows[index] = True
         return rows
 
     return local
@@ -139,10 +140,10 @@ def _place(array: Any, mesh: Mesh) -> Any:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = _place(jax.random.key_data(array), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    return _split(array, NamedSharding(mesh, PartitionSpec()))
+    return _put(array, NamedSharding(mesh, PartitionSpec()))
 
 
-def _split(array: Any, sharding: NamedSharding) -> jax.Array:
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
     if jax.process_count() == 1:
@@ -161,25 +162,25 @@ def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """
     if mesh is None:
         return batch
-    everywhere = NamedSharding(mesh, PartitionSpec())
     inputs = place_inputs(batch.inputs, len(batch.positives), mesh)
-    return Batch(inputs=inputs, positives=_split(batch.positives, everywhere))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Batch(inputs=inputs, positives=_put(batch.positives, replicated))
 
 
 def place_inputs(inputs: Any, size: int, mesh: Mesh | None) -> Any:
     """Place the inputs of `size` points on a mesh, as `place_batch` does."""
     if mesh is None:
         return inputs
-    parts = data_size(mesh)
-    if size % parts:
-        raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {parts}, got {size}")
+    divisor = data_size(mesh)
+    if size % divisor:
+        raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {divisor}, got {size}")
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = _by_row(mesh)
 
     def put(leaf: Any) -> Any:
         if isinstance(leaf, BagOfWords):
-            return jax.tree.map(lambda array: _split(array, everywhere), leaf)
+            return jax.tree.map(lambda array: _put(array, everywhere), leaf)
         rows = np.ndim(leaf) > 0 and np.shape(leaf)[0] == size
-        return _split(leaf, by_row if rows else everywhere)
+        return _put(leaf, by_row if rows else everywhere)
 
     return jax.tree.map(put, inputs, is_leaf=lambda node: isinstance(node, BagOfWords))

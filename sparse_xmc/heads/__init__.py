@@ -4,10 +4,10 @@ from sparse_xmc.heads.dense import BottleneckConfig, DenseConfig, DenseHead
 from sparse_xmc.heads.fixed_fan_in import FixedFanInHead
 from sparse_xmc.heads.fixed_fan_in_config import FixedFanInConfig
 from sparse_xmc.heads.head import Head, HeadConfig, HeadSpec, HeadTraining, StepInputs
+from sparse_xmc.heads.label_rows import label_rows, reset_padding_labels, with_label_rows
 from sparse_xmc.heads.layered import LayeredHead, make_penultimate
 from sparse_xmc.heads.ranges import HeadAndTailConfig, LabelRanges
 from sparse_xmc.heads.rewiring import RewireConfig
-from sparse_xmc.heads.sharded import label_rows, reset_padding_labels, with_label_rows
 
 HEADS: dict[str, type[HeadConfig]] = {
     "fixed_fan_in": FixedFanInConfig,

@@ -34,15 +34,16 @@ def select_direct_inputs(
     """
     dense = isinstance(features, np.ndarray)
     overall = _means(features)
-    points_of = scipy.sparse.csr_array(labels.T, dtype=np.float32)
+    label_points = scipy.sparse.csr_array(labels.T, dtype=np.float32)
     if isinstance(features, scipy.sparse.csr_array):
         # Both need one index type, or SciPy converts all features for each product.
-        kind = features.indices.dtype
-        points_of.indices, points_of.indptr = points_of.indices.astype(kind), points_of.indptr.astype(kind)
-    for block in _blocks(points_of, features):
-        of_block = points_of[block]
-        sums = scipy.sparse.csr_array(of_block @ features)
-        points = np.diff(of_block.indptr).astype(np.float32)
+        dtype = features.indices.dtype
+        label_points.indices = label_points.indices.astype(dtype)
+        label_points.indptr = label_points.indptr.astype(dtype)
+    for block in _blocks(label_points, features):
+        block_points = label_points[block]
+        sums = scipy.sparse.csr_array(block_points @ features)
+        points = np.diff(block_points.indptr).astype(np.float32)
         row = np.repeat(np.arange(sums.shape[0]), np.diff(sums.indptr))
         difference = sums.data / points[row] - overall[sums.indices]
         best, rank = _largest(row, np.abs(difference) if dense else np.maximum(difference, 0), count)
@@ -76,25 +77,25 @@ def _largest(row: np.ndarray, gain: np.ndarray, count: int) -> tuple[np.ndarray,
     row = row[entry]
     # Sorting by one integer is fast. Nonnegative floats are ordered like their bits.
     order = np.argsort((row << 32) - gain[entry].view(np.int32))
-    of_row = np.bincount(row)
-    rank = np.arange(order.size) - (np.cumsum(of_row) - of_row)[row]
+    row_sizes = np.bincount(row)
+    rank = np.arange(order.size) - (np.cumsum(row_sizes) - row_sizes)[row]
     best = rank < count
     return entry[order[best]], rank[best]
 
 
 def _blocks(
-    points_of: scipy.sparse.csr_array, features: np.ndarray | scipy.sparse.csr_array
+    label_points: scipy.sparse.csr_array, features: np.ndarray | scipy.sparse.csr_array
 ) -> Iterator[slice]:
     """Yield ranges of labels whose points have at most `_ENTRIES_AT_ONCE` entries, or a single label."""
     if isinstance(features, np.ndarray):
-        of_point = np.full(len(features), features.shape[1])
+        point_sizes = np.full(len(features), features.shape[1])
     else:
-        of_point = np.diff(features.indptr)
-    entries = np.concatenate([[0], np.cumsum(of_point[points_of.indices])])
-    until = entries[points_of.indptr]  # number of entries of all labels before each label
-    start, labels = 0, points_of.shape[0]
+        point_sizes = np.diff(features.indptr)
+    entries = np.concatenate([[0], np.cumsum(point_sizes[label_points.indices])])
+    num_entries = entries[label_points.indptr]  # number of entries of all labels before each label
+    start, labels = 0, label_points.shape[0]
     while start < labels:
-        end = int(np.searchsorted(until, until[start] + _ENTRIES_AT_ONCE, side="right")) - 1
+        end = int(np.searchsorted(num_entries, num_entries[start] + _ENTRIES_AT_ONCE, side="right")) - 1
         end = min(labels, max(start + 1, end))
         yield slice(start, end)
         start = end

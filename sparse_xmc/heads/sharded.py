@@ -28,8 +28,7 @@ from sparse_xmc.heads.fixed_fan_in import FixedFanInHead
 from sparse_xmc.heads.head import Head, HeadSpec, HeadTraining, StepInputs, StepResult, label_blocks
 from sparse_xmc.heads.label_shard import PADDING_BIAS, LabelShard, merge_top_k
 from sparse_xmc.heads.rewiring import RewireConfig
-from sparse_xmc.layers import is_by_label
-from sparse_xmc.modules import path_name
+from sparse_xmc.heads.specs import moment_specs, state_specs
 from xla_ops import SparseInputs
 
 _EVERYWHERE = PartitionSpec()
@@ -95,7 +94,7 @@ class ShardedHead(Head):
             functools.partial(make, LabelShard(num_labels, size, tuple(mesh.axis_names))),
             mesh=mesh,
             in_specs=_EVERYWHERE,
-            out_specs=(_specs(shapes, mesh), _EVERYWHERE),
+            out_specs=(state_specs(shapes, mesh), _EVERYWHERE),
         )
         state, key_data = jax.jit(on_devices)(key_data)
         nnx.update(rngs, jax.tree.map(lambda data, key: _as_key(np.asarray(data), key), key_data, keys))
@@ -167,7 +166,7 @@ class ShardedHead(Head):
     def init_moments(self, training: HeadTraining) -> optax.ScaleByAdamState:
         local = self._local(nnx.split(self)[1])
         shapes = jax.eval_shape(lambda: local.init_moments(training))
-        specs = _moment_specs(shapes, nnx.split(self)[1], self.mesh)
+        specs = moment_specs(shapes, nnx.split(self)[1], self.mesh)
 
         def init() -> optax.ScaleByAdamState:
             return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -209,54 +208,6 @@ class ShardedHead(Head):
         self._run(_reset_padding_labels, (), changes=True)
 
 
-# ---- functions for any head, on a mesh or not ----
-
-
-def label_rows(head: Head) -> int:
-    """Return the number of rows of the arrays by label: L, plus the number of padding labels on a mesh."""
-    return head.output.kernel.shape[0] if isinstance(head, ShardedHead) else head.num_labels
-
-
-def reset_padding_labels(head: Head) -> None:
-    """Reset the padding labels of a head on a mesh, after arrays saved from another mesh were read."""
-    if isinstance(head, ShardedHead):
-        head.reset_padding_labels()
-
-
-def with_label_rows(state: Any, head: Head, rows: int) -> Any:
-    """Return the shapes of a state whose head was saved on another mesh.
-
-    Args:
-      state: pytree with the variables of a classifier, and possibly the moments of its head, of arrays or
-        shapes.
-      head: the head of the classifier.
-      rows: the number of rows by label of the saved head, as of `label_rows`.
-
-    Returns:
-      `state` with shapes of `rows` rows in place of the variables by label and their moments.
-    """
-    if rows == label_rows(head):
-        return state
-    names = _names_by_label(nnx.state(head))
-
-    def resize(array: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
-
-    def resize_node(node: Any) -> Any:
-        if is_by_label(node):
-            return jax.tree.map(resize, node)
-        if isinstance(node, optax.ScaleByAdamState):
-            mu, nu = (
-                {name: resize(array) if name in names else array for name, array in moments.items()}
-                for moments in (node.mu, node.nu)
-            )
-            return node._replace(mu=mu, nu=nu)
-        return node
-
-    nodes = (nnx.Variable, optax.ScaleByAdamState)
-    return jax.tree.map(resize_node, state, is_leaf=lambda node: isinstance(node, nodes))
-
-
 # ---- functions that run on each device ----
 
 _Function = Callable[..., Any]
@@ -276,16 +227,16 @@ def _on_devices(
 
         def argument_specs(argument: Any) -> Any:
             is_moments = isinstance(argument, optax.ScaleByAdamState)
-            return _moment_specs(argument, state, mesh) if is_moments else _EVERYWHERE
+            return moment_specs(argument, state, mesh) if is_moments else _EVERYWHERE
 
-        state_specs, specs = _specs(state, mesh), tuple(map(argument_specs, arguments))
+        head_specs, specs = state_specs(state, mesh), tuple(map(argument_specs, arguments))
         moments = next((s for s in specs if isinstance(s, optax.ScaleByAdamState)), None)
         result_specs = _RESULTS[function](mesh.axis_names, moments)
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(state_specs, *specs),
-            out_specs=(state_specs, result_specs) if changes else result_specs,
+            in_specs=(head_specs, *specs),
+            out_specs=(head_specs, result_specs) if changes else result_specs,
         )(state, *arguments)
 
     return jax.jit(call)
@@ -386,31 +337,3 @@ def _gathered(array: Array, axes: tuple[str, ...]) -> Array:
     count = jax.lax.axis_size(axes)
     mine = jnp.zeros((count, *array.shape), array.dtype).at[number].set(array)
     return jnp.concatenate(list(jax.lax.psum(mine, axes)), axis=1)
-
-
-# ---- partition specs ----
-
-
-def _specs(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """Return the partition specs of the variables of a head."""
-    by_label = PartitionSpec(mesh.axis_names)
-    return jax.tree.map(
-        lambda variable: by_label if is_by_label(variable) else _EVERYWHERE,
-        state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-
-
-def _moment_specs(moments: optax.ScaleByAdamState, state: nnx.State, mesh: Mesh) -> optax.ScaleByAdamState:
-    """Return the partition specs of moments, which are stored by parameter name."""
-    by_label, names = PartitionSpec(mesh.axis_names), _names_by_label(state)
-
-    def specs(moments: dict[str, Array]) -> dict[str, PartitionSpec]:
-        return {name: by_label if name in names else _EVERYWHERE for name in moments}
-
-    return optax.ScaleByAdamState(_EVERYWHERE, specs(moments.mu), specs(moments.nu))
-
-
-def _names_by_label(state: nnx.State) -> set[str]:
-    """Return the names of the variables of a head that have a row for each label."""
-    return {path_name(path) for path, variable in nnx.to_flat_state(state) if is_by_label(variable)}

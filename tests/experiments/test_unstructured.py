@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.unstructured import UnstructuredLinear, rewire_unstructured
+from experiments.unstructured import UnstructuredConfig, UnstructuredLinear, rewire_unstructured
+from sparse_xmc import ClassifierConfig
+from sparse_xmc.heads import HEADS, DenseConfig, register_head
 from sparse_xmc.heads.rewiring import PAPER, RewireConfig
 from sparse_xmc.layers import Connectivity
 
@@ -95,3 +97,22 @@ def test_a_fraction_that_rounds_to_nothing_moves_nothing():
     )
     assert not moved.any()
     np.testing.assert_array_equal(new, np.ones((3, 2)))
+
+
+def test_a_model_with_a_head_that_is_not_registered_is_an_error_that_names_the_module(monkeypatch):
+    config = ClassifierConfig(4, 9, head=UnstructuredConfig(penultimate=0, fan_in=2))
+    fields = config.to_json()
+    assert ClassifierConfig.from_json(fields) == config
+    monkeypatch.delitem(HEADS, "unstructured")
+    with pytest.raises(
+        ValueError, match=r"head 'unstructured' is not registered; .* experiments\.unstructured"
+    ):
+        ClassifierConfig.from_json(fields)
+    register_head("unstructured", UnstructuredConfig)
+    assert ClassifierConfig.from_json(fields) == config
+
+
+def test_a_name_is_registered_for_one_class():
+    register_head("unstructured", UnstructuredConfig)
+    with pytest.raises(ValueError, match="'unstructured' is registered already, with the class Unst"):
+        register_head("unstructured", DenseConfig)

@@ -1,4 +1,4 @@
-"""Direct inputs: labels that read the encoder's inputs beside penultimate units, and choose which."""
+"""Direct inputs: labels that read inputs of the encoder beside hidden units, and their selection."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def by_brute_force(x, y, count, dense):
 @pytest.mark.parametrize("at_once", [1, 60, 1 << 20])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("count", [1, 6, 25])
-def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense, count):
+def test_selected_columns_are_those_of_the_class_means(monkeypatch, at_once, dense, count):
     monkeypatch.setattr(feature_selection, "_ENTRIES_AT_ONCE", at_once)
     x, y = problem()
     x = x - 0.3 * dense  # no zeros, and negative ones
@@ -65,7 +65,7 @@ def test_chosen_columns_are_those_of_the_class_means(monkeypatch, at_once, dense
     assert (columns[3] == -1).all()
 
 
-def test_a_word_of_one_label_is_chosen_for_it():
+def test_a_word_of_one_label_is_selected_for_it():
     features = scipy.sparse.csr_array(np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 1, 0.5]], np.float32))
     labels = scipy.sparse.csr_array(np.array([[True, False], [False, True], [False, True]]))
     columns, excess = selected(features, labels, 2)
@@ -150,7 +150,7 @@ def test_features_have_the_gradients_of_both_ways_that_labels_read_them():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_growth_towards_words_is_growth_towards_dense_inputs_of_the_same_values(seed):
+def test_growth_towards_sparse_inputs_is_growth_towards_dense_inputs_of_the_same_values(seed):
     rng = np.random.default_rng(seed)
     batch, units, num_words, labels, fan_in = 6, 5, 40, 9, 6
     x = rng.random((batch, units)).astype(np.float32)

@@ -471,7 +471,7 @@ def test_a_parameter_that_a_heads_step_forgets_is_an_error():
             self.temperature = nnx.Param(jnp.ones(()))
 
     template = make_model().head
-    head = Forgetful(12, 8, lambda width: template.output, rngs=nnx.Rngs(0))
+    head = Forgetful(template.output, template.penultimate)
     with pytest.raises(ValueError, match="nothing would train the head's parameter temperature"):
         Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig())
 
@@ -626,10 +626,7 @@ def test_the_encoder_warms_up_and_its_matrices_decay():
 
 
 def test_a_layer_that_computes_in_another_dtype_is_not_trained():
-    def output(width):
-        return FixedFanInLinear(width, 30, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-
-    head = FixedFanInHead(12, 0, output, rngs=nnx.Rngs(0))
+    head = FixedFanInHead(FixedFanInLinear(12, 30, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="dtype of its parameters, float32; leave out dtype=bfloat16"):
         Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig())
 
