@@ -112,9 +112,9 @@ def own_rows(mesh: Mesh | None) -> Callable[[int], np.ndarray] | None:
 
     def own(size: int) -> np.ndarray:
         rows = np.zeros(size, bool)
-        for index in _by_row(mesh).addressable_devices_indices_map((size,)).values():
-            assert index is not None  # None would mean a device without rows.
-            rows[index] = True
+        for taken in _by_row(mesh).addressable_devices_indices_map((size,)).values():
+            assert taken is not None  # None would mean a device without rows.
+            rows[taken] = True
         return rows
 
     return own
@@ -140,10 +140,10 @@ def _place(array: Any, mesh: Mesh) -> Any:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = _place(jax.random.key_data(array), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    return _put(array, NamedSharding(mesh, PartitionSpec()))
+    return _split(array, NamedSharding(mesh, PartitionSpec()))
 
 
-def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+def _split(array: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
     if jax.process_count() == 1:
@@ -162,17 +162,17 @@ def place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """
     if mesh is None:
         return batch
-    size, divisor = len(batch.positives), data_size(mesh)
-    if size % divisor:
-        raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {divisor}, got {size}")
+    size, parts = len(batch.positives), data_size(mesh)
+    if size % parts:
+        raise ValueError(f"the batch size must be a multiple of the mesh's data axis, {parts}, got {size}")
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = _by_row(mesh)
 
-    def put(leaf: Any) -> Any:
+    def put(leaf):
         if isinstance(leaf, BagOfWords):
-            return jax.tree.map(lambda array: _put(array, everywhere), leaf)
+            return jax.tree.map(lambda array: _split(array, everywhere), leaf)
         rows = np.ndim(leaf) > 0 and np.shape(leaf)[0] == size
-        return _put(leaf, by_row if rows else everywhere)
+        return _split(leaf, by_row if rows else everywhere)
 
     inputs = jax.tree.map(put, batch.inputs, is_leaf=lambda node: isinstance(node, BagOfWords))
-    return Batch(inputs=inputs, positives=_put(batch.positives, everywhere))
+    return Batch(inputs=inputs, positives=_split(batch.positives, everywhere))
