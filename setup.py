@@ -140,7 +140,7 @@ extensions = [
     Extension(
         "xla_ops._cpu",
         sources=sorted({*glob.glob("xla_ops/csrc/cpu/*.cc")} - {"xla_ops/csrc/cpu/kernels.cc"}),
-        depends=glob.glob("xla_ops/csrc/*.h") + glob.glob("xla_ops/csrc/cpu/*"),
+        depends=glob.glob("xla_ops/csrc/*.h") + glob.glob("xla_ops/csrc/cpu/**/*.*", recursive=True),
         define_macros=[("XLA_OPS_X86_VARIANTS", None)] if len(ISA_FLAGS) > 1 else [],
         extra_compile_args=[*FLAGS, "-isystem", JAXLIB_HEADERS, "-isystem", pybind11.get_include()],
         extra_link_args=["-pthread"],

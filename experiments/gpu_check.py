@@ -52,6 +52,7 @@ _LOOK_SECONDS = 0.5  # interval between two reads of the partial results of a pr
 OPS_TESTS = [
     f"tests/xla_ops/test_{name}.py"
     for name in (
+        "transformations",
         "fan_in_matmul",
         "fan_in_loss",
         "fan_in_step",

@@ -60,9 +60,8 @@ def _run(main: Callable[[], object]) -> object:
         if flags.FLAGS.verbosity > 0:
             traceback.print_exc()
         print(f"error: {_text(error)}", file=sys.stderr)
-        from sparse_xmc.mesh import exit_after_error  # not at the start: --help does not import JAX
-
-        return exit_after_error(1)
+        mesh = sys.modules.get("sparse_xmc.mesh")  # not imported here, as that would import JAX
+        return 1 if mesh is None else mesh.exit_after_error(1)
 
 
 def _refuse(message: str) -> NoReturn:

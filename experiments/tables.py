@@ -419,6 +419,11 @@ def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
 
 # ---- label scale ----
 
+_LONG_NAMES = {
+    "dense": "dense: each label reads all 768 features",
+    "bottleneck_64": "bottleneck: each label reads all of 64 hidden units",
+    "fixed_fan_in_32_32k": "fixed fan-in: 32 inputs per label, of 32,768 hidden units",
+}
 _PARTS = ("features", "loss", "gradients", "step", "step, all gradients", "rewiring")
 
 
@@ -469,10 +474,9 @@ def report_label_scale(results: list[dict], out: Path) -> None:
 def _draw_label_scale(results: list[dict]) -> "Figure":
     """Draw memory, with a line at 4 GiB and the paper's results, and time, by number of labels.
 
-    Each system has a colour, and its name is at the end of its line. Error bars of times are from the first
-    to the third quartile over the steps.
+    Each system has a colour. Error bars of times are from the first to the third quartile over the steps.
     """
-    figure = _new_figure(figsize=(13, 4.5), layout="constrained")
+    figure = _new_figure(figsize=(11, 4.8), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
     models = dict.fromkeys(result["model"] for result in results)
     colors = {model: f"C{i}" for i, model in enumerate(models)}
@@ -482,29 +486,21 @@ def _draw_label_scale(results: list[dict]) -> "Figure":
         gib = [result["peak_memory_bytes"] / 2**30 for result in ours]
         first, median, third = np.transpose([result["seconds_quartiles"]["step"] for result in ours])
         style = {"color": color, "marker": "o", "markersize": 4}
-        memory.plot(labels, gib, **style)
+        memory.plot(labels, gib, label=_LONG_NAMES.get(model, _words(model)), **style)
         seconds.errorbar(labels, median, yerr=(median - first, third - median), capsize=3, **style)
-        for axes, values in ((memory, gib), (seconds, median)):
-            axes.annotate(
-                _words(model),
-                (labels[-1], values[-1]),
-                xytext=(7, 0),
-                textcoords="offset points",
-                color=color,
-                va="center",
-                annotation_clip=False,
-            )
     for (_, model), row in read_reported().items():
         published = float(row["peak_memory_gib"])
         if model in colors and published > 0:  # 0.0 cannot be shown on a logarithmic axis.
             at = prepare.DATASETS[row["dataset"]].labels
             memory.plot(at, published, color=colors[model], marker="o", linestyle="", markerfacecolor="none")
+    memory.plot([], color="grey", marker="o", linestyle="", markerfacecolor="none", label="paper, GPU memory")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     memory.axhline(_FOUR_GB, color="grey", linestyle="--", linewidth=1)
     memory.annotate("4 GiB", (1e4, _FOUR_GB), xytext=(0, 4), textcoords="offset points", color="grey")
     memory.set_ylabel("peak memory of a training step, GiB")
     seconds.set_ylabel("time of a training step, s")
     for axes in (memory, seconds):
-        axes.set(xscale="log", yscale="log", xlabel="labels")
+        axes.set(xscale="log", yscale="log", xlabel="number of labels")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

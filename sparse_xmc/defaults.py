@@ -1,7 +1,8 @@
 """Default settings of `XMCClassifier`, which are chosen from the data.
 
-The learning rates suit short texts with 10^4 to 10^5 labels (docs/tuning.md shows results of other rates);
-sizes and the number of steps follow from the numbers of points and labels.
+The learning rates suit short texts with 10^4 to 10^5 labels (`experiments/results/tuning_diary.md` has
+results of other rates); sizes and the number of steps follow from the numbers of points and
+labels.
 """
 
 import math

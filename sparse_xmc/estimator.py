@@ -105,7 +105,7 @@ class XMCClassifier(BaseEstimator):
       history_: a record for each epoch, as returned by `sparse_xmc.train.fit`.
       seed_: the seed used by `fit`: `seed`, or the one drawn from the operating system.
 
-    Example:
+    Examples:
       >>> from sparse_xmc import XMCClassifier
       >>> texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
       >>> labels = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 5

@@ -43,7 +43,7 @@ def export_predict(
       FileExistsError: the path exists.
       ValueError: k is out of range, the classifier is on a mesh, or its encoder is of another class.
 
-    Example:
+    Examples:
       >>> import tempfile, numpy as np, xla_ops
       >>> from flax import nnx
       >>> from sparse_xmc import ClassifierConfig, export_predict

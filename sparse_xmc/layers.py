@@ -155,7 +155,7 @@ class FixedFanInLinear(SparseLinear):
     `nnx.state(model, (nnx.Param, Connectivity))`, or all variables: the parameters alone would be combined
     with the inputs of another layer. `sparse_xmc.saving.load_weights` rejects the weights of another model.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from flax import nnx
       >>> from sparse_xmc import FixedFanInLinear

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["dense_step", "fan_in_loss", "fan_in_matmul", "fan_in_step", "fan_in_top_k", "kth_smallest"]
-TESTS += ["sparse_inputs", "native", "sharding"]
+TESTS += ["sparse_inputs", "native", "sharding", "transformations"]
 
 # These follow the flags of setup.py. Python's own flags have -fwrapv, which defines what a signed overflow
 # gives; it is a fault here all the same.

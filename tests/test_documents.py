@@ -52,14 +52,15 @@ def make_batches():
     return [(centres[i], labels[i]) for i in rng.integers(0, 10, (60, 32))]
 
 
-def test_readme():
+def test_readme(tmp_path):
     labels = [["cat", "small"], ["cat", "big"], ["dog", "small"], ["dog", "big"]] * 4 + [["other"]] * 4
-    features = np.ones((4, 768), np.float32)
-    names = run(
-        "README.md", {"texts": TEXTS, "labels": labels, "new_texts": ["the small dog"], "features": features}
-    )
+    for path in ("train.tsv", "test.tsv"):
+        lines = ("|".join(names) + f"\t{text}\n" for names, text in zip(labels, TEXTS, strict=True))
+        (tmp_path / path).write_text("".join(lines), encoding="utf-8")
+    smaller = {"experiments/data/wordnet": str(tmp_path), ".tsv.xz": ".tsv", "boat that is rowed": "dog"}
+    names = run("README.md", {"features": np.ones((4, 768), np.float32)}, sizes=SIZES | smaller)
     assert set(names["names"][0][:2]) == {"dog", "small"}
-    assert names["scores"].shape == (1, 5)
+    assert names["scores"].shape == (1, 3)
     assert names["logits"].shape == (4, 200)
     assert "indices" in nnx.to_pure_dict(names["state"])["layers"][3]
     assert blocks_of("docs/estimator.md")[0] in blocks_of("README.md")
@@ -189,12 +190,27 @@ def test_examples_in_docstrings(name):
 
 
 def test_links():
-    """Links between README.md, WORKSPACE.md and docs/ lead somewhere."""
-    for path in (ROOT / "README.md", ROOT / "WORKSPACE.md", *sorted((ROOT / "docs").glob("*.md"))):
+    """Links of README.md, WORKSPACE.md, docs/ and the diaries lead somewhere."""
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments" / "results").glob("*.md")]
+    for path in (ROOT / "README.md", ROOT / "WORKSPACE.md", *pages):
         text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if not target.startswith("https:"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def numbers_in(page):
+    """Return the numbers in the text of a page, without code, links and names such as P@1 or float32."""
+    page = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    page = re.sub(r"`[^`]*`|\]\([^)]*\)", "", page)
+    return re.findall(r"\d[\d.,]*", re.sub(r"[A-Za-z][^\s|]*", "", page))
+
+
+def test_pages_of_results_are_short():
+    """Results and tuning have at most 60 numbers per page; experiments/results has the rest."""
+    for path in (ROOT / "docs" / "tuning.md", *(ROOT / "docs" / "results").glob("*.md")):
+        numbers = numbers_in(path.read_text(encoding="utf-8"))
+        assert len(numbers) <= 60, f"{path.name}: {len(numbers)} numbers"
 
 
 def test_the_api_page_has_all_public_names():

@@ -5,13 +5,14 @@ Dtypes and shapes are checked for traced values too. The values of traced arrays
 
 import numbers
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 VALUE_DTYPES = (jnp.float32, jnp.bfloat16)
 INDEX_DTYPES = (jnp.uint16, jnp.int32)
@@ -19,7 +20,7 @@ UINT16_FEATURES = 65_536
 UINT32_MAX = 2**32 - 1
 
 
-def index_dtype(in_features: int):
+def index_dtype(in_features: int) -> DTypeLike:
     """Return the narrowest dtype of indices into `in_features` inputs: uint16 up to 65,536, else int32."""
     in_features = as_integer("in_features", in_features, 0, 2**31 - 1)
     return jnp.uint16 if in_features <= UINT16_FEATURES else jnp.int32
@@ -39,7 +40,7 @@ def as_array(name: str, value: ArrayLike, expected: str = "an array of numbers")
     """
     if isinstance(value, Array):
         return jnp.asarray(value)
-    if isinstance(value, str | bytes):  # JAX would look for a dtype of this name
+    if isinstance(value, str | bytes):  # JAX would read it as the name of a dtype
         raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be {expected}, got a masked array: use its method filled")
@@ -100,8 +101,8 @@ def as_float(name: str, value: Any, *, below: float | None = None) -> np.float32
     with np.errstate(over="ignore"):
         number = np.float32(array)
     if not (np.isfinite(number) and number >= 0 and (below is None or number < below)):
-        wanted = "finite and at least 0" if below is None else f"at least 0 and below {below:g} in float32"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
+        expected = "finite and at least 0" if below is None else f"at least 0 and below {below:g} in float32"
+        raise ValueError(f"{name} must be {expected}, got {value}")
     return number
 
 
@@ -147,23 +148,23 @@ def _describe(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _names(dtypes) -> str:
+def _join_names(dtypes: Iterable[DTypeLike]) -> str:
     return " or ".join(jnp.dtype(d).name for d in dtypes)
 
 
-def check_dtype(name: str, array, dtypes) -> None:
+def check_dtype(name: str, array: Array, dtypes: Iterable[DTypeLike]) -> None:
     """Raise TypeError unless `array` has one of `dtypes`."""
     if array.dtype not in [jnp.dtype(d) for d in dtypes]:
-        raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {array.dtype.name}")
+        raise TypeError(f"{name} must have dtype {_join_names(dtypes)}, got {array.dtype.name}")
 
 
-def check_shape(name: str, array, shape: tuple[int, ...], why: str) -> None:
+def check_shape(name: str, array: Array, shape: tuple[int, ...], why: str) -> None:
     """Raise ValueError unless `array` has `shape`; `why` explains the shape in the error."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)} ({why}), got {list(array.shape)}")
 
 
-def check_values(name: str, array, *, ndim_at_least: int) -> None:
+def check_values(name: str, array: Array, *, ndim_at_least: int) -> None:
     """Raise TypeError or ValueError unless `array` is float32 or bfloat16 with enough axes."""
     check_dtype(name, array, VALUE_DTYPES)
     if array.ndim < ndim_at_least:
@@ -172,7 +173,9 @@ def check_values(name: str, array, *, ndim_at_least: int) -> None:
         )
 
 
-def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None:
+def check_connections(
+    kernel: Array, indices: Array, bias: Array | None, *, dtype: DTypeLike, in_features: int
+) -> None:
     """Raise TypeError or ValueError unless kernel [L, F], indices [L, F] and bias ([L] or None) fit inputs.
 
     Args:
@@ -195,27 +198,27 @@ def check_connections(kernel, indices, bias, *, dtype, in_features: int) -> None
         )
 
 
-def next_step(state, kind) -> Array:
-    """Return the number of the next step, from 1, given Adam's `state`, an instance of `kind`."""
-    if not isinstance(state, kind):
-        raise TypeError(f"state must be of type {kind.__name__}, got {type(state).__name__}")
+def next_step(state: Any, state_type: type[Any]) -> Array:
+    """Return the number of the next step, from 1, after checking that `state` is of type `state_type`."""
+    if not isinstance(state, state_type):
+        raise TypeError(f"state must be of type {state_type.__name__}, got {type(state).__name__}")
     count = as_array("state.count", state.count)
     check_dtype("state.count", count, [jnp.int32])
     check_shape("state.count", count, (), "a scalar")
     return count + 1
 
 
-def check_rate(learning_rate: ArrayLike) -> Array:
+def as_learning_rate(learning_rate: ArrayLike) -> Array:
     """Return the learning rate as a float32 scalar; raise an error unless it is a finite number."""
     rate = as_array("learning_rate", learning_rate, "a number")
     if not _is_real(rate):
         raise TypeError(f"learning_rate must be a number, got {_describe(learning_rate)}")
     check_shape("learning_rate", rate, (), "a scalar")
-    # Numbers are checked before conversion: under jit, JAX's arrays of them are traced.
-    known = learning_rate if isinstance(learning_rate, numbers.Real | np.ndarray | np.generic) else rate
-    if _is_concrete(known):
+    # Check a number before its conversion, because under jit its conversion is traced.
+    value = learning_rate if isinstance(learning_rate, numbers.Real | np.ndarray | np.generic) else rate
+    if _is_concrete(value):
         with np.errstate(over="ignore"):
-            if not np.isfinite(np.asarray(known).astype(np.float32)):
+            if not np.isfinite(np.asarray(value).astype(np.float32)):
                 raise ValueError(f"learning_rate must be finite in float32, got {learning_rate}")
     return jnp.asarray(rate, jnp.float32)
 
@@ -235,19 +238,19 @@ def adam_rates(learning_rate: ArrayLike, count: Array, b1: np.float32, b2: np.fl
     They are the learning rate, and the bias-correction factors of both moments.
     """
     t = count.astype(jnp.float32)
-    return jnp.stack([check_rate(learning_rate), 1 / (1 - b1**t), 1 / (1 - b2**t)])
+    return jnp.stack([as_learning_rate(learning_rate), 1 / (1 - b1**t), 1 / (1 - b2**t)])
 
 
-def rounding_key(seed: ArrayLike, step: ArrayLike, **more: ArrayLike) -> Array:
-    """Return the key of stochastic rounding for the handlers, uint32 [3 + ...].
+def rounding_key(seed: ArrayLike, step: ArrayLike, **counters: ArrayLike) -> Array:
+    """Return the key of stochastic rounding for the handlers, uint32 [3 + number of counters].
 
     Args:
       seed: integer scalar, the lower word of the seed; the upper word is 0.
       step: integer scalar, the number of the step.
-      more: further integer scalars of the key, by argument name.
+      counters: further integer scalars of the key, by argument name.
     """
     words = [as_uint32("seed", seed), np.uint32(0), as_uint32("step", step)]
-    words += [as_uint32(name, value) for name, value in more.items()]
+    words += [as_uint32(name, value) for name, value in counters.items()]
     if any(isinstance(word, Array) for word in words):
         return jnp.stack(words)
     return jnp.asarray(np.stack(words))

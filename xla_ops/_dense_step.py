@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from xla_ops import _native
 from xla_ops._arguments import (
@@ -33,7 +33,7 @@ class DenseAdamState(NamedTuple):
     nu: Array
 
 
-def dense_adam_init(kernel: ArrayLike, dtype=jnp.float32) -> DenseAdamState:
+def dense_adam_init(kernel: ArrayLike, dtype: DTypeLike = jnp.float32) -> DenseAdamState:
     """Return the state before the first step for a kernel [D, O], with moments in float32 or bfloat16."""
     kernel = as_array("kernel", kernel)
     return DenseAdamState(jnp.zeros((), jnp.int32), *(jnp.zeros_like(kernel, dtype) for _ in range(2)))
@@ -50,15 +50,15 @@ def dense_adam_step(
     b2: float = 0.999,
     epsilon: float = 1e-7,
     seed: ArrayLike = 0,
-    before: ArrayLike | None = None,
+    depends_on: ArrayLike | None = None,
 ) -> tuple[Array, DenseAdamState]:
-    """Take one Adam step for `y = x @ kernel`, without ever holding the gradient `x.T @ dy`.
+    """Take one Adam step for `y = x @ kernel`, without storing the gradient `x.T @ dy`.
 
     The result equals that of `optax.adam(learning_rate, b1, b2, eps=epsilon)` up to rounding. For moments in
-    bfloat16, the first is rounded to nearest, as with Optax's `mu_dtype`. The second changes by less than its
-    precision in a step, so it is rounded stochastically, which is exact on average. Kernel and moments are
-    updated in place if the caller's `jit` donates them; otherwise XLA copies them first. Within
-    `jax.shard_map`, the step uses the part of the batch on the device.
+    bfloat16, the first is rounded to nearest, as with Optax's `mu_dtype`. The second is rounded
+    stochastically, which is exact on average, because it changes by less than its precision in a step. Kernel
+    and moments are updated in place if the caller's `jit` donates them; otherwise XLA copies them first.
+    Within `jax.shard_map`, each device takes a step on its shard of the batch.
 
     Args:
       x: [B, D], float32, the input of the layer.
@@ -71,8 +71,8 @@ def dense_adam_step(
       seed: uint32 scalar, the seed of stochastic rounding. The random bits depend only on the seed, the
         number of the step and the position of a weight, on any machine; they equal those of
         `round_stochastically`.
-      before: an array computed from the old kernel, such as the gradient with respect to x, or None. The
-        update waits for it, as XLA might otherwise copy the kernel to compute it.
+      depends_on: an array of any shape, computed from the old kernel, such as the gradient with respect to
+        x; or None. The update is scheduled after it; XLA could otherwise copy the kernel to compute it.
 
     Returns:
       The new kernel and state.
@@ -91,8 +91,8 @@ def dense_adam_step(
         check_shape(f"state.{name}", moment, kernel.shape, "that of the kernel")
     constants, key = adam_attributes(b1, b2, epsilon), rounding_key(seed, count)
     rates = adam_rates(learning_rate, count, constants["b1"], constants["b2"])
-    before = jnp.zeros(0, jnp.float32) if before is None else as_array("before", before)
-    operands = _native.varying(x, kernel, dy, mu, nu, rates, key, before)
+    depends_on = jnp.zeros(0, jnp.float32) if depends_on is None else as_array("depends_on", depends_on)
+    operands = _native.match_varying_axes(x, kernel, dy, mu, nu, rates, key, depends_on)
     kernel, mu, nu = _native.call(
         "xla_ops.dense_step.adam",
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (kernel, mu, nu)],
@@ -103,7 +103,8 @@ def dense_adam_step(
     return kernel, DenseAdamState(count, mu, nu)
 
 
-def _check(x, dy, kernel) -> tuple[Array, Array, Array]:
+def _check(x: ArrayLike, dy: ArrayLike, kernel: ArrayLike) -> tuple[Array, Array, Array]:
+    """Return the arguments as arrays; raise an error unless they are matrices that fit together."""
     x, dy, kernel = as_array("x", x), as_array("dy", dy), as_array("kernel", kernel)
     for name, array in (("x", x), ("dy", dy), ("kernel", kernel)):
         check_dtype(name, array, [jnp.float32])

@@ -1,4 +1,4 @@
-"""The loss of a fixed fan-in output layer, computed without holding the logits of all labels."""
+"""The loss of a fixed fan-in output layer, computed without storing the logits."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from xla_ops import _native
 from xla_ops._arguments import as_array, as_integer, check_dtype
 from xla_ops._fan_in_matmul import matmul_in_jnp
-from xla_ops._inputs import Layer, SparseInputs, check_layer, gradient_of, with_sparse
+from xla_ops._inputs import Layer, SparseInputs, all_inputs, check_layer, d_x_shape
 
 LOSSES = ("squared_hinge", "bce")
 
@@ -30,7 +30,7 @@ def fan_in_loss(
     """Compute the mean over batch and labels of a loss of `fan_in_matmul(x, kernel, indices, bias)`.
 
     Logits, loss and gradients are computed in blocks of labels, so that neither the logits nor their gradient
-    [B, L] ever exist. Where the squared hinge has no gradient, the backward products are skipped.
+    [B, L] are ever stored. Where the squared hinge has no gradient, the backward products are skipped.
     Differentiable (reverse mode, once) in x, kernel and bias; the gradient with respect to x is computed only
     if it is needed. Results are bit-for-bit reproducible on the same machine with the same number of threads,
     except for the gradient with respect to x on a GPU. Under `jax.checkpoint` both passes compute gradients.
@@ -47,7 +47,7 @@ def fan_in_loss(
       num_labels: divisor of the sum over labels; None for L. If labels are sharded over devices, pass the
         total number of labels: the loss is then the sum of the results of all devices, and the gradient with
         respect to x is the sum of their gradients.
-      sparse: C more inputs, D to D + C - 1, or None.
+      sparse: C further inputs, numbered D to D + C - 1; or None.
 
     Returns:
       float32 scalar. NaN if B or L is 0, as the mean of no values.
@@ -62,11 +62,11 @@ def fan_in_loss(
 
 
 def fan_in_loss_reference(
-    x,
-    kernel,
-    indices,
-    bias,
-    positives,
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    positives: ArrayLike,
     *,
     loss: str = "squared_hinge",
     num_labels: int | None = None,
@@ -75,7 +75,7 @@ def fan_in_loss_reference(
     """Compute `fan_in_loss` with plain `jax.numpy` and a dense target matrix. Same arguments and result."""
     layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, kernel, indices, bias, _ = layer
-    logits = matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias).astype(jnp.float32)
+    logits = matmul_in_jnp(all_inputs(x, sparse), kernel, indices, bias).astype(jnp.float32)
     is_positive = jnp.any(
         positives[:, :, None] == jnp.arange(kernel.shape[0], dtype=positives.dtype)[None, None], axis=1
     )
@@ -86,7 +86,16 @@ def fan_in_loss_reference(
     return jnp.sum(jax.nn.softplus(-margin)) / count
 
 
-def _check(x, kernel, indices, bias, positives, loss, num_labels, sparse) -> tuple[Layer, Array, int]:
+def _check(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    positives: ArrayLike,
+    loss: str,
+    num_labels: int | None,
+    sparse: SparseInputs | None,
+) -> tuple[Layer, Array, int]:
     """Check the arguments of `fan_in_loss`; return the layer, the positives and the number of labels."""
     layer = check_layer(x, kernel, indices, bias, sparse, ndim_at_least=2)
     x, labels = layer.x, layer.kernel.shape[0]
@@ -106,7 +115,14 @@ def _check(x, kernel, indices, bias, positives, loss, num_labels, sparse) -> tup
 
 
 def loss_operands(
-    x, kernel, indices, bias, positives, loss, num_labels, sparse
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    positives: ArrayLike,
+    loss: str,
+    num_labels: int | None,
+    sparse: SparseInputs | None,
 ) -> tuple[tuple[Array, ...], dict[str, np.int64]]:
     """Check the arguments of `fan_in_loss`.
 
@@ -117,9 +133,13 @@ def loss_operands(
     layer, positives, num_labels = _check(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, entries, kernel, indices, bias, num_columns = layer
     _native.register()
-    attributes = {"loss": LOSSES.index(loss), "num_labels": num_labels, "num_columns": num_columns}
-    operands = _native.varying(x, *entries, kernel, indices, bias, positives)
-    return operands, {name: np.int64(value) for name, value in attributes.items()}
+    attributes = {
+        "loss": np.int64(LOSSES.index(loss)),
+        "num_labels": np.int64(num_labels),
+        "num_columns": num_columns,
+    }
+    operands = _native.match_varying_axes(x, *entries, kernel, indices, bias, positives)
+    return operands, attributes
 
 
 _SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
@@ -136,13 +156,13 @@ def _loss_fwd(attributes, *operands):
     x, _, _, _, kernel, _, bias, _ = operands
     results = [
         _SCALAR,
-        gradient_of(x, wants_d_x),
+        d_x_shape(x, wants_d_x),
         *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (kernel, bias)),
     ]
-    value, d_x, *of_layer = _native.call(
+    value, d_x, *d_layer = _native.call(
         "xla_ops.fan_in_loss.gradients", results, *operands, **dict(attributes)
     )
-    return value, (d_x if wants_d_x else None, *of_layer)
+    return value, (d_x if wants_d_x else None, *d_layer)
 
 
 def _loss_bwd(attributes, gradients, d_value):

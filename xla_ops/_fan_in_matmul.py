@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from xla_ops import _native
-from xla_ops._inputs import SparseInputs, check_layer, gradient_of, with_sparse
+from xla_ops._inputs import SparseInputs, all_inputs, check_layer, d_x_shape
 
 
 def fan_in_matmul(
@@ -49,7 +49,7 @@ def fan_in_matmul(
     x, entries, kernel, indices, bias, num_columns = check_layer(x, kernel, indices, bias, sparse)
     _native.register()
     examples = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _matmul(num_columns, *_native.varying(examples, *entries, kernel, indices, bias))
+    y = _matmul(num_columns, *_native.match_varying_axes(examples, *entries, kernel, indices, bias))
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
@@ -63,7 +63,7 @@ def fan_in_matmul_reference(
 ) -> Array:
     """Compute `fan_in_matmul` with plain `jax.numpy`; slow, with [..., L, F] in memory. Same arguments."""
     x, _, kernel, indices, bias, _ = check_layer(x, kernel, indices, bias, sparse)
-    return matmul_in_jnp(with_sparse(x, sparse), kernel, indices, bias)
+    return matmul_in_jnp(all_inputs(x, sparse), kernel, indices, bias)
 
 
 def matmul_in_jnp(x: Array, kernel: Array, indices: Array, bias: Array) -> Array:
@@ -84,19 +84,18 @@ def _matmul(num_columns, x, rows, columns, values, kernel, indices, bias):
 
 
 def _matmul_fwd(num_columns, *operands):
-    # The structure, () or None, tells whether d_x is needed, as it is static when the backward pass is
-    # traced.
-    asked_for_d_x = () if operands[0].perturbed else None
+    # Whether d_x is needed must be static in the backward pass; the structure of a pytree, () or None, is.
+    needs_d_x = () if operands[0].perturbed else None
     operands = tuple(operand.value for operand in operands)
-    return _forward(num_columns)(*operands), (asked_for_d_x, operands)
+    return _forward(num_columns)(*operands), (needs_d_x, operands)
 
 
 def _matmul_bwd(num_columns, residuals, dy):
-    asked_for_d_x, operands = residuals
-    wants_d_x = asked_for_d_x is not None
+    needs_d_x, operands = residuals
+    wants_d_x = needs_d_x is not None
     x, _, _, _, kernel, _, bias = operands
     results = (
-        gradient_of(x, wants_d_x),
+        d_x_shape(x, wants_d_x),
         *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (kernel, bias)),
     )
     d_x, d_kernel, d_bias = _native.call(
@@ -110,7 +109,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 @functools.cache
 def _forward(num_columns):
-    """Return the forward pass. `jax.vmap` with one layer for all enlarges the batch instead of looping."""
+    """Return the forward pass; `jax.vmap` over the inputs alone makes it one call with a larger batch."""
 
     def call(x, *others):
         result = jax.ShapeDtypeStruct((x.shape[0], others[3].shape[0]), x.dtype)
@@ -121,12 +120,12 @@ def _forward(num_columns):
 
     @forward.def_vmap
     def _(axis_size, in_batched, x, rows, columns, values, *layer):
-        own_entries = all(in_batched[:4])
-        if (own_entries or (in_batched[0] and not rows.size)) and not any(in_batched[4:]):
+        all_inputs_mapped = all(in_batched[:4])
+        if (all_inputs_mapped or (in_batched[0] and not rows.size)) and not any(in_batched[4:]):
             batch = x.shape[1]
-            if own_entries:
-                first = batch * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
-                rows = jnp.where((rows >= 0) & (rows < batch), rows + first, -1)
+            if all_inputs_mapped:
+                offset = batch * jnp.arange(axis_size, dtype=jnp.int32)[:, None]
+                rows = jnp.where((rows >= 0) & (rows < batch), rows + offset, -1)
             flat = (rows.reshape(-1), columns.reshape(-1), values.reshape(-1))
             y = forward(x.reshape(axis_size * batch, x.shape[2]), *flat, *layer)
             return y.reshape(axis_size, batch, y.shape[1]), True

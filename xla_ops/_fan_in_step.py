@@ -12,14 +12,14 @@ from xla_ops._arguments import (
     adam_attributes,
     adam_rates,
     as_array,
+    as_learning_rate,
     check_dtype,
-    check_rate,
     check_shape,
     next_step,
     rounding_key,
 )
 from xla_ops._fan_in_loss import loss_operands
-from xla_ops._inputs import SparseInputs, gradient_of
+from xla_ops._inputs import SparseInputs, d_x_shape
 
 
 class AdamState(NamedTuple):
@@ -68,11 +68,11 @@ def fan_in_adam_step(
 ) -> tuple[Array, Array | None, Array, Array | None, AdamState]:
     """Take one Adam step on `fan_in_loss` in one pass over the labels.
 
-    The gradient of the kernel is never held. The result equals that of `fan_in_loss`, `jax.grad` and
+    The gradient of the kernel is never stored. The result equals that of `fan_in_loss`, `jax.grad` and
     `optax.adam(learning_rate, b1, b2, eps=epsilon)` up to rounding. Kernel, bias and moments are updated in
     place if the caller's `jit` donates them; otherwise XLA copies them first. Not differentiable: pass the
-    returned gradient to the layers before this one (`jax.vjp`). Within `jax.shard_map`, the step uses the
-    part of the batch on the device.
+    returned gradient to the layers before this one (`jax.vjp`). Within `jax.shard_map`, each device
+    takes a step on its shard of the batch.
 
     Args:
       x: [B, D], float32.
@@ -100,6 +100,7 @@ def fan_in_adam_step(
     x, _, _, _, kernel, _, bias, _ = inputs
     shapes = {"kernel": kernel.shape, "bias": bias.shape}
     count, moments = next_step(state, AdamState), []
+    has_bias = state.mu_bias is not None
     for name in ("mu_kernel", "nu_kernel", "mu_bias", "nu_bias"):
         moment = getattr(state, name)
         if moment is None and name.endswith("bias"):
@@ -111,10 +112,10 @@ def fan_in_adam_step(
         moments.append(moment)
     constants = adam_attributes(b1, b2, epsilon)
     rates = adam_rates(learning_rate, count, constants["b1"], constants["b2"])
-    operands = _native.varying(*inputs, *moments, rates)
-    like_layer = (_like(a) for a in (kernel, bias, *moments))
-    results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), *like_layer]
-    value, d_x, kernel, new_bias, *moments = _native.call(
+    operands = _native.match_varying_axes(*inputs, *moments, rates)
+    layer_shapes = (_shape_of(a) for a in (kernel, bias, *moments))
+    results = [jax.ShapeDtypeStruct((), jnp.float32), d_x_shape(x, wants_d_x), *layer_shapes]
+    value, d_x, kernel, bias, mu_kernel, nu_kernel, mu_bias, nu_bias = _native.call(
         "xla_ops.fan_in_step.adam",
         results,
         *operands,
@@ -122,11 +123,10 @@ def fan_in_adam_step(
         **attributes,
         **constants,
     )
-    mu_kernel, nu_kernel, mu_bias, nu_bias = moments
-    of_x = d_x if wants_d_x else None
-    if state.mu_bias is None:
-        return value, of_x, kernel, None, AdamState(count, mu_kernel, nu_kernel, None, None)
-    return value, of_x, kernel, new_bias, AdamState(count, mu_kernel, nu_kernel, mu_bias, nu_bias)
+    state = AdamState(
+        count, mu_kernel, nu_kernel, mu_bias if has_bias else None, nu_bias if has_bias else None
+    )
+    return value, d_x if wants_d_x else None, kernel, bias if has_bias else None, state
 
 
 def fan_in_sgd_step(
@@ -148,7 +148,7 @@ def fan_in_sgd_step(
     """Take one step of SGD without momentum on `fan_in_loss` in one pass over the labels.
 
     The update is `kernel -= learning_rate * gradient`, and likewise for the bias. There are no moments, and
-    the gradient of the kernel is never held. Sums are float32; bfloat16 weights are then rounded
+    the gradient of the kernel is never stored. Sums are float32; bfloat16 weights are then rounded
     stochastically, which is exact on average, so that updates far below their precision are not lost. Kernel
     and bias are updated in place if the caller's `jit` donates them. Not differentiable: pass the returned
     gradient to the layers before this one (`jax.vjp`).
@@ -160,7 +160,7 @@ def fan_in_sgd_step(
       kernel, indices, bias, positives, loss, num_labels, sparse: as for `fan_in_loss`.
       learning_rate: float32 scalar.
       seed: uint32 scalar, the seed of stochastic rounding. The random bits depend only on the seed, `step`
-        and the position of a weight, on any machine (Philox4x32-10; the details are in `csrc/cpu/kernels.h`).
+        and the position of a weight, on any machine (Philox4x32-10; the details are in `csrc/rounding.h`).
       step: uint32 or int32 scalar, the number of the step; every step must have a different number.
       first_label: integer scalar, the number of the first label if the labels are a shard of `num_labels`
         labels, so that their weights are rounded as in the whole layer.
@@ -179,9 +179,14 @@ def fan_in_sgd_step(
     has_bias = bias is not None
     inputs, attributes = loss_operands(x, kernel, indices, bias, positives, loss, num_labels, sparse)
     x, _, _, _, kernel, _, bias, _ = inputs
-    rate, key = check_rate(learning_rate), rounding_key(seed, step, first_label=first_label)
-    operands = _native.varying(*inputs, rate, key)
-    results = [jax.ShapeDtypeStruct((), jnp.float32), gradient_of(x, wants_d_x), _like(kernel), _like(bias)]
+    rate, key = as_learning_rate(learning_rate), rounding_key(seed, step, first_label=first_label)
+    operands = _native.match_varying_axes(*inputs, rate, key)
+    results = [
+        jax.ShapeDtypeStruct((), jnp.float32),
+        d_x_shape(x, wants_d_x),
+        _shape_of(kernel),
+        _shape_of(bias),
+    ]
     value, d_x, kernel, bias = _native.call(
         "xla_ops.fan_in_step.sgd",
         results,
@@ -192,5 +197,5 @@ def fan_in_sgd_step(
     return value, d_x if wants_d_x else None, kernel, bias if has_bias else None
 
 
-def _like(array: Array) -> jax.ShapeDtypeStruct:
+def _shape_of(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from xla_ops import _native
 from xla_ops._arguments import as_integer
 from xla_ops._fan_in_matmul import matmul_in_jnp
-from xla_ops._inputs import Layer, SparseInputs, check_layer, with_sparse
+from xla_ops._inputs import Layer, SparseInputs, all_inputs, check_layer
 
 
 def fan_in_top_k(
@@ -24,7 +24,7 @@ def fan_in_top_k(
 ) -> tuple[Array, Array]:
     """Return the k largest values of `fan_in_matmul(x, kernel, indices, bias)` per row, and their labels.
 
-    The logits [..., L] never exist in memory. Not differentiable.
+    The logits [..., L] are never stored. Not differentiable.
 
     Args:
       x: [..., D], float32 or bfloat16.
@@ -42,7 +42,7 @@ def fan_in_top_k(
     Raises:
       TypeError, ValueError: an argument has a wrong dtype or shape; the message names it.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import xla_ops
       >>> x = jnp.array([[1.0, 10.0, 100.0]])
@@ -58,20 +58,34 @@ def fan_in_top_k(
     _native.register()
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     results = [jax.ShapeDtypeStruct((rows.shape[0], k), dtype) for dtype in (jnp.float32, jnp.int32)]
-    operands = _native.varying(rows, *entries, kernel, indices, bias)
+    operands = _native.match_varying_axes(rows, *entries, kernel, indices, bias)
     scores, labels = _native.call("xla_ops.fan_in_top_k", results, *operands, num_columns=num_columns)
     return scores.reshape(*x.shape[:-1], k), labels.reshape(*x.shape[:-1], k)
 
 
 def fan_in_top_k_reference(
-    x, kernel, indices, bias, k: int, *, sparse: SparseInputs | None = None
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    k: int,
+    *,
+    sparse: SparseInputs | None = None,
 ) -> tuple[Array, Array]:
-    """Compute `fan_in_top_k` with plain `jax.numpy`, holding all logits. Same arguments and result."""
+    """Compute `fan_in_top_k` with plain `jax.numpy`, storing all logits. Same arguments and result."""
     (x, _, kernel, indices, bias, _), k = _check(x, kernel, indices, bias, k, sparse)
-    x, kernel = with_sparse(x, sparse).astype(jnp.float32), kernel.astype(jnp.float32)
-    return jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)
+    x, kernel = all_inputs(x, sparse).astype(jnp.float32), kernel.astype(jnp.float32)
+    scores, labels = jax.lax.top_k(matmul_in_jnp(x, kernel, indices, bias), k)
+    return scores, labels
 
 
-def _check(x, kernel, indices, bias, k, sparse) -> tuple[Layer, int]:
+def _check(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    bias: ArrayLike | None,
+    k: int,
+    sparse: SparseInputs | None,
+) -> tuple[Layer, int]:
     layer = check_layer(x, kernel, indices, bias, sparse)
     return layer, as_integer("k", k, 0, layer.kernel.shape[0], " (the number of labels)")

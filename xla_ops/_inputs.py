@@ -95,11 +95,11 @@ def check_layer(
     x, kernel, indices = as_array("x", x), as_array("kernel", kernel), as_array("indices", indices)
     bias = None if bias is None else as_array("bias", bias)
     check_values("x", x, ndim_at_least=ndim_at_least)
-    nothing = jnp.zeros(0, jnp.int32)
-    entries, num_columns = (nothing, nothing, jnp.zeros(0, x.dtype)), 0
+    empty = jnp.zeros(0, jnp.int32)
+    entries, num_columns = (empty, empty, jnp.zeros(0, x.dtype)), 0
     if sparse is not None:
         (rows, columns, values), num_columns = check_entries(sparse, x), sparse.num_columns
-        entries = (rows, columns, _constant(values))
+        entries = (rows, columns, _not_differentiable(values))
     check_connections(kernel, indices, bias, dtype=x.dtype, in_features=x.shape[-1] + num_columns)
     bias = jnp.zeros(0, x.dtype) if bias is None else bias
     return Layer(x, entries, kernel, indices, bias, np.int64(num_columns))
@@ -112,8 +112,8 @@ def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, 
     rows, columns, values = (
         as_array(f"sparse.{name}", getattr(sparse, name)) for name in ("rows", "columns", "values")
     )
-    most = _INT32_MAX - (0 if x is None else x.shape[-1])
-    as_integer("sparse.num_columns", sparse.num_columns, 0, most, " (beside x, for int32 indices)")
+    limit = _INT32_MAX - (0 if x is None else x.shape[-1])
+    as_integer("sparse.num_columns", sparse.num_columns, 0, limit, " (beside x, for int32 indices)")
     check_dtype("sparse.rows", rows, [jnp.int32])
     check_dtype("sparse.columns", columns, [jnp.int32])
     check_values("sparse.values", values, ndim_at_least=1)
@@ -125,12 +125,12 @@ def check_entries(sparse: SparseInputs, x: Array | None = None) -> tuple[Array, 
     return rows, columns, values
 
 
-def gradient_of(x: Array, wanted: bool) -> jax.ShapeDtypeStruct:
-    """Return the shape of a handler's result for the gradient of x [B, D]; empty if it is not wanted."""
-    return jax.ShapeDtypeStruct(x.shape if wanted else (0, 0), x.dtype)
+def d_x_shape(x: Array, wants_d_x: bool) -> jax.ShapeDtypeStruct:
+    """Return the shape of the gradient of x [B, D] that a handler computes; empty unless `wants_d_x`."""
+    return jax.ShapeDtypeStruct(x.shape if wants_d_x else (0, 0), x.dtype)
 
 
-def with_sparse(x: Array, sparse: SparseInputs | None) -> Array:
+def all_inputs(x: Array, sparse: SparseInputs | None) -> Array:
     """Return the dense and the sparse inputs in one array [..., D + C], for reference implementations."""
     if sparse is None:
         return x
@@ -140,10 +140,12 @@ def with_sparse(x: Array, sparse: SparseInputs | None) -> Array:
 
 
 @jax.custom_jvp
-def _constant(values: Array) -> Array:
+def _not_differentiable(values: Array) -> Array:
     return values
 
 
-@_constant.defjvp
-def _not_differentiable(primals, tangents):
-    raise TypeError("sparse.values have no gradient: use jax.lax.stop_gradient on what they are made of")
+@_not_differentiable.defjvp
+def _raise(primals, tangents):
+    raise TypeError(
+        "sparse.values have no gradient: use jax.lax.stop_gradient on the arrays that they are computed from"
+    )

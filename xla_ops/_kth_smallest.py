@@ -40,18 +40,20 @@ def kth_smallest_magnitude(x: ArrayLike, k: int, *, axes: tuple[str, ...] = ()) 
 
     def native(x, workspace=()):
         mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(x).manual_axis_type
-        whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
+        replicated = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
         types = [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=axis_type)
+            jax.ShapeDtypeStruct(shape, dtype, sharding=replicated, manual_axis_type=axis_type)
             for shape, dtype in [((), jnp.float32), *workspace]
         ]
         return jax.ffi.ffi_call(_HANDLER, types, vmap_method="sequential")(x, k=np.int64(k))[0]
 
     def on_any_platform(x):
-        if (cuda := _native.cuda()) is None:
+        if _native.cuda() is None:
             reference = functools.partial(_bisect, k=k, axes=())
             return (jax.lax.platform_dependent(x, cpu=native, default=reference),)
-        size = cuda.workspace_bytes(_HANDLER, x.dtype == jnp.bfloat16, *[0] * 7)
+        from xla_ops import _cuda  # which exists only if it was built with nvcc
+
+        size = _cuda.workspace_bytes(_HANDLER, x.dtype == jnp.bfloat16, 0, 0, 0, 0, 0, 0, 0)
         on_cuda = functools.partial(native, workspace=[((size,), jnp.uint8)])
         return (jax.lax.platform_dependent(x, cuda=on_cuda, default=native),)
 
@@ -79,7 +81,7 @@ def _bisect(x: Array, k: int, axes: tuple[str, ...]) -> Array:
         low, high = bounds
         middle = low + (high - low) // 2
         count = jnp.sum(bits <= middle, dtype=jnp.uint32)
-        # Sums are by half words, as all shards together may have more elements than an integer can count.
+        # Sum 16-bit halves, because all shards together may have more elements than uint32 can count.
         upper, lower = count >> 16, count & 0xFFFF
         if axes:
             upper, lower = jax.lax.psum((upper, lower), axes)
@@ -88,7 +90,7 @@ def _bisect(x: Array, k: int, axes: tuple[str, ...]) -> Array:
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     bounds = jnp.uint32(0), jnp.uint32(0x7F800000)
-    if not axes:  # With axes, the bounds are equal on all devices.
-        _, low, high = _native.varying(bits, *bounds)
+    if not axes:  # With axes, the bounds are the same on all devices.
+        _, low, high = _native.match_varying_axes(bits, *bounds)
         bounds = (low, high)
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[0], jnp.float32)

@@ -6,6 +6,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def runtime_ffi_version() -> tuple[int, int]:
     return int(versions["MAJOR"]), int(versions["MINOR"])
 
 
-def check_ffi_version(module) -> None:
+def check_ffi_version(module: Any) -> None:
     """Raise ImportError unless the installed jaxlib can run the handlers of a native module.
 
     If handlers built with newer headers than jaxlib's were registered, every JAX operation would fail with
@@ -71,7 +72,7 @@ def cpu():
         raise ImportError(
             f"The native module xla_ops._cpu has not been built for this Python in {where}. "
             f"Build it from the root of the repository:\n    {_REBUILD}\n"
-            "Where it is installed elsewhere too, start in another directory than that of the clone."
+            "If xla_ops is also installed elsewhere, start Python outside of the clone to use that one."
         ) from error
     _register_handlers(module, "cpu")
     return module
@@ -106,8 +107,8 @@ def call(
     Args:
       handler: name of the handler.
       results: shapes of the results, without the workspace that CUDA handlers have as their last result.
-      operands: x [B, D], the kernel (a matrix), and all others, after `varying`. Handlers with sparse inputs
-        have rows, columns and values between x and the kernel.
+      operands: x [B, D], the kernel (a matrix), and all others, after `match_varying_axes`. Handlers with
+        sparse inputs have rows, columns and values between x and the kernel.
       aliases: number of the result that reuses the memory of an operand, by number of the operand.
       attributes: attributes of the handler, NumPy scalars.
     """
@@ -116,37 +117,38 @@ def call(
     )
 
 
-def varying(*operands: Array) -> tuple[Array, ...]:
-    """Make the operands of an op vary over all mesh axes over which any of them varies.
+def match_varying_axes(*operands: Array) -> tuple[Array, ...]:
+    """Return the operands of an op, each varying over all mesh axes over which any of them varies.
 
-    Within `jax.shard_map` a batch may vary over devices and a layer not; the gradient of the layer is then
-    summed over the devices. Elsewhere the operands are returned unchanged.
+    Within `jax.shard_map`, a batch may differ between devices while the layer is the same on all. JAX then
+    sums the gradient of the layer over the devices. Elsewhere the operands are returned unchanged.
     """
     axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
-    missing = [tuple(sorted(frozenset().union(*axes) - its)) for its in axes]
+    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
     return tuple(jax.lax.pcast(a, names, to="varying") for a, names in zip(operands, missing, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # Else eager calls compile each time.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # caches the programs of eager calls
 def _call(handler, results, aliases, attributes, *operands):
-    if all(0 in result.shape for result in results):  # No work to do; a CUDA graph must not be empty.
-        return tuple(varying(jnp.zeros(result.shape, result.dtype), *operands)[0] for result in results)
+    if all(0 in result.shape for result in results):  # A CUDA graph must not be empty.
+        zeros = (jnp.zeros(result.shape, result.dtype) for result in results)
+        return tuple(match_varying_axes(array, *operands)[0] for array in zeros)
 
     def call(results):
-        """Return the call for results of these shapes, for whole operands or the shards of one device."""
+        """Return the call for results of these shapes, of whole arrays or of the shards of one device."""
 
         def native(*operands, workspace=()):
             # Within `jax.shard_map`, results vary over the same axes as the operands.
             mesh, axis_type = jax.sharding.get_abstract_mesh(), jax.typeof(operands[0]).manual_axis_type
-            whole = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
+            replicated = None if mesh.empty else jax.NamedSharding(mesh, jax.P())
             types = [
                 jax.ShapeDtypeStruct(
-                    r.shape, r.dtype, sharding=r.sharding or whole, manual_axis_type=axis_type
+                    r.shape, r.dtype, sharding=r.sharding or replicated, manual_axis_type=axis_type
                 )
                 for r in (*results, *workspace)
             ]
-            call = jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases))
-            return tuple(call(*operands, **dict(attributes))[: len(results)])
+            ffi_call = jax.ffi.ffi_call(handler, types, input_output_aliases=dict(aliases))
+            return tuple(ffi_call(*operands, **dict(attributes))[: len(results)])
 
         def on_any_platform(*operands):
             if cuda() is None:
@@ -155,24 +157,32 @@ def _call(handler, results, aliases, attributes, *operands):
             on_cuda = functools.partial(native, workspace=workspace)
             return jax.lax.platform_dependent(*operands, cuda=on_cuda, default=native)
 
-        # The loop that ffi_call makes for vmap would keep the workspace of each iteration.
+        # vmap of ffi_call would be a loop that keeps the workspace of each iteration.
         return jax.custom_batching.sequential_vmap(on_any_platform)
 
     return partitioned(handler, results, call, *operands)
 
 
-# For a batch of symbolic size, the workspace is that of a batch of this size, as often as needed to cover the
-# batch; for a symbolic number of entries, as many more pieces as needed to cover the entries.
+# For a batch of symbolic size, the workspace has one piece, enough for a batch of this size, per this many
+# points; for a symbolic number of entries, it has one more piece per this many entries.
 _SYMBOLIC_BATCH, _SYMBOLIC_ENTRIES = 256, 4096
 
 
-def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeDtypeStruct:
+def cuda_workspace(
+    handler: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    num_columns: np.int64 | None,
+    x: Array,
+    *others: Array,
+) -> jax.ShapeDtypeStruct:
     """Return the shape of the workspace, the last result of every CUDA handler, as the module specifies it.
 
     Its size may be 0.
     """
+    from xla_ops import _cuda  # which exists only if it was built with nvcc
+
     entries, kernel = (0, others[0]) if num_columns is None else (others[0].shape[0], others[3])
-    pieces, (batch, in_features) = 1, x.shape
+    pieces, (batch, in_features), (labels, fan_in) = 1, x.shape, kernel.shape
     if not isinstance(batch, int):
         pieces, batch = (batch + _SYMBOLIC_BATCH - 1) // _SYMBOLIC_BATCH, _SYMBOLIC_BATCH
     if not isinstance(entries, int):
@@ -180,13 +190,13 @@ def cuda_workspace(handler: str, results, num_columns, x, *others) -> jax.ShapeD
         entries = _SYMBOLIC_ENTRIES
     columns = results[0].shape[-1] if results[0].shape else 0
     is_bfloat16 = x.dtype == jnp.bfloat16
-    size = cuda().workspace_bytes(
-        handler, is_bfloat16, batch, in_features, *kernel.shape, columns, entries, int(num_columns or 0)
+    size = _cuda.workspace_bytes(
+        handler, is_bfloat16, batch, in_features, labels, fan_in, columns, entries, int(num_columns or 0)
     )
     return jax.ShapeDtypeStruct((pieces, size), jnp.uint8)
 
 
-def _register_handlers(module, platform: str) -> None:
+def _register_handlers(module: Any, platform: str) -> None:
     check_ffi_version(module)
     for name, handler in module.registrations().items():
         jax.ffi.register_ffi_target(name, handler, platform=platform)

@@ -48,7 +48,7 @@ def round_stochastically(
       TypeError, ValueError: an argument has a wrong dtype or shape, or is out of range; the message names it.
 
     Reference: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, for the generator
-    Philox4x32-10; `csrc/cpu/kernels.h` defines which of its bits belong to a position.
+    Philox4x32-10; `csrc/rounding.h` defines which of its bits belong to a position.
     """
     x = as_array("x", x)
     check_dtype("x", x, [jnp.float32])
@@ -70,7 +70,7 @@ def _round(x, key, first_row, first, row_length):
     return jax.lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16).reshape(x.shape)
 
 
-def _positions(shape, first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
+def _positions(shape: tuple[int, int], first_row: Array, first: int, row_length: int) -> tuple[Array, Array]:
     """Return the high and the low word of each position."""
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     row += first_row

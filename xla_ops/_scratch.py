@@ -3,10 +3,12 @@
 import os
 import re
 
-_CALL = re.compile(r'"xla_ops\.(fan_in_[\w.]+)", operand_layout_constraints=\{(.*?)\}, \w+=')
-_SHAPE = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
-_WITHOUT_GRADIENTS = ("fan_in_matmul.forward", "fan_in_loss.value", "fan_in_top_k")
-_LANES = 16  # Batches are padded to a multiple of this.
+# XLA decides when it compiles which calls a program has and of which shapes, and jaxlib before 0.12 shows the
+# shapes of a compiled program only as text. The operands begin with x [B, D] and the rows of the sparse
+# entries [N] (csrc/fan_in_layer.h).
+_CALL = re.compile(
+    r'"(xla_ops\.fan_in_[\w.]+)", operand_layout_constraints=\{(f32|bf16)\[(\d+),(\d+)\]\S* s32\[(\d+)\]'
+)
 
 
 def scratch_bytes(program: str) -> int:
@@ -17,13 +19,10 @@ def scratch_bytes(program: str) -> int:
     Args:
       program: text of the compiled program, from `jax.stages.Compiled.as_text`.
     """
+    from xla_ops import _cpu  # here, so that xla_ops can be imported where the module is not built
+
     most = 0
-    for name, operands in _CALL.findall(program):
-        x, rows, *_ = _SHAPE.findall(operands)  # see csrc/fan_in_matmul.h
-        batch, in_features = map(int, x[2].split(","))
-        entries = 0 if "," in rows[2] else int(rows[2])  # Without sparse inputs, the kernel follows x.
-        examples = -(-batch // _LANES) * _LANES
-        packed = (in_features + 1 + entries) * examples * int(x[1]) // 8
-        sums = 0 if name in _WITHOUT_GRADIENTS else os.cpu_count() or 1  # d_x is summed by each thread.
-        most = max(most, packed + 4 * sums * (in_features + 1) * examples)
+    for handler, dtype, batch, in_features, num_entries in _CALL.findall(program):
+        sizes = int(batch), int(in_features), int(num_entries), os.cpu_count() or 1
+        most = max(most, _cpu.scratch_bytes(handler, dtype == "bf16", *sizes))
     return most

@@ -75,7 +75,7 @@ def _elapsed(call: Callable[[], Any], count: int, clock: Clock) -> float:
     return clock() - start
 
 
-def median_seconds(call: Callable[[], Any], repeats: int | None, **options) -> float:
+def median_seconds(call: Callable[[], Any], repeats: int | None, **options: Any) -> float:
     """Return the median time of a call; arguments are as for `interleaved_times`."""
     return float(np.median(interleaved_times({"call": call}, repeats, **options)["call"]))
 

@@ -12,6 +12,7 @@ L labels, F connections for each, B points, D inputs.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .problems import Shape
 
@@ -36,7 +37,7 @@ class Traffic(NamedTuple):
     added: float = 0
 
 
-def traffic(op: str, shape: Shape, dtype, index_dtype) -> Traffic:
+def traffic(op: str, shape: Shape, dtype: DTypeLike, index_dtype: DTypeLike) -> Traffic:
     """Return the traffic of one of `OPS`; `shape.density` is the density of the logits' gradient."""
     value, index = jnp.dtype(dtype).itemsize, jnp.dtype(index_dtype).itemsize
     weights, features = shape.labels * shape.fan_in, shape.batch * shape.inputs * value
@@ -68,7 +69,7 @@ def traffic(op: str, shape: Shape, dtype, index_dtype) -> Traffic:
     raise ValueError(f"no such op: {op!r}")
 
 
-def dense_step_traffic(inputs: int, width: int, moments_dtype) -> Traffic:
+def dense_step_traffic(inputs: int, width: int, moments_dtype: DTypeLike) -> Traffic:
     """Return the traffic of an Adam step of a dense kernel [D, O] in float32 and its two moments."""
     return Traffic(2 * inputs * width * (4 + 2 * jnp.dtype(moments_dtype).itemsize))
 
@@ -84,7 +85,7 @@ def training_step_traffic(inputs: int, shape: Shape, mode: str) -> Traffic:
     return head._replace(memory=head.memory + dense.memory + forward)
 
 
-def floor_seconds(moved: Traffic, inputs: int, dtype, bandwidths: Bandwidths) -> dict[str, float]:
+def floor_seconds(moved: Traffic, inputs: int, dtype: DTypeLike, bandwidths: Bandwidths) -> dict[str, float]:
     """Return lower bounds in seconds for each kind of traffic, and `floor`, the bound for all of it."""
     tile = (inputs + 1) * TILE * jnp.dtype(dtype).itemsize
     rows = bandwidths.shared if tile <= bandwidths.shared_bytes else bandwidths.l2

@@ -12,7 +12,7 @@ the bandwidths of the second-level cache and shared memory given by flags.
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,10 +70,12 @@ class Case(NamedTuple):
 
 
 def _case(op: str, shape: Shape, dtype: str = "float32") -> Case:
-    return Case(op, shape, dtype, xla_ops.index_dtype(shape.inputs).__name__)
+    return Case(op, shape, dtype, jnp.dtype(xla_ops.index_dtype(shape.inputs)).name)
 
 
-def cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
+def cases(
+    labels: int, batches: Sequence[int], inputs: Sequence[int], fan_ins: Sequence[int]
+) -> Iterator[Case]:
     """Yield all cases. The first values are the defaults; the other values are varied one at a time."""
     for op, n, dtype in itertools.product(OPS, inputs, DTYPES):
         if op == "adam_step" and dtype != "float32":
@@ -93,7 +95,9 @@ def cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
             yield Case(op, shape, dtype, "int32")
 
 
-def quick_cases(labels: int, batches, inputs, fan_ins) -> Iterator[Case]:
+def quick_cases(
+    labels: int, batches: Sequence[int], inputs: Sequence[int], fan_ins: Sequence[int]
+) -> Iterator[Case]:
     """Yield one or two cases of each op."""
     shape = Shape(labels, inputs[0], fan_ins[0], batches[0])
     low, small = shape._replace(density=0.01), shape._replace(inputs=inputs[-1])
@@ -156,7 +160,7 @@ def _gradients(x, kernel, indices, bias, dy):
     return vjp(dy)  # The result is not needed, so XLA removes the forward pass.
 
 
-def _in_place(step: Callable, *state) -> Callable[[], Any]:
+def _in_place(step: Callable, *state: Any) -> Callable[[], Any]:
     """Return a function without arguments that continues from its last result.
 
     Args:

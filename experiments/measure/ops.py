@@ -52,11 +52,11 @@ def compile_contenders(problem: Problem) -> tuple[dict[_Key, Callable[[], Any]],
     return compiled, failures
 
 
-def _require_memory(program) -> None:
+def _require_memory(program: jax.stages.Compiled) -> None:
     """Raise MemoryError if the system would later kill the process (a GPU raises an error itself)."""
     if jax.default_backend() != "cpu":
         return
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
     available = psutil.virtual_memory().available
     if needed > available:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import sparse
+from jax.typing import DTypeLike
 from scipy import stats
 
 import xla_ops
@@ -50,7 +51,7 @@ class Problem(NamedTuple):
 # ---- fan_in_matmul: contenders take x [B, D], kernel [L, F], bias [L] and return [B, L] ----
 
 
-def fan_in_matmul(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
+def fan_in_matmul(shape: Shape, dtype: DTypeLike, rng: np.random.Generator) -> Problem:
     """Make the problem for `xla_ops.fan_in_matmul`, with connections drawn uniformly."""
     labels, inputs, fan_in, batch, _ = shape
 
@@ -178,7 +179,7 @@ _bcsr_both_ways.defvjp(_bcsr_both_ways_fwd, _bcsr_both_ways_bwd)
 # ---- fan_in_loss: contenders take x [B, D], kernel [L, F], bias [L] and return the squared hinge loss ----
 
 
-def fan_in_loss(shape: Shape, dtype, rng: np.random.Generator) -> Problem:
+def fan_in_loss(shape: Shape, dtype: DTypeLike, rng: np.random.Generator) -> Problem:
     """Make the problem for `xla_ops.fan_in_loss`, with normal logits whose mean sets the density."""
     labels, inputs, fan_in, batch, density = shape
 

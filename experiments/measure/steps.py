@@ -103,7 +103,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
     held = jax.tree.map(jnp.copy, [state, trainer.state["moments"]])
     x, positives = jnp.asarray(batch.inputs), jnp.asarray(batch.positives)
 
-    def head_of(state) -> FixedFanInHead:
+    def head_of(state: nnx.State) -> FixedFanInHead:
         return nnx.merge(graphdef, state, copy=True)
 
     forward = jax.jit(lambda state, x: head_of(state).output_inputs(x)[0])

@@ -109,7 +109,7 @@ def step_dense(
     nu: dict[str, Array] = {}
     kernel = layer.kernel[...]
     d_x = d_y @ kernel.T if inputs.wants_d_x else jnp.zeros(0, jnp.float32)
-    layer.kernel.set_value(step(inputs.x, kernel, f"{name}.kernel", before=d_x))
+    layer.kernel.set_value(step(inputs.x, kernel, f"{name}.kernel", depends_on=d_x))
     if layer.bias is not None:  # A bias is updated as the kernel of an input of ones.
         ones = jnp.ones((len(inputs.x), 1), jnp.float32)
         layer.bias.set_value(step(ones, layer.bias[...], f"{name}.bias"))

@@ -47,7 +47,7 @@ def project(tmp_path, monkeypatch):
 
 
 def write_table(path, models, seeds="[0]"):
-    runs = f"[[runs]]\ncells = {json.dumps(models)}\nseeds = {seeds}\n"
+    runs = f"[[runs]]\nmodels = {json.dumps(models)}\nseeds = {seeds}\n"
     path.write_text(f'title = "Tiny"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n{runs}')
     return str(path)
 
@@ -135,8 +135,8 @@ def test_flags_that_do_not_concern_a_head_do_not_tell_runs_apart():
 def test_a_grid_is_all_combinations(project):
     (project / "table.toml").write_text(
         'title = "x"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n'
-        '[[runs]]\ncells = ["dense"]\nseeds = [0]\n'
-        '[[runs]]\ncells = ["sparse"]\nseeds = [0, 1]\ngrid = { dropout = [0, 0.5], loss = ["bce"] }\n'
+        '[[runs]]\nmodels = ["dense"]\nseeds = [0]\n'
+        '[[runs]]\nmodels = ["sparse"]\nseeds = [0, 1]\ngrid = { dropout = [0, 0.5], loss = ["bce"] }\n'
     )
     entries = sweep.read_table("table.toml").entries
     assert [str(entry) for entry in entries] == [
@@ -151,8 +151,8 @@ def test_runs_may_have_flagfiles_of_their_own(project):
     (project / "own.cfg").write_text("--embedding=5\n--dropout=0.3\n")
     (project / "table.toml").write_text(
         'title = "x"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n'
-        '[[runs]]\ncells = ["dense"]\nseeds = [0]\nflagfiles = ["own.cfg"]\n'
-        '[[runs]]\ncells = ["sparse"]\nseeds = [0]\n'
+        '[[runs]]\nmodels = ["dense"]\nseeds = [0]\nflagfiles = ["own.cfg"]\n'
+        '[[runs]]\nmodels = ["sparse"]\nseeds = [0]\n'
     )
     dense, sparse = (sweep.effective_flags(e.flags) for e in sweep.read_table("table.toml").entries)
     assert (dense["embedding"], sparse["embedding"]) == (5, 4)  # after those of all runs
@@ -174,16 +174,16 @@ def test_a_result_from_before_a_flag_existed_counts_with_its_default():
         ('title = "x"\ndata = ["tiny"]', "not a table file .*runs"),
         ('extra = 1\ntitle = "x"\ndata = []\nruns = []', "unknown keys: extra"),
         (
-            'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["dense", "dense"]\nseeds = [0]',
+            'title = "x"\ndata = ["tiny"]\n[[runs]]\nmodels = ["dense", "dense"]\nseeds = [0]',
             "tiny dense seed 0 is listed twice",
         ),
         (
-            'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["dense"]\nseeds = [0]\n'
-            '[[runs]]\ncells = ["dense"]\nseeds = [0]\nflagfiles = ["shared.cfg"]',
+            'title = "x"\ndata = ["tiny"]\n[[runs]]\nmodels = ["dense"]\nseeds = [0]\n'
+            '[[runs]]\nmodels = ["dense"]\nseeds = [0]\nflagfiles = ["shared.cfg"]',
             "tiny dense seed 0 is listed twice",
         ),
         (
-            'title = "x"\ndata = ["tiny"]\n[[runs]]\ncells = ["none"]\nseeds = [0]',
+            'title = "x"\ndata = ["tiny"]\n[[runs]]\nmodels = ["none"]\nseeds = [0]',
             r"experiments/flags/models/none\.cfg: no such file",
         ),
     ],

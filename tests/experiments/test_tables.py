@@ -208,7 +208,7 @@ def test_every_published_row_has_flagfiles_and_is_in_a_table_of_the_project(monk
 
 def test_command_line(tmp_path):
     (tmp_path / "probe.toml").write_text(
-        'title = "Probe"\ndata = ["wordnet"]\n[[runs]]\ncells = ["dense"]\nseeds = [0]\n'
+        'title = "Probe"\ndata = ["wordnet"]\n[[runs]]\nmodels = ["dense"]\nseeds = [0]\n'
     )
     write(tmp_path / "results", make_table(("wordnet", "dense", 0)), make_result(0.31))
     command = [sys.executable, "-m", "experiments.tables", f"--table={tmp_path / 'probe.toml'}"]

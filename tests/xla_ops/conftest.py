@@ -3,10 +3,12 @@ import pytest
 
 from xla_ops import _native
 
+pytest.register_assert_rewrite("op_problems")
+
 
 @pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
 def instruction_set(request):
-    """Runs the test with each instruction set that this processor has; on a GPU, once."""
+    """Run the test with each instruction set of this processor; on a GPU, once."""
     if jax.default_backend() != "cpu":
         if request.param != "baseline":
             pytest.skip("the instruction set is the CPU's")

@@ -4,110 +4,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from op_table import ADAM, EXAMPLE, OPS
 
 import xla_ops
 from xla_ops import fan_in_matmul, index_dtype
 
-GOOD = {
-    "x": np.zeros((2, 5), np.float32),
-    "kernel": np.zeros((4, 3), np.float32),
-    "indices": np.zeros((4, 3), np.int32),
-    "bias": np.zeros(4, np.float32),
-}
-WIDE = np.zeros((2, 65_537), np.float32)
-
-# What is wrong, the arguments that are, and the error.
-BAD = {
-    "x of integers": (
-        {"x": np.zeros((2, 5), np.int32)},
-        TypeError,
-        "x must have dtype float32 or bfloat16, got int32",
-    ),
-    "x in half precision": (
-        {"x": np.zeros((2, 5), np.float16)},
-        TypeError,
-        "x must have dtype float32 or bfloat16, got float16",
-    ),
-    "x a scalar": (
-        {"x": np.float32(1)},
-        ValueError,
-        "x must have at least 1 dimension(s), got shape []",
-    ),
-    "kernel of another dtype than x": (
-        {"kernel": jnp.zeros((4, 3), jnp.bfloat16)},
-        TypeError,
-        "kernel must have dtype float32, got bfloat16",
-    ),
-    "kernel transposed": (
-        {"kernel": np.zeros((3, 4), np.float32)},
-        ValueError,
-        "kernel must have shape [4, 3] (that of indices), got [3, 4]",
-    ),
-    "kernel of one row": (
-        {"kernel": np.zeros(3, np.float32)},
-        ValueError,
-        "kernel must have shape [4, 3] (that of indices), got [3]",
-    ),
-    "indices of floats": (
-        {"indices": np.zeros((4, 3), np.float32)},
-        TypeError,
-        "indices must have dtype uint16 or int32, got float32",
-    ),
-    "indices of unsupported integers": (
-        {"indices": np.zeros((4, 3), np.int16)},
-        TypeError,
-        "indices must have dtype uint16 or int32, got int16",
-    ),
-    "indices of one row": (
-        {"indices": np.zeros(3, np.int32)},
-        ValueError,
-        "indices must have shape [L, F] with F >= 1, got [3]",
-    ),
-    "indices without columns": (
-        {"indices": np.zeros((4, 0), np.int32)},
-        ValueError,
-        "indices must have shape [L, F] with F >= 1, got [4, 0]",
-    ),
-    "indices too narrow for the features": (
-        {"x": WIDE, "indices": np.zeros((4, 3), np.uint16)},
-        TypeError,
-        "indices must have dtype int32 where there are more than 65536 inputs, got uint16 for 65537",
-    ),
-    "bias of another dtype than x": (
-        {"bias": jnp.zeros(4, jnp.bfloat16)},
-        TypeError,
-        "bias must have dtype float32, got bfloat16",
-    ),
-    "bias per input": (
-        {"bias": np.zeros(5, np.float32)},
-        ValueError,
-        "bias must have shape [4] (one per row of indices), got [5]",
-    ),
-    "bias empty": (
-        {"bias": np.zeros(0, np.float32)},
-        ValueError,
-        "bias must have shape [4] (one per row of indices), got [0]",
-    ),
-    "bias a column": (
-        {"bias": np.zeros((4, 1), np.float32)},
-        ValueError,
-        "bias must have shape [4] (one per row of indices), got [4, 1]",
-    ),
-}
+# Valid arguments of every op.
+GOOD = {name: op.arguments(*EXAMPLE) for name, op in OPS.items()}
+LAYER = GOOD["fan_in_matmul"]
+MATRIX = EXAMPLE[0].x
+EVERY_OP = pytest.mark.parametrize("op", OPS)
+TAKES_SPARSE = [name for name, good in GOOD.items() if "sparse" in good or name == "densify"]
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
-@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_arguments_are_named(changes, error, message, traced):
-    call = (lambda **arguments: jax.eval_shape(fan_in_matmul, **arguments)) if traced else fan_in_matmul
+@pytest.mark.parametrize(
+    ("op", "case"), [(name, case) for name, op in OPS.items() for case in op.bad_arguments]
+)
+def test_bad_arguments_are_named(op, case, traced):
+    changes, error, message = OPS[op].bad_arguments[case]
+    function, arrays = OPS[op].traceable(GOOD[op] | changes)
     with pytest.raises(error) as raised:
-        call(**GOOD | changes)
+        jax.eval_shape(function, arrays) if traced else function(arrays)
     assert str(raised.value) == message
 
 
-def test_good_arguments_pass():
-    assert fan_in_matmul(**GOOD).shape == (2, 4)
-    assert fan_in_matmul(**GOOD | {"x": WIDE[:, :-1], "indices": np.zeros((4, 3), np.uint16)}).shape == (2, 4)
+def test_the_widest_inputs_pass():
+    narrow = {"indices": LAYER["indices"].astype(np.uint16)}
+    sparse = dataclasses.replace(LAYER["sparse"], num_columns=65_531)
+    for op in ("fan_in_matmul", "fan_in_loss", "fan_in_top_k", "fan_in_adam_step", "fan_in_sgd_step"):
+        wide = {"x": np.zeros((2, 65_536), np.float32), "sparse": None}
+        OPS[op].function(**GOOD[op] | narrow | wide)
+        OPS[op].function(**GOOD[op] | narrow | {"sparse": sparse})
 
 
 @pytest.mark.parametrize(
@@ -117,52 +45,9 @@ def test_index_dtype_is_the_narrowest(in_features, expected):
     assert index_dtype(in_features) == expected
 
 
-# ---- all ops: arguments that are not arrays or numbers, and numbers out of range ----
+# ---- arguments that are not arrays or numbers, and numbers out of range ----
 
-SPARSE = xla_ops.SparseInputs(np.zeros(2, np.int32), np.ones(2, np.int32), np.ones(2, np.float32), 3)
-MATRIX = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
-LAYER = GOOD | {"sparse": SPARSE}
-LOSS = LAYER | {"positives": np.array([[1, 2], [3, -1]], np.int32), "num_labels": 4}
-ADAM = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "epsilon": 1e-7}
-
-# Every op, and arguments that it takes.
-OPS = {
-    "fan_in_matmul": (xla_ops.fan_in_matmul, LAYER),
-    "fan_in_matmul_reference": (xla_ops.fan_in_matmul_reference, LAYER),
-    "fan_in_loss": (xla_ops.fan_in_loss, LOSS),
-    "fan_in_loss_reference": (xla_ops.fan_in_loss_reference, LOSS),
-    "fan_in_top_k": (xla_ops.fan_in_top_k, LAYER | {"k": 2}),
-    "fan_in_top_k_reference": (xla_ops.fan_in_top_k_reference, LAYER | {"k": 2}),
-    "fan_in_adam_step": (
-        xla_ops.fan_in_adam_step,
-        LOSS | ADAM | {"state": xla_ops.adam_init(GOOD["kernel"], GOOD["bias"])},
-    ),
-    "fan_in_sgd_step": (
-        xla_ops.fan_in_sgd_step,
-        LOSS | {"learning_rate": 0.1, "seed": 1, "step": 2, "first_label": 3},
-    ),
-    "dense_adam_step": (
-        xla_ops.dense_adam_step,
-        ADAM
-        | {"x": MATRIX, "dy": MATRIX, "kernel": MATRIX.T @ MATRIX, "seed": 1, "before": MATRIX}
-        | {"state": xla_ops.dense_adam_init(MATRIX.T @ MATRIX)},
-    ),
-    "round_stochastically": (
-        xla_ops.round_stochastically,
-        {"x": MATRIX, "seed": 1, "step": 2, "first": 4, "row_length": 5, "first_row": 6},
-    ),
-    "kth_smallest_magnitude": (xla_ops.kth_smallest_magnitude, {"x": MATRIX, "k": 2}),
-    "kth_smallest_magnitude_reference": (
-        xla_ops.kth_smallest_magnitude_reference,
-        {"x": MATRIX, "k": 2},
-    ),
-    "adam_init": (xla_ops.adam_init, {"kernel": GOOD["kernel"], "bias": GOOD["bias"]}),
-    "dense_adam_init": (xla_ops.dense_adam_init, {"kernel": GOOD["kernel"]}),
-    "densify": (xla_ops.SparseInputs.densify, {"self": SPARSE, "batch": 2}),
-    "index_dtype": (index_dtype, {"in_features": 5}),
-}
-
-ARRAYS = ("x", "kernel", "indices", "bias", "positives", "dy", "before")
+ARRAYS = ("x", "kernel", "indices", "bias", "positives", "dy", "depends_on")
 BAD_ARRAYS = {
     "None": (None, "an array of numbers, got None"),
     "a string": ("abc", "an array of numbers, got 'abc'"),
@@ -194,11 +79,11 @@ BAD_FLOATS = {
 
 
 def bad_numbers():
-    """Yields the op, the argument, its value, the error and how the message goes on after the argument."""
-    for op, (_, good) in OPS.items():
+    """Yield op, argument, bad value, error, and the message after the argument."""
+    for op, good in GOOD.items():
         for name in [name for name in ARRAYS if name in good]:
             for value, message in BAD_ARRAYS.values():
-                if value is not None or name not in ("bias", "before"):
+                if value is not None or name not in ("bias", "depends_on"):
                     yield op, name, value, TypeError, message
         for name in [name for name in STATIC_INTEGERS + UINT32 if name in good]:
             for value, error, message in BAD_INTEGERS.values():
@@ -222,9 +107,9 @@ def bad_numbers():
                     yield op, name, value, ValueError, message
 
 
-@pytest.mark.parametrize("op", OPS)
+@EVERY_OP
 def test_every_op_names_a_bad_array_or_number(op):
-    function, good = OPS[op]
+    function, good = OPS[op].function, GOOD[op]
     cases = [case[1:] for case in bad_numbers() if case[0] == op]
     assert cases
     for name, value, error, message in cases:
@@ -235,9 +120,9 @@ def test_every_op_names_a_bad_array_or_number(op):
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("op", OPS)
+@EVERY_OP
 def test_every_op_takes_big_endian_arrays(op):
-    function, good = OPS[op]
+    function, good = OPS[op].function, GOOD[op]
 
     def swap(value):
         return value.astype(value.dtype.newbyteorder(">")) if isinstance(value, np.ndarray) else value
@@ -246,9 +131,9 @@ def test_every_op_takes_big_endian_arrays(op):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize("op", [op for op, (_, good) in OPS.items() if "sparse" in good or op == "densify"])
+@pytest.mark.parametrize("op", TAKES_SPARSE)
 def test_every_op_names_a_bad_attribute_of_sparse_inputs(op):
-    function, good = OPS[op]
+    function, good = OPS[op].function, GOOD[op]
     changes = {
         "sparse.rows must be an array of numbers, got None": {"rows": None},
         "sparse.columns must be an array of numbers, got 'a'": {"columns": "a"},
@@ -257,7 +142,7 @@ def test_every_op_names_a_bad_attribute_of_sparse_inputs(op):
         "sparse.num_columns must be an integer, got True": {"num_columns": True},
     }
     for message, change in changes.items():
-        sparse = dataclasses.replace(SPARSE, **change)
+        sparse = dataclasses.replace(LAYER["sparse"], **change)
         with pytest.raises(TypeError, match=message):
             function(**good | {"self" if op == "densify" else "sparse": sparse})
     if op != "densify":
@@ -267,7 +152,7 @@ def test_every_op_names_a_bad_attribute_of_sparse_inputs(op):
 
 @pytest.mark.parametrize("op", ["fan_in_adam_step", "dense_adam_step"])
 def test_the_moments_of_adam_are_named(op):
-    function, good = OPS[op]
+    function, good = OPS[op].function, GOOD[op]
     for name in good["state"]._fields:
         state = good["state"]._replace(**{name: "abc"})
         with pytest.raises(TypeError, match=f"state.{name} must be an array of numbers, got 'abc'"):
@@ -277,16 +162,8 @@ def test_the_moments_of_adam_are_named(op):
                 function(**good | {"state": good["state"]._replace(**{name: None})})
 
 
-@pytest.mark.parametrize("op", ["fan_in_loss", "fan_in_loss_reference"])
-@pytest.mark.parametrize("loss", ["hinge", None, np.array(["bce", "bce"])])
-def test_an_unknown_loss_is_named(op, loss):
-    function, good = OPS[op]
-    with pytest.raises(ValueError, match="loss must be one of squared_hinge, bce, got "):
-        function(**good | {"loss": loss})
-
-
 def test_numbers_of_numpy_and_jax_pass():
-    function, good = OPS["fan_in_sgd_step"]
+    function, good = xla_ops.fan_in_sgd_step, GOOD["fan_in_sgd_step"]
     wrapped = [function(**good | {"seed": seed}) for seed in (jnp.int32(-1), 2**32 - 1)]
     jax.tree.map(np.testing.assert_array_equal, *wrapped)
     numbers = {"seed": np.uint32(1), "step": jnp.int32(2), "first_label": np.array(3, ">i8")}
@@ -296,20 +173,20 @@ def test_numbers_of_numpy_and_jax_pass():
 
 
 def test_integers_that_jax_would_wrap_are_errors():
-    indices = GOOD["indices"].astype(np.int64)
-    assert fan_in_matmul(**GOOD | {"indices": indices}).shape == (2, 4)
+    indices = LAYER["indices"].astype(np.int64)
+    assert fan_in_matmul(**LAYER | {"indices": indices}).shape == (2, 4)
     indices[1, 1] = 2**32 + 1
     with pytest.raises(ValueError, match="indices must hold integers that fit int32, got 4294967297"):
-        fan_in_matmul(**GOOD | {"indices": indices})
+        fan_in_matmul(**LAYER | {"indices": indices})
     with pytest.raises(ValueError, match="indices must hold integers that fit its dtype, got: "):
-        fan_in_matmul(**GOOD | {"indices": indices.tolist()})
+        fan_in_matmul(**LAYER | {"indices": indices.tolist()})
 
 
 def test_values_of_traced_numbers_pass_unchecked_and_their_dtypes_do_not():
-    (function, good), (dense_step, dense) = OPS["fan_in_sgd_step"], OPS["dense_adam_step"]
+    good, dense = GOOD["fan_in_sgd_step"], GOOD["dense_adam_step"]
 
     def step(learning_rate, seed):
-        return function(**good | {"learning_rate": learning_rate, "seed": seed})[0]
+        return xla_ops.fan_in_sgd_step(**good | {"learning_rate": learning_rate, "seed": seed})[0]
 
     assert jax.jit(step)(jnp.float32(np.nan), jnp.int32(-1)).shape == ()
     assert jax.vmap(step)(jnp.ones(3), jnp.arange(3)).shape == (3,)
@@ -320,4 +197,4 @@ def test_values_of_traced_numbers_pass_unchecked_and_their_dtypes_do_not():
     with pytest.raises(TypeError, match="k must be static under jit, an int, got a traced value"):
         jax.jit(xla_ops.kth_smallest_magnitude)(MATRIX, 2)
     with pytest.raises(TypeError, match="epsilon must be static under jit, a float, got a traced value"):
-        jax.jit(lambda epsilon: dense_step(**dense | {"epsilon": epsilon}))(1e-7)
+        jax.jit(lambda epsilon: xla_ops.dense_adam_step(**dense | {"epsilon": epsilon}))(1e-7)

@@ -14,12 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_dense_step as dense_test
-import test_fan_in_loss as loss_test
-import test_fan_in_matmul as matmul
-import test_fan_in_step as step_test
-import test_fan_in_top_k as top_k_test
-import test_sparse_inputs as sparse_test
+from op_problems import (
+    DTYPE,
+    LOSS,
+    SGD_ROUNDING_SHAPES,
+    Problem,
+    assert_loss,
+    assert_matmul,
+    assert_top_k,
+    brute_force_loss,
+    brute_force_matmul,
+    brute_force_top_k,
+    check_dense_rounding,
+    check_sgd_rounding,
+    make_problem,
+    sparsify,
+)
 
 from xla_ops import SparseInputs, _native
 from xla_ops._fan_in_loss import LOSSES
@@ -117,7 +127,6 @@ SHAPES = pytest.mark.parametrize(
     ],
 )
 EMPTY = pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 0, 6, 3), (5, 6, 0, 3)], ids=str)
-DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 DEVICE = pytest.mark.parametrize("device", [SMALL, SHARED], ids=["small", "shared"])
 
 
@@ -155,7 +164,7 @@ NEEDS_CUDA = pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is
 @SHAPES
 @DTYPE
 def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_features, labels, fan_in, dtype):
-    problem = loss_test.make_problem(batch, in_features, labels, fan_in, dtype=dtype)
+    problem = make_problem(batch, in_features, labels, fan_in, dtype=dtype)
     check_workspaces(program, tmp_path, problem)
 
 
@@ -163,20 +172,20 @@ def test_launchers_take_what_xla_is_asked_for(program, tmp_path, batch, in_featu
 @pytest.mark.parametrize("shape", [(1, 7, 1, 1), (33, 64, 129, 33), (70, 300, 10, 3)], ids=str)
 @DTYPE
 def test_launchers_take_what_xla_is_asked_for_with_sparse_inputs(program, tmp_path, shape, dtype):
-    _, problem, sparse = sparse_test.sparsify(loss_test.make_problem(*shape, dtype=dtype), 3)
+    _, problem, sparse = sparsify(make_problem(*shape, dtype=dtype), 3)
     check_workspaces(program, tmp_path, problem, sparse)
 
 
 def test_no_more_blocks_of_threads_than_there_is_workspace_for(run):
     device, shape = (2000, 1, 0), (1, 3, 1024 * 64 + 1, 1)
-    problem = matmul.make_problem(*shape, dtype=jnp.bfloat16)
+    problem = make_problem(*shape, dtype=jnp.bfloat16)
     results = [("d_kernel", problem.kernel.shape, jnp.bfloat16)]
     (d_kernel,) = run("fan_in_matmul.gradients", problem._asdict(), results, device)
-    np.testing.assert_array_equal(d_kernel, matmul.brute_force(*problem)[2].astype(jnp.bfloat16))
-    problem = loss_test.make_problem(*shape, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(d_kernel, brute_force_matmul(problem)[2].astype(jnp.bfloat16))
+    problem = make_problem(*shape, dtype=jnp.bfloat16)
     more = (LOSSES.index("bce"), problem.positives.shape[1])
     (value,) = run("fan_in_loss.gradients", problem._asdict(), [("value", (), np.float32)], device, *more)
-    np.testing.assert_allclose(value, loss_test.brute_force(problem, "bce")[0][0], rtol=1e-5)
+    np.testing.assert_allclose(value, brute_force_loss(problem, "bce")[0][0], rtol=1e-5)
 
 
 # ---- fan_in_matmul ----
@@ -190,7 +199,7 @@ def check_matmul(run, problem, device):
     y, *gradients = [(name, shape, dtype) for name, shape in shapes.items()]
     results = run("fan_in_matmul.forward", problem._asdict(), [y], device)
     results += run("fan_in_matmul.gradients", problem._asdict(), gradients, device)
-    matmul.assert_matches_brute_force(results + [None] * (problem.bias is None), problem)
+    assert_matmul(results + [None] * (problem.bias is None), problem)
 
 
 @SHAPES
@@ -198,7 +207,7 @@ def check_matmul(run, problem, device):
 @DEVICE
 def test_matmul_matches_brute_force(run, batch, in_features, labels, fan_in, dtype, device):
     index_dtype = np.uint16 if fan_in % 2 else np.int32
-    problem = matmul.make_problem(
+    problem = make_problem(
         batch, in_features, labels, fan_in, dtype=dtype, index_dtype=index_dtype, with_bias=labels != 70
     )
     check_matmul(run, problem, device)
@@ -208,14 +217,14 @@ def test_matmul_matches_brute_force(run, batch, in_features, labels, fan_in, dty
 @DEVICE
 def test_matmul_of_nothing(run, shape, device):
     batch, in_features, labels, fan_in = shape
-    problem = matmul.make_problem(batch, max(1, in_features), labels, fan_in)
+    problem = make_problem(batch, max(1, in_features), labels, fan_in)
     check_matmul(run, problem._replace(x=problem.x[:, :in_features]), device)
 
 
 @DTYPE
 @DEVICE
 def test_matmul_touches_nothing_outside(run, dtype, device):
-    problem = matmul.make_problem(33, 40, 70, 17, dtype=dtype)
+    problem = make_problem(33, 40, 70, 17, dtype=dtype)
     outside = np.array([40, 41, 2**31 - 1, -(2**31), -1, -40, -41], np.int32)
     problem = problem._replace(
         x=np.full_like(problem.x, np.nan), indices=np.resize(outside, problem.indices.shape)
@@ -240,7 +249,7 @@ def test_matmul_touches_nothing_outside(run, dtype, device):
     ids=["all", "labels", "first tiles", "last tiles", "all but one"],
 )
 def test_matmul_with_zero_gradients(run, dtype, is_zero):
-    problem = matmul.make_problem(70, 30, 132, 35, dtype=dtype)
+    problem = make_problem(70, 30, 132, 35, dtype=dtype)
     b, label = np.mgrid[:70, :132]
     problem.dy[is_zero(b, label)] = 0
     check_matmul(run, problem, SMALL)
@@ -249,20 +258,20 @@ def test_matmul_with_zero_gradients(run, dtype, is_zero):
 @DTYPE
 @pytest.mark.parametrize("fan_in", [8, 35])
 def test_gradients_with_vector_atomics(run_with_vector_atomics, dtype, fan_in):
-    problem = matmul.make_problem(70, 40, 130, fan_in, dtype=dtype)
+    problem = make_problem(70, 40, 130, fan_in, dtype=dtype)
     check_matmul(run_with_vector_atomics, problem, SMALL)
     problem.dy[np.random.default_rng(0).random(problem.dy.shape) < 0.9] = 0
     check_matmul(run_with_vector_atomics, problem, SMALL)
-    problem = loss_test.make_problem(70, 40, 130, 35, dtype=dtype)
+    problem = make_problem(70, 40, 130, 35, dtype=dtype)
     results = check_loss(run_with_vector_atomics, problem, "squared_hinge", SMALL)
-    loss_test.assert_matches_brute_force(results, problem, "squared_hinge")
+    assert_loss(results, problem, "squared_hinge")
 
 
 @DTYPE
 def test_only_where_there_is_a_gradient_is_anything_added(
     program, program_with_vector_atomics, tmp_path, dtype
 ):
-    problem = matmul.make_problem(33, 20, 70, 9, dtype=dtype)
+    problem = make_problem(33, 20, 70, 9, dtype=dtype)
     problem = problem._replace(indices=problem.indices.astype(np.int64).clip(0, 19).astype(np.int32))
     problem.dy[:] = 0
     problem.dy[13, 66] = problem.dy[15, 66] = problem.dy[32, 66] = (
@@ -276,7 +285,7 @@ def test_only_where_there_is_a_gradient_is_anything_added(
 @DTYPE
 @pytest.mark.parametrize("fan_in", [9, 40])
 def test_without_the_gradient_of_x(program, tmp_path, dtype, fan_in):
-    problem = loss_test.make_problem(70, 20, 130, fan_in, dtype=dtype)
+    problem = make_problem(70, 20, 130, fan_in, dtype=dtype)
     arrays = problem._asdict() | {"dy": np.ones((70, 130), dtype), "rates": np.ones(3, np.float32)}
     arrays["key"] = np.zeros(4, np.uint32)
     names = ["kernel", "bias"]
@@ -301,8 +310,6 @@ def test_without_the_gradient_of_x(program, tmp_path, dtype, fan_in):
 
 # ---- fan_in_loss ----
 
-LOSS = pytest.mark.parametrize("loss", LOSSES)
-
 
 def check_loss(run, problem, loss, device, sparse=None):
     dtype, more = problem.x.dtype, (LOSSES.index(loss), problem.positives.shape[1])
@@ -322,7 +329,7 @@ def check_loss(run, problem, loss, device, sparse=None):
 @LOSS
 def test_loss_matches_brute_force(run, batch, in_features, labels, fan_in, dtype, loss):
     index_dtype = np.int32 if fan_in % 2 else np.uint16
-    problem = loss_test.make_problem(
+    problem = make_problem(
         batch,
         in_features,
         labels,
@@ -332,21 +339,21 @@ def test_loss_matches_brute_force(run, batch, in_features, labels, fan_in, dtype
         index_dtype=index_dtype,
         with_bias=labels != 70,
     )
-    loss_test.assert_matches_brute_force(check_loss(run, problem, loss, SMALL), problem, loss)
+    assert_loss(check_loss(run, problem, loss, SMALL), problem, loss)
 
 
 @EMPTY
 @LOSS
 def test_loss_of_nothing(run, shape, loss):
     batch, in_features, labels, fan_in = shape
-    problem = loss_test.make_problem(batch, max(1, in_features), max(1, labels), fan_in)
+    problem = make_problem(batch, max(1, in_features), max(1, labels), fan_in)
     problem = problem._replace(
         x=problem.x[:, :in_features],
         **{n: getattr(problem, n)[:labels] for n in ("kernel", "indices", "bias")},
     )
     results = check_loss(run, problem, loss, SMALL)
     if batch and labels:
-        loss_test.assert_matches_brute_force(results, problem, loss)
+        assert_loss(results, problem, loss)
     else:
         assert np.isnan(results[0])
         assert not any(np.any(gradient) for gradient in results[1:])
@@ -355,7 +362,7 @@ def test_loss_of_nothing(run, shape, loss):
 @DTYPE
 def test_loss_without_a_gradient(run, dtype):
     # Every logit is its bias, and meets its margin, but for one point that does not have label 3.
-    problem = loss_test.make_problem(70, 20, 130, 5, dtype=dtype)
+    problem = make_problem(70, 20, 130, 5, dtype=dtype)
     bias = np.full(130, -1.5).astype(dtype)
     bias[3] = 1.5
     problem = problem._replace(x=np.zeros_like(problem.x), bias=bias, positives=np.full((70, 1), 3, np.int32))
@@ -371,7 +378,7 @@ def test_loss_without_a_gradient(run, dtype):
 
 @LOSS
 def test_loss_does_not_hide_nan(run, loss):
-    problem = loss_test.make_problem(40, 9, 70, 4)
+    problem = make_problem(40, 9, 70, 4)
     problem.x[35] = np.nan
     value, d_x, *_ = check_loss(run, problem, loss, SMALL)
     assert np.isnan(value)
@@ -381,7 +388,7 @@ def test_loss_does_not_hide_nan(run, loss):
 
 def test_cross_entropy_of_extreme_logits(run):
     # Logits of +1e4 and -1e4; the first two labels are positives.
-    problem = loss_test.Problem(
+    problem = Problem(
         x=np.ones((20, 1), np.float32),
         kernel=np.array([[1e4], [-1e4], [1e4], [-1e4]], np.float32),
         indices=np.zeros((4, 1), np.int32),
@@ -415,13 +422,11 @@ STEP_SHAPES = pytest.mark.parametrize("shape", [(1, 7, 1, 1), (33, 64, 129, 64),
 @STEP_SHAPES
 @LOSS
 def test_sgd_step_in_float32(run, shape, loss):
-    problem, rate = loss_test.make_problem(*shape, with_bias=shape[2] != 70), np.float32(3)
+    problem, rate = make_problem(*shape, with_bias=shape[2] != 70), np.float32(3)
     arrays = {"rates": rate, "key": np.zeros(4, np.uint32)}
     results, new = run_step(run, "fan_in_step.sgd", problem, loss, arrays)
-    expected, errors = loss_test.brute_force(problem, loss)
-    loss_test.assert_matches_brute_force(
-        [*results, *check_loss(run, problem, loss, SMALL)[2:]], problem, loss
-    )
+    expected, errors = brute_force_loss(problem, loss)
+    assert_loss([*results, *check_loss(run, problem, loss, SMALL)[2:]], problem, loss)
     for name, gradient, error in zip(("kernel", "bias"), expected[2:], errors[2:], strict=True):
         if name in new:
             exact = getattr(problem, name) - rate * gradient
@@ -432,7 +437,7 @@ def test_sgd_step_in_float32(run, shape, loss):
 @STEP_SHAPES
 @LOSS
 def test_adam_step(run, shape, loss):
-    problem, rates = loss_test.make_problem(*shape, with_bias=shape[2] != 70), np.float32([0.1, 3, 20])
+    problem, rates = make_problem(*shape, with_bias=shape[2] != 70), np.float32([0.1, 3, 20])
     rng = np.random.default_rng(0)
     moments = {}
     for name in ("kernel", "bias"):
@@ -441,7 +446,7 @@ def test_adam_step(run, shape, loss):
         moments[f"nu_{name}"] = weights if weights is None else rng.uniform(1e-4, 1e-3, weights.shape)
     moments = {name: None if m is None else m.astype(np.float32) for name, m in moments.items()}
     results, new = run_step(run, "fan_in_step.adam", problem, loss, moments | {"rates": rates})
-    expected, _ = loss_test.brute_force(problem, loss)
+    expected, _ = brute_force_loss(problem, loss)
     np.testing.assert_allclose(results[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(results[1], expected[1], rtol=1e-4, atol=1e-6 * np.abs(expected[1]).max())
     for name, gradient in zip(("kernel", "bias"), expected[2:], strict=True):
@@ -454,21 +459,21 @@ def test_adam_step(run, shape, loss):
             np.testing.assert_allclose(new[key], exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("shape", step_test.ROUNDING_SHAPES)
+@pytest.mark.parametrize("shape", SGD_ROUNDING_SHAPES)
 def test_sgd_step_in_bfloat16_rounds_with_the_bits_of_its_generator(run, shape):
     def sgd(x, kernel, indices, bias, positives, rate, seed, step):
-        problem = loss_test.Problem(x, kernel, indices, bias, positives)
+        problem = Problem(x, kernel, indices, bias, positives)
         arrays = {"rates": rate, "key": np.array([seed, 0, step, 0], np.uint32)}
         _, new = run_step(run, "fan_in_step.sgd", problem, "squared_hinge", arrays)
         return new["kernel"], new["bias"]
 
-    step_test.check_rounding(shape, sgd)
+    check_sgd_rounding(shape, sgd)
 
 
 @pytest.mark.parametrize("cut", [1, 64, 70])
 def test_sgd_steps_of_parts_of_the_labels_are_those_of_the_whole(run, cut):
     labels = 130
-    problem = loss_test.make_problem(33, 12, labels, 3, num_positives=3, dtype=jnp.bfloat16)
+    problem = make_problem(33, 12, labels, 3, num_positives=3, dtype=jnp.bfloat16)
 
     def step(part):
         layer = {name: getattr(problem, name)[part] for name in ("kernel", "indices", "bias")}
@@ -484,7 +489,7 @@ def test_sgd_steps_of_parts_of_the_labels_are_those_of_the_whole(run, cut):
 
 
 def test_steps_of_an_empty_batch(run):
-    problem = loss_test.make_problem(0, 9, 70, 3)
+    problem = make_problem(0, 9, 70, 3)
     moments = {name: np.zeros_like(getattr(problem, name[3:])) for name in ("mu_kernel", "mu_bias")}
     moments |= {name.replace("mu", "nu"): m for name, m in moments.items()}
     arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(4, np.uint32)}
@@ -497,7 +502,7 @@ def test_steps_of_an_empty_batch(run):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_sgd_step_passes_nan_on(run, dtype):
-    problem = loss_test.make_problem(3, 2, 200, 1, dtype=dtype)
+    problem = make_problem(3, 2, 200, 1, dtype=dtype)
     problem = problem._replace(indices=(np.arange(200) % 2)[:, np.newaxis].astype(np.int32))
     problem.x[1, 0] = np.nan
     arrays = {"rates": np.float32(0.1), "key": np.zeros(4, np.uint32)}
@@ -563,7 +568,7 @@ def test_dense_adam_step_in_bfloat16_rounds_with_the_bits_of_its_generator(run, 
         arrays |= {"decays": np.float32([b1, b2]), "key": np.array([seed, 0, number], np.uint32)}
         return run_dense(run, arrays)
 
-    dense_test.check_rounding(shape, adam)
+    check_dense_rounding(shape, adam)
 
 
 @DTYPE
@@ -611,15 +616,22 @@ def check_top_k(run, problem, k, labels_at_once, device=SMALL, sparse=None):
 @DTYPE
 def test_top_k_matches_a_stable_sort(run, batch, in_features, labels, fan_in, k, labels_at_once, dtype):
     index_dtype = np.int32 if fan_in % 2 else np.uint16
-    problem = top_k_test.make_problem(
-        batch, in_features, labels, fan_in, dtype=dtype, index_dtype=index_dtype, with_bias=labels != 70
+    problem = make_problem(
+        batch,
+        in_features,
+        labels,
+        fan_in,
+        dtype=dtype,
+        index_dtype=index_dtype,
+        with_bias=labels != 70,
+        whole=True,
     )
-    top_k_test.assert_same(check_top_k(run, problem, k, labels_at_once), top_k_test.brute_force(*problem, k))
+    assert_top_k(check_top_k(run, problem[:4], k, labels_at_once), brute_force_top_k(problem, k))
 
 
 @pytest.mark.parametrize("labels_at_once", [100, 1000])
 def test_top_k_of_logits_that_differ_little(run, labels_at_once):
-    problem = matmul.make_problem(3, 40, 700, 4)
+    problem = make_problem(3, 40, 700, 4)
     problem = problem._replace(bias=np.full(700, 1000, np.float32))  # few bits are left to tell them apart
     (logits,) = run("fan_in_matmul.forward", problem._asdict(), [("y", (3, 700), np.float32)], SMALL)
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :60]
@@ -668,7 +680,7 @@ def test_kth_smallest_is_that_of_a_sort(run, dtype, size):
     x[0, rng.random(size) < 0.2] = x[0, 0]  # ties
     x[0, size // 2 :: 7] = 0
     x[0, 1:3] = -np.inf
-    problem = matmul.make_problem(1, 1, 1, 1, dtype=dtype)
+    problem = make_problem(1, 1, 1, 1, dtype=dtype)
     ordered = np.sort(np.abs(x.astype(np.float32)), axis=None)
     for k in {1, 2, size // 3, size - 1, size} - {0}:
         k = min(k, size)
@@ -704,7 +716,7 @@ def check_sparse_matmul(run, full, problem, sparse, device=SMALL):
     arrays = problem._asdict() | {"sparse": sparse}
     results = run("fan_in_matmul.forward", arrays, [y], device)
     results += run("fan_in_matmul.gradients", arrays, gradients, device)
-    sparse_test.assert_matmul(results + [None] * (problem.bias is None), full, dense)
+    assert_matmul(results + [None] * (problem.bias is None), full, dense)
     return results
 
 
@@ -713,7 +725,7 @@ def check_sparse_matmul(run, full, problem, sparse, device=SMALL):
 @DTYPE
 def test_sparse_matmul(run, shape, density, dtype):
     batch, dense, columns, labels, fan_in = shape
-    problem = matmul.make_problem(
+    problem = make_problem(
         batch,
         dense + columns,
         labels,
@@ -722,42 +734,42 @@ def test_sparse_matmul(run, shape, density, dtype):
         index_dtype=np.uint16 if density == 0.5 else np.int32,
         with_bias=labels != 70,
     )
-    check_sparse_matmul(run, *sparse_test.sparsify(problem, dense, density=density))
+    check_sparse_matmul(run, *sparsify(problem, dense, density=density))
 
 
 @DTYPE
 def test_sparse_gradients_with_vector_atomics(run_with_vector_atomics, dtype):
-    problem = matmul.make_problem(70, 140, 130, 35, dtype=dtype)
-    check_sparse_matmul(run_with_vector_atomics, *sparse_test.sparsify(problem, 40))
+    problem = make_problem(70, 140, 130, 35, dtype=dtype)
+    check_sparse_matmul(run_with_vector_atomics, *sparsify(problem, 40))
 
 
 @DTYPE
 def test_more_sparse_inputs_than_are_numbered_at_once(run, dtype):
     # 32 in a word, 4 words for each of 1,024 threads.
     dense, columns = 3, 32 * 4 * 1024 + 2000
-    problem = matmul.make_problem(40, dense + columns, 70, 9, dtype=dtype)
+    problem = make_problem(40, dense + columns, 70, 9, dtype=dtype)
     indices = problem.indices.copy()
     indices[::2] = dense + columns - 1 - np.arange(35 * 9).reshape(35, 9)
     problem = problem._replace(indices=indices)
-    check_sparse_matmul(run, *sparse_test.sparsify(problem, dense, density=0.01), SHARED)
+    check_sparse_matmul(run, *sparsify(problem, dense, density=0.01), SHARED)
 
 
 def test_more_tiles_than_are_counted_at_once(run):
     batch = 32 * 1024 + 40
-    problem = matmul.make_problem(batch, 10, 1, 9, dtype=jnp.bfloat16)
+    problem = make_problem(batch, 10, 1, 9, dtype=jnp.bfloat16)
     problem = problem._replace(indices=np.arange(1, 10, dtype=np.int32)[np.newaxis])
-    full, problem, sparse = sparse_test.sparsify(problem, 1, density=0.3)
+    full, problem, sparse = sparsify(problem, 1, density=0.3)
     assert np.any(full.x[32 * 1024 :, 1:])
     arrays = problem._asdict() | {"sparse": sparse}
     (y,) = run("fan_in_matmul.forward", arrays, [("y", (batch, 1), jnp.bfloat16)], SMALL)
-    exact = matmul.brute_force(*full)[0]
+    exact = brute_force_matmul(full)[0]
     np.testing.assert_allclose(y.astype(np.float64), exact, rtol=2**-8, atol=1e-5)
 
 
 @DTYPE
 @pytest.mark.parametrize("count", [0, 1, 300], ids=["none", "one", "many"])
 def test_no_entries_but_padding(run, dtype, count):
-    problem = matmul.make_problem(40, 70, 66, 5, dtype=dtype)
+    problem = make_problem(40, 70, 66, 5, dtype=dtype)
     outside = np.resize(np.array([-1, 40, 2**31 - 1, -(2**31)], np.int32), count)
     sparse = SparseInputs(outside, np.zeros(count, np.int32), np.full(count, np.nan, dtype), 67)
     full = problem._replace(x=np.where(np.arange(70) < 3, problem.x, 0).astype(dtype))
@@ -767,7 +779,7 @@ def test_no_entries_but_padding(run, dtype, count):
 @DTYPE
 def test_a_row_for_each_entry(run, dtype):
     # There is no memory for one more.
-    problem = matmul.make_problem(40, 43, 66, 5, dtype=dtype)
+    problem = make_problem(40, 43, 66, 5, dtype=dtype)
     x = problem.x.copy()
     x[:, 3:] *= np.eye(40, dtype=dtype)[::-1]
     rows = np.random.default_rng(0).permutation(40).astype(np.int32)
@@ -779,7 +791,7 @@ def test_a_row_for_each_entry(run, dtype):
 @pytest.mark.parametrize("shape", [(0, 5, 6, 3), (5, 6, 0, 3)], ids=str)
 def test_sparse_matmul_of_nothing(run, shape, device):
     batch, inputs, labels, fan_in = shape
-    problem = matmul.make_problem(batch, inputs, labels, fan_in)
+    problem = make_problem(batch, inputs, labels, fan_in)
     padding = np.array([0, -1, 3], np.int32)
     sparse = SparseInputs(padding, padding, np.ones(3, np.float32), inputs - 2)
     full = problem._replace(x=np.zeros_like(problem.x))
@@ -798,7 +810,7 @@ def test_sparse_matmul_of_nothing(run, shape, device):
 
 @DTYPE
 def test_padding_without_sparse_inputs(run, dtype):
-    problem = matmul.make_problem(40, 70, 66, 5, dtype=dtype)
+    problem = make_problem(40, 70, 66, 5, dtype=dtype)
     zeros = np.zeros(3, np.int32)
     check_sparse_matmul(
         run, problem, problem, SparseInputs(zeros, zeros, np.full(3, np.nan, dtype), 0), SHARED
@@ -808,9 +820,7 @@ def test_padding_without_sparse_inputs(run, dtype):
 @DTYPE
 def test_what_no_example_of_a_tile_has_is_not_read(run, dtype):
     # Its weight is NaN, which would show if it were multiplied by 0. Sums of bfloat16 would, too.
-    full, problem, sparse = sparse_test.sparsify(
-        matmul.make_problem(70, 140, 130, 40, dtype=dtype), 40, density=0.02
-    )
+    full, problem, sparse = sparsify(make_problem(70, 140, 130, 40, dtype=dtype), 40, density=0.02)
     absent = np.append(~np.any(full.x, axis=0), True)
     absent[:40] = False
     inside = (problem.indices >= 0) & (problem.indices < 140)
@@ -839,8 +849,8 @@ def test_entries_of_one_input_are_added_before_they_are_rounded(run):
 
 @DTYPE
 def test_sparse_matmul_with_zero_gradients(run, dtype):
-    problem = matmul.make_problem(70, 100, 132, 35, dtype=dtype)
-    full, problem, sparse = sparse_test.sparsify(problem, 10, density=0.2)
+    problem = make_problem(70, 100, 132, 35, dtype=dtype)
+    full, problem, sparse = sparsify(problem, 10, density=0.2)
     b, label = np.mgrid[:70, :132]
     for is_zero in (b >= 0, label % 3 != 0, b < 64, b >= 32, (b != 69) | (label != 131)):
         dy = np.where(is_zero, 0, problem.dy).astype(dtype)
@@ -852,7 +862,7 @@ def test_sparse_matmul_with_zero_gradients(run, dtype):
 @LOSS
 def test_sparse_loss(run, shape, dtype, loss):
     batch, dense, columns, labels, fan_in = shape
-    problem = loss_test.make_problem(
+    problem = make_problem(
         batch,
         dense + columns,
         labels,
@@ -861,25 +871,23 @@ def test_sparse_loss(run, shape, dtype, loss):
         index_dtype=np.int32 if fan_in % 2 else np.uint16,
         with_bias=labels != 70,
     )
-    full, problem, sparse = sparse_test.sparsify(problem, dense)
-    value, d_x, *others = check_loss(run, problem, loss, SMALL, sparse)
-    d_x = sparse_test.with_exact_rest(d_x, loss_test.brute_force(full, loss)[0][1], dense)
-    loss_test.assert_matches_brute_force([value, d_x, *others], full, loss)
+    full, problem, sparse = sparsify(problem, dense)
+    assert_loss(check_loss(run, problem, loss, SMALL, sparse), full, loss, dense)
 
 
 @pytest.mark.parametrize("op", ["sgd", "adam"])
 @LOSS
 def test_sparse_step(run, op, loss):
     dense = 9
-    problem = loss_test.make_problem(70, 140, 130, 70)
-    full, problem, sparse = sparse_test.sparsify(problem, dense)
+    problem = make_problem(70, 140, 130, 70)
+    full, problem, sparse = sparsify(problem, dense)
     arrays = {"sparse": sparse, "rates": np.float32([0.1, 3, 20]), "key": np.zeros(4, np.uint32)}
     if op == "adam":
         for name in ("kernel", "bias"):
             zeros = np.zeros_like(getattr(problem, name))
             arrays |= {f"mu_{name}": zeros, f"nu_{name}": zeros}
     (value, d_x), new = run_step(run, f"fan_in_step.{op}", problem, loss, arrays)
-    expected, _ = loss_test.brute_force(full, loss)
+    expected, _ = brute_force_loss(full, loss)
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
     exact = expected[1][:, :dense]
     np.testing.assert_allclose(d_x, exact, rtol=1e-4, atol=1e-6 * np.abs(exact).max())
@@ -898,18 +906,18 @@ def test_sparse_step(run, op, loss):
 
 
 def test_sparse_sgd_step_in_bfloat16(run):
-    problem = loss_test.make_problem(70, 140, 130, 70, dtype=jnp.bfloat16)
-    full, problem, sparse = sparse_test.sparsify(problem, 9)
+    problem = make_problem(70, 140, 130, 70, dtype=jnp.bfloat16)
+    full, problem, sparse = sparsify(problem, 9)
     arrays = {"sparse": sparse, "rates": np.float32(100), "key": np.zeros(4, np.uint32)}
     _, new = run_step(run, "fan_in_step.sgd", problem, "bce", arrays)
-    for name, gradient in zip(("kernel", "bias"), loss_test.brute_force(full, "bce")[0][2:], strict=True):
+    for name, gradient in zip(("kernel", "bias"), brute_force_loss(full, "bce")[0][2:], strict=True):
         exact = getattr(problem, name).astype(np.float64) - 100 * gradient
         error = np.abs(new[name].astype(np.float64) - exact)
         assert np.all(error <= 2**-7 * np.abs(exact) + 1e-4)
 
 
 def test_sparse_steps_of_an_empty_batch(run):
-    problem = loss_test.make_problem(0, 9, 70, 3)
+    problem = make_problem(0, 9, 70, 3)
     padding = np.zeros(2, np.int32)
     sparse = SparseInputs(padding, padding, np.ones(2, np.float32), 40)
     arrays = {"rates": np.ones(3, np.float32), "key": np.zeros(4, np.uint32), "sparse": sparse}
@@ -923,10 +931,8 @@ def test_sparse_steps_of_an_empty_batch(run):
 @pytest.mark.parametrize("labels_at_once", [50, 1000])
 def test_sparse_top_k(run, shape, dtype, labels_at_once):
     batch, dense, columns, labels, fan_in = shape
-    problem = sparse_test.make_whole(
-        batch=batch, in_features=dense + columns, labels=labels, fan_in=fan_in, dtype=dtype
-    )
-    full, problem, sparse = sparse_test.sparsify(problem, dense, density=0.3)
+    problem = make_problem(batch, dense + columns, labels, fan_in, dtype=dtype, whole=True)
+    full, problem, sparse = sparsify(problem, dense, density=0.3)
     k = min(5, labels)
     actual = check_top_k(run, problem[:4], k, labels_at_once, sparse=sparse)
-    top_k_test.assert_same(actual, top_k_test.brute_force(*full[:4], k))
+    assert_top_k(actual, brute_force_top_k(full, k))

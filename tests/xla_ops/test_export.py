@@ -1,9 +1,11 @@
-"""Exported programs; `tests/sparse_xmc/test_exporting.py` runs some in a process of its own."""
+"""Export; `tests/sparse_xmc/test_exporting.py` loads exported programs in a new process."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from op_problems import assert_all_close
+from op_table import every_op, make_example
 
 import xla_ops
 from xla_ops import _native
@@ -13,6 +15,34 @@ WEIGHTS = {"kernel": jnp.ones((4, 2), jnp.bfloat16), "indices": jnp.array([[0, 1
 
 def logits(weights, x):
     return {"logits": xla_ops.fan_in_matmul(x.astype(jnp.bfloat16), weights["kernel"], weights["indices"])}
+
+
+@pytest.mark.usefixtures("x64")
+@every_op(lambda op: op.is_native)
+def test_every_op_with_a_batch_of_any_size(op, is_sparse):
+    batch, entries = jax.export.symbolic_shape("batch, entries")
+    first_axis = {"sparse": entries} | dict.fromkeys(("x", "positives", "dy", "depends_on"), batch)
+
+    def shape_of(path, leaf):
+        shape = leaf.shape and (first_axis.get(path[0].key, leaf.shape[0]), *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    def make(size):
+        problem, sparse = make_example(batch=size)
+        arguments = op.arguments(problem, sparse if is_sparse else None)
+        function, arrays = op.traceable(arguments)
+        return function, jax.tree.map(jnp.asarray, arrays), op.expected(arguments)
+
+    function, arrays, _ = make(2)
+    leaves, tree = jax.tree.flatten(jax.tree.map_with_path(shape_of, arrays))
+    # Types of containers would have to be registered for serialization.
+    program = jax.jit(lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(tree, leaves))))
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
+    saved = jax.export.export(program, disabled_checks=checks)(*leaves).serialize()
+    loaded = jax.export.deserialize(saved)
+    for size in (1, 33):
+        _, arrays, expected = make(size)
+        assert_all_close(loaded.call(*jax.tree.leaves(arrays)), jax.tree.leaves(expected))
 
 
 def save(path, weights=WEIGHTS):

@@ -9,42 +9,32 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from op_problems import (
+    LOSS,
+    SGD_ROUNDING_SHAPES,
+    Problem,
+    check_sgd_rounding,
+    loss_results,
+    make_problem,
+    philox,
+)
 
-from xla_ops import adam_init, fan_in_adam_step, fan_in_loss, fan_in_sgd_step
-
-LOSSES = ("squared_hinge", "bce")
-
-
-def make_problem(batch, in_features, labels, fan_in, *, dtype=jnp.float32, bias=True, seed=0):
-    """x, kernel, indices, bias, positives."""
-    rng = np.random.default_rng(seed)
-    return (
-        jnp.asarray(rng.normal(size=(batch, in_features)), dtype),
-        jnp.asarray(rng.normal(size=(labels, fan_in)), dtype),
-        jnp.asarray(rng.integers(0, in_features + 1, (labels, fan_in)), jnp.int32),
-        jnp.asarray(rng.normal(size=labels), dtype) if bias else None,
-        jnp.asarray(rng.integers(-1, max(1, labels), (batch, 3)), jnp.int32),
-    )
+from xla_ops import adam_init, fan_in_adam_step, fan_in_sgd_step
 
 
-def loss_and_gradients(x, kernel, indices, bias, positives, loss):
-    """The loss, and its gradients with respect to x and to (kernel, bias)."""
-
-    def function(x, params):
-        return fan_in_loss(x, params[0], indices, params[1], positives, loss=loss)
-
-    value, (d_x, d_params) = jax.value_and_grad(function, argnums=(0, 1))(x, (kernel, bias))
-    return value, d_x, d_params
+def make_layer(*shape, **options):
+    """Return x, kernel, indices, bias and positives as arrays of JAX."""
+    return jax.tree.map(jnp.asarray, make_problem(*shape, **options)[:5])
 
 
 # ---- Adam ----
 
 
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
-@pytest.mark.parametrize("loss", LOSSES)
+@LOSS
 @pytest.mark.parametrize("bias", [True, False])
 def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
-    x, kernel, indices, bias, positives = make_problem(*shape, bias=bias)
+    x, kernel, indices, bias, positives = make_layer(*shape, with_bias=bias)
     b1, b2, epsilon = 0.8, 0.99, 1e-7
     tx = optax.adam(lambda count: 0.1 / (1 + count), b1, b2, eps=epsilon)
     params, opt_state = (kernel, bias), tx.init((kernel, bias))
@@ -52,11 +42,10 @@ def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
     step = jax.jit(functools.partial(fan_in_adam_step, loss=loss, b1=b1, b2=b2, epsilon=epsilon))
 
     for t in range(4):
-        expected_value, expected_d_x, grads = loss_and_gradients(
-            x, params[0], indices, params[1], positives, loss
-        )
+        problem = Problem(x, params[0], indices, params[1], positives)
+        expected_value, expected_d_x, *grads = loss_results(problem, loss)
         with jax.numpy_dtype_promotion("standard"):  # which Optax needs
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = tx.update(tuple(grads), opt_state, params)
         params = optax.apply_updates(params, updates)
         value, d_x, kernel, bias, state = step(x, kernel, indices, bias, positives, state, 0.1 / (1 + t))
         np.testing.assert_allclose(value, expected_value, rtol=1e-5)
@@ -71,32 +60,18 @@ def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
     assert state.count == 4
 
 
-def test_adam_needs_float32_and_moments_that_fit():
-    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
-    state = adam_init(kernel, bias)
-    low = (kernel.astype(jnp.bfloat16), indices, bias.astype(jnp.bfloat16), positives)
-    with pytest.raises(TypeError, match="kernel must have dtype float32, got bfloat16"):
-        fan_in_adam_step(x.astype(jnp.bfloat16), *low, state, 0.1)
-    with pytest.raises(ValueError, match=r"state.nu_kernel must have shape \[7, 3\]"):
-        fan_in_adam_step(x, kernel, indices, bias, positives, state._replace(nu_kernel=kernel[:4]), 0.1)
-    with pytest.raises(ValueError, match=r"state.mu_bias must have shape \[7\]"):
-        fan_in_adam_step(x, kernel, indices, bias, positives, adam_init(kernel, None), 0.1)
-    state = state._replace(mu_kernel=state.mu_kernel.astype(jnp.bfloat16))
-    with pytest.raises(TypeError, match=r"state.mu_kernel must have dtype float32, got bfloat16"):
-        fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
-
-
 # ---- SGD ----
 
 
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
-@pytest.mark.parametrize("loss", LOSSES)
+@LOSS
 @pytest.mark.parametrize("bias", [True, False])
 def test_sgd_in_float32(instruction_set, shape, loss, bias):
-    x, kernel, indices, bias, positives = make_problem(*shape, bias=bias)
+    x, kernel, indices, bias, positives = make_layer(*shape, with_bias=bias)
     rate = 0.1 * shape[0] * shape[2]
-    expected_value, expected_d_x, grads = loss_and_gradients(x, kernel, indices, bias, positives, loss)
-    expected = jax.tree.map(lambda p, g: p - rate * g, (kernel, bias), grads)
+    problem = Problem(x, kernel, indices, bias, positives)
+    expected_value, expected_d_x, *grads = loss_results(problem, loss)
+    expected = jax.tree.map(lambda p, g: p - rate * g, [kernel, bias], grads)
     value, d_x, *actual = jax.jit(functools.partial(fan_in_sgd_step, loss=loss))(
         x, kernel, indices, bias, positives, rate
     )
@@ -117,16 +92,6 @@ def test_steps_with_64_bit_types(bias):
         test_steps_of_parts_of_the_labels_are_those_of_the_whole(None, "sgd bfloat16", 37)
 
 
-def philox(counter, key):
-    """Philox4x32-10, straight from the paper."""
-    c, k = [int(v) for v in counter], [int(v) for v in key]
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
-
-
 @pytest.mark.parametrize(  # from the known answers that come with its authors' library
     ("counter", "key", "words"),
     [
@@ -143,62 +108,13 @@ def test_the_tests_philox_gives_the_known_answers(counter, key, words):
     assert philox(counter, key) == words
 
 
-def rounding_bits(positions, seed, step):
-    """16 bits for each position, as `kernels.h` says."""
-    bits = []
-    for p in positions:
-        counter = p // 128 * 16 + p % 16
-        word = philox([counter & 0xFFFFFFFF, counter >> 32, step, 0], [seed, 0])[p % 128 // 32]
-        bits.append(word >> 16 if p // 16 % 2 else word & 0xFFFF)
-    return np.array(bits, np.uint32)
-
-
-ROUNDING_SHAPES = [(3, 6, 21, 7), (2, 4, 9, 32), (4, 8, 150, 1), (2, 40, 300, 33), (4, 8, 128, 5)]
-
-
-def check_rounding(shape, step):
-    """Checks `step(x, kernel, indices, bias, positives, rate, seed, step)`, which returns (kernel, bias).
-
-    x, kernel and bias are small integers or halves, so all sums are exact and no order of summing shows.
-    """
-    batch, in_features, labels, fan_in = shape
-    rng = np.random.default_rng(1)
-    x = rng.integers(-2, 3, (batch, in_features)).astype(np.float32)
-    kernel = rng.integers(-4, 5, (labels, fan_in)).astype(np.float32) / 2
-    indices = rng.integers(0, in_features, (labels, fan_in)).astype(np.int32)
-    bias = rng.integers(-2, 3, labels).astype(np.float32)
-    positives = rng.integers(0, labels, (batch, 2)).astype(np.int32)
-    sign = np.full((batch, labels), -1.0)
-    sign[np.arange(batch)[:, None], positives] = 1
-    logits = np.einsum("blf,lf->bl", x[:, indices], kernel) + bias
-    slope = -2 * sign * np.maximum(0, 1 - sign * logits)
-    d_kernel, d_bias = np.einsum("bl,blf->lf", slope, x[:, indices]), slope.sum(axis=0)
-    assert np.any(d_kernel == 0)
-    assert np.any(d_kernel != 0)
-
-    rate = 2.0**-10
-    updated = np.concatenate([(kernel - rate * d_kernel).ravel(), bias - rate * d_bias]).astype(np.float32)
-    sums = updated.view(np.uint32) + rounding_bits(range(updated.size), seed=5, step=9)
-    expected = (sums & 0xFFFF0000).view(np.float32)
-
-    x, kernel, bias = (a.astype(jnp.bfloat16) for a in (x, kernel, bias))
-    scale = batch * labels  # the loss is a mean; powers of two alone divide exactly
-    new_kernel, new_bias = step(x, kernel, indices, bias, positives, np.float32(rate * scale), 5, 9)
-    actual = np.concatenate([np.asarray(new_kernel, np.float32).ravel(), np.asarray(new_bias, np.float32)])
-    if scale & (scale - 1) == 0:
-        np.testing.assert_array_equal(actual, expected)
-    else:  # a rounded scale may tip a carry here and there
-        assert np.mean(actual != expected) < 0.01
-    assert np.any(actual != np.asarray(jnp.asarray(updated, jnp.bfloat16), np.float32))
-
-
-@pytest.mark.parametrize("shape", ROUNDING_SHAPES)
+@pytest.mark.parametrize("shape", SGD_ROUNDING_SHAPES)
 def test_sgd_in_bfloat16_rounds_with_the_bits_of_its_generator(instruction_set, shape):
     def sgd(*arguments):
         *arguments, seed, step = map(jnp.asarray, arguments)
         return fan_in_sgd_step(*arguments, seed=seed, step=step)[2:]
 
-    check_rounding(shape, sgd)
+    check_sgd_rounding(shape, sgd)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
@@ -223,7 +139,7 @@ def test_rounding_is_unbiased_and_repeats(seed, step):
 
 
 def test_weights_without_a_gradient_stay():
-    x, kernel, indices, _, _ = make_problem(4, 10, 300, 5, dtype=jnp.bfloat16)
+    x, kernel, indices, _, _ = make_layer(4, 10, 300, 5, dtype=jnp.bfloat16)
     bias, positives = jnp.full(300, -100, jnp.bfloat16), jnp.array([[7], [7], [-1], [290]])
     value, d_x, new_kernel, new_bias = fan_in_sgd_step(x, kernel, indices, bias, positives, 1e-3)
     changed = np.flatnonzero(np.any(np.asarray(new_kernel) != np.asarray(kernel), axis=1))
@@ -244,7 +160,7 @@ def test_nan_reaches_the_weights_that_read_it():
 
 
 def test_donated_arrays_are_updated_where_they_are():
-    x, kernel, indices, bias, positives = make_problem(4, 50, 2000, 8)
+    x, kernel, indices, bias, positives = make_layer(4, 50, 2000, 8)
     state = adam_init(kernel, bias)
 
     @functools.partial(jax.jit, donate_argnums=(1, 3, 5))
@@ -267,7 +183,7 @@ def test_donated_arrays_are_updated_where_they_are():
 
 
 def test_arrays_that_are_not_donated_stay():
-    x, kernel, indices, bias, positives = make_problem(4, 50, 200, 8)
+    x, kernel, indices, bias, positives = make_layer(4, 50, 200, 8)
     copies = [np.array(a) for a in (kernel, bias)]
     state = adam_init(kernel, bias)
     fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
@@ -277,43 +193,8 @@ def test_arrays_that_are_not_donated_stay():
     assert not np.any(state.mu_kernel)
 
 
-def test_an_empty_batch_changes_nothing():
-    x, kernel, indices, bias, positives = make_problem(0, 50, 200, 8)
-    value, d_x, new_kernel, new_bias = fan_in_sgd_step(x, kernel, indices, bias, positives, 0.1)
-    assert np.isnan(value)
-    assert d_x.shape == (0, 50)
-    np.testing.assert_array_equal(new_kernel, kernel)
-    np.testing.assert_array_equal(new_bias, bias)
-
-
-@pytest.mark.parametrize("step", [fan_in_sgd_step, lambda *a: fan_in_adam_step(*a[:-1], None, a[-1])])
-def test_bad_arguments_are_named(step):
-    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
-    with pytest.raises(ValueError, match=r"positives must have shape \[2, P\]"):
-        step(x, kernel, indices, bias, positives[:1], 0.1)
-    with pytest.raises(ValueError, match=r"kernel must have shape \[7, 3\]"):
-        step(x, kernel[:6], indices, bias, positives, 0.1)
-
-
-def test_a_state_or_a_rate_of_another_kind_is_named():
-    layer = make_problem(2, 5, 7, 3)
-    state = adam_init(layer[1], layer[3])
-    for wrong, message in (
-        (list(state), "state must be of type AdamState, got list"),
-        (tuple(state), "state must be of type AdamState, got tuple"),
-        (state._replace(count=[0]), r"state.count must have shape \[\] \(a scalar\), got \[1\]"),
-        (state._replace(count=0.0), "state.count must have dtype int32, got float32"),
-        (state._replace(mu_bias=[0.0]), r"state.mu_bias must have shape \[7\] .*, got \[1\]"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            fan_in_adam_step(*layer, wrong, 0.1)
-    for step in (fan_in_sgd_step, lambda *a: fan_in_adam_step(*a[:-1], state, a[-1])):
-        with pytest.raises(ValueError, match=r"learning_rate must have shape \[\] \(a scalar\), got \[1\]"):
-            step(*layer, [0.1])
-
-
 def test_adam_takes_lists_for_arrays():
-    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
+    x, kernel, indices, bias, positives = make_layer(2, 5, 7, 3)
     state = adam_init(kernel, bias)
     lists = jax.tree.map(lambda a: np.asarray(a).tolist(), state)
     expected = fan_in_adam_step(x, kernel, indices, bias, positives, state, 0.1)
@@ -323,7 +204,7 @@ def test_adam_takes_lists_for_arrays():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handler")
 def test_a_handler_that_is_called_without_aliasing_says_so():
-    x, kernel, indices, bias, positives = make_problem(2, 5, 7, 3)
+    x, kernel, indices, bias, positives = make_layer(2, 5, 7, 3)
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((), x.shape, kernel.shape, bias.shape)]
     call = jax.ffi.ffi_call("xla_ops.fan_in_step.sgd", results)
     no_sparse = (jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32), jnp.zeros(0))
@@ -338,7 +219,7 @@ def test_a_handler_that_is_called_without_aliasing_says_so():
 def test_over_devices_each_takes_a_step_of_its_own(optimizer):
     devices = len(jax.devices())
     mesh = jax.make_mesh((devices,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    x, *layer, positives = make_problem(8, 12, 10, 4)
+    x, *layer, positives = make_layer(8, 12, 10, 4)
 
     def step(x, kernel, indices, bias, positives):
         arguments = (x, kernel, indices, bias, positives)
@@ -363,7 +244,7 @@ def test_over_devices_each_takes_a_step_of_its_own(optimizer):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd float32", "sgd bfloat16"])
 def test_steps_of_parts_of_the_labels_are_those_of_the_whole(instruction_set, optimizer, cut):
     labels = 130
-    x, *layer, positives = make_problem(9, 12, labels, 3)
+    x, *layer, positives = make_layer(9, 12, labels, 3)
     if optimizer == "sgd bfloat16":
         x, layer[0], layer[2] = (a.astype(jnp.bfloat16) for a in (x, layer[0], layer[2]))
 

@@ -132,6 +132,25 @@ def test_handlers_check_types_themselves():
         jax.block_until_ready(call(*operands, jnp.zeros(BIAS), num_columns=np.int64(0)))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
+@pytest.mark.parametrize(
+    ("operands", "results", "attributes", "message"),
+    [
+        (2, 1, {"k": np.int64(1)}, "expected 1 arguments and 1 results, got 2 and 1"),
+        (1, 2, {"k": np.int64(1)}, "expected 1 arguments and 1 results, got 1 and 2"),
+        (0, 1, {"k": np.int64(1)}, "arguments: Index out of range"),
+        (1, 1, {}, "k: Unexpected attribute"),
+        (1, 1, {"k": np.float32(1)}, "k: Wrong scalar data type: expected S64 but got F32"),
+    ],
+)
+def test_handlers_check_the_number_of_operands_and_the_attributes(operands, results, attributes, message):
+    _native.register()
+    shapes = [jax.ShapeDtypeStruct((), jnp.float32)] * results
+    call = jax.ffi.ffi_call("xla_ops.kth_smallest", shapes)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(*[jnp.ones(3)] * operands, **attributes))
+
+
 def test_an_exported_program_runs_in_a_process_that_registered(tmp_path):
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
     kernel, indices = jnp.ones((4, 2)), jnp.array([[0, 1], [1, 2], [2, 0], [0, 0]])

@@ -7,24 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_fan_in_loss as loss_test
-import test_fan_in_matmul as matmul
-import test_sparse_inputs as sparse_test
+from op_problems import DTYPE, make_problem, sparsify
 
 from xla_ops import adam_init, fan_in_adam_step, fan_in_loss, fan_in_matmul, fan_in_sgd_step
 
-DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 SPARSE = pytest.mark.parametrize("is_sparse", [False, True])
 
 
-def make_problem(module, dtype, is_sparse):
-    """A problem whose batch takes more than one tile, and its sparse inputs or None."""
-    problem = module.make_problem(70, 40, 130, 9, dtype=dtype)
-    return sparse_test.sparsify(problem, 20)[1:] if is_sparse else (problem, None)
+def make_inputs(dtype, is_sparse):
+    """Return a problem whose batch takes more than one tile, and its sparse inputs or None."""
+    problem = make_problem(70, 40, 130, 9, dtype=dtype)
+    return sparsify(problem, 20)[1:] if is_sparse else (problem, None)
 
 
 def widths_of_d_x(function, *arguments, result):
-    """The shapes of the calls' result of that number, of all calls that have gradients."""
+    """Return the shape of one result of each call of a handler with gradients."""
     text = jax.jit(function).lower(*arguments).as_text()
     calls = re.findall(r"custom_call @xla_ops\.\S*(?:gradients|step\S*)\(.*-> (.*)", text)
     return [re.findall(r"tensor<([\dx]*)x(?:f32|bf16)>", types)[result] for types in calls]
@@ -33,7 +30,7 @@ def widths_of_d_x(function, *arguments, result):
 @DTYPE
 @SPARSE
 def test_matmul(instruction_set, dtype, is_sparse):
-    problem, sparse = make_problem(matmul, dtype, is_sparse)
+    problem, sparse = make_inputs(dtype, is_sparse)
 
     def y(x, kernel, bias):
         return fan_in_matmul(x, kernel, problem.indices, bias, sparse=sparse)
@@ -54,7 +51,7 @@ def test_matmul(instruction_set, dtype, is_sparse):
 @DTYPE
 @SPARSE
 def test_loss(instruction_set, dtype, is_sparse):
-    problem, sparse = make_problem(loss_test, dtype, is_sparse)
+    problem, sparse = make_inputs(dtype, is_sparse)
 
     def loss(x, kernel, bias):
         return fan_in_loss(x, kernel, problem.indices, bias, problem.positives, sparse=sparse)
@@ -72,7 +69,7 @@ def test_loss(instruction_set, dtype, is_sparse):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @SPARSE
 def test_step(instruction_set, optimizer, is_sparse):
-    problem, sparse = make_problem(loss_test, jnp.float32, is_sparse)
+    problem, sparse = make_inputs(jnp.float32, is_sparse)
     layer = (problem.kernel, problem.indices, problem.bias)
     state = [adam_init(problem.kernel, problem.bias)] if optimizer == "adam" else []
     op = {"adam": fan_in_adam_step, "sgd": fan_in_sgd_step}[optimizer]
@@ -90,7 +87,7 @@ def test_step(instruction_set, optimizer, is_sparse):
 @pytest.mark.parametrize(("labels", "batch"), ["ab", "ba"])
 def test_over_devices(labels, batch):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    problem = loss_test.make_problem(8, 12, 20, 4)
+    problem = make_problem(8, 12, 20, 4)
 
     def loss(kernel, bias, x):
         return fan_in_loss(x, kernel, problem.indices, bias, problem.positives)
@@ -105,7 +102,7 @@ def test_over_devices(labels, batch):
 
 
 def test_checkpoint_and_vmap():
-    problem = loss_test.make_problem(8, 12, 20, 4)
+    problem = make_problem(8, 12, 20, 4)
 
     def loss(kernel, x):
         return fan_in_loss(x, kernel, problem.indices, problem.bias, problem.positives)

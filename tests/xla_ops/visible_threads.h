@@ -1,10 +1,11 @@
-// Included before all else where the CPU module is built for ThreadSanitizer: it gives handlers a pool of threads that
-// the sanitizer sees.
+// Included before all else where the CPU module is built for ThreadSanitizer: it gives handlers a pool of
+// threads that the sanitizer sees.
 //
-// XLA is not compiled for it, so what orders two accesses within XLA goes unseen, and would be reported as races: between
-// the call that schedules a task and the task, and between one call of a handler and the next that reads its results.
-// Here tasks go through a mutex, and a call is ordered behind those that ended before it began. Accesses of one call, and
-// of calls at the same time, are ordered by what csrc/cpu itself does, and by nothing else.
+// XLA is not compiled for it, so what orders two accesses within XLA goes unseen, and would be reported as
+// races: between the call that schedules a task and the task, and between one call of a handler and the next
+// that reads its results. Here tasks go through a mutex, and a call is ordered behind those that ended before
+// it began. Accesses of one call, and of calls at the same time, are ordered by what csrc/cpu itself does,
+// and by nothing else.
 
 #pragma once
 
@@ -76,7 +77,9 @@ class VisibleThreads {
 template <>
 struct CtxDecoding<VisibleThreads> {
   using Type = VisibleThreads;
-  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) { return Type(); }
+  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) {
+    return Type();
+  }
 };
 
 }  // namespace xla::ffi

@@ -1,53 +1,51 @@
-// The handlers of fan_in_loss, which each platform defines: their operands and results, and the checks of those.
+// The handlers of fan_in_loss, which each platform defines, and their operands.
 
 #ifndef XLA_OPS_CSRC_FAN_IN_LOSS_H_
 #define XLA_OPS_CSRC_FAN_IN_LOSS_H_
 
-#include <utility>
+#include <string>
 
-#include "handler.h"
+#include "fan_in_layer.h"
 
 namespace xla_ops {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_loss_value);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(fan_in_loss_gradients);
 
-// `context` holds what a platform's handler takes before the operands.
-template <typename Context>
-auto bind_fan_in_loss_value(Context&& context) {
-  return bind_inputs(std::move(context))
-      .template Arg<ffi::AnyBuffer>()    // kernel [L, F]
-      .template Arg<ffi::AnyBuffer>()    // indices [L, F]
-      .template Arg<ffi::AnyBuffer>()    // bias [L], or [0] for none
-      .template Arg<ffi::AnyBuffer>()    // positives [B, P]
-      .template Attr<int64_t>("loss")    // 0: squared hinge, 1: binary cross-entropy
-      .template Attr<int64_t>("num_labels")  // that the loss is a mean over
-      .template Ret<ffi::AnyBuffer>();   // loss [] float32
-}
+struct FanInLossValue : BiasedLayerCall {
+  ffi::AnyBuffer positives = argument();                  // [B, P] int32
+  int64_t loss = attribute<int64_t>("loss");              // a value of Loss
+  int64_t num_labels = attribute<int64_t>("num_labels");  // that the loss is a mean over
+  ffi::AnyBuffer mean = result();                         // [] float32, the loss
 
-template <typename Context>
-auto bind_fan_in_loss_gradients(Context&& context) {
-  return bind_fan_in_loss_value(std::move(context))
-      .template Ret<ffi::AnyBuffer>()   // d_x [B, D], or [0, 0] for none
-      .template Ret<ffi::AnyBuffer>()   // d_kernel [L, F]
-      .template Ret<ffi::AnyBuffer>();  // d_bias [L], or [0]
-}
+  using BiasedLayerCall::BiasedLayerCall;
 
-inline ffi::Error check_fan_in_loss_value(const InputBuffers& in, const ffi::AnyBuffer& kernel,
-                                          const ffi::AnyBuffer& indices, const ffi::AnyBuffer& bias,
-                                          const ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels,
-                                          const ffi::AnyBuffer& mean, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_layer(in, kernel, indices, bias, s));
-  return check_loss(positives, loss, num_labels, mean, s);
-}
+  int64_t positives_width() const { return positives.dimensions()[1]; }
 
-inline ffi::Error check_fan_in_loss_gradients(const Shape& s, const ffi::AnyBuffer& bias, const ffi::AnyBuffer& d_x,
-                                              const ffi::AnyBuffer& d_kernel, const ffi::AnyBuffer& d_bias) {
-  const ffi::DataType type = bias.element_type();
-  XLA_OPS_RETURN_IF_ERROR(check_d_x(d_x, type, s));
-  XLA_OPS_RETURN_IF_ERROR(check("d_kernel", d_kernel, type, {s.labels, s.fan_in}));
-  return check("d_bias", d_bias, type, {bias.dimensions()[0]});
-}
+  void check() {
+    BiasedLayerCall::check();
+    shape.mean_labels = num_labels;
+    const int64_t width = positives.dimensions().size() == 2 ? positives_width() : 0;
+    check_buffer("positives", positives, ffi::S32, {shape.batch, width});
+    if (loss != 0 && loss != 1) throw InvalidCall("loss must be 0 or 1, got " + std::to_string(loss));
+    check_buffer("loss", mean, ffi::F32, {});
+  }
+};
+
+struct FanInLossGradients : FanInLossValue {
+  ffi::AnyBuffer d_x = result();       // [B, D], or [0, 0] for none
+  ffi::AnyBuffer d_kernel = result();  // [L, F]
+  ffi::AnyBuffer d_bias = result();    // of the shape of bias
+
+  using FanInLossValue::FanInLossValue;
+
+  void check() {
+    FanInLossValue::check();
+    check_d_x(d_x);
+    check_buffer("d_kernel", d_kernel, type(), {shape.labels, shape.fan_in});
+    check_buffer("d_bias", d_bias, type(), {bias.dimensions()[0]});
+  }
+};
 
 }  // namespace xla_ops
 

@@ -1,4 +1,5 @@
-// What the handlers share: checking shapes, and choosing the types that a call's buffers hold.
+// The operands of calls, and what the handlers of all platforms share: checking shapes, and choosing the
+// types that a call's buffers hold.
 
 #ifndef XLA_OPS_CSRC_HANDLER_H_
 #define XLA_OPS_CSRC_HANDLER_H_
@@ -6,9 +7,8 @@
 #include <algorithm>
 #include <initializer_list>
 #include <new>
+#include <stdexcept>
 #include <string>
-#include <type_traits>
-#include <utility>
 
 #include "types.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,6 +16,64 @@
 namespace xla_ops {
 
 namespace ffi = xla::ffi;
+
+// Thrown if the operands of a call do not fit together.
+struct InvalidCall : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// The operands of one call. A handler's subclass declares its arguments, attributes and results as members,
+// in XLA's order, each initialized by argument(), attribute() or result(); its check() throws InvalidCall if
+// they do not fit together. Python has checked the arguments; check() guards handlers that are called by
+// other means.
+class Call {
+ public:
+  Call(ffi::RemainingArgs arguments, ffi::RemainingRets results, ffi::Dictionary attributes)
+      : arguments_(arguments), results_(results), attributes_(attributes) {}
+
+  // Returns the next argument.
+  ffi::AnyBuffer argument() {
+    return value_of("arguments", arguments_.get<ffi::AnyBuffer>(arguments_read_++));
+  }
+  // Returns the next result.
+  ffi::AnyBuffer result() { return *value_of("results", results_.get<ffi::AnyBuffer>(results_read_++)); }
+  template <typename T>
+  T attribute(const char* name) {
+    return value_of(name, attributes_.get<T>(name));
+  }
+  void check_all_are_read() const {
+    if (arguments_read_ == arguments_.size() && results_read_ == results_.size()) return;
+    throw InvalidCall("expected " + std::to_string(arguments_read_) + " arguments and " +
+                      std::to_string(results_read_) + " results, got " + std::to_string(arguments_.size()) +
+                      " and " + std::to_string(results_.size()));
+  }
+
+ private:
+  template <typename T>
+  static T value_of(const char* name, const ffi::ErrorOr<T>& value) {
+    if (value.has_error()) throw InvalidCall(std::string(name) + ": " + value.error().message());
+    return value.value();
+  }
+
+  ffi::RemainingArgs arguments_;
+  ffi::RemainingRets results_;
+  ffi::Dictionary attributes_;
+  size_t arguments_read_ = 0, results_read_ = 0;
+};
+
+// Calls fn, which returns an error; exceptions become errors as well.
+template <typename Fn>
+ffi::Error guarded(Fn&& fn) {
+  try {
+    return fn();
+  } catch (const InvalidCall& error) {
+    return ffi::Error::InvalidArgument(error.what());
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for temporaries");
+  }
+}
+
+// ---- checks ----
 
 inline std::string shape_string(ffi::AnyBuffer::Dimensions dims) {
   std::string text = "[";
@@ -27,138 +85,55 @@ inline bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_
   return std::equal(dims.begin(), dims.end(), buffer.dimensions().begin(), buffer.dimensions().end());
 }
 
-// Python has checked the arguments; this guards handlers that are called by other means.
-inline ffi::Error check(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type,
-                        std::initializer_list<int64_t> dims) {
+inline void check_buffer(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type,
+                         std::initializer_list<int64_t> dims) {
   if (buffer.element_type() != type) {
-    return ffi::Error::InvalidArgument(std::string(name) + " has an element type that does not fit the call");
+    throw InvalidCall(std::string(name) + " has an element type that does not fit the call");
   }
-  if (has_shape(buffer, dims)) return ffi::Error::Success();
+  if (has_shape(buffer, dims)) return;
   std::string expected = "[";
   for (int64_t d : dims) expected += (expected.size() > 1 ? ", " : "") + std::to_string(d);
-  return ffi::Error::InvalidArgument(std::string(name) + " must have shape " + expected + "], got " +
-                                     shape_string(buffer.dimensions()));
+  throw InvalidCall(std::string(name) + " must have shape " + expected + "], got " +
+                    shape_string(buffer.dimensions()));
 }
 
-#define XLA_OPS_RETURN_IF_ERROR(expression) \
-  if (ffi::Error error = (expression); error.failure()) return error
-
-// Calls fn, which returns an error; running out of memory becomes one as well.
-template <typename Fn>
-ffi::Error guarded(Fn&& fn) {
-  try {
-    return fn();
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory for temporaries");
-  }
+// Checks that the result `after` is the memory of the argument `before`, which an update in place requires.
+inline void check_aliased(const char* name, const ffi::AnyBuffer& before, const ffi::AnyBuffer& after) {
+  if (before.untyped_data() == after.untyped_data() || before.element_count() == 0) return;
+  throw InvalidCall(std::string(name) + " must be updated in place: its result must alias it");
 }
 
-// Calls fn(T*), which returns an error, with a null pointer of the type that `values` holds.
-template <typename Fn>
-ffi::Error dispatch(const ffi::AnyBuffer& values, Fn&& fn) {
-  return guarded([&] {
-    switch (values.element_type()) {
-      case ffi::F32: return fn(static_cast<float*>(nullptr));
-      case ffi::BF16: return fn(static_cast<bfloat16*>(nullptr));
-      default: return ffi::Error::InvalidArgument("values must be float32 or bfloat16");
-    }
-  });
-}
-
-// Calls fn(T*, I*) with null pointers of the types that `values` and `indices` hold.
-template <typename Fn>
-ffi::Error dispatch(const ffi::AnyBuffer& values, const ffi::AnyBuffer& indices, Fn&& fn) {
-  return dispatch(values, [&](auto* t) {
-    switch (indices.element_type()) {
-      case ffi::U16: fn(t, static_cast<uint16_t*>(nullptr)); return ffi::Error::Success();
-      case ffi::S32: fn(t, static_cast<int32_t*>(nullptr)); return ffi::Error::Success();
-      default: return ffi::Error::InvalidArgument("indices must be uint16 or int32");
-    }
-  });
-}
+// ---- types ----
 
 template <typename T>
 T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-// Checks that `after` is `before`'s memory, where an update reads what it writes.
-inline ffi::Error check_aliased(const char* name, const ffi::AnyBuffer& before, const ffi::AnyBuffer& after) {
-  if (before.untyped_data() == after.untyped_data() || before.element_count() == 0) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument(std::string(name) + " must be updated in place: its result must alias it");
-}
-
-// What stands for no bias, or for no gradient of x, is an array of no elements.
+// The same, but null for an array of no elements: no bias, or no gradient of x.
 template <typename T>
 T* optional_data(const ffi::AnyBuffer& buffer) {
   return buffer.element_count() ? data<T>(buffer) : nullptr;
 }
 
-// Checks the gradient of x, [batch, in_features]; [0, 0] stands for one that nobody asks for.
-inline ffi::Error check_d_x(const ffi::AnyBuffer& d_x, ffi::DataType type, const Shape& s) {
-  if (d_x.element_type() == type && has_shape(d_x, {0, 0})) return ffi::Error::Success();
-  return check("d_x", d_x, type, {s.batch, s.in_features});
-}
-
-// The operands that hold the inputs of a batch: dense ones, and sparse ones behind them.
-struct InputBuffers {
-  ffi::AnyBuffer x;        // [batch, in_features]
-  ffi::AnyBuffer rows;     // [entries] int32, which example an entry is of
-  ffi::AnyBuffer columns;  // [entries] int32, which sparse input
-  ffi::AnyBuffer values;   // [entries]
-  int64_t num_columns;     // how many sparse inputs there are
-};
-
-inline ffi::Error check_inputs(const InputBuffers& in) {
-  const int64_t entries = in.rows.element_count();
-  XLA_OPS_RETURN_IF_ERROR(check("rows", in.rows, ffi::S32, {entries}));
-  XLA_OPS_RETURN_IF_ERROR(check("columns", in.columns, ffi::S32, {entries}));
-  XLA_OPS_RETURN_IF_ERROR(check("values", in.values, in.x.element_type(), {entries}));
-  if (in.num_columns >= 0) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument("num_columns must be at least 0, got " + std::to_string(in.num_columns));
-}
-
-// Reads a call's sizes from x [batch, in_features] and indices [labels, fan_in].
-inline ffi::Error read_shape(const ffi::AnyBuffer& x, const ffi::AnyBuffer& indices, Shape* s) {
-  const auto a = x.dimensions(), b = indices.dimensions();
-  if (a.size() != 2 || b.size() != 2 || b[1] < 1) {
-    return ffi::Error::InvalidArgument("expected matrices and a fan-in of at least 1, got shapes " + shape_string(a) +
-                                       " and " + shape_string(b));
+// Returns fn(T*), given a null pointer of the type that `values` holds.
+template <typename Fn>
+auto dispatch_values(const ffi::AnyBuffer& values, Fn&& fn) {
+  switch (values.element_type()) {
+    case ffi::F32: return fn(static_cast<float*>(nullptr));
+    case ffi::BF16: return fn(static_cast<bfloat16*>(nullptr));
+    default: throw InvalidCall("values must be float32 or bfloat16");
   }
-  *s = {a[0], a[1], b[0], b[1], b[0]};
-  return ffi::Error::Success();
 }
 
-// The same, and checks kernel [labels, fan_in] and bias ([labels], or [0] for none) against them.
-inline ffi::Error read_layer(const InputBuffers& in, const ffi::AnyBuffer& kernel, const ffi::AnyBuffer& indices,
-                             const ffi::AnyBuffer& bias, Shape* s) {
-  XLA_OPS_RETURN_IF_ERROR(read_shape(in.x, indices, s));
-  XLA_OPS_RETURN_IF_ERROR(check_inputs(in));
-  XLA_OPS_RETURN_IF_ERROR(check("kernel", kernel, in.x.element_type(), {s->labels, s->fan_in}));
-  return check("bias", bias, in.x.element_type(), {bias.element_count() ? s->labels : 0});
-}
-
-// Binds the operands of InputBuffers, the first ones of every handler of a fixed fan-in layer; `num_columns` is the
-// first attribute.
-template <typename Context>
-auto bind_inputs(Context&& context) {
-  return std::move(context)
-      .template Attr<int64_t>("num_columns")
-      .template Arg<ffi::AnyBuffer>()   // x
-      .template Arg<ffi::AnyBuffer>()   // rows
-      .template Arg<ffi::AnyBuffer>()   // columns
-      .template Arg<ffi::AnyBuffer>();  // values
-}
-
-// Checks what a loss takes besides the layer: positives [batch, any], how many labels it is a mean over, which becomes
-// part of the shape, and `mean`, the scalar result.
-inline ffi::Error check_loss(const ffi::AnyBuffer& positives, int64_t loss, int64_t num_labels,
-                             const ffi::AnyBuffer& mean, Shape* s) {
-  s->mean_labels = num_labels;
-  const auto dims = positives.dimensions();
-  XLA_OPS_RETURN_IF_ERROR(check("positives", positives, ffi::S32, {s->batch, dims.size() == 2 ? dims[1] : 0}));
-  if (loss != 0 && loss != 1) return ffi::Error::InvalidArgument("loss must be 0 or 1, got " + std::to_string(loss));
-  return check("loss", mean, ffi::F32, {});
+// Returns fn(I*), given a null pointer of the type that `indices` holds.
+template <typename Fn>
+auto dispatch_indices(const ffi::AnyBuffer& indices, Fn&& fn) {
+  switch (indices.element_type()) {
+    case ffi::U16: return fn(static_cast<uint16_t*>(nullptr));
+    case ffi::S32: return fn(static_cast<int32_t*>(nullptr));
+    default: throw InvalidCall("indices must be uint16 or int32");
+  }
 }
 
 }  // namespace xla_ops

@@ -1,4 +1,4 @@
-// What the Python modules of all platforms export.
+// The exports that the Python modules of all platforms share.
 
 #ifndef XLA_OPS_CSRC_MODULE_H_
 #define XLA_OPS_CSRC_MODULE_H_
@@ -20,8 +20,8 @@ namespace xla_ops {
 
 using Handlers = std::map<std::string, XLA_FFI_Handler*>;
 
-// Sets `ffi_version`, the version of XLA's FFI that the handlers were built for, and `registrations()`, which maps
-// the names of the handlers to capsules.
+// Sets `ffi_version`, the version of XLA's FFI that the handlers were built for, and `registrations()`, which
+// maps the names of the handlers to capsules.
 inline void export_handlers(pybind11::module_& m) {
   m.attr("ffi_version") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   const Handlers handlers = {

@@ -1,9 +1,17 @@
-// Types that the CPU and the CUDA kernels share. Like kernels.cc, this includes nothing but <stdint.h>.
+// Types that the CPU and the CUDA kernels share. Like cpu/kernels.cc, this includes nothing but <stdint.h>.
 
 #ifndef XLA_OPS_CSRC_TYPES_H_
 #define XLA_OPS_CSRC_TYPES_H_
 
 #include <stdint.h>
+
+// A function of the kernels that exists only within its callers: a copy of its own could be compiled for one
+// instruction set and called for another (cpu/kernels.cc).
+#ifdef __CUDACC__
+#define XLA_OPS_INLINE __device__ __forceinline__
+#else
+#define XLA_OPS_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace xla_ops {
 

@@ -1,9 +1,11 @@
-// Stands in for CUDA's <cuda_runtime.h>, so that a C++ compiler can build the kernels and run them on the host, under
-// its sanitizers. Device memory is host memory and streams do not exist: a launch runs the whole grid, then returns.
+// Stands in for CUDA's <cuda_runtime.h>, so that a C++ compiler can build the kernels and run them on the
+// host, under its sanitizers. Device memory is host memory and streams do not exist: a launch runs the whole
+// grid, then returns.
 //
-// The blocks of a grid run one after the other. The threads of a block are fibers on one thread of the system: each
-// runs until it meets the others, at a barrier or a warp's exchange. Whatever a thread reads without waiting for the
-// thread that writes it is therefore read too early, in every second block, in which the threads run in reverse.
+// The blocks of a grid run one after the other. The threads of a block are fibers on one thread of the
+// system: each runs until it meets the others, at a barrier or a warp's exchange. Whatever a thread reads
+// without waiting for the thread that writes it is therefore read too early, in every second block, in which
+// the threads run in reverse.
 //
 // Only what the kernels use is here.
 
@@ -42,7 +44,12 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 // ---- the host's side ----
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorInvalidConfiguration };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorMemoryAllocation,
+  cudaErrorInvalidConfiguration
+};
 using cudaStream_t = void*;
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
@@ -66,14 +73,15 @@ struct Device {
 };
 extern Device device;
 
-// How many instructions of threads have added floats to memory atomically.
+// The number of instructions of threads that have added floats to memory atomically.
 extern int64_t additions;
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 // Waits for all threads of the block. Returns whether any of them passed true.
 bool meet_block(bool value);
-// Exchanges a word with the other lanes of the warp: returns that of lane `from`, or of all lanes, 32 of them.
+// Exchanges a word with the other lanes of the warp: returns that of lane `from`, or of all lanes, 32 of
+// them.
 uint32_t exchange(uint32_t word, int from);
 const uint32_t* exchange_all(uint32_t word);
 void* dynamic_shared_memory();
@@ -99,7 +107,8 @@ template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return attributes->sharedSizeBytes = 0, cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {  // less would be less for others
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute,
+                                        int bytes) {  // less would be less for others
   return bytes == cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <typename Kernel>
@@ -122,17 +131,25 @@ inline void* dynamic_shared() { return cuda_on_host::dynamic_shared_memory(); }
 }  // namespace xla_ops::cuda
 
 template <typename T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-T max(T a, T b) { return a < b ? b : a; }
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 inline float __uint_as_float(uint32_t x) { return cuda_on_host::bits<float>(x); }
 inline uint32_t __float_as_uint(float x) { return cuda_on_host::bits<uint32_t>(x); }
 
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 template <typename T>
-T __ldcs(const T* p) { return *p; }
+T __ldcs(const T* p) {
+  return *p;
+}
 
 inline void __syncthreads() { cuda_on_host::meet_block(false); }
 inline int __syncthreads_or(int value) { return cuda_on_host::meet_block(value != 0); }

@@ -28,17 +28,18 @@ constexpr size_t kStackBytes = 64 << 10;
   std::abort();
 }
 
-// Where `size` threads meet. A thread that is through may come back before the others have left: they still find
-// the words of their own meeting, since words alternate between two places and nobody can be two meetings ahead.
+// Where `size` threads meet. A thread that is through may come back before the others have left: they still
+// find the words of their own meeting, since words alternate between two places and nobody can be two
+// meetings ahead.
 struct Meeting {
   unsigned size = 0, arrived = 0;
   uint64_t number = 0;
   std::vector<uint32_t> words[2];
 };
 
-// Where a stack was left. Unlike swapcontext, jumps make no system call, and the sanitizer does not clear the memory it
-// has of the whole stack: kernels meet so often that these would be most of the time.
-using Place = void*[5];
+// Where a stack was left. Unlike swapcontext, jumps make no system call, and the sanitizer does not clear the
+// memory it has of the whole stack: kernels meet so often that these would be most of the time.
+using Place = void* [5];
 
 // A thread of every block.
 struct Fiber {
@@ -129,7 +130,8 @@ void run_block(const cudaLaunchConfig_t& config) {
   if (block.fibers.size() < threads) block.fibers.resize(threads);
   prepare(block.all, threads);
   block.warps.resize((threads + kWarp - 1) / kWarp);
-  for (unsigned w = 0; w < block.warps.size(); ++w) prepare(block.warps[w], std::min(kWarp, threads - w * kWarp));
+  for (unsigned w = 0; w < block.warps.size(); ++w)
+    prepare(block.warps[w], std::min(kWarp, threads - w * kWarp));
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
     fiber.done = false, fiber.thread = t;

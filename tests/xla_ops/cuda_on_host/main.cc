@@ -1,13 +1,14 @@
 // Runs one launcher of xla_ops/csrc/cuda on arrays in files.
 //
-//   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F C processors blocks_per_processor shared_bytes [...]
+//   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F C processors blocks_per_processor shared_bytes
+//   [...]
 //
-// where the rest is (loss, P[, num_labels]) for fan_in_loss and fan_in_step and (k, labels at once) for fan_in_top_k. For dense_step
-// DTYPE is that of the moments, and L, F are the kernel's shape.
-// Each array is a file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the
-// sanitizer sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
-// many bytes of workspace the launcher took, and how often threads added to floats atomically. Where there is a file
-// "no_d_x", d_x is not asked for.
+// where the rest is (loss, P[, num_labels]) for fan_in_loss and fan_in_step and (k, labels at once) for
+// fan_in_top_k. For dense_step DTYPE is that of the moments, and L, F are the kernel's shape. Each array is a
+// file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the sanitizer
+// sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
+// many bytes of workspace the launcher took, and how often threads added to floats atomically. Where there is
+// a file "no_d_x", d_x is not asked for.
 
 #include <cstdio>
 #include <cstdlib>
@@ -21,9 +22,9 @@
 
 namespace {
 
+using xla_ops::bfloat16;
 using xla_ops::DenseShape;
 using xla_ops::Shape;
-using xla_ops::bfloat16;
 using xla_ops::cuda::Indices;
 using xla_ops::cuda::Inputs;
 using xla_ops::cuda::Workspace;
@@ -79,7 +80,9 @@ template <typename T>
 class Updated : public Operand<T> {
  public:
   Updated(const Call& call, const char* name) : Operand<T>(call, name), path_(call.path(name) + ".new") {}
-  ~Updated() { std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(this->data_.get()), this->bytes_); }
+  ~Updated() {
+    std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(this->data_.get()), this->bytes_);
+  }
   T* get() const { return this->empty_ ? nullptr : this->data_.get(); }
 
  private:
@@ -130,14 +133,17 @@ cudaError_t run(const Call& call, Workspace& workspace) {
   const Indices indices{index_bytes.get(), call.is_uint16};
   if (call.op == "fan_in_matmul.forward") {
     const Result<T> y(call, "y", s.batch * s.labels);
-    return fan_in_matmul_forward(nullptr, workspace, s, inputs, kernel.get(), indices, bias.or_null(), y.get());
+    return fan_in_matmul_forward(nullptr, workspace, s, inputs, kernel.get(), indices, bias.or_null(),
+                                 y.get());
   }
   if (call.op == "fan_in_matmul.gradients") {
     const Operand<T> dy(call, "dy");
-    const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features),
+        d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
-    return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(), d_x.unless(call.without_d_x()),
-                                   d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
+    return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(),
+                                   d_x.unless(call.without_d_x()), d_kernel.get(),
+                                   bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
     const Operand<int32_t> positives(call, "positives");
@@ -148,11 +154,12 @@ cudaError_t run(const Call& call, Workspace& workspace) {
       return fan_in_loss_value(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
                                positives.get(), width, value.get());
     }
-    const Result<T> d_x(call, "d_x", s.batch * s.in_features), d_kernel(call, "d_kernel", s.labels * s.fan_in),
+    const Result<T> d_x(call, "d_x", s.batch * s.in_features),
+        d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_loss_gradients(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
-                                 positives.get(), width, value.get(), d_x.unless(call.without_d_x()), d_kernel.get(),
-                                 bias.or_null() ? d_bias.get() : nullptr);
+                                 positives.get(), width, value.get(), d_x.unless(call.without_d_x()),
+                                 d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
     const Operand<int32_t> positives(call, "positives");
@@ -164,14 +171,15 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const Updated<T> w(call, "kernel"), b(call, "bias");
     if (call.op == "fan_in_step.sgd") {
       const Operand<uint32_t> key(call, "key");
-      return fan_in_sgd_step(nullptr, workspace, s, loss, inputs, w.get(), indices, b.get(), positives.get(), width,
-                             rates.get(), key.get(), value.get(), d_x.unless(call.without_d_x()));
+      return fan_in_sgd_step(nullptr, workspace, s, loss, inputs, w.get(), indices, b.get(), positives.get(),
+                             width, rates.get(), key.get(), value.get(), d_x.unless(call.without_d_x()));
     }
     if constexpr (std::is_same_v<T, float>) {
-      const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"), mu_bias(call, "mu_bias"),
-          nu_bias(call, "nu_bias");
-      return fan_in_adam_step(nullptr, workspace, s, loss, inputs, {w.get(), mu_kernel.get(), nu_kernel.get()},
-                              indices, {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
+      const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"),
+          mu_bias(call, "mu_bias"), nu_bias(call, "nu_bias");
+      return fan_in_adam_step(nullptr, workspace, s, loss, inputs,
+                              {w.get(), mu_kernel.get(), nu_kernel.get()}, indices,
+                              {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
                               {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.unless(call.without_d_x()));
     }
   }
@@ -183,8 +191,8 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
     const Result<float> scores(call, "scores", s.batch * k);
     const Result<int32_t> labels(call, "labels", s.batch * k);
-    return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, inputs, kernel.get(), indices, bias.or_null(),
-                        scores.get(), labels.get());
+    return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, inputs, kernel.get(), indices,
+                        bias.or_null(), scores.get(), labels.get());
   }
   std::fprintf(stderr, "no such op: %s\n", call.op.c_str());
   return cudaErrorInvalidValue;
@@ -198,7 +206,8 @@ int main(int, char** argv) {
   for (char** a = argv + 5; *a; ++a) numbers.push_back(std::strtoll(*a, nullptr, 10));
   call.shape = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[2]};
   call.columns = numbers[4];
-  cuda_on_host::device = {static_cast<int>(numbers[5]), static_cast<int>(numbers[6]), static_cast<int>(numbers[7])};
+  cuda_on_host::device = {static_cast<int>(numbers[5]), static_cast<int>(numbers[6]),
+                          static_cast<int>(numbers[7])};
   call.more.assign(numbers.begin() + 8, numbers.end());
   const bool is_float32 = std::string(argv[3]) == "float32";
   if (call.op == "dense_step.adam") {

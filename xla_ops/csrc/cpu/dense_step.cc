@@ -1,13 +1,14 @@
-// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and the
-// gradient of its output, is computed a few rows and columns at a time and never stored.
+// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and
+// the gradient of its output, is computed a few rows and columns at a time and never stored.
 
 #include "../dense_step.h"
 
 #include <algorithm>
 #include <type_traits>
 
+#include "handler.h"
 #include "kernels.h"
-#include "packed.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace xla_ops {
@@ -17,13 +18,15 @@ namespace {
 constexpr int64_t kGradientsAtOnce = 1 << 16;
 constexpr int64_t kRowsPerItem = 128;
 
-// update(row, column, count, gradient) for every run of the kernel's elements; `column` is a multiple of kColumns.
+// update(row, column, count, gradient) for every run of the kernel's elements; `column` is a multiple of
+// kColumns.
 template <typename Update>
 void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const float* dy,
                        const Update& update) {
   const int64_t tiles = ceil_div(s.columns, kColumns);
   const Buffer<float> packed = allocate<float>(tiles * s.batch * kColumns);  // [tile, batch, kColumns]
-  const int64_t tiles_per_group = std::max<int64_t>(1, kGradientsAtOnce / (std::max<int64_t>(1, s.batch) * kColumns));
+  const int64_t tiles_per_group =
+      std::max<int64_t>(1, kGradientsAtOnce / (std::max<int64_t>(1, s.batch) * kColumns));
   const int64_t groups = ceil_div(tiles, tiles_per_group);
   parallel_for(pool, groups, [&](int64_t group) {
     const int64_t end = std::min(tiles, (group + 1) * tiles_per_group);
@@ -49,7 +52,8 @@ void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* 
       int64_t stride = s.rows;
       if (rows < kRows) {  // the kernel reads kRows values: pad the last ones
         for (int64_t b = 0; b < s.batch; ++b) {
-          for (int64_t r = 0; r < kRows; ++r) last_rows[b * kRows + r] = r < rows ? x[b * s.rows + row + r] : 0;
+          for (int64_t r = 0; r < kRows; ++r)
+            last_rows[b * kRows + r] = r < rows ? x[b * s.rows + row + r] : 0;
         }
         values = last_rows.get();
         stride = kRows;
@@ -63,8 +67,8 @@ void for_each_gradient(ffi::ThreadPool& pool, const DenseShape& s, const float* 
   });
 }
 
-// Adam's moments. Of those in bfloat16 the second changes by less than its precision in a step, so it is rounded
-// stochastically; the first is rounded to nearest.
+// Adam's moments. Of those in bfloat16 the second changes by less than its precision in a step, so it is
+// rounded stochastically; the first is rounded to nearest.
 template <typename M>
 struct Moments {
   M *mu, *nu;
@@ -90,28 +94,20 @@ void adam(ffi::ThreadPool& pool, const DenseShape& s, const float* x, const floa
   });
 }
 
-ffi::Error adam_impl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key, ffi::AnyBuffer,
-                     float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel,
-                     ffi::Result<ffi::AnyBuffer> new_mu, ffi::Result<ffi::AnyBuffer> new_nu) {
-  DenseShape s;
-  XLA_OPS_RETURN_IF_ERROR(
-      check_dense_step_adam({x, kernel, dy, mu, nu, rates, key, *new_kernel, *new_mu, *new_nu}, &s));
-  const float* r = data<float>(rates);
-  const AdamStep step{r[0], b1, b2, epsilon, r[1], r[2]};
-  const uint32_t* k = data<uint32_t>(key);
-  const RoundingKey rounding{{k[0], k[1]}, k[2]};
-  return dispatch(mu, [&](auto* m) {
+void run_adam(ffi::ThreadPool& pool, const DenseStepAdam& call) {
+  const float* rates = data<float>(call.rates);
+  const AdamStep step{rates[0], call.b1, call.b2, call.epsilon, rates[1], rates[2]};
+  const uint32_t* key = data<uint32_t>(call.key);
+  const RoundingKey rounding{{key[0], key[1]}, key[2]};
+  dispatch_values(call.mu, [&](auto* m) {
     using M = std::remove_pointer_t<decltype(m)>;
-    adam(pool, s, data<float>(x), data<float>(dy), step, data<float>(kernel),
-         Moments<M>{data<M>(mu), data<M>(nu), rounding});
-    return ffi::Error::Success();
+    adam(pool, call.shape, data<float>(call.x), data<float>(call.dy), step, data<float>(call.kernel),
+         Moments<M>{data<M>(call.mu), data<M>(call.nu), rounding});
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dense_step_adam, adam_impl,
-                              bind_dense_step_adam(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(dense_step_adam, run_adam);
 
 }  // namespace xla_ops

@@ -1,18 +1,21 @@
 // fan_in_matmul and its gradients: y[b, l] = bias[l] + sum_f kernel[l, f] * x[b, indices[l, f]].
 //
-// x is packed feature-major in tiles of the batch (kernels.h), so that a connection reads one contiguous
-// run; labels are worked on in blocks whose rows stay in cache between the kernel and the transposition.
-// Every sum is taken in an order that depends on the shapes and the number of threads only, so results repeat
-// bit for bit.
+// x is packed feature-major in tiles of the batch (kernels.h), so that a connection reads contiguous memory;
+// labels are worked on in blocks whose rows stay in cache between the kernel and the transposition. Every sum
+// is taken in an order that depends on the shapes and the number of threads only, so results repeat bit for
+// bit.
 
 #include "../fan_in_matmul.h"
 
 #include <algorithm>
 
 #include "backward.h"
+#include "handler.h"
 #include "kernels.h"
+#include "layer.h"
 #include "packed.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace xla_ops {
 namespace {
@@ -28,10 +31,11 @@ void forward(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>& i
     const Tile tile = tiles[item / blocks];
     const int64_t label = item % blocks * kBlock, n = std::min(kBlock, s.labels - label);
     alignas(64) float rows[kBlock * kTile];
-    Run<T, I> run(layer, packed, kBlock);
-    run.start(label, n);
-    run.logits(tile, label, n, rows);
-    layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label, s.labels);
+    LabelChunk<T, I> chunk(layer, packed, kBlock);
+    chunk.start(label, n);
+    chunk.logits(tile, label, n, rows);
+    layout_kernels<T>().from_rows(rows, tile.width, tile.size, n, n, y + tile.first * s.labels + label,
+                                  s.labels);
   });
 }
 
@@ -41,9 +45,10 @@ struct GivenRows {
   const T* dy;
   int64_t labels;
 
-  template <typename AnyRun>
-  uint64_t operator()(const AnyRun&, const Tile& tile, int64_t label, int64_t n, float* rows) const {
-    layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows, tile.width);
+  template <typename Chunk>
+  uint64_t operator()(const Chunk&, const Tile& tile, int64_t label, int64_t n, float* rows) const {
+    layout_kernels<T>().to_rows(dy + tile.first * labels + label, labels, n, tile.size, tile.width, rows,
+                                tile.width);
     return row_kernels().nonzero(rows, n, tile.width);
   }
 };
@@ -60,40 +65,26 @@ void gradients(ffi::ThreadPool& pool, const Layer<T, I>& layer, const Inputs<T>&
       [&] { return Gradients<T>(s, d_kernel, d_bias); }, d_x);
 }
 
-// ---- handlers ----
-
-ffi::Error forward_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                        ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(in, kernel, indices, bias, *y, &s));
-  return dispatch(x, indices, [&](auto* t, auto* i) {
+void run_forward(ffi::ThreadPool& pool, const FanInMatmulForward& call) {
+  dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    forward(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, inputs_of<T>(in), data<T>(*y));
+    forward(pool, layer_of<T, I>(call), inputs_of<T>(call), data<T>(call.y));
   });
 }
 
-ffi::Error gradients_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                          ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x,
-                          ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
-  return dispatch(x, indices, [&](auto* t, auto* i) {
+void run_gradients(ffi::ThreadPool& pool, const FanInMatmulGradients& call) {
+  dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    gradients(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), nullptr}, inputs_of<T>(in), data<T>(dy),
-              optional_data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
+    gradients(pool, layer_of<T, I>(call), inputs_of<T>(call), data<T>(call.dy), optional_data<T>(call.d_x),
+              data<T>(call.d_kernel), optional_data<T>(call.d_bias));
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_forward, forward_impl,
-                              bind_fan_in_matmul_forward(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_matmul_gradients, gradients_impl,
-                              bind_fan_in_matmul_gradients(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_forward, run_forward);
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_gradients, run_gradients);
 
 }  // namespace xla_ops

@@ -6,9 +6,13 @@
 #include <limits>
 #include <vector>
 
+#include "handler.h"
 #include "kernels.h"
+#include "layer.h"
+#include "memory.h"
 #include "packed.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace xla_ops {
 namespace {
@@ -39,37 +43,39 @@ struct Ranking {
 };
 
 template <typename T, typename I>
-void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inputs<T>& inputs, float* scores, int32_t* labels) {
+void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inputs<T>& inputs, float* scores,
+           int32_t* labels) {
   if (k == 0) return;
   const Shape& s = layer.shape;
   const Tiles tiles(s.batch, s.in_features);
   const Packed<T> packed(pool, tiles, inputs);
-  // A thread has a part of the labels. Where there are too few of these for all threads, several share a part and
-  // have some tiles of it each.
+  // A thread has a range of the labels. If there are fewer ranges than threads, several threads share a
+  // range, and have some of its tiles each.
   const int64_t threads = pool.num_threads();
-  const Parts parts(s, std::max<int64_t>(1, std::min(threads, ceil_div(s.labels, kBlock))));
-  const int64_t shares = std::max<int64_t>(1, std::min(threads / parts.count, tiles.count));
+  const LabelRanges ranges(s, std::max<int64_t>(1, std::min(threads, ceil_div(s.labels, kBlock))));
+  const int64_t shares = std::max<int64_t>(1, std::min(threads / ranges.count, tiles.count));
   std::vector<Ranking> rankings;
-  rankings.reserve(parts.count);
-  for (int64_t p = 0; p < parts.count; ++p) rankings.emplace_back(s.batch, k);
+  rankings.reserve(ranges.count);
+  for (int64_t r = 0; r < ranges.count; ++r) rankings.emplace_back(s.batch, k);
 
-  parallel_for(pool, parts.count * shares, [&](int64_t item) {
-    const int64_t part = item / shares, end = parts.end(part), run_length = labels_per_run(s);
-    Ranking& ranking = rankings[part];
+  parallel_for(pool, ranges.count * shares, [&](int64_t item) {
+    const int64_t range = item / shares, end = ranges.end(range), chunk_size = labels_per_chunk(s);
+    Ranking& ranking = rankings[range];
     alignas(64) float rows[kBlock * kTile];
     const Buffer<float> worst_of_all = allocate<float>(tiles.count * kTile);
-    std::fill_n(worst_of_all.get(), tiles.count * kTile, std::numeric_limits<float>::infinity());  // the padding's
+    std::fill_n(worst_of_all.get(), tiles.count * kTile,
+                std::numeric_limits<float>::infinity());  // the padding's
     std::fill_n(worst_of_all.get(), s.batch, -std::numeric_limits<float>::infinity());
-    Run<T, I> run(layer, packed, std::min(run_length, end - parts.begin(part)));
-    for (int64_t first = parts.begin(part); first < end; first += run_length) {
-      const int64_t last = std::min(end, first + run_length);
-      run.start(first, last - first);
+    LabelChunk<T, I> chunk(layer, packed, std::min(chunk_size, end - ranges.begin(range)));
+    for (int64_t first = ranges.begin(range); first < end; first += chunk_size) {
+      const int64_t last = std::min(end, first + chunk_size);
+      chunk.start(first, last - first);
       for (int64_t t = item % shares; t < tiles.count; t += shares) {
         const Tile tile = tiles[t];
         float* const worst = worst_of_all.get() + tile.first;
         for (int64_t label = first; label < last; label += kBlock) {
           const int64_t n = std::min(kBlock, last - label);
-          run.logits(tile, label, n, rows);
+          chunk.logits(tile, label, n, rows);
           for (uint64_t mask = row_kernels().above(rows, n, tile.width, worst); mask; mask &= mask - 1) {
             const int64_t i = __builtin_ctzll(mask);
             const float* row = rows + i * tile.width;
@@ -84,35 +90,28 @@ void top_k(ffi::ThreadPool& pool, const Layer<T, I>& layer, int64_t k, const Inp
     }
   });
 
-  // Parts are offered in the order of their labels, so that ties go to the lower one.
+  // Ranges are offered in the order of their labels, so that ties go to the lower one.
   Ranking& best = rankings[0];
-  for (int64_t p = 1; p < parts.count; ++p) {
+  for (int64_t r = 1; r < ranges.count; ++r) {
     for (int64_t i = 0; i < s.batch * k; ++i) {
-      if (rankings[p].labels[i] >= 0) best.offer(i / k, rankings[p].scores[i], rankings[p].labels[i]);
+      if (rankings[r].labels[i] >= 0) best.offer(i / k, rankings[r].scores[i], rankings[r].labels[i]);
     }
   }
   std::copy_n(best.scores.get(), s.batch * k, scores);
   std::copy_n(best.labels.get(), s.batch * k, labels);
 }
 
-ffi::Error top_k_impl(ffi::ThreadPool pool, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  int64_t k = 0;
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(in, kernel, indices, bias, *scores, *labels, &s, &k));
-  return dispatch(x, indices, [&](auto* t, auto* i) {
+void run_top_k(ffi::ThreadPool& pool, const FanInTopK& call) {
+  dispatch(call, [&](auto* t, auto* i) {
     using T = std::remove_pointer_t<decltype(t)>;
     using I = std::remove_pointer_t<decltype(i)>;
-    top_k(pool, Layer<T, I>{s, data<T>(kernel), data<I>(indices), optional_data<T>(bias)}, k,
-          inputs_of<T>(in),
-          data<float>(*scores), data<int32_t>(*labels));
+    top_k(pool, layer_of<T, I>(call), call.k(), inputs_of<T>(call), data<float>(call.scores),
+          data<int32_t>(call.labels));
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fan_in_top_k, top_k_impl,
-                              bind_fan_in_top_k(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(fan_in_top_k, run_top_k);
 
 }  // namespace xla_ops

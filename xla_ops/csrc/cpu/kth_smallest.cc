@@ -1,13 +1,15 @@
-// The k-th smallest magnitude of an array, from counts of the values of its bits: their order is that of magnitudes.
+// The k-th smallest magnitude of an array, from counts of the values of its bits: their order is that of
+// magnitudes.
 
 #include "../kth_smallest.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-#include "kernels.h"
-#include "packed.h"
+#include "handler.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace xla_ops {
@@ -23,20 +25,21 @@ uint32_t magnitude(float x) {
 }
 uint32_t magnitude(bfloat16 x) { return static_cast<uint32_t>(x.bits & 0x7fff) << 16; }
 
-// How many of x have each value of bits [shift, shift + kCountedBits), among those whose bits above are `above`.
+// Counts the elements of x by the value of their bits [shift, shift + kCountedBits), among the elements whose
+// bits above these are `above`.
 template <typename T>
 std::vector<int64_t> count_bits(ffi::ThreadPool& pool, const T* x, int64_t n, int shift, uint32_t above) {
-  const int64_t parts = pool.num_threads(), each = ceil_div(n, parts);
-  std::vector<std::vector<int64_t>> counts(parts, std::vector<int64_t>(1 << kCountedBits));
-  parallel_for(pool, parts, [&](int64_t part) {
-    std::vector<int64_t>& count = counts[part];
-    for (int64_t i = part * each; i < std::min(n, (part + 1) * each); ++i) {
+  const int64_t ranges = pool.num_threads(), each = ceil_div(n, ranges);
+  std::vector<std::vector<int64_t>> counts(ranges, std::vector<int64_t>(1 << kCountedBits));
+  parallel_for(pool, ranges, [&](int64_t range) {
+    std::vector<int64_t>& count = counts[range];
+    for (int64_t i = range * each; i < std::min(n, (range + 1) * each); ++i) {
       const uint64_t bits = magnitude(x[i]);  // 64 bits, so that it may be shifted by 32
       if (bits >> (shift + kCountedBits) == above) ++count[bits >> shift & ((1 << kCountedBits) - 1)];
     }
   });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (size_t value = 0; value < counts[0].size(); ++value) counts[0][value] += counts[part][value];
+  for (int64_t range = 1; range < ranges; ++range) {
+    for (size_t value = 0; value < counts[0].size(); ++value) counts[0][value] += counts[range][value];
   }
   return counts[0];
 }
@@ -55,21 +58,15 @@ float kth(ffi::ThreadPool& pool, const T* x, int64_t n, int64_t k) {
   return result;
 }
 
-ffi::Error impl(ffi::ThreadPool pool, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result) {
-  XLA_OPS_RETURN_IF_ERROR(check_kth_smallest(x, k, *result));
-  const int64_t n = x.element_count();
-  return guarded([&] {
-    switch (x.element_type()) {
-      case ffi::F32: *data<float>(*result) = kth(pool, data<float>(x), n, k); return ffi::Error::Success();
-      case ffi::BF16: *data<float>(*result) = kth(pool, data<bfloat16>(x), n, k); return ffi::Error::Success();
-      default: return ffi::Error::InvalidArgument("x must be float32 or bfloat16");
-    }
+void run_kth(ffi::ThreadPool& pool, const KthSmallest& call) {
+  *data<float>(call.smallest) = dispatch_values(call.x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return kth(pool, data<T>(call.x), call.x.element_count(), call.k);
   });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(kth_smallest, impl,
-                              bind_kth_smallest(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_OPS_DEFINE_HANDLER(kth_smallest, run_kth);
 
 }  // namespace xla_ops

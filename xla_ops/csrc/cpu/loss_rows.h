@@ -9,8 +9,11 @@
 #include <utility>
 #include <vector>
 
+#include "../fan_in_loss.h"
 #include "kernels.h"
+#include "layer.h"
 #include "packed.h"
+#include "tiles.h"
 
 namespace xla_ops {
 
@@ -36,8 +39,10 @@ struct Positive {
   bool operator==(const Positive& other) const { return label == other.label && example == other.example; }
 };
 
-// The distinct positives [batch, width] in order of their labels; padding and labels out of range are left out.
-inline std::vector<Positive> by_label(const int32_t* positives, int64_t batch, int64_t width, int64_t labels) {
+// The distinct positives [batch, width] in order of their labels; padding and labels out of range are left
+// out.
+inline std::vector<Positive> by_label(const int32_t* positives, int64_t batch, int64_t width,
+                                      int64_t labels) {
   std::vector<Positive> sorted;
   sorted.reserve(batch * width);
   for (int64_t i = 0; i < batch * width; ++i) {
@@ -58,8 +63,9 @@ class LossRows {
 
   // Returns the mask of the rows that are not zero.
   template <typename T, typename I>
-  uint64_t operator()(const Run<T, I>& run, const Tile& tile, int64_t label, int64_t n, float* rows) {
-    run.logits(tile, label, n, rows);
+  uint64_t operator()(const LabelChunk<T, I>& chunk, const Tile& tile, int64_t label, int64_t n,
+                      float* rows) {
+    chunk.logits(tile, label, n, rows);
     corrections_.clear();
     for (auto p = std::lower_bound(positives_.begin(), positives_.end(), Positive{label, 0});
          p != positives_.end() && p->label < label + n; ++p) {
@@ -92,11 +98,29 @@ class LossRows {
   double total_ = 0;
 };
 
-// The mean loss from the parts' sums.
+// The layer and the inputs of a call, prepared for the pass over the labels.
+template <typename T, typename I>
+struct LossPass {
+  LossPass(ffi::ThreadPool& pool, const FanInLossValue& call)
+      : layer(layer_of<T, I>(call)),
+        tiles(call.shape.batch, call.shape.in_features),
+        packed(pool, tiles, inputs_of<T>(call)),
+        positives(by_label(data<int32_t>(call.positives), call.shape.batch, call.positives_width(),
+                           call.shape.labels)),
+        rows(call.shape, static_cast<Loss>(call.loss), positives) {}
+
+  const Layer<T, I> layer;
+  const Tiles tiles;
+  const Packed<T> packed;
+  const std::vector<Positive> positives;
+  const LossRows rows;  // to be copied for each range of labels
+};
+
+// The mean loss from the sums of the ranges of labels.
 template <typename Rows>
-float mean_loss(const std::vector<Rows>& parts, const Shape& s) {
+float mean_loss(const std::vector<Rows>& ranges, const Shape& s) {
   double total = 0;
-  for (const Rows& part : parts) total += part.total();
+  for (const Rows& rows : ranges) total += rows.total();
   return static_cast<float>(total / (static_cast<double>(s.batch) * static_cast<double>(s.mean_labels)));
 }
 

@@ -16,13 +16,14 @@
 
 namespace xla_ops {
 
-// Runs body(i) for every i in [0, count), on the pool's threads and on the caller's. If bodies throw, the rest
-// still run, and one of the exceptions is thrown to the caller at the end.
+// Runs body(i) for every i in [0, count), on the pool's threads and on the caller's. If bodies throw, the
+// rest still run, and one of the exceptions is thrown to the caller at the end.
 //
 // The caller works too, and then waits only for items that some thread has begun: never for a task that the
 // pool has not started. A handler may itself run on a pool thread, and waiting for the queue there could
 // wait for itself.
-inline void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& body) {
+inline void parallel_for(xla::ffi::ThreadPool& pool, int64_t count,
+                         const std::function<void(int64_t)>& body) {
   struct State {
     const std::function<void(int64_t)>* body;
     int64_t count;

@@ -1,32 +1,36 @@
-// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and the
-// gradient of its output, is summed in registers, for a tile of the kernel at a time, and never stored.
+// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and
+// the gradient of its output, is summed in registers, for a tile of the kernel at a time, and never stored.
 //
-// The kernel and its moments are what takes time: each is read and written once. The update must therefore not hold
-// up the loads. A block of threads has its tile's sums in shared memory by then, which leaves registers for all that
-// a thread asks for at once; and while one block sums, the others of its processor wait for memory.
+// The kernel and its moments are what takes time: each is read and written once. The update must therefore
+// not hold up the loads. A block of threads has its tile's sums in shared memory by then, which leaves
+// registers for all that a thread asks for at once; and while one block sums, the others of its processor
+// wait for memory.
 
 #include <type_traits>
 
-#include "device.cuh"
 #include "launch.cuh"
+#include "layout.h"
 #include "updates.cuh"
+#include "values.cuh"
 
 namespace xla_ops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;  // on a processor, of 80 registers a thread: four would spill
+constexpr int kBlocks = 3;                 // on a processor, of 80 registers a thread: four would spill
 constexpr int kRows = 64, kColumns = 128;  // of a tile
 constexpr int kExamples = 16;              // that are in shared memory at once
 
-// For the sums a warp has some rows, and a lane every 32nd column: it multiplies each value that it reads from shared
-// memory four or eight times.
+// For the sums a warp has some rows, and a lane every 32nd column: it multiplies each value that it reads
+// from shared memory four or eight times.
 constexpr int kWarpRows = kRows / (kThreads / kWarp);
 constexpr int kLaneColumns = kColumns / kWarp;
 
-// For the update half a warp has a row, and a lane every 16th column: those whose random bits are of one counter.
+// For the update half a warp has a row, and a lane every 16th column: those whose random bits are of one
+// counter.
 constexpr int kWeights = kColumns / kCounters;
-static_assert(kColumns == kRun && kWarp == 2 * kCounters, "a row of a tile is a run of positions, for half a warp");
+static_assert(kColumns == kPositions && kWarp == 2 * kCounters,
+              "a row of a tile is a run of positions, for half a warp");
 
 union Shared {
   struct {
@@ -41,24 +45,24 @@ struct Tile {
   int64_t row, column;
 };
 
-// Brings kExamples rows of a matrix [batch, width] into shared memory, from `example` on, and of those kPart columns,
-// from `column` on. What is outside of the matrix is 0.
-template <int kPart>
+// Brings rows [example, example + kExamples) and columns [column, column + kWidth) of a matrix [batch, width]
+// into shared memory. Elements outside of the matrix are 0.
+template <int kWidth>
 __device__ void stage(const float* matrix, int64_t batch, int64_t width, int64_t example, int64_t column,
-                      float (&part)[kExamples][kPart]) {
-  constexpr int kAtOnce = kThreads / kPart;
-  const int first = threadIdx.x / kPart, c = threadIdx.x % kPart;
+                      float (&staged)[kExamples][kWidth]) {
+  constexpr int kAtOnce = kThreads / kWidth;
+  const int first = threadIdx.x / kWidth, c = threadIdx.x % kWidth;
   const int examples = static_cast<int>(min(int64_t{kExamples}, batch - example));
   const bool inside = column + c < width;
   const float* from = matrix + (example + first) * width + column + c;
 #pragma unroll
   for (int b = 0; b < kExamples; b += kAtOnce, from += kAtOnce * width) {
-    part[first + b][c] = inside && first + b < examples ? __ldg(from) : 0;
+    staged[first + b][c] = inside && first + b < examples ? __ldg(from) : 0;
   }
 }
 
-// shared.sums = the gradients of the tile's weights, each summed in the order of the batch. To be called by all
-// threads of a block.
+// shared.sums = the gradients of the tile's weights, each summed in the order of the batch. To be called by
+// all threads of a block.
 __device__ inline void sum_gradients(const DenseShape& s, const float* x, const float* dy, const Tile& tile,
                                      Shared& shared) {
   const int first_row = threadIdx.x / kWarp * kWarpRows, lane = threadIdx.x % kWarp;
@@ -103,8 +107,8 @@ struct Weights {
   __device__ Weights from(int64_t i) const { return {w + i, mu + i, nu + i}; }
 };
 
-// Updates every 16th of `columns` weights of a row. Of moments in bfloat16 the first is rounded to nearest, the second
-// stochastically.
+// Updates every 16th of `columns` weights of a row. Of moments in bfloat16 the first is rounded to nearest,
+// the second stochastically.
 template <typename M>
 __device__ void update_row(const Weights<M>& at, int columns, const float* gradients, const AdamStep& step,
                            const RoundingKey& key, uint64_t counter) {
@@ -135,9 +139,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                 AdamRates rates, const uint32_t* words_of_key) {
   __shared__ Shared shared;
   const AdamStep step(rates);
-  const RoundingKey key(words_of_key);
+  const RoundingKey key = load_key(words_of_key);
   const int first_row = threadIdx.x / kCounters, lane = threadIdx.x % kCounters;
-  const int64_t tiles_of_rows = ceil_div(s.rows, kRows), runs = ceil_div(s.columns, kRun);
+  const int64_t tiles_of_rows = ceil_div(s.rows, kRows), runs = ceil_div(s.columns, kPositions);
   for_each_item(tiles_of_rows * runs, [&](int64_t item) {
     // Neighbours have the same columns: dy, the larger matrix, comes from memory once.
     const int64_t run = item / tiles_of_rows;
@@ -150,8 +154,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int64_t row = tile.row + r;
       // Of random bits a row has as many positions as if it were whole runs.
       const uint64_t counter = (row * runs + run) * kCounters + lane;
-      update_row(weights.from(row * s.columns + tile.column + lane), columns - lane, &shared.sums[r][lane], step, key,
-                 counter);
+      update_row(weights.from(row * s.columns + tile.column + lane), columns - lane, &shared.sums[r][lane],
+                 step, key, counter);
     }
   });
 }
@@ -159,15 +163,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }  // namespace
 
 template <typename M>
-cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy, float* kernel,
-                            M* mu, M* nu, const AdamRates& rates, const uint32_t* key) {
+cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy,
+                            float* kernel, M* mu, M* nu, const AdamRates& rates, const uint32_t* key) {
   const int64_t tiles = ceil_div(s.rows, kRows) * ceil_div(s.columns, kColumns);
   return launch(adam_kernel<M>, tiles, kThreads, 0, stream, s, x, dy, Weights<M>{kernel, mu, nu}, rates, key);
 }
 
-#define XLA_OPS_INSTANTIATE(M)                                                                                     \
-  template cudaError_t dense_adam_step<M>(cudaStream_t, const DenseShape&, const float*, const float*, float*, M*, \
-                                          M*, const AdamRates&, const uint32_t*);
+#define XLA_OPS_INSTANTIATE(M)                                                                         \
+  template cudaError_t dense_adam_step<M>(cudaStream_t, const DenseShape&, const float*, const float*, \
+                                          float*, M*, M*, const AdamRates&, const uint32_t*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

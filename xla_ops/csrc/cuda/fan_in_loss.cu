@@ -1,5 +1,5 @@
-// The loss of a fixed fan-in output layer against sparse positives, and all of its gradients, in one pass over the
-// labels (fan_in_loss.cuh).
+// The loss of a fixed fan-in output layer against sparse positives, and all of its gradients, in one pass
+// over the labels (fan_in_loss.cuh).
 
 #include "fan_in_loss.cuh"
 
@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kMeanThreads)
 
 }  // namespace
 
-cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count, double divisor, float* mean) {
+cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count, double divisor,
+                       float* mean) {
   return launch(mean_kernel, 1, kMeanThreads, 0, stream, totals, count, divisor, mean);
 }
 
@@ -40,8 +41,8 @@ template <typename T>
 cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                               const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
                               const int32_t* positives, int64_t width, float* value) {
-  return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, NoGradients{},
-                     value, nullptr);
+  return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width},
+                     NoGradients{}, value, nullptr);
 }
 
 template <typename T>
@@ -53,12 +54,12 @@ cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, con
                      WriteGradients<T>{{d_kernel}, d_bias}, value, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                        \
-  template cudaError_t fan_in_loss_value<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, const T*, \
-                                            Indices, const T*, const int32_t*, int64_t, float*);                      \
-  template cudaError_t fan_in_loss_gradients<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&,       \
-                                                const T*, Indices, const T*, const int32_t*, int64_t, float*, T*, T*, \
-                                                T*);
+#define XLA_OPS_INSTANTIATE(T)                                                                              \
+  template cudaError_t fan_in_loss_value<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, \
+                                            const T*, Indices, const T*, const int32_t*, int64_t, float*);  \
+  template cudaError_t fan_in_loss_gradients<T>(cudaStream_t, Workspace&, const Shape&, Loss,               \
+                                                const Inputs<T>&, const T*, Indices, const T*,              \
+                                                const int32_t*, int64_t, float*, T*, T*, T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

@@ -1,8 +1,9 @@
-// The pass over the labels behind fan_in_loss and fan_in_step: a block of threads takes its labels through logits, loss
-// and gradients, which stay in registers, and hands those of kernel and bias to a sink.
+// The pass over the labels behind fan_in_loss and fan_in_step: a block of threads takes its labels through
+// logits, loss and gradients, which stay in registers, and hands those of kernel and bias to a sink.
 //
-// Which labels are positives is a word per label, with a bit for each example of the tile, in shared memory. All
-// positives of a tile are looked through for each block of labels: they are few next to the connections of one.
+// The positives of a block are in shared memory: a word per label, with a bit for each example of the tile.
+// All positives of a tile are read for each block of labels: they are few in comparison with the connections
+// of a block.
 
 #ifndef XLA_OPS_CSRC_CUDA_FAN_IN_LOSS_CUH_
 #define XLA_OPS_CSRC_CUDA_FAN_IN_LOSS_CUH_
@@ -10,9 +11,11 @@
 #include <cmath>
 #include <type_traits>
 
-#include "device.cuh"
+#include "gradients.cuh"
 #include "launch.cuh"
+#include "layer.cuh"
 #include "layout.h"
+#include "logits.cuh"
 
 namespace xla_ops::cuda {
 
@@ -21,9 +24,10 @@ struct Positives {
   int64_t width;
 };
 
-// bits[label] gets bit b for each example b of the tile that has the label. To be called by all threads of a block.
-__device__ inline void mark_positives(const Positives& positives, const Examples& examples, const LabelBlock& labels,
-                                      uint32_t* bits) {
+// bits[label] gets bit b for each example b of the tile that has the label. To be called by all threads of a
+// block.
+__device__ inline void mark_positives(const Positives& positives, const Examples& examples,
+                                      const LabelBlock& labels, uint32_t* bits) {
   __syncthreads();  // the last tile's may still be in use
   for (int i = threadIdx.x; i < kLabels; i += blockDim.x) bits[i] = 0;
   __syncthreads();
@@ -43,7 +47,8 @@ struct Term {
   float value, slope;
 };
 
-// The loss as a function of the margin, which is the logit of a positive and minus that of a negative; its slope.
+// The loss as a function of the margin, which is the logit of a positive and minus that of a negative; its
+// slope.
 __device__ inline Term term(Loss loss, float margin) {
   if (loss == Loss::kSquaredHinge) {
     const float slack = 1 - margin < 0 ? 0 : 1 - margin;  // NaN stays NaN
@@ -52,9 +57,9 @@ __device__ inline Term term(Loss loss, float margin) {
   return {fmaxf(-margin, 0) + log1pf(expf(-fabsf(margin))), -1 / (1 + expf(margin))};
 }
 
-// What the pass does besides adding up the loss. A sink is what becomes of the gradients of kernel and bias: it has
-// kernel(number of the weight, gradient), the same for four weights at once, bias(label, gradient), and whether there
-// is a bias.
+// The parameters of the backward part of the pass. A sink takes the gradients of kernel and bias: it has
+// kernel(number of the weight, gradient), the same for four weights at once, bias(label, gradient), and
+// has_bias().
 template <typename Sink>
 struct Backward {
   float scale;            // of the mean
@@ -66,8 +71,9 @@ struct NoGradients {};
 
 // totals[block of threads] = the sum of its losses.
 template <typename T, bool kSparse, typename Sink>
-__global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T, kSparse> layer, Loss loss, Positives positives,
-                                                    double* __restrict__ totals, const Backward<Sink> out) {
+__global__ void XLA_OPS_GROUP_BOUNDS(T)
+    loss_kernel(const Layer<T, kSparse> layer, Loss loss, Positives positives, double* __restrict__ totals,
+                const Backward<Sink> out) {
   constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
   constexpr int kValues = Group<T>::kValues, kThreads = Group<T>::kThreads;
   __shared__ Staged<kSparse> staged;
@@ -102,7 +108,8 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T, kSparse> laye
       for (int other = kWarp / 2; other > 0; other /= 2) value += __shfl_xor_sync(kAllLanes, value, other);
       if (first_of_warp) losses[threadIdx.x / kWarp] += value;
       if constexpr (kGradients) {
-        float* const d_packed = out.d_packed ? out.d_packed + tile * layer.shape.in_features * kTile : nullptr;
+        float* const d_packed =
+            out.d_packed ? out.d_packed + tile * layer.shape.in_features * kTile : nullptr;
         any |= add_gradients(layer, layer.tile(tile), labels, s, any, staged, all_staged(layer),
                              sums_of(layer, shared_sums, out.sums_of_blocks), d_packed);
       }
@@ -110,7 +117,8 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T) loss_kernel(const Layer<T, kSparse> laye
     if constexpr (kGradients) {
       const Sink& sink = out.sink;
       take_kernel_gradients(layer, labels, any, sums_of(layer, shared_sums, out.sums_of_blocks), sink);
-      if (sink.has_bias()) for_each_bias_gradient<T>(labels, d_bias, [&](int64_t i, float d) { sink.bias(i, d); });
+      if (sink.has_bias())
+        for_each_bias_gradient<T>(labels, d_bias, [&](int64_t i, float d) { sink.bias(i, d); });
     }
   });
   __syncthreads();
@@ -126,31 +134,31 @@ cudaError_t write_mean(cudaStream_t stream, const double* totals, int64_t count,
 
 // The whole pass: the loss and, unless the sink is NoGradients, or d_x null, d_x.
 template <typename T, typename Sink>
-cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss, const Inputs<T>& inputs,
-                     const T* kernel, Indices indices, const T* bias, const Positives& positives, const Sink& sink,
-                     float* value, T* d_x) {
+cudaError_t run_loss(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
+                     const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                     const Positives& positives, const Sink& sink, float* value, T* d_x) {
   constexpr bool kGradients = !std::is_same_v<Sink, NoGradients>;
   const Packed<T> packed = take_packed(workspace, s, inputs);
   const Layer<T> plain{s, packed.rows, kernel, indices, bias};
-  double* const totals = workspace.take<double>(most_sharers(plain));
+  double* const totals = workspace.take<double>(max_blocks(plain));
   const float scale = 1 / (static_cast<float>(s.batch) * static_cast<float>(s.mean_labels));
   Backward<Sink> out{scale, nullptr, nullptr, sink};
   if constexpr (kGradients) {
-    out.sums_of_blocks = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
+    out.sums_of_blocks = workspace.take<float>(max_blocks(plain) * kLabels * s.fan_in);
     out.d_packed = workspace.take<float>(sums_count(s));
     if (!d_x) out.d_packed = nullptr;
   }
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
 
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
-  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, most_sharers(plain)));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, totals, max_blocks(plain)));
   if (out.d_packed) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, out.d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(dispatch(plain, packed.map, [&](const auto& layer) {
-    return launch(loss_kernel<T, std::decay_t<decltype(layer)>::kHasSparse, Sink>, most_sharers(plain),
+    return launch(loss_kernel<T, std::decay_t<decltype(layer)>::kHasSparse, Sink>, max_blocks(plain),
                   Group<T>::kThreads, 0, stream, layer, loss, positives, totals, out);
   }));
   const double divisor = static_cast<double>(s.batch) * static_cast<double>(s.mean_labels);
-  XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, most_sharers(plain), divisor, value));
+  XLA_OPS_RETURN_IF_CUDA_ERROR(write_mean(stream, totals, max_blocks(plain), divisor, value));
   return out.d_packed ? unpack_sums(stream, s, out.d_packed, d_x) : cudaSuccess;
 }
 

@@ -1,27 +1,29 @@
 // fan_in_matmul and its gradients: y[b, l] = bias[l] + sum_f kernel[l, f] * x[b, indices[l, f]].
 //
-// The forward pass has two regimes. Where a tile's features fit in shared memory each block keeps a copy there,
-// for all of its blocks of labels; else rows come out of the second-level cache, which a tile of 131k float32
-// features (17 MB) still fits in. The gradients leave a small tile to the first-level cache, and so does the forward
-// pass where there are sparse inputs, whose rows would not be among those in shared memory.
+// The forward pass has two regimes. Where a tile's features fit in shared memory each block keeps a copy
+// there, for all of its blocks of labels; else rows come out of the second-level cache, which a tile of 131k
+// float32 features (17 MB) still fits in. The gradients leave a small tile to the first-level cache, and so
+// does the forward pass where there are sparse inputs, whose rows would not be among those in shared memory.
 //
-// Rows of d_x are summed by atomic additions, the only sums whose order may differ from run to run. The other way
-// is to gather rows of dy by input, along connections sorted by input: those have to be sorted again after each
-// rewiring, dy (L rows) does not fit in the cache as d_x (D rows) does, and labels without a gradient cost as
-// much as others, while here they cost nothing. Which one is faster has not been measured.
+// Rows of d_x are summed by atomic additions, the only sums whose order may differ from run to run. The other
+// way is to gather rows of dy by input, along connections sorted by input: those have to be sorted again
+// after each rewiring, dy (L rows) does not fit in the cache as d_x (D rows) does, and labels without a
+// gradient cost as much as others, while here they cost nothing. Which one is faster has not been measured.
 
 #include <type_traits>
 
-#include "device.cuh"
 #include "fan_in_matmul.cuh"
+#include "gradients.cuh"
 #include "launch.cuh"
+#include "layer.cuh"
 #include "layout.h"
+#include "logits.cuh"
 
 namespace xla_ops::cuda {
 namespace {
 
-// [kTile, kLabels] values on their way to or from a matrix whose rows are examples. One column more than fits, so
-// that threads do not meet in the same bank when they go along an example or a label.
+// [kTile, kLabels] values on their way to or from a matrix whose rows are examples. One column more than
+// fits, so that threads do not meet in the same bank when they go along an example or a label.
 using LabelTile = float[kTile][kLabels + 1];
 
 template <bool kInShared, typename T, bool kSparse, typename Out>
@@ -70,8 +72,9 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
 
 template <typename T, bool kSparse>
 __global__ void XLA_OPS_GROUP_BOUNDS(T)
-    gradients_kernel(const Layer<T, kSparse> layer, const T* __restrict__ dy, float* __restrict__ sums_of_blocks,
-                     float* d_packed, T* __restrict__ d_kernel, T* __restrict__ d_bias) {
+    gradients_kernel(const Layer<T, kSparse> layer, const T* __restrict__ dy,
+                     float* __restrict__ sums_of_blocks, float* d_packed, T* __restrict__ d_kernel,
+                     T* __restrict__ d_bias) {
   union Shared {
     Staged<kSparse> staged;
     LabelTile dy;
@@ -111,11 +114,12 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
 }  // namespace
 
 template <typename T, typename Out>
-cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, const SparseMap& map, Out* y, int64_t y_stride) {
+cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, const SparseMap& map, Out* y,
+                         int64_t y_stride) {
   const int64_t items = layer.tiles() * layer.blocks();
-  if (map.columns > 0) {
-    return launch(forward_kernel<false, T, true, Out>, items, Group<T>::kThreads, 0, stream, Layer<T, true>{layer, map},
-                  y, y_stride);
+  if (map.num_columns > 0) {
+    return launch(forward_kernel<false, T, true, Out>, items, Group<T>::kThreads, 0, stream,
+                  Layer<T, true>{layer, map}, y, y_stride);
   }
   int device, shared_bytes;
   XLA_OPS_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
@@ -125,15 +129,17 @@ cudaError_t write_logits(cudaStream_t stream, const Layer<T>& layer, const Spars
   XLA_OPS_RETURN_IF_CUDA_ERROR(cudaFuncGetAttributes(&attributes, forward_kernel<true, T, false, Out>));
   const int64_t tile_bytes = (layer.shape.in_features + 1) * kTile * sizeof(T);
   if (tile_bytes + static_cast<int64_t>(attributes.sharedSizeBytes) <= shared_bytes) {
-    return launch(forward_kernel<true, T, false, Out>, items, Group<T>::kThreads, tile_bytes, stream, layer, y,
-                  y_stride);
+    return launch(forward_kernel<true, T, false, Out>, items, Group<T>::kThreads, tile_bytes, stream, layer,
+                  y, y_stride);
   }
-  return launch(forward_kernel<false, T, false, Out>, items, Group<T>::kThreads, 0, stream, layer, y, y_stride);
+  return launch(forward_kernel<false, T, false, Out>, items, Group<T>::kThreads, 0, stream, layer, y,
+                y_stride);
 }
 
 template <typename T>
-cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
-                                  const T* kernel, Indices indices, const T* bias, T* y) {
+cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s,
+                                  const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                                  T* y) {
   const Packed<T> packed = take_packed(workspace, s, inputs);
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
@@ -141,29 +147,31 @@ cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, con
 }
 
 template <typename T>
-cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
-                                    const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias) {
+cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s,
+                                    const Inputs<T>& inputs, const T* kernel, Indices indices, const T* dy,
+                                    T* d_x, T* d_kernel, T* d_bias) {
   const Packed<T> packed = take_packed(workspace, s, inputs);
   const Layer<T> plain{s, packed.rows, kernel, indices, nullptr};
   float* d_packed = workspace.take<float>(sums_count(s));
   if (!d_x) d_packed = nullptr;
-  float* const sums = workspace.take<float>(most_sharers(plain) * kLabels * s.fan_in);
+  float* const sums = workspace.take<float>(max_blocks(plain) * kLabels * s.fan_in);
   if (!workspace.enough()) return cudaErrorMemoryAllocation;
   XLA_OPS_RETURN_IF_CUDA_ERROR(pack(stream, s, inputs, packed));
   if (d_packed) XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, d_packed, sums_count(s)));
   XLA_OPS_RETURN_IF_CUDA_ERROR(dispatch(plain, packed.map, [&](const auto& layer) {
-    return launch(gradients_kernel<T, std::decay_t<decltype(layer)>::kHasSparse>, most_sharers(plain),
+    return launch(gradients_kernel<T, std::decay_t<decltype(layer)>::kHasSparse>, max_blocks(plain),
                   Group<T>::kThreads, 0, stream, layer, dy, sums, d_packed, d_kernel, d_bias);
   }));
   return d_packed ? unpack_sums(stream, s, d_packed, d_x) : cudaSuccess;
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                \
-  template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Workspace&, const Shape&, const Inputs<T>&,     \
-                                                const T*, Indices, const T*, T*);                             \
-  template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Workspace&, const Shape&, const Inputs<T>&,   \
-                                                  const T*, Indices, const T*, T*, T*, T*);                   \
-  template cudaError_t write_logits<T, float>(cudaStream_t, const Layer<T>&, const SparseMap&, float*, int64_t);
+#define XLA_OPS_INSTANTIATE(T)                                                                              \
+  template cudaError_t fan_in_matmul_forward<T>(cudaStream_t, Workspace&, const Shape&, const Inputs<T>&,   \
+                                                const T*, Indices, const T*, T*);                           \
+  template cudaError_t fan_in_matmul_gradients<T>(cudaStream_t, Workspace&, const Shape&, const Inputs<T>&, \
+                                                  const T*, Indices, const T*, T*, T*, T*);                 \
+  template cudaError_t write_logits<T, float>(cudaStream_t, const Layer<T>&, const SparseMap&, float*,      \
+                                              int64_t);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

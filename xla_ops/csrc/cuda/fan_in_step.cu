@@ -1,5 +1,5 @@
-// A whole training step of a fixed fan-in output layer in one pass over the labels (fan_in_loss.cuh): a block of threads
-// updates its labels' weights where they are, once it has their gradients. No other reads them.
+// A whole training step of a fixed fan-in output layer in one pass over the labels (fan_in_loss.cuh): a block
+// of threads updates its labels' weights where they are, once it has their gradients. No other reads them.
 
 #include "fan_in_loss.cuh"
 #include "updates.cuh"
@@ -11,8 +11,8 @@ namespace {
 template <typename T>
 struct SgdUpdate {
   T* weights;
-  T* biases;  // or null
-  int64_t fan_in, num_labels;  // of the whole layer, of which this may be a part
+  T* biases;                   // or null
+  int64_t fan_in, num_labels;  // of the whole layer, of which this may be a shard
   const float* learning_rate;
   const uint32_t* key;
 
@@ -38,12 +38,15 @@ struct SgdUpdate {
 
   __device__ void update(T* w, int64_t position, float d) const {
     if (d == 0) return;
-    const RoundingKey rounding(load_here(key), load_here(key + 1), load_here(key + 2));
+    const RoundingKey rounding{{load_here(key), load_here(key + 1)}, load_here(key + 2)};
     set(w, to_float(*w) - load_here(learning_rate) * d, rounding_bits(rounding, position));
   }
-  // A load that stays where it is: in a register throughout the pass over the labels the value would be one too many.
+  // A load that stays where it is: in a register throughout the pass over the labels the value would be one
+  // too many.
   template <typename Value>
-  __device__ static Value load_here(const Value* p) { return *static_cast<const volatile Value*>(p); }
+  __device__ static Value load_here(const Value* p) {
+    return *static_cast<const volatile Value*>(p);
+  }
 };
 
 struct AdamUpdate {
@@ -76,24 +79,26 @@ struct AdamUpdate {
 
 template <typename T>
 cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
-                            const Inputs<T>& inputs, T* kernel, Indices indices, T* bias, const int32_t* positives,
-                            int64_t width, const float* learning_rate, const uint32_t* key, float* value, T* d_x) {
+                            const Inputs<T>& inputs, T* kernel, Indices indices, T* bias,
+                            const int32_t* positives, int64_t width, const float* learning_rate,
+                            const uint32_t* key, float* value, T* d_x) {
   const SgdUpdate<T> update{kernel, bias, s.fan_in, s.mean_labels, learning_rate, key};
-  return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, update, value, d_x);
+  return run_loss<T>(stream, workspace, s, loss, inputs, kernel, indices, bias, {positives, width}, update,
+                     value, d_x);
 }
 
 cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                              const Inputs<float>& inputs, const AdamWeights& kernel, Indices indices,
-                             const AdamWeights& bias, const int32_t* positives, int64_t width, const AdamRates& rates,
-                             float* value, float* d_x) {
+                             const AdamWeights& bias, const int32_t* positives, int64_t width,
+                             const AdamRates& rates, float* value, float* d_x) {
   return run_loss<float>(stream, workspace, s, loss, inputs, kernel.w, indices, bias.w, {positives, width},
                          AdamUpdate{kernel, bias, rates}, value, d_x);
 }
 
-#define XLA_OPS_INSTANTIATE(T)                                                                                     \
-  template cudaError_t fan_in_sgd_step<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, T*,      \
-                                          Indices, T*, const int32_t*, int64_t, const float*, const uint32_t*,     \
-                                          float*, T*);
+#define XLA_OPS_INSTANTIATE(T)                                                                            \
+  template cudaError_t fan_in_sgd_step<T>(cudaStream_t, Workspace&, const Shape&, Loss, const Inputs<T>&, \
+                                          T*, Indices, T*, const int32_t*, int64_t, const float*,         \
+                                          const uint32_t*, float*, T*);
 XLA_OPS_INSTANTIATE(float)
 XLA_OPS_INSTANTIATE(bfloat16)
 

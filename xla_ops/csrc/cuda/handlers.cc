@@ -1,8 +1,8 @@
-// The FFI handlers: they check what XLA passes, and call the launchers of kernels.h.
+// The FFI handlers: they check the operands that XLA passes, and call the launchers of kernels.h.
 //
-// Their last result is the launcher's workspace, of no bytes where that has no temporaries. So memory is XLA's to plan,
-// and the handlers are compatible with command buffers: XLA may capture the call into a graph and replay it, on the
-// same memory.
+// Their last result is the launcher's workspace, which has no bytes if the launcher has no temporaries. So
+// XLA plans all memory, and the handlers are compatible with command buffers: XLA may capture the call into a
+// graph and replay it, on the same memory.
 
 #include "handlers.h"
 
@@ -25,8 +25,6 @@
 namespace xla_ops {
 namespace {
 
-using WorkspaceResult = ffi::Result<ffi::AnyBuffer>;
-
 std::string version_string(int version) {
   return "CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -36,190 +34,151 @@ ffi::Error error_of(cudaError_t status) {
   return ffi::Error(ffi::ErrorCode::kInternal, error_message(status));
 }
 
-// Calls fn(T*, workspace) with a null pointer of the type that x holds, and turns the CUDA error that it
-// returns into one of XLA's.
-template <typename Fn>
-ffi::Error launch(const InputBuffers& in, const ffi::AnyBuffer& indices, ffi::AnyBuffer& buffer, Fn&& fn) {
-  cudaError_t status = cudaSuccess;
-  cuda::Workspace workspace(buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
-  XLA_OPS_RETURN_IF_ERROR(dispatch(in.x, indices, [&](auto* t, auto*) { status = fn(t, workspace); }));
-  if (!workspace.enough()) {
-    return ffi::Error::InvalidArgument("the workspace must have " + std::to_string(workspace.taken()) +
-                                       " bytes, got " + std::to_string(buffer.size_bytes()));
-  }
-  return error_of(status);
-}
-
-cuda::Indices indices_of(const ffi::AnyBuffer& buffer) {
-  return {buffer.untyped_data(), buffer.element_type() == ffi::U16};
+// Reads and checks a call whose last result is the workspace, and runs it.
+template <typename CallType>
+ffi::Error handle(cudaError_t (*run)(cudaStream_t, cuda::Workspace&, const CallType&), cudaStream_t stream,
+                  ffi::RemainingArgs arguments, ffi::RemainingRets results, ffi::Dictionary attributes) {
+  return guarded([&] {
+    CallType call(arguments, results, attributes);
+    const ffi::AnyBuffer buffer = call.result();
+    call.check_all_are_read();
+    call.check();
+    cuda::Workspace workspace(buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
+    const cudaError_t status = run(stream, workspace, call);
+    if (!workspace.enough()) {
+      throw InvalidCall("the workspace must have " + std::to_string(workspace.taken()) + " bytes, got " +
+                        std::to_string(buffer.size_bytes()));
+    }
+    return error_of(status);
+  });
 }
 
 template <typename T>
-cuda::Inputs<T> inputs_of(const InputBuffers& in) {
-  const int64_t entries = in.rows.element_count();
-  return {data<const T>(in.x), data<const int32_t>(in.rows), data<const int32_t>(in.columns),
-          data<const T>(in.values), entries, in.num_columns};
+cuda::Inputs<T> inputs_of(const LayerCall& call) {
+  return {data<const T>(call.x),
+          data<const int32_t>(call.rows),
+          data<const int32_t>(call.columns),
+          data<const T>(call.values),
+          call.num_entries(),
+          call.num_columns};
 }
 
-ffi::Error forward_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                        ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                        ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y, WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_forward(in, kernel, indices, bias, *y, &s));
-  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+cuda::Indices indices_of(const LayerCall& call) {
+  return {call.indices.untyped_data(), call.indices.element_type() == ffi::U16};
+}
+
+// Returns fn(T*), given a null pointer of the type that the kernel holds, after a check of the indices' type.
+template <typename Fn>
+cudaError_t dispatch_kernel(const LayerCall& call, Fn&& fn) {
+  return dispatch(call, [&](auto* t, auto*) { return fn(t); });
+}
+
+cudaError_t run_forward(cudaStream_t stream, cuda::Workspace& workspace, const FanInMatmulForward& call) {
+  return dispatch_kernel(call, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_matmul_forward(stream, workspace, s, inputs_of<T>(in), data<const T>(kernel),
-                                       indices_of(indices), optional_data<const T>(bias), data<T>(*y));
+    return cuda::fan_in_matmul_forward(stream, workspace, call.shape, inputs_of<T>(call),
+                                       data<const T>(call.kernel), indices_of(call),
+                                       optional_data<const T>(call.bias), data<T>(call.y));
   });
 }
 
-ffi::Error gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                          ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                          ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
-                          ffi::Result<ffi::AnyBuffer> d_bias, WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_matmul_gradients(in, kernel, indices, dy, *d_x, *d_kernel, *d_bias, &s));
-  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+cudaError_t run_gradients(cudaStream_t stream, cuda::Workspace& workspace, const FanInMatmulGradients& call) {
+  return dispatch_kernel(call, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_matmul_gradients(stream, workspace, s, inputs_of<T>(in), data<const T>(kernel),
-                                         indices_of(indices), data<const T>(dy), optional_data<T>(*d_x), data<T>(*d_kernel),
-                                         optional_data<T>(*d_bias));
+    return cuda::fan_in_matmul_gradients(stream, workspace, call.shape, inputs_of<T>(call),
+                                         data<const T>(call.kernel), indices_of(call), data<const T>(call.dy),
+                                         optional_data<T>(call.d_x), data<T>(call.d_kernel),
+                                         optional_data<T>(call.d_bias));
   });
 }
 
-ffi::Error value_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss, int64_t num_labels,
-                      ffi::Result<ffi::AnyBuffer> value,
-                      WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, *value, &s));
-  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+cudaError_t run_loss(cudaStream_t stream, cuda::Workspace& workspace, const FanInLossValue& call) {
+  return dispatch_kernel(call, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_loss_value(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
-                                   data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
-                                   data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value));
+    return cuda::fan_in_loss_value(stream, workspace, call.shape, static_cast<Loss>(call.loss),
+                                   inputs_of<T>(call), data<const T>(call.kernel), indices_of(call),
+                                   optional_data<const T>(call.bias), data<const int32_t>(call.positives),
+                                   call.positives_width(), data<float>(call.mean));
   });
 }
 
-ffi::Error loss_gradients_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                               ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel,
-                               ffi::AnyBuffer indices, ffi::AnyBuffer bias, ffi::AnyBuffer positives, int64_t loss,
-                               int64_t num_labels, ffi::Result<ffi::AnyBuffer> value, ffi::Result<ffi::AnyBuffer> d_x,
-                               ffi::Result<ffi::AnyBuffer> d_kernel, ffi::Result<ffi::AnyBuffer> d_bias,
-                               WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_value(in, kernel, indices, bias, positives, loss, num_labels, *value, &s));
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_loss_gradients(s, bias, *d_x, *d_kernel, *d_bias));
-  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+cudaError_t run_loss_gradients(cudaStream_t stream, cuda::Workspace& workspace,
+                               const FanInLossGradients& call) {
+  return dispatch_kernel(call, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_loss_gradients(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in),
-                                       data<const T>(kernel), indices_of(indices), optional_data<const T>(bias),
-                                       data<const int32_t>(positives), positives.dimensions()[1], data<float>(*value),
-                                       optional_data<T>(*d_x), data<T>(*d_kernel), optional_data<T>(*d_bias));
+    return cuda::fan_in_loss_gradients(
+        stream, workspace, call.shape, static_cast<Loss>(call.loss), inputs_of<T>(call),
+        data<const T>(call.kernel), indices_of(call), optional_data<const T>(call.bias),
+        data<const int32_t>(call.positives), call.positives_width(), data<float>(call.mean),
+        optional_data<T>(call.d_x), data<T>(call.d_kernel), optional_data<T>(call.d_bias));
   });
 }
 
-ffi::Error sgd_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                    ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                    ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer learning_rate, ffi::AnyBuffer key,
-                    int64_t loss, int64_t num_labels, ffi::Result<ffi::AnyBuffer> mean,
-                    ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
-                    WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_sgd(
-      {in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias}, learning_rate, key, &s));
-  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+cudaError_t run_sgd(cudaStream_t stream, cuda::Workspace& workspace, const FanInStepSgd& call) {
+  return dispatch_kernel(call, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_sgd_step(stream, workspace, s, static_cast<Loss>(loss), inputs_of<T>(in), data<T>(kernel),
-                                 indices_of(indices), optional_data<T>(bias), data<const int32_t>(positives),
-                                 positives.dimensions()[1], data<const float>(learning_rate),
-                                 data<const uint32_t>(key), data<float>(*mean), optional_data<T>(*d_x));
+    return cuda::fan_in_sgd_step(
+        stream, workspace, call.shape, static_cast<Loss>(call.loss), inputs_of<T>(call), data<T>(call.kernel),
+        indices_of(call), optional_data<T>(call.bias), data<const int32_t>(call.positives),
+        call.positives_width(), data<const float>(call.learning_rate), data<const uint32_t>(call.key),
+        data<float>(call.mean), optional_data<T>(call.d_x));
   });
 }
 
-ffi::Error adam_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                     ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                     ffi::AnyBuffer bias, ffi::AnyBuffer positives, ffi::AnyBuffer mu_kernel, ffi::AnyBuffer nu_kernel,
-                     ffi::AnyBuffer mu_bias, ffi::AnyBuffer nu_bias, ffi::AnyBuffer rates, int64_t loss, int64_t num_labels,
-                     float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> mean, ffi::Result<ffi::AnyBuffer> d_x,
-                     ffi::Result<ffi::AnyBuffer> new_kernel, ffi::Result<ffi::AnyBuffer> new_bias,
-                     ffi::Result<ffi::AnyBuffer> new_mu_kernel, ffi::Result<ffi::AnyBuffer> new_nu_kernel,
-                     ffi::Result<ffi::AnyBuffer> new_mu_bias, ffi::Result<ffi::AnyBuffer> new_nu_bias,
-                     WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_step_adam(
-      {in, kernel, indices, bias, positives, loss, num_labels, *mean, *d_x, *new_kernel, *new_bias},
-      {mu_kernel, nu_kernel, mu_bias, nu_bias, rates, *new_mu_kernel, *new_nu_kernel, *new_mu_bias, *new_nu_bias},
-      &s));
-  return launch(in, indices, *buffer, [&](auto*, cuda::Workspace& workspace) {  // the values are float32
+cudaError_t run_adam(cudaStream_t stream, cuda::Workspace& workspace, const FanInStepAdam& call) {
+  return dispatch_indices(call.indices, [&](auto*) {
     return cuda::fan_in_adam_step(
-        stream, workspace, s, static_cast<Loss>(loss), inputs_of<float>(in),
-        {data<float>(kernel), data<float>(mu_kernel), data<float>(nu_kernel)}, indices_of(indices),
-        {optional_data<float>(bias), data<float>(mu_bias), data<float>(nu_bias)}, data<const int32_t>(positives),
-        positives.dimensions()[1], {data<const float>(rates), b1, b2, epsilon}, data<float>(*mean),
-        optional_data<float>(*d_x));
+        stream, workspace, call.shape, static_cast<Loss>(call.loss), inputs_of<float>(call),
+        {data<float>(call.kernel), data<float>(call.mu_kernel), data<float>(call.nu_kernel)},
+        indices_of(call),
+        {optional_data<float>(call.bias), data<float>(call.mu_bias), data<float>(call.nu_bias)},
+        data<const int32_t>(call.positives), call.positives_width(),
+        {data<const float>(call.rates), call.b1, call.b2, call.epsilon}, data<float>(call.mean),
+        optional_data<float>(call.d_x));
   });
 }
 
-// Logits that exist at once: 16 MiB of them, but of so many labels at least, for the sake of very large batches.
+// Logits that exist at once: 16 MiB of them, but of so many labels at least, for the sake of very large
+// batches.
 constexpr int64_t kLogitsAtOnce = 1 << 22, kLabelsAtOnce = 1024;
 
 int64_t labels_at_once(const Shape& s) {
   return std::max(kLabelsAtOnce, kLogitsAtOnce / std::max<int64_t>(1, s.batch));
 }
 
-ffi::Error top_k_impl(cudaStream_t stream, int64_t num_columns, ffi::AnyBuffer x, ffi::AnyBuffer rows,
-                      ffi::AnyBuffer columns, ffi::AnyBuffer values, ffi::AnyBuffer kernel, ffi::AnyBuffer indices,
-                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> labels,
-                      WorkspaceResult buffer) {
-  const InputBuffers in{x, rows, columns, values, num_columns};
-  Shape s{};
-  int64_t k = 0;
-  XLA_OPS_RETURN_IF_ERROR(check_fan_in_top_k(in, kernel, indices, bias, *scores, *labels, &s, &k));
-  return launch(in, indices, *buffer, [&](auto* t, cuda::Workspace& workspace) {
+cudaError_t run_top_k(cudaStream_t stream, cuda::Workspace& workspace, const FanInTopK& call) {
+  return dispatch_kernel(call, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    return cuda::fan_in_top_k(stream, workspace, s, k, labels_at_once(s), inputs_of<T>(in), data<const T>(kernel),
-                              indices_of(indices), optional_data<const T>(bias), data<float>(*scores),
-                              data<int32_t>(*labels));
+    return cuda::fan_in_top_k(stream, workspace, call.shape, call.k(), labels_at_once(call.shape),
+                              inputs_of<T>(call), data<const T>(call.kernel), indices_of(call),
+                              optional_data<const T>(call.bias), data<float>(call.scores),
+                              data<int32_t>(call.labels));
   });
 }
 
-ffi::Error dense_adam_impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer dy,
-                           ffi::AnyBuffer mu, ffi::AnyBuffer nu, ffi::AnyBuffer rates, ffi::AnyBuffer key,
-                           ffi::AnyBuffer, float b1, float b2, float epsilon, ffi::Result<ffi::AnyBuffer> new_kernel,
-                           ffi::Result<ffi::AnyBuffer> new_mu, ffi::Result<ffi::AnyBuffer> new_nu, WorkspaceResult) {
-  DenseShape s{};
-  XLA_OPS_RETURN_IF_ERROR(
-      check_dense_step_adam({x, kernel, dy, mu, nu, rates, key, *new_kernel, *new_mu, *new_nu}, &s));
-  return dispatch(mu, [&](auto* m) {
+cudaError_t run_dense_adam(cudaStream_t stream, cuda::Workspace&, const DenseStepAdam& call) {
+  return dispatch_values(call.mu, [&](auto* m) {
     using M = std::remove_pointer_t<decltype(m)>;
-    return error_of(cuda::dense_adam_step(stream, s, data<const float>(x), data<const float>(dy), data<float>(kernel),
-                                          data<M>(mu), data<M>(nu), {data<const float>(rates), b1, b2, epsilon},
-                                          data<const uint32_t>(key)));
+    return cuda::dense_adam_step(stream, call.shape, data<const float>(call.x), data<const float>(call.dy),
+                                 data<float>(call.kernel), data<M>(call.mu), data<M>(call.nu),
+                                 {data<const float>(call.rates), call.b1, call.b2, call.epsilon},
+                                 data<const uint32_t>(call.key));
   });
 }
 
-ffi::Error kth_impl(cudaStream_t stream, ffi::AnyBuffer x, int64_t k, ffi::Result<ffi::AnyBuffer> result,
-                    WorkspaceResult buffer) {
-  XLA_OPS_RETURN_IF_ERROR(check_kth_smallest(x, k, *result));
-  return dispatch(x, [&](auto* t) {
+cudaError_t run_kth(cudaStream_t stream, cuda::Workspace& workspace, const KthSmallest& call) {
+  return dispatch_values(call.x, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    cuda::Workspace workspace(buffer->untyped_data(), static_cast<int64_t>(buffer->size_bytes()));
-    return error_of(cuda::kth_smallest(stream, workspace, data<const T>(x), x.element_count(), k, data<float>(*result)));
+    return cuda::kth_smallest(stream, workspace, data<const T>(call.x), call.x.element_count(), call.k,
+                              data<float>(call.smallest));
   });
 }
 
-// What a launcher takes if it has no workspace.
+// Returns the workspace that a launcher needs, which it computes if it is called without one.
 template <typename T>
-int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t entries, int64_t num_columns) {
-  const cuda::Inputs<T> inputs{nullptr, nullptr, nullptr, nullptr, entries, num_columns};
+int64_t workspace_needed(const std::string& handler, const Shape& s, int64_t k, int64_t num_entries,
+                         int64_t num_columns) {
+  const cuda::Inputs<T> inputs{nullptr, nullptr, nullptr, nullptr, num_entries, num_columns};
   const T* in = nullptr;
   T* out = nullptr;
   float* scores = nullptr;
@@ -233,12 +192,15 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
   } else if (handler == "xla_ops.fan_in_loss.value") {
     cuda::fan_in_loss_value(nullptr, none, s, Loss{}, inputs, in, indices, in, labels, 0, scores);
   } else if (handler == "xla_ops.fan_in_loss.gradients") {
-    cuda::fan_in_loss_gradients(nullptr, none, s, Loss{}, inputs, in, indices, in, labels, 0, scores, out, out, out);
+    cuda::fan_in_loss_gradients(nullptr, none, s, Loss{}, inputs, in, indices, in, labels, 0, scores, out,
+                                out, out);
   } else if (handler == "xla_ops.fan_in_step.sgd") {
-    cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, inputs, out, indices, out, labels, 0, scores, nullptr, scores, out);
+    cuda::fan_in_sgd_step(nullptr, none, s, Loss{}, inputs, out, indices, out, labels, 0, scores, nullptr,
+                          scores, out);
   } else if (handler == "xla_ops.fan_in_step.adam") {
-    const cuda::Inputs<float> of_floats{nullptr, nullptr, nullptr, nullptr, entries, num_columns};
-    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, of_floats, {}, indices, {}, labels, 0, {}, scores, scores);
+    const cuda::Inputs<float> of_floats{nullptr, nullptr, nullptr, nullptr, num_entries, num_columns};
+    cuda::fan_in_adam_step(nullptr, none, s, Loss{}, of_floats, {}, indices, {}, labels, 0, {}, scores,
+                           scores);
   } else if (handler == "xla_ops.fan_in_top_k") {
     cuda::fan_in_top_k(nullptr, none, s, k, labels_at_once(s), inputs, in, indices, in, scores, labels);
   } else if (handler == "xla_ops.kth_smallest") {
@@ -249,8 +211,6 @@ int64_t taken_by(const std::string& handler, const Shape& s, int64_t k, int64_t 
   return none.taken();
 }
 
-auto stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
-
 }  // namespace
 
 std::string error_message(int status) {
@@ -258,28 +218,33 @@ std::string error_message(int status) {
   if (error != cudaErrorInsufficientDriver) return std::string("CUDA: ") + cudaGetErrorString(error);
   int driver = 0;  // where there is none
   cudaDriverGetVersion(&driver);
-  const std::string found = driver == 0 ? "there is no driver" : "the driver is for " + version_string(driver);
-  return "xla_ops was built with " + version_string(CUDART_VERSION) + ", which needs a driver for it, but " + found +
-         ". Update the driver, or rebuild with its toolkit: set CUDA_HOME";
+  const std::string found =
+      driver == 0 ? "there is no driver" : "the driver is for " + version_string(driver);
+  return "xla_ops was built with " + version_string(CUDART_VERSION) + ", which needs a driver for it, but " +
+         found + ". Update the driver, or rebuild with its toolkit: set CUDA_HOME";
 }
 
-int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k, int64_t entries,
-                        int64_t num_columns) {
-  return is_bfloat16 ? taken_by<bfloat16>(handler, s, k, entries, num_columns)
-                     : taken_by<float>(handler, s, k, entries, num_columns);
+int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k,
+                        int64_t num_entries, int64_t num_columns) {
+  return is_bfloat16 ? workspace_needed<bfloat16>(handler, s, k, num_entries, num_columns)
+                     : workspace_needed<float>(handler, s, k, num_entries, num_columns);
 }
 
-#define XLA_OPS_DEFINE_HANDLER(handler, impl)                                                       \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(handler, impl, bind_##handler(stream()).Ret<ffi::AnyBuffer>(),      \
-                                {ffi::Traits::kCmdBufferCompatible})
-XLA_OPS_DEFINE_HANDLER(fan_in_matmul_forward, forward_impl);
-XLA_OPS_DEFINE_HANDLER(fan_in_matmul_gradients, gradients_impl);
-XLA_OPS_DEFINE_HANDLER(fan_in_loss_value, value_impl);
-XLA_OPS_DEFINE_HANDLER(fan_in_loss_gradients, loss_gradients_impl);
-XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, adam_impl);
-XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, sgd_impl);
-XLA_OPS_DEFINE_HANDLER(fan_in_top_k, top_k_impl);
-XLA_OPS_DEFINE_HANDLER(dense_step_adam, dense_adam_impl);
-XLA_OPS_DEFINE_HANDLER(kth_smallest, kth_impl);
+#define XLA_OPS_DEFINE_HANDLER(handler, run)                                                             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                         \
+      handler,                                                                                           \
+      [](cudaStream_t stream, ffi::RemainingArgs arguments, ffi::RemainingRets results,                  \
+         ffi::Dictionary attributes) { return handle(run, stream, arguments, results, attributes); },    \
+      ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attrs(), \
+      {ffi::Traits::kCmdBufferCompatible})
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_forward, run_forward);
+XLA_OPS_DEFINE_HANDLER(fan_in_matmul_gradients, run_gradients);
+XLA_OPS_DEFINE_HANDLER(fan_in_loss_value, run_loss);
+XLA_OPS_DEFINE_HANDLER(fan_in_loss_gradients, run_loss_gradients);
+XLA_OPS_DEFINE_HANDLER(fan_in_step_adam, run_adam);
+XLA_OPS_DEFINE_HANDLER(fan_in_step_sgd, run_sgd);
+XLA_OPS_DEFINE_HANDLER(fan_in_top_k, run_top_k);
+XLA_OPS_DEFINE_HANDLER(dense_step_adam, run_dense_adam);
+XLA_OPS_DEFINE_HANDLER(kth_smallest, run_kth);
 
 }  // namespace xla_ops

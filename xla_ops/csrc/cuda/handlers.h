@@ -1,4 +1,4 @@
-// What the Python module of the CUDA kernels exports besides the handlers.
+// Functions that the Python module of the CUDA kernels exports, besides the handlers.
 
 #ifndef XLA_OPS_CSRC_CUDA_HANDLERS_H_
 #define XLA_OPS_CSRC_CUDA_HANDLERS_H_
@@ -10,13 +10,13 @@
 
 namespace xla_ops {
 
-// What a CUDA error (cudaError_t) means for the user.
+// Returns the message for a CUDA error (cudaError_t).
 std::string error_message(int status);
 
-// How large a handler's last result, the workspace, must be; k is that of fan_in_top_k, and a batch has so many entries
-// of num_columns sparse inputs. It asks for no device.
-int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k, int64_t entries,
-                        int64_t num_columns);
+// Returns the size of the last result of a handler, its workspace, in bytes. k is that of fan_in_top_k. Needs
+// no device.
+int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k,
+                        int64_t num_entries, int64_t num_columns);
 
 }  // namespace xla_ops
 

@@ -1,6 +1,7 @@
-// The CUDA kernels as plain host functions, which check nothing: the handlers (handlers.cc) did, and the tests call
-// these without XLA. All of them queue work on `stream` and return at once, with cudaSuccess or what went wrong. They
-// queue nothing but kernels and fills of memory, so that a stream which is captured into a graph can take them.
+// The CUDA kernels as plain host functions, which check nothing: the handlers (handlers.cc) did, and the
+// tests call these without XLA. All of them queue work on `stream` and return at once, with cudaSuccess or
+// what went wrong. They queue nothing but kernels and fills of memory, so that a stream which is captured
+// into a graph can take them.
 //
 // T is float or bfloat16. Pointers are to device memory; `bias` may be null.
 
@@ -16,21 +17,23 @@
 
 namespace xla_ops::cuda {
 
-// [L, F], of uint16_t or int32_t: told apart when loaded, once per connection, which is rare next to its uses.
+// [L, F], of uint16_t or int32_t: told apart when loaded, once per connection, which is rare next to its
+// uses.
 struct Indices {
   const void* data;
   bool is_uint16;
 };
 
-// The inputs of a batch: dense ones, and `columns` sparse ones behind them. An entry is of the example `row_of` and the
-// sparse input `column_of`, and padding if either is out of range; those of the same example and input are added.
+// The inputs of a batch: dense ones, and sparse ones after them. Entry n of those is at rows[n] (an example)
+// and columns[n] (a sparse input); entries out of range are padding. Entries of the same example and input
+// are added.
 template <typename T>
 struct Inputs {
   const T* x;  // [B, D]
-  const int32_t* row_of;
-  const int32_t* column_of;
+  const int32_t* rows;
+  const int32_t* columns;
   const T* values;
-  int64_t entries, columns;
+  int64_t num_entries, num_columns;
 };
 
 // Weights and their moments; for a bias that there is not, null.
@@ -42,10 +45,11 @@ struct AdamRates {
   float b1, b2, epsilon;
 };
 
-// The temporaries of a launcher: parts of one buffer of device memory, aligned for any access.
+// The temporaries of a launcher, allocated from one buffer of device memory, aligned for any access.
 //
-// A launcher takes all of its parts before it queues anything, and if the buffer is too small for them it queues
-// nothing and returns cudaErrorMemoryAllocation. With no buffer, therefore, it only finds out how large one it needs.
+// A launcher takes all temporaries before it queues anything, and if the buffer is too small for them it
+// queues nothing and returns cudaErrorMemoryAllocation. With no buffer, therefore, it only finds out how
+// large one it needs.
 class Workspace {
  public:
   Workspace() = default;
@@ -54,16 +58,16 @@ class Workspace {
 
   template <typename T>
   T* take(int64_t count) {
-    const int64_t offset = taken_, part = (count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T));
-    taken_ += (part + kAlignment - 1) / kAlignment * kAlignment;
-    return enough() ? static_cast<T*>(place(offset, part)) : nullptr;
+    const int64_t offset = taken_, bytes = (count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T));
+    taken_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return enough() ? static_cast<T*>(place(offset, bytes)) : nullptr;
   }
   int64_t taken() const { return taken_; }
   bool enough() const { return taken_ <= bytes_; }
 
  protected:
   static constexpr int64_t kAlignment = 256;
-  // The tests override this, to have each part where a sanitizer sees what is out of its bounds.
+  // The tests override this, so that a sanitizer sees accesses out of the bounds of each.
   virtual void* place(int64_t offset, int64_t) { return data_ + offset; }
 
  private:
@@ -73,16 +77,18 @@ class Workspace {
 
 // y [B, L] = bias + x kernel.
 template <typename T>
-cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
-                                  const T* kernel, Indices indices, const T* bias, T* y);
+cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, const Shape& s,
+                                  const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
+                                  T* y);
 
 // d_x [B, D] unless that is null, d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
 template <typename T>
-cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s, const Inputs<T>& inputs,
-                                    const T* kernel, Indices indices, const T* dy, T* d_x, T* d_kernel, T* d_bias);
+cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s,
+                                    const Inputs<T>& inputs, const T* kernel, Indices indices, const T* dy,
+                                    T* d_x, T* d_kernel, T* d_bias);
 
-// value = the mean loss against positives [B, width]; the gradients of all but the positives, without d_x if that is
-// null.
+// value = the mean loss against positives [B, width]; the gradients of all but the positives, without d_x if
+// that is null.
 template <typename T>
 cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                               const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
@@ -93,32 +99,37 @@ cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, con
                                   const int32_t* positives, int64_t width, float* value, T* d_x, T* d_kernel,
                                   T* d_bias);
 
-// The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without momentum,
-// with a float and, for the rounding of bfloat16, the three words of csrc/cpu/kernels.h's RoundingKey, or by Adam.
+// The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without
+// momentum, with a float and, for the rounding of bfloat16, the three words of a
+// RoundingKey (csrc/rounding.h), or by Adam.
 template <typename T>
 cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
-                            const Inputs<T>& inputs, T* kernel, Indices indices, T* bias, const int32_t* positives,
-                            int64_t width, const float* learning_rate, const uint32_t* key, float* value, T* d_x);
+                            const Inputs<T>& inputs, T* kernel, Indices indices, T* bias,
+                            const int32_t* positives, int64_t width, const float* learning_rate,
+                            const uint32_t* key, float* value, T* d_x);
 cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                              const Inputs<float>& inputs, const AdamWeights& kernel, Indices indices,
-                             const AdamWeights& bias, const int32_t* positives, int64_t width, const AdamRates& rates,
-                             float* value, float* d_x);
+                             const AdamWeights& bias, const int32_t* positives, int64_t width,
+                             const AdamRates& rates, float* value, float* d_x);
 
-// One step of Adam for kernel [D, O] and its moments where they are, of the gradient x.T dy, x [B, D] and dy [B, O]. M,
-// the moments' type, is float or bfloat16; of the latter `key` is that of the second one's rounding.
+// One step of Adam for kernel [D, O] and its moments where they are, of the gradient x.T dy, x [B, D] and dy
+// [B, O]. M, the moments' type, is float or bfloat16; of the latter `key` is that of the second one's
+// rounding.
 template <typename M>
-cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy, float* kernel,
-                            M* mu, M* nu, const AdamRates& rates, const uint32_t* key);
+cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy,
+                            float* kernel, M* mu, M* nu, const AdamRates& rates, const uint32_t* key);
 
-// scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any time.
+// scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any
+// time.
 template <typename T>
-cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k, int64_t labels_at_once,
-                         const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias, float* scores,
-                         int32_t* labels);
+cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k,
+                         int64_t labels_at_once, const Inputs<T>& inputs, const T* kernel, Indices indices,
+                         const T* bias, float* scores, int32_t* labels);
 
 // result = the k-th smallest |x|, k from 1, of n without NaN.
 template <typename T>
-cudaError_t kth_smallest(cudaStream_t stream, Workspace& workspace, const T* x, int64_t n, int64_t k, float* result);
+cudaError_t kth_smallest(cudaStream_t stream, Workspace& workspace, const T* x, int64_t n, int64_t k,
+                         float* result);
 
 }  // namespace xla_ops::cuda
 

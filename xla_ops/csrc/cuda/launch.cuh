@@ -1,4 +1,5 @@
-// Launching kernels: as many blocks as the device runs at once, and each takes its share of the items in a loop.
+// Launching kernels: as many blocks as the device runs at once, and each takes its share of the items in a
+// loop.
 
 #ifndef XLA_OPS_CSRC_CUDA_LAUNCH_CUH_
 #define XLA_OPS_CSRC_CUDA_LAUNCH_CUH_
@@ -13,24 +14,38 @@
 
 namespace xla_ops::cuda {
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// The shared memory that a launch asks for, beside what a kernel declares.
+#ifdef __CUDACC__  // the tests' stand-in for CUDA has one of its own
+__device__ inline void* dynamic_shared() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+#endif
+
 // Calls fn(item) for this block's share of [0, items). Neighbouring items run at the same time.
 template <typename Fn>
 __device__ void for_each_item(int64_t items, Fn&& fn) {
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) fn(item);
 }
 
-// Launches as many blocks as there are items, or as fit on the device at once. Never more than the hardware's limit
-// on a grid, therefore, however many items there are.
+// Launches as many blocks as there are items, or as fit on the device at once. Never more than the hardware's
+// limit on a grid, therefore, however many items there are.
 template <typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, int64_t items, int threads, size_t shared_bytes, cudaStream_t stream, Args... args) {
+cudaError_t launch(Kernel kernel, int64_t items, int threads, size_t shared_bytes, cudaStream_t stream,
+                   Args... args) {
   if (items == 0) return cudaSuccess;
   int device, processors, blocks_per_processor;
   XLA_OPS_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
   if (shared_bytes > 0) {
-    // The most that there is, whatever this launch takes: a launch in another thread is not to find less than it set.
+    // The most that there is, whatever this launch takes: a launch in another thread is not to find less than
+    // it set.
     int most;
     cudaFuncAttributes attributes;
-    XLA_OPS_RETURN_IF_CUDA_ERROR(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    XLA_OPS_RETURN_IF_CUDA_ERROR(
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     XLA_OPS_RETURN_IF_CUDA_ERROR(cudaFuncGetAttributes(&attributes, kernel));
     XLA_OPS_RETURN_IF_CUDA_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,

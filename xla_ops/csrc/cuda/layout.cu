@@ -1,13 +1,15 @@
-// See layout.h. Both directions transpose squares of 32 features by 32 examples through shared memory, so that
-// reads and writes are of whole runs of memory.
+// See layout.h. Both directions transpose squares of 32 features by 32 examples through shared memory, so
+// that reads and writes are of whole runs of memory.
 
 #include "layout.h"
 
 #include <cstdint>
 #include <type_traits>
 
-#include "device.cuh"
+#include "gradients.cuh"
 #include "launch.cuh"
+#include "staging.cuh"
+#include "values.cuh"
 
 namespace xla_ops::cuda {
 namespace {
@@ -23,7 +25,8 @@ struct Square {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Shape s, const T* __restrict__ x, T* __restrict__ packed) {
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(Shape s, const T* __restrict__ x, T* __restrict__ packed) {
   __shared__ float square[kTile][kTile + 1];
   const int64_t rows = s.in_features + 1;
   const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
@@ -68,9 +71,9 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 Packed<T> take_packed(Workspace& workspace, const Shape& s, const Inputs<T>& inputs) {
   const int64_t tiles = ceil_div(s.batch, kTile), dense = tiles * (s.in_features + 1) * kTile;
-  if (inputs.columns == 0) return {workspace.take<T>(dense), nullptr, {0, nullptr, nullptr}};
-  const int64_t sparse = most_sparse_rows(s.batch, inputs.entries, inputs.columns) * kTile;
-  Packed<T> packed{workspace.take<T>(dense + sparse), nullptr, {inputs.columns, nullptr, nullptr}};
+  if (inputs.num_columns == 0) return {workspace.take<T>(dense), nullptr, {0, nullptr, nullptr}};
+  const int64_t sparse = max_sparse_rows(s.batch, inputs.num_entries, inputs.num_columns) * kTile;
+  Packed<T> packed{workspace.take<T>(dense + sparse), nullptr, {inputs.num_columns, nullptr, nullptr}};
   packed.map.words = workspace.take<Word>(tiles * packed.map.words_of_tile());
   packed.map.starts = workspace.take<int32_t>(tiles);
   if constexpr (!std::is_same_v<T, float>) packed.sums = workspace.take<float>(sparse);
@@ -80,14 +83,15 @@ Packed<T> take_packed(Workspace& workspace, const Shape& s, const Inputs<T>& inp
 template <typename T>
 cudaError_t pack(cudaStream_t stream, const Shape& s, const Inputs<T>& inputs, const Packed<T>& packed) {
   const int64_t tiles = ceil_div(s.batch, kTile), dense = tiles * (s.in_features + 1);
-  const int64_t sparse = most_sparse_rows(s.batch, inputs.entries, inputs.columns);
-  if (inputs.columns > 0 && std::max(dense + sparse, s.in_features + inputs.columns) > INT32_MAX) {
+  const int64_t sparse = max_sparse_rows(s.batch, inputs.num_entries, inputs.num_columns);
+  if (inputs.num_columns > 0 && std::max(dense + sparse, s.in_features + inputs.num_columns) > INT32_MAX) {
     return cudaErrorInvalidValue;  // a Connection could not tell them apart
   }
-  if (s.fan_in > INT32_MAX - kConnections) return cudaErrorInvalidValue;  // kernels count connections in 32 bits
+  if (s.fan_in > INT32_MAX - kConnections)
+    return cudaErrorInvalidValue;  // kernels count connections in 32 bits
   const int64_t items = tiles * ceil_div(s.in_features + 1, kTile);
   XLA_OPS_RETURN_IF_CUDA_ERROR(launch(pack_kernel<T>, items, kThreads, 0, stream, s, inputs.x, packed.rows));
-  if (inputs.columns == 0) return cudaSuccess;
+  if (inputs.num_columns == 0) return cudaSuccess;
   T* const rows = packed.rows + dense * kTile;
   if constexpr (std::is_same_v<T, float>) {
     return pack_sparse(stream, s.batch, inputs, packed.map, rows);

@@ -1,8 +1,9 @@
-// Packs sparse inputs (layout.h): marks which of them each tile has, numbers their rows, and adds the entries to these.
+// Packs sparse inputs (layout.h): marks which of them each tile has, numbers their rows, and adds the entries
+// to these.
 
-#include "device.cuh"
 #include "launch.cuh"
 #include "layout.h"
+#include "values.cuh"
 
 namespace xla_ops::cuda {
 namespace {
@@ -16,10 +17,11 @@ struct Entry {
   // A tile of -1 stands for padding.
   template <typename T>
   __device__ Entry(int64_t n, int64_t batch, const Inputs<T>& inputs) : tile(-1), example(0), column(0) {
-    if (n >= inputs.entries) return;
-    const int64_t row = __ldg(inputs.row_of + n);
-    column = static_cast<uint32_t>(__ldg(inputs.column_of + n));
-    if (row < 0 || row >= batch || column >= inputs.columns) return;  // a negative column is above them all
+    if (n >= inputs.num_entries) return;
+    const int64_t row = __ldg(inputs.rows + n);
+    column = static_cast<uint32_t>(__ldg(inputs.columns + n));
+    if (row < 0 || row >= batch || column >= inputs.num_columns)
+      return;  // a negative column is above them all
     tile = row / kTile;
     example = static_cast<int>(row % kTile);
   }
@@ -29,10 +31,12 @@ struct Entry {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) mark_kernel(int64_t batch, const Inputs<T> inputs, const SparseMap map) {
-  for_each_item(ceil_div(inputs.entries, kThreads), [&](int64_t item) {
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(int64_t batch, const Inputs<T> inputs, const SparseMap map) {
+  for_each_item(ceil_div(inputs.num_entries, kThreads), [&](int64_t item) {
     const Entry entry(item * kThreads + threadIdx.x, batch, inputs);
-    if (entry.tile >= 0) atomicOr(&map.tile(entry.tile)[entry.column / 32].present, 1u << (entry.column % 32));
+    if (entry.tile >= 0)
+      atomicOr(&map.tile(entry.tile)[entry.column / 32].present, 1u << (entry.column % 32));
   });
 }
 
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kScanThreads) starts_kernel(int64_t tiles, int
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     add_kernel(int64_t batch, const Inputs<T> inputs, const SparseMap map, float* __restrict__ sums) {
-  for_each_item(ceil_div(inputs.entries, kThreads), [&](int64_t item) {
+  for_each_item(ceil_div(inputs.num_entries, kThreads), [&](int64_t item) {
     const int64_t n = item * kThreads + threadIdx.x;
     const Entry entry(n, batch, inputs);
     if (entry.tile < 0) return;
@@ -122,15 +126,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t most_sparse_rows(int64_t batch, int64_t entries, int64_t columns) {
-  return std::min(entries, ceil_div(batch, kTile) * columns);
+int64_t max_sparse_rows(int64_t batch, int64_t num_entries, int64_t num_columns) {
+  return std::min(num_entries, ceil_div(batch, kTile) * num_columns);
 }
 
 template <typename T>
 cudaError_t pack_sparse(cudaStream_t stream, int64_t batch, const Inputs<T>& inputs, const SparseMap& map,
                         float* sums) {
-  const int64_t tiles = ceil_div(batch, kTile), blocks = ceil_div(inputs.entries, kThreads);
-  const int64_t count = most_sparse_rows(batch, inputs.entries, inputs.columns) * kTile;
+  const int64_t tiles = ceil_div(batch, kTile), blocks = ceil_div(inputs.num_entries, kThreads);
+  const int64_t count = max_sparse_rows(batch, inputs.num_entries, inputs.num_columns) * kTile;
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, map.words, tiles * map.words_of_tile()));
   XLA_OPS_RETURN_IF_CUDA_ERROR(zero(stream, sums, count));
   XLA_OPS_RETURN_IF_CUDA_ERROR(launch(mark_kernel<T>, blocks, kThreads, 0, stream, batch, inputs, map));
