@@ -30,7 +30,7 @@ def register_head(name: str, config: type[HeadConfig]) -> None:
     Raises:
       ValueError: another class is registered with this name.
 
-    Example:
+    Examples:
       >>> import dataclasses
       >>> from sparse_xmc.heads import DenseConfig, register_head
       >>> @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def rewire_layer(
       ValueError: the layer is not in the model; the optimizer is for another model; x and positives are
         missing for growth="active" or given for growth="random"; or x and the layer differ in width.
 
-    Example:
+    Examples:
       >>> import jax, optax
       >>> from flax import nnx
       >>> from sparse_xmc import FixedFanInLinear, rewire_layer
