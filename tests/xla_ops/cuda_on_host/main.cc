@@ -3,12 +3,12 @@
 //   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F C processors blocks_per_processor shared_bytes
 //   [...]
 //
-// where the rest is (loss, P[, num_labels]) for fan_in_loss and fan_in_step and (k, labels at once) for
-// fan_in_top_k. For dense_step DTYPE is that of the moments, and L, F are the kernel's shape. Each array is a
-// file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the sanitizer
-// sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
-// many bytes of workspace the launcher took, and how often threads added to floats atomically. Where there is
-// a file "no_d_x", d_x is not asked for.
+// The last arguments are (loss, P[, num_labels]) for fan_in_loss and fan_in_step, (k, labels at once) for
+// fan_in_top_k, and k for kth_smallest. For dense_step, DTYPE is the dtype of the moments, and [L, F] is the
+// shape of the kernel. Each array is a file in DIRECTORY. Every array and every temporary is a separate
+// allocation, so that the sanitizer detects accesses out of bounds. Results and temporaries are initialised
+// to NaN (integers to 0x7f7f7f7f). Prints the bytes of workspace that the launcher took, and the number of
+// atomic additions of floats. If there is a file "no_d_x", d_x is not computed.
 
 #include <cstdio>
 #include <cstdlib>
@@ -45,7 +45,7 @@ struct HostWorkspace : Workspace {
 struct Call {
   std::string op, directory;
   Shape shape;
-  int64_t columns;  // sparse inputs
+  int64_t columns;  // number of sparse inputs
   bool is_uint16;
   std::vector<int64_t> more;
 
@@ -53,7 +53,7 @@ struct Call {
   bool without_d_x() const { return std::ifstream(path("no_d_x")).good(); }
 };
 
-// An operand, exactly as long as its file.
+// An operand, read from its file. The allocation has exactly the size of the file.
 template <typename T>
 class Operand {
  public:
@@ -75,7 +75,7 @@ class Operand {
   bool empty_;
 };
 
-// An operand that is updated in place. Its values at the end go to another file.
+// An operand that is updated in place. The destructor writes its values to another file.
 template <typename T>
 class Updated : public Operand<T> {
  public:
@@ -89,7 +89,7 @@ class Updated : public Operand<T> {
   std::string path_;
 };
 
-// A result, written to its file at the end.
+// A result. The destructor writes it to its file.
 template <typename T>
 class Result {
  public:
@@ -101,7 +101,7 @@ class Result {
     std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(data_.get()), count_ * sizeof(T));
   }
   T* get() const { return data_.get(); }
-  T* unless(bool left_out) const { return left_out ? nullptr : data_.get(); }
+  T* null_if(bool condition) const { return condition ? nullptr : data_.get(); }
 
  private:
   std::string path_;
@@ -142,7 +142,7 @@ cudaError_t run(const Call& call, Workspace& workspace) {
         d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(),
-                                   d_x.unless(call.without_d_x()), d_kernel.get(),
+                                   d_x.null_if(call.without_d_x()), d_kernel.get(),
                                    bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
@@ -158,7 +158,7 @@ cudaError_t run(const Call& call, Workspace& workspace) {
         d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_loss_gradients(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
-                                 positives.get(), width, value.get(), d_x.unless(call.without_d_x()),
+                                 positives.get(), width, value.get(), d_x.null_if(call.without_d_x()),
                                  d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
@@ -172,15 +172,15 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     if (call.op == "fan_in_step.sgd") {
       const Operand<uint32_t> key(call, "key");
       return fan_in_sgd_step(nullptr, workspace, s, loss, inputs, w.get(), indices, b.get(), positives.get(),
-                             width, rates.get(), key.get(), value.get(), d_x.unless(call.without_d_x()));
+                             width, rates.get(), key.get(), value.get(), d_x.null_if(call.without_d_x()));
     }
     if constexpr (std::is_same_v<T, float>) {
       const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"),
           mu_bias(call, "mu_bias"), nu_bias(call, "nu_bias");
-      return fan_in_adam_step(nullptr, workspace, s, loss, inputs,
-                              {w.get(), mu_kernel.get(), nu_kernel.get()}, indices,
-                              {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
-                              {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.unless(call.without_d_x()));
+      return fan_in_adam_step(
+          nullptr, workspace, s, loss, inputs, {w.get(), mu_kernel.get(), nu_kernel.get()}, indices,
+          {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width, {rates.get(), 0.8f, 0.99f, 1e-7f},
+          value.get(), d_x.null_if(call.without_d_x()));
     }
   }
   if (call.op == "kth_smallest") {
