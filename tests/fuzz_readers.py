@@ -77,9 +77,9 @@ def cache(path):
     source, directory = path.with_name("source.txt"), path.with_name("cache")
     source.write_text("2 3 2\n0 1:2\n1 0:1 2:3\n")
     data.read_xmc_text(source, directory)
-    number, *content = path.read_bytes() or b"\0"
-    damaged = sorted(file for file in directory.rglob("*") if file.is_file())
-    damaged[number % len(damaged)].write_bytes(bytes(content))
+    selector, *content = path.read_bytes() or b"\0"
+    cache_files = sorted(file for file in directory.rglob("*") if file.is_file())
+    cache_files[selector % len(cache_files)].write_bytes(bytes(content))
     dataset = data.read_xmc_text(source, directory)
     np.testing.assert_array_equal(dataset.features.toarray(), [[0, 2, 0], [1, 0, 3]])
     np.testing.assert_array_equal(dataset.labels.toarray(), [[1, 0], [0, 1]])
@@ -294,14 +294,14 @@ def fuzz(
       directory: where files are written.
       should_continue: function of the number of files read so far.
     """
-    seen, findings, number = set(), {}, 0
+    seen, findings, num_files = set(), {}, 0
     pools = {
         reader: [(file.read_bytes(), file.suffix) for file in sorted((CORPUS / reader).iterdir())]
         for reader in readers
     }
-    while should_continue(number):
-        reader = readers[number % len(readers)]
-        number += 1
+    while should_continue(num_files):
+        reader = readers[num_files % len(readers)]
+        num_files += 1
         pool = pools[reader]
         content, suffix = rng.choice(pool)
         content = mutate(content, [other for other, _ in pool], rng)
@@ -324,7 +324,7 @@ def fuzz(
             seen |= new
             pool.append((content, suffix))
     sizes = ", ".join(f"{reader} {len(pool)}" for reader, pool in pools.items())
-    print(f"{number:,} files read; corpus size, with mutations that executed new pairs of lines: {sizes}")
+    print(f"{num_files:,} files read; corpus size, with mutations that executed new pairs of lines: {sizes}")
     return list(findings.values())
 
 

@@ -50,6 +50,7 @@ def write_points(directory: Path, seed: int = 0) -> list[str]:
 
 
 def start(flags: list[str]) -> subprocess.Popen:
+    """Start a run; its output goes to a pipe."""
     return subprocess.Popen(
         [*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -64,7 +65,7 @@ def finish(flags: list[str]) -> str:
     return printed
 
 
-def kill(flags: list[str], workdir: Path, seconds: float, in_save: bool, number: signal.Signals) -> bool:
+def kill(flags: list[str], workdir: Path, seconds: float, in_save: bool, sig: signal.Signals) -> bool:
     """Start a run and send it a signal; return whether it was still running then.
 
     Args:
@@ -72,7 +73,7 @@ def kill(flags: list[str], workdir: Path, seconds: float, in_save: bool, number:
       workdir: its working directory.
       seconds: delay of the signal after the start, or after the start of the next save.
       in_save: whether to wait for the next save.
-      number: the signal.
+      sig: the signal.
     """
     process = start(flags)
     if in_save:
@@ -83,7 +84,7 @@ def kill(flags: list[str], workdir: Path, seconds: float, in_save: bool, number:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     was_running = process.poll() is None
-    process.send_signal(number)
+    process.send_signal(sig)
     printed, _ = process.communicate()
     if process.returncode not in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
         raise AssertionError(f"exit status {process.returncode}: {printed}")
@@ -142,10 +143,10 @@ def trial(flags: list[str], workdir: Path, seconds: float, kills: int, rng: rand
     done = []
     flags = [*flags, f"--workdir={workdir}"]
     for _ in range(kills):
-        in_save, number = rng.random() < 0.5, signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
+        in_save, sig = rng.random() < 0.5, signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
         after = rng.uniform(0, 0.05 if in_save else seconds)
-        was_running = kill(flags, workdir, after, in_save, number)
-        done.append(f"{number.name} {after:.3f} s {'into a save' if in_save else 'after the start'}")
+        was_running = kill(flags, workdir, after, in_save, sig)
+        done.append(f"{sig.name} {after:.3f} s {'into a save' if in_save else 'after the start'}")
         if not was_running:
             break
         if rng.random() < 0.3 and damage_record(workdir, rng):

@@ -140,7 +140,7 @@ def assert_all_close(actual, expected, rtol=1e-5, atol=1e-6):
     jax.tree.map(close, actual, expected)
 
 
-def assert_same(results, expected):
+def assert_bitwise_equal(results, expected):
     """Compare bit for bit, except for d_x (result 1) on a GPU, which is summed in no fixed order."""
     for number, (a, b) in enumerate(zip(results, expected, strict=True)):
         if number == 1 and jax.default_backend() != "cpu":

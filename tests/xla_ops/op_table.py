@@ -1,4 +1,4 @@
-"""The table of all ops. The tests of every op go through it, so that they need only an entry for a new op."""
+"""The table of all ops, which parametrizes the tests of every op; a new op needs only an entry here."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -62,7 +62,10 @@ class Op:
         return "sparse" in self.arguments(*EXAMPLE)
 
     def results(self, arguments, transform=lambda function: function):
-        """Return the results; if the op is differentiable, of the transformed op, with gradients by name."""
+        """Return the results of the op.
+
+        If it is differentiable, it is transformed first, and a dict of its gradients is added to the results.
+        """
         if not self.differentiable:
             return self.function(**arguments)
         given = {n: arguments[n] for n in self.differentiable if arguments[n] is not None}
@@ -76,7 +79,7 @@ class Op:
         return lambda arrays: self.results(arrays | static, transform), arrays
 
 
-# ---- arguments ----
+# ---- valid arguments, from a problem and its sparse inputs ----
 
 
 def make_example(*, batch=2, dense=DENSE_INPUTS, columns=COLUMNS, labels=4, fan_in=3, seed=0, **options):
@@ -141,7 +144,8 @@ def full_problem(a):
     return Problem(x, a["kernel"], a["indices"], a["bias"], a.get("positives"), y)
 
 
-def by_name(a, d_x, d_kernel, d_bias):
+def gradients_by_name(a, d_x, d_kernel, d_bias):
+    """Return the gradients of the arguments that are not None."""
     gradients = {"x": d_x[:, : a["x"].shape[1]], "kernel": d_kernel, "bias": d_bias}
     return {name: gradient for name, gradient in gradients.items() if a[name] is not None}
 
@@ -149,12 +153,12 @@ def by_name(a, d_x, d_kernel, d_bias):
 def expected_matmul(a):
     problem = full_problem(a)
     y = brute_force_matmul(problem)[0]
-    return y, by_name(a, *brute_force_matmul(problem._replace(dy=y))[1:])
+    return y, gradients_by_name(a, *brute_force_matmul(problem._replace(dy=y))[1:])
 
 
 def expected_loss(a):
     (value, *gradients), _ = brute_force_loss(full_problem(a), "squared_hinge")
-    return value, by_name(a, *(3 * gradient for gradient in gradients))
+    return value, gradients_by_name(a, *(3 * gradient for gradient in gradients))
 
 
 def expected_sgd(a):
@@ -205,7 +209,8 @@ def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
-def entries(**changes):
+def sparse_argument(**changes):
+    """Return an argument `sparse` that is valid, except for the changes."""
     arrays = {"rows": zeros(3, dtype=np.int32), "columns": zeros(3, dtype=np.int32), "values": zeros(3)}
     return {"sparse": SparseInputs(**arrays | {"num_columns": COLUMNS} | changes)}
 
@@ -263,7 +268,7 @@ BAD_LAYER: BadArguments = {
         TOO_NARROW,
     ),
     "uint16 indices for too many sparse inputs": (
-        {"indices": NARROW} | entries(num_columns=65_532),
+        {"indices": NARROW} | sparse_argument(num_columns=65_532),
         TypeError,
         TOO_NARROW,
     ),
@@ -288,57 +293,57 @@ BAD_LAYER: BadArguments = {
         "bias must have shape [4] (one per row of indices), got [4, 1]",
     ),
     "unsigned sparse rows": (
-        entries(rows=zeros(3, dtype=np.uint32)),
+        sparse_argument(rows=zeros(3, dtype=np.uint32)),
         TypeError,
         "sparse.rows must have dtype int32, got uint32",
     ),
     "int16 sparse columns": (
-        entries(columns=zeros(3, dtype=np.int16)),
+        sparse_argument(columns=zeros(3, dtype=np.int16)),
         TypeError,
         "sparse.columns must have dtype int32, got int16",
     ),
     "integer sparse values": (
-        entries(values=zeros(3, dtype=np.int32)),
+        sparse_argument(values=zeros(3, dtype=np.int32)),
         TypeError,
         "sparse.values must have dtype float32 or bfloat16, got int32",
     ),
     "sparse values dtype differs from x": (
-        entries(values=BF16[:3, 0]),
+        sparse_argument(values=BF16[:3, 0]),
         TypeError,
         "sparse.values must have dtype float32, got bfloat16",
     ),
     "scalar sparse values": (
-        entries(values=np.float32(1)),
+        sparse_argument(values=np.float32(1)),
         ValueError,
         "sparse.values must have at least 1 dimension(s), got shape []",
     ),
     "too few sparse rows": (
-        entries(rows=zeros(2, dtype=np.int32)),
+        sparse_argument(rows=zeros(2, dtype=np.int32)),
         ValueError,
         "sparse.rows must have shape [3] (one per value), got [2]",
     ),
     "too many sparse columns": (
-        entries(columns=zeros(4, dtype=np.int32)),
+        sparse_argument(columns=zeros(4, dtype=np.int32)),
         ValueError,
         "sparse.columns must have shape [3] (one per value), got [4]",
     ),
     "2-D sparse columns": (
-        entries(columns=zeros(3, 1, dtype=np.int32)),
+        sparse_argument(columns=zeros(3, 1, dtype=np.int32)),
         ValueError,
         "sparse.columns must have shape [3] (one per value), got [3, 1]",
     ),
     "2-D sparse values": (
-        entries(values=zeros(1, 3)),
+        sparse_argument(values=zeros(1, 3)),
         ValueError,
         "sparse.values must have shape [3] (a flat list), got [1, 3]",
     ),
     "negative num_columns": (
-        entries(num_columns=-1),
+        sparse_argument(num_columns=-1),
         ValueError,
         "sparse.num_columns must be in 0..2147483642 (beside x, for int32 indices), got -1",
     ),
     "too large num_columns": (
-        entries(num_columns=2**31 - 5),
+        sparse_argument(num_columns=2**31 - 5),
         ValueError,
         "sparse.num_columns must be in 0..2147483642 (beside x, for int32 indices), got 2147483643",
     ),

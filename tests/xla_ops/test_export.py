@@ -69,7 +69,7 @@ def test_load_on_other_platform_raises(tmp_path, monkeypatch):
         xla_ops.load_exported(tmp_path / "program")
 
 
-def test_platforms_are_those_with_kernels(tmp_path, monkeypatch):
+def test_program_is_exported_for_all_platforms_with_kernels(tmp_path, monkeypatch):
     platforms = {"cpu"} if _native.cuda() is None else {"cpu", "cuda"}
     save(tmp_path / "program")
     program = (tmp_path / "program" / "program.jax_export").read_bytes()

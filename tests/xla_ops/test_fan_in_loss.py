@@ -15,8 +15,8 @@ from op_problems import (
     OPTIONS,
     Problem,
     assert_all_close,
+    assert_bitwise_equal,
     assert_loss,
-    assert_same,
     brute_force_loss,
     loss_results,
     make_problem,
@@ -116,7 +116,7 @@ def test_repeated_and_out_of_range_positives(loss):
         positives=np.array([[7, 7, 7, -1], [10, 2, -(2**31), 2], [-5, 11, 2**31 - 1, -1]], np.int32)
     )
     equivalent = problem._replace(positives=np.array([[7], [2], [-1]], np.int32))
-    assert_same(run_loss(invalid, loss), run_loss(equivalent, loss))
+    assert_bitwise_equal(run_loss(invalid, loss), run_loss(equivalent, loss))
 
 
 @LOSS
@@ -125,7 +125,7 @@ def test_no_positives(loss):
     padded = problem._replace(positives=np.full((17, 3), -1, np.int32))
     without = problem._replace(positives=np.zeros((17, 0), np.int32))
     assert_loss(run_loss(padded, loss), padded, loss)
-    assert_same(run_loss(without, loss), run_loss(padded, loss))
+    assert_bitwise_equal(run_loss(without, loss), run_loss(padded, loss))
 
 
 @LOSS

@@ -23,9 +23,9 @@ SIZES = st.fixed_dictionaries(
 
 @settings(max_examples=80)
 @given(SIZES, OPTIONS, st.sampled_from([0.0, 0.02, 0.5, 1.0]))
-def test_matches_brute_force(instruction_set, sizes, options, part):
+def test_matches_brute_force(instruction_set, sizes, options, fraction):
     problem = make_problem(**sizes, **options, integer_values=True)
-    k = round(part * sizes["labels"])
+    k = round(fraction * sizes["labels"])
     assert_top_k(run_top_k(*problem[:4], k), brute_force_top_k(problem, k))
 
 

@@ -47,7 +47,7 @@ struct Call {
   Shape shape;
   int64_t columns;  // number of sparse inputs
   bool is_uint16;
-  std::vector<int64_t> more;
+  std::vector<int64_t> extra;
 
   std::string path(const char* name) const { return directory + "/" + name; }
   bool without_d_x() const { return std::ifstream(path("no_d_x")).good(); }
@@ -124,7 +124,7 @@ cudaError_t run_dense_adam(const Call& call) {
 template <typename T>
 cudaError_t run(const Call& call, Workspace& workspace) {
   Shape s = call.shape;
-  if (call.more.size() > 2) s.mean_labels = call.more[2];
+  if (call.extra.size() > 2) s.mean_labels = call.extra[2];
   const Operand<T> x(call, "x"), kernel(call, "kernel"), bias(call, "bias");
   const Operand<int32_t> rows(call, "rows"), columns(call, "columns");
   const Operand<T> values(call, "values");
@@ -147,8 +147,8 @@ cudaError_t run(const Call& call, Workspace& workspace) {
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
     const Operand<int32_t> positives(call, "positives");
-    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
-    const int64_t width = call.more.at(1);
+    const auto loss = static_cast<xla_ops::Loss>(call.extra.at(0));
+    const int64_t width = call.extra.at(1);
     const Result<float> value(call, "value", 1);
     if (call.op == "fan_in_loss.value") {
       return fan_in_loss_value(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
@@ -163,8 +163,8 @@ cudaError_t run(const Call& call, Workspace& workspace) {
   }
   if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
     const Operand<int32_t> positives(call, "positives");
-    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
-    const int64_t width = call.more.at(1);
+    const auto loss = static_cast<xla_ops::Loss>(call.extra.at(0));
+    const int64_t width = call.extra.at(1);
     const Result<float> value(call, "value", 1);
     const Result<T> d_x(call, "d_x", s.batch * s.in_features);
     const Operand<float> rates(call, "rates");
@@ -185,10 +185,10 @@ cudaError_t run(const Call& call, Workspace& workspace) {
   }
   if (call.op == "kth_smallest") {
     const Result<float> result(call, "result", 1);
-    return kth_smallest(nullptr, workspace, x.get(), x.count(), call.more.at(0), result.get());
+    return kth_smallest(nullptr, workspace, x.get(), x.count(), call.extra.at(0), result.get());
   }
   if (call.op == "fan_in_top_k") {
-    const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
+    const int64_t k = call.extra.at(0), labels_at_once = call.extra.at(1);
     const Result<float> scores(call, "scores", s.batch * k);
     const Result<int32_t> labels(call, "labels", s.batch * k);
     return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, inputs, kernel.get(), indices,
@@ -208,7 +208,7 @@ int main(int, char** argv) {
   call.columns = numbers[4];
   cuda_on_host::device = {static_cast<int>(numbers[5]), static_cast<int>(numbers[6]),
                           static_cast<int>(numbers[7])};
-  call.more.assign(numbers.begin() + 8, numbers.end());
+  call.extra.assign(numbers.begin() + 8, numbers.end());
   const bool is_float32 = std::string(argv[3]) == "float32";
   if (call.op == "dense_step.adam") {
     std::printf("0 0\n");
