@@ -256,7 +256,7 @@ def is_positive(positives, labels):
 
 
 def value_and_slope(loss, margin):
-    """Return the loss and its derivative by the margin, in float64.
+    """Return the loss and its derivative with respect to the margin, in float64.
 
     The margin is the logit of a positive, and minus the logit of a negative.
     """
@@ -349,7 +349,7 @@ def philox(counter, key):
 
 
 def rounding_bits(positions, seed, step):
-    """Return 16 random bits for each position, as `kernels.h` defines them."""
+    """Return 16 random bits for each position, as `csrc/rounding.h` defines them."""
     bits = []
     for p in positions:
         counter = p // 128 * 16 + p % 16

@@ -195,10 +195,9 @@ def test_traced_scalars_are_checked_by_dtype_only():
     assert jax.vmap(step)(jnp.ones(3), jnp.arange(3)).shape == (3,)
     with pytest.raises(TypeError, match="seed must be an integer, got dtype float32"):
         jax.jit(step)(jnp.float32(0.1), jnp.float32(1))
+    # A number that is not traced is checked under jit, too.
     with pytest.raises(ValueError, match="learning_rate must be finite in float32, got nan"):
-        jax.jit(lambda seed: step(float("nan"), seed))(
-            jnp.int32(1)
-        )  # a constant, even if it becomes a traced array
+        jax.jit(lambda seed: step(float("nan"), seed))(jnp.int32(1))
     with pytest.raises(TypeError, match="k must be static under jit, an int, got a traced value"):
         jax.jit(xla_ops.kth_smallest_magnitude)(MATRIX, 2)
     with pytest.raises(TypeError, match="epsilon must be static under jit, a float, got a traced value"):

@@ -592,10 +592,8 @@ def test_dense_adam_step_bfloat16_rounding_matches_philox(run, shape):
 @DTYPE
 def test_dense_adam_step_propagates_nan(run, dtype):
     arrays = dense_arrays(20, 66, 140, dtype)
-    for name, at in (
-        ("x", (17, 65)),
-        ("dy", (3, 139)),
-    ):  # a GPU's NaN: adding random bits to it overflows to 0
+    # The NaN of GPUs: adding random bits to it overflows to 0.
+    for name, at in (("x", (17, 65)), ("dy", (3, 139))):
         arrays[name].view(np.uint32)[at] = 0x7FFFFFFF
     row, column = np.mgrid[:66, :140]
     for new in run_dense(run, arrays):

@@ -45,7 +45,7 @@ def parse(report: str) -> list[Resources]:
 
 
 def demangle(kernel: str) -> str:
-    """Return a demangle name such as `gradients_kernel<float>`, or the same name without binutils."""
+    """Return a readable name such as `gradients_kernel<float>`, or the same name without binutils."""
     if shutil.which("c++filt") is None:
         return kernel
     name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout

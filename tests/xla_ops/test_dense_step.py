@@ -81,9 +81,8 @@ def test_bfloat16_second_moment_decays_without_bias():
     for _ in range(200):
         _, state = dense_adam_step(x, dy, kernel, state, 0.1, seed=1)
     nu = np.asarray(state.nu, np.float32)
-    np.testing.assert_allclose(
-        nu.mean(), 0.999**200, rtol=3e-3
-    )  # with rounding to nearest it would stay at 1
+    # With rounding to nearest, nu would stay at 1.
+    np.testing.assert_allclose(nu.mean(), 0.999**200, rtol=3e-3)
     assert 0.01 < nu.std() < 0.1
 
 

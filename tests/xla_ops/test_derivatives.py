@@ -11,7 +11,7 @@ NOT_DIFFERENTIABLE = [name for name in NATIVE if not OPS[name].differentiable]
 
 
 def scalar_function_of_x(name):
-    """Return an op as a function of x, followed by a nonlinear function to a scalar."""
+    """Return an op as a function of x with a scalar result, the sum of the cubes of the op's results."""
     op = OPS[name]
     arguments = op.arguments(*EXAMPLE)
 
