@@ -1,10 +1,11 @@
-"""Gives damaged files to all readers: each returns valid data, or raises a ValueError that names the file.
+"""Give damaged files to all readers: each must return valid data, or raise a ValueError that names the file.
 
     python -m tests.fuzz_readers --seconds=60
 
-The files in `corpus/READER` are changed at random; one that makes our code run two lines in a row that never
-were is changed further. What is found is kept in a directory that is printed, with the
-file of the moment, should a reader kill the process, take more than 10 s, or more than 1 GiB of memory.
+The files in `corpus/READER` are mutated at random. If a mutated file makes the readers execute two lines one
+after the other for the first time, it is mutated further. Files that violate the contract are stored in a
+directory, whose path is printed. The directory also contains the last file that was read, in case a reader
+kills the process, takes more than 10 s, or takes more than 1 GiB of memory.
 """
 
 import argparse
@@ -36,9 +37,9 @@ from sparse_xmc.encoders import pretrained_files
 from sparse_xmc.metrics import LabelStatistics
 
 CORPUS = Path(__file__).with_name("corpus")
-_SECONDS_PER_FILE, _MORE_MEMORY, _LARGEST_FILE, _LARGEST_KEPT = 10, 1 << 30, 1 << 17, 1 << 12
+_SECONDS_PER_FILE, _MAX_EXTRA_MEMORY, _MAX_FILE_BYTES, _MAX_KEPT_BYTES = 10, 1 << 30, 1 << 17, 1 << 12
 
-# ---- the readers, by the name of their file, and what holds of all that they return ----
+# ---- readers: each reads a file and checks the result; its name is that of a directory in corpus/ ----
 
 
 def points(path):
@@ -57,11 +58,11 @@ def filter(path):
 
 
 def texts(path):
-    names, contents = data.read_tsv(path)
-    assert len(names) == len(contents)
-    with link(path.with_name("again.tsv")):
-        data.write_tsv(path.with_name("again.tsv"), names, contents)
-    assert data.read_tsv(path.with_name("again.tsv")) == (names, contents)
+    label_names, documents = data.read_tsv(path)
+    assert len(label_names) == len(documents)
+    with expect_link_replaced(path.with_name("again.tsv")):
+        data.write_tsv(path.with_name("again.tsv"), label_names, documents)
+    assert data.read_tsv(path.with_name("again.tsv")) == (label_names, documents)
 
 
 def features(path):
@@ -72,13 +73,13 @@ def features(path):
 
 
 def cache(path):
-    """The first byte says which file of a cache the others are written to; what is read stays the same."""
+    """Overwrite the cache file that the first byte selects with the other bytes; the data must not change."""
     source, directory = path.with_name("source.txt"), path.with_name("cache")
     source.write_text("2 3 2\n0 1:2\n1 0:1 2:3\n")
     data.read_xmc_text(source, directory)
-    number, *content = path.read_bytes() or b"\0"
-    damaged = sorted(file for file in directory.rglob("*") if file.is_file())
-    damaged[number % len(damaged)].write_bytes(bytes(content))
+    selector, *content = path.read_bytes() or b"\0"
+    cache_files = sorted(file for file in directory.rglob("*") if file.is_file())
+    cache_files[selector % len(cache_files)].write_bytes(bytes(content))
     dataset = data.read_xmc_text(source, directory)
     np.testing.assert_array_equal(dataset.features.toarray(), [[0, 2, 0], [1, 0, 3]])
     np.testing.assert_array_equal(dataset.labels.toarray(), [[1, 0], [0, 1]])
@@ -96,10 +97,10 @@ def names(path):
 
 
 def raw(path):
-    labels, titles = prepare.read_json(path)
-    assert len(labels) == len(titles)
-    assert all(type(label) is int for row in labels for label in row)
-    data.write_tsv(path.with_name("raw.tsv"), [list(map(str, row)) for row in labels], titles)
+    label_rows, titles = prepare.read_json(path)
+    assert len(label_rows) == len(titles)
+    assert all(type(label) is int for row in label_rows for label in row)
+    data.write_tsv(path.with_name("raw.tsv"), [list(map(str, row)) for row in label_rows], titles)
 
 
 def config(path):
@@ -129,7 +130,7 @@ def tokenizer(path):
 
 def record(path):
     fields = files.read_sealed_json(path)
-    with link(path.with_name("again.json")):
+    with expect_link_replaced(path.with_name("again.json")):
         files.write_sealed_json(path.with_name("again.json"), fields)
     assert files.read_sealed_json(path.with_name("again.json")) == fields
 
@@ -143,7 +144,7 @@ def settings(path):
 def statistics(path):
     found = LabelStatistics.load(path)
     assert len(found.groups) == len(found.inv_propensities)
-    with link(path.with_name("again.npz")):
+    with expect_link_replaced(path.with_name("again.npz")):
         found.save(path.with_name("again.npz"))
     again = LabelStatistics.load(path.with_name("again.npz"))
     np.testing.assert_array_equal(again.inv_propensities, found.inv_propensities)
@@ -155,8 +156,8 @@ def calibration(path):
 
 
 @contextlib.contextmanager
-def link(path):
-    """A symbolic link at a path that is written meanwhile, to a file that must stay as it is."""
+def expect_link_replaced(path):
+    """Put a symbolic link at `path`, which the block must replace without writing to the link's target."""
     target = path.with_name("not to be written")
     target.write_text("mine")
     path.unlink(missing_ok=True)
@@ -174,8 +175,8 @@ READERS = {
         *(record, settings, statistics, calibration),
     )
 }
-_WITH_LINES = ("points", "labels", "filter", "texts", "names", "raw")  # of which errors name the line
-_DIRECTORIES = ("modules", "model")  # which errors may name in place of the file
+_LINE_READERS = ("points", "labels", "filter", "texts", "names", "raw")  # their errors state the line
+_DIRECTORY_READERS = ("modules", "model")  # their errors may name the directory instead of the file
 
 
 def check_csr(matrix):
@@ -188,21 +189,25 @@ def check_csr(matrix):
 
 
 def check(reader: str, content: bytes, suffix: str, directory: Path) -> str | None:
-    """Has a file read: None for valid data, else the error's message. Raises what is against the contract."""
+    """Read `content` as a file; return None if it is valid, otherwise the message of the ValueError.
+
+    Raises:
+      Exception: the reader violates the contract; any type.
+    """
     path = directory / f"{reader}{suffix}"
     path.write_bytes(content)
     try:
         READERS[reader](path)
     except ValueError as error:
-        where = re.escape(str(directory if reader in _DIRECTORIES else path))
-        form = where + (r":\d+: .+" if reader in _WITH_LINES else "[/: ].+")
+        where = re.escape(str(directory if reader in _DIRECTORY_READERS else path))
+        form = where + (r":\d+: .+" if reader in _LINE_READERS else "[/: ].+")
         if not re.fullmatch(form, str(error)):
             raise AssertionError(f"expected one line that begins with the file's name: {error}") from error
         return str(error)
     return None
 
 
-# ---- changes ----
+# ---- mutations ----
 
 _TOKENS = [
     *b"\0 \t \r \n \xff | , : - . 0 1 [ ] { } \" ' \\".split(b" "),
@@ -218,8 +223,12 @@ _TOKENS = [
 _WORD = re.compile(rb"[\w.+-]+")
 
 
-def change(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """Some of: other bits, bytes, numbers and words; parts left out, put in, repeated, or of another file."""
+def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """Return the content after 1 to 5 random mutations.
+
+    A mutation flips bits, replaces bytes, numbers or words by special ones, or deletes, inserts, repeats or
+    copies a part of this file or of the other files.
+    """
     for _ in range(rng.choice((1, 1, 1, 2, 3, 5))):
         start, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
         if rng.random() < 0.7:
@@ -235,34 +244,38 @@ def change(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
             case 3:
                 part, end = token, start + len(token)
             case 4:
-                part = part * min(rng.choice((2, 3, 10, 100, 10_000)), 1 + _LARGEST_FILE // (1 + len(part)))
+                part = part * min(rng.choice((2, 3, 10, 100, 10_000)), 1 + _MAX_FILE_BYTES // (1 + len(part)))
             case 5:
                 part = content[end:] if rng.random() < 0.5 else other[: rng.randrange(len(other) + 1)]
             case 6:
                 part, end = other[rng.randrange(len(other) + 1) :], len(content)
             case 7 if word := _WORD.search(content, start):
                 (start, end), part = word.span(), token
-        content = (content[:start] + part + content[end:])[:_LARGEST_FILE]
+        content = (content[:start] + part + content[end:])[:_MAX_FILE_BYTES]
     return content
 
 
-# ---- the search ----
+# ---- fuzzing ----
 
-_OURS = tuple(str(Path(module.__file__).parent) for module in (data, pretrained_files, prepare, saving))
+_SOURCE_DIRECTORIES = tuple(
+    str(Path(module.__file__).parent) for module in (data, pretrained_files, prepare, saving)
+)
 
 
-def traced(run: Callable[[], object]) -> set:
-    """Has `run` run: the pairs of lines of ours that came one after the other."""
-    pairs, last = set(), None
+def executed_line_pairs(run: Callable[[], object]) -> set:
+    """Call `run`; return all pairs of source lines that were executed one after the other."""
+    pairs, previous = set(), None
 
-    def line(frame, event, argument):
-        nonlocal last
-        here = (frame.f_code, frame.f_lineno)
-        pairs.add((last, here))
-        last = here
-        return line
+    def trace_line(frame, event, argument):
+        nonlocal previous
+        current = (frame.f_code, frame.f_lineno)
+        pairs.add((previous, current))
+        previous = current
+        return trace_line
 
-    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.startswith(_OURS) else None)
+    sys.settrace(
+        lambda frame, *_: trace_line if frame.f_code.co_filename.startswith(_SOURCE_DIRECTORIES) else None
+    )
     try:
         run()
         return pairs
@@ -270,25 +283,34 @@ def traced(run: Callable[[], object]) -> set:
         sys.settrace(None)
 
 
-def fuzz(readers: list[str], rng: random.Random, directory: Path, go_on: Callable[[int], bool]) -> list[Path]:
-    """Goes on for as long as it is told to, by the number of files so far; returns what was found."""
-    seen, findings, number = set(), {}, 0
+def fuzz(
+    readers: list[str], rng: random.Random, directory: Path, should_continue: Callable[[int], bool]
+) -> list[Path]:
+    """Read mutated files; return the paths of those that violate the contract.
+
+    Args:
+      readers: names of readers, which take turns.
+      rng: source of the mutations.
+      directory: where files are written.
+      should_continue: function of the number of files read so far.
+    """
+    seen, findings, num_files = set(), {}, 0
     pools = {
         reader: [(file.read_bytes(), file.suffix) for file in sorted((CORPUS / reader).iterdir())]
         for reader in readers
     }
-    while go_on(number):
-        reader = readers[number % len(readers)]
-        number += 1
+    while should_continue(num_files):
+        reader = readers[num_files % len(readers)]
+        num_files += 1
         pool = pools[reader]
         content, suffix = rng.choice(pool)
-        content = change(content, [other for other, _ in pool], rng)
+        content = mutate(content, [other for other, _ in pool], rng)
         faulthandler.dump_traceback_later(_SECONDS_PER_FILE, exit=True, file=sys.__stderr__)
         try:
-            new = traced(lambda: check(reader, content, suffix, directory))  # noqa: B023
+            new = executed_line_pairs(lambda: check(reader, content, suffix, directory))  # noqa: B023
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             where = traceback.extract_tb(error.__traceback__)[-1]
             kind = (reader, type(error), where.filename, where.lineno)
             if kind not in findings:
@@ -298,11 +320,11 @@ def fuzz(readers: list[str], rng: random.Random, directory: Path, go_on: Callabl
             continue
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if not new <= seen and len(content) <= _LARGEST_KEPT:
+        if not new <= seen and len(content) <= _MAX_KEPT_BYTES:
             seen |= new
             pool.append((content, suffix))
     sizes = ", ".join(f"{reader} {len(pool)}" for reader, pool in pools.items())
-    print(f"{number:,} files; of lines in a new order, with the corpus: {sizes}")
+    print(f"{num_files:,} files read; corpus size, with mutations that executed new pairs of lines: {sizes}")
     return list(findings.values())
 
 
@@ -315,12 +337,12 @@ def main():
     faulthandler.enable()
     logging.disable()
     warnings.simplefilter("error")
-    with contextlib.suppress(FileNotFoundError):  # where there is no /proc, memory is not bounded
+    with contextlib.suppress(FileNotFoundError):  # without /proc, memory is not limited
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + _MORE_MEMORY
+        limit = pages * resource.getpagesize() + _MAX_EXTRA_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     directory = Path(tempfile.mkdtemp(prefix="fuzz-[1]-"))
-    print(f"files are in {directory}", flush=True)
+    print(f"files in {directory}", flush=True)
     end = time.monotonic() + flags.seconds
     found = fuzz(flags.readers, random.Random(flags.seed), directory, lambda _: time.monotonic() < end)
     if found:

@@ -1,15 +1,15 @@
-"""Runs the tests of the ops against a CPU module that is built with sanitizers, by g++.
+"""Run the tests of the ops with a CPU module that g++ builds with sanitizers.
 
     python tests/sanitize.py address      # AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/sanitize.py thread       # ThreadSanitizer
     python tests/sanitize.py thread tests/xla_ops/test_fan_in_loss.py -k bias
 
-What follows goes to pytest: by default it runs the tests that call the CPU's kernels. Everything is built in
-a temporary directory; the installed module stays as it is. What the sanitizers report is printed, and the
-exit status is 1 then, or where a test fails.
+Further arguments are passed to pytest; by default it runs the tests that call the CPU kernels. Everything is
+built in a temporary directory; the installed module is not changed. Reports of the sanitizers are printed.
+The exit status is 1 if there is a report, or if a test fails.
 
-XLA and Python are not built with sanitizers. So AddressSanitizer sees their allocations, but not their
-accesses. ThreadSanitizer would not see how XLA's threads wait for each other: `xla_ops/visible_threads.h`
+XLA and Python are not built with sanitizers. Therefore AddressSanitizer sees their allocations, but not their
+accesses. ThreadSanitizer would not see the synchronisation of XLA's threads; `xla_ops/visible_threads.h`
 replaces them.
 """
 
@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[1]
 TESTS = ["dense_step", "fan_in_loss", "fan_in_matmul", "fan_in_step", "fan_in_top_k", "kth_smallest"]
 TESTS += ["sparse_inputs", "native", "sharding", "transformations"]
 
-# These follow the flags of setup.py. Python's own flags have -fwrapv, which defines what a signed overflow
-# gives; it is a fault here all the same.
+# The compiler gets these after the flags of setup.py. Python's own flags include -fwrapv, with which signed
+# overflow is not reported; here it is a fault.
 FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread", f"-include{ROOT / 'tests/xla_ops/visible_threads.h'}"],
 }
 RUNTIMES = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
-# Tests of another module than the one that was built would prove nothing.
+# Stops if the tests would use another module than the one that was built.
 PLUGIN = """
 from pathlib import Path
 
@@ -42,12 +42,13 @@ def pytest_collection_finish():
 
     assert Path(_cpu.__file__).parents[1] == Path(__file__).parents[1], _cpu.__file__
 """
-# Memory that these allocate and free is new to whoever gets it: how it is handed over goes unseen.
-UNSEEN = ["libjax_common.so", "_multiarray_umath"]
+# ThreadSanitizer ignores the allocations of these libraries, because it does not see how they hand memory
+# over from one thread to another.
+NOT_INSTRUMENTED = ["libjax_common.so", "_multiarray_umath"]
 
 
 def build(sanitizer: str, tree: Path) -> None:
-    """Copies xla_ops, the tests and what they use to `tree`, and builds the CPU module there."""
+    """Copy xla_ops, the tests and the packages that they need to `tree`, and build the CPU module there."""
     unwanted = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("xla_ops", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=unwanted)
@@ -72,10 +73,11 @@ def build(sanitizer: str, tree: Path) -> None:
     subprocess.run(install, env=environment, check=True)
     for module in (tree / "built" / "xla_ops").glob("_cpu*"):
         shutil.copy(module, tree / "xla_ops")
-    shutil.copytree(ROOT / "sparse_xmc", tree / "sparse_xmc", ignore=unwanted)  # one test has a layer
+    shutil.copytree(ROOT / "sparse_xmc", tree / "sparse_xmc", ignore=unwanted)  # one test needs a layer of it
 
 
 def runtime(library: str) -> str:
+    """Return the path of a runtime library of g++."""
     command = ["g++", f"-print-file-name={library}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -90,14 +92,14 @@ def main() -> int:
         reports_directory.mkdir()
         build(arguments.sanitizer, tree)
         suppressions = tree / "suppressions"
-        suppressions.write_text("".join(f"called_from_lib:{library}\n" for library in UNSEEN))
+        suppressions.write_text("".join(f"called_from_lib:{library}\n" for library in NOT_INSTRUMENTED))
         options = f"log_path={reports_directory / 'report'}:"
         environment = os.environ | {
             "PYTHONPATH": str(tree / "tests"),
             "LD_PRELOAD": " ".join(runtime(library) for library in RUNTIMES[arguments.sanitizer]),
             "ASAN_OPTIONS": options + "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
-            # Of locks too it sees half of what XLA does.
+            # No reports about locks, because it sees only some of XLA's.
             "TSAN_OPTIONS": options
             + f"report_mutex_bugs=0:detect_deadlocks=0:report_thread_leaks=0:suppressions={suppressions}",
         }

@@ -1,4 +1,4 @@
-"""What is in examples, on few points; the notebook cell by cell, with and without a tiny encoder."""
+"""Tests of examples/ on few points; the notebook runs with and without a tiny pretrained encoder."""
 
 import importlib.util
 import json
@@ -25,21 +25,25 @@ def code_cells():
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def run(**settings):
-    """Executes the cells in one namespace, the first of them with other settings; returns the namespace."""
+def run_notebook(**settings):
+    """Execute the cells in one namespace, and return the namespace.
+
+    Args:
+      settings: new values of variables that the first cell sets.
+    """
     first, *rest = ("".join(cell["source"]) for cell in code_cells())
-    names = {}
-    exec(first, names)
-    unknown = settings.keys() - names.keys()
+    namespace = {}
+    exec(first, namespace)
+    unknown = settings.keys() - namespace.keys()
     assert not unknown, f"the first cell does not set {unknown}"
-    names |= settings
+    namespace |= settings
     for source in rest:
-        exec(source, names)
-    return names
+        exec(source, namespace)
+    return namespace
 
 
 def make_encoder(directory):
-    """A random BERT of one layer with a tokenizer that knows a few words."""
+    """Save a random BERT with one layer, and a tokenizer for a few words; return the directory."""
     if not all(map(importlib.util.find_spec, ("tokenizers", "safetensors"))):
         pytest.skip("tokenizers and safetensors are not installed")
     import tokenizers
@@ -56,33 +60,33 @@ def make_encoder(directory):
 
 
 @pytest.mark.parametrize("encoder", [False, True])
-def test_the_notebook_runs(encoder, tmp_path, capsys):
+def test_notebook(encoder, tmp_path, capsys):
     settings = {"ENCODER": str(make_encoder(tmp_path / "encoder"))} if encoder else {}
     model = tmp_path / "model"
-    names = run(POINTS=400, TEST_POINTS=100, SETTINGS=SIZES, MODEL=str(model), **settings)
-    assert names["loaded"].saved_.config.text_features == (8 if encoder else 0)
+    namespace = run_notebook(POINTS=400, TEST_POINTS=100, SETTINGS=SIZES, MODEL=str(model), **settings)
+    assert namespace["loaded"].saved_.config.text_features == (8 if encoder else 0)
     assert (model / "frozen_encoder.json").exists() == encoder
-    assert 0 < names["metrics"]["p@1"] <= 1
-    np.testing.assert_array_equal(names["names"].shape, (3, 5))
+    assert 0 < namespace["metrics"]["p@1"] <= 1
+    np.testing.assert_array_equal(namespace["names"].shape, (3, 5))
     printed = capsys.readouterr().out
-    assert printed.count("a person who plays the violin") == 2  # before it was saved and after it was loaded
+    assert printed.count("a person who plays the violin") == 2  # before saving and after loading
 
 
-def test_outputs_are_cleared():
+def test_notebook_has_no_outputs():
     for cell in code_cells():
         assert not cell["outputs"]
         assert cell["execution_count"] is None
 
 
-def test_your_own_network(tmp_path):
+def test_own_network(tmp_path):
     main = runpy.run_path(str(EXAMPLES / "own_network.py"))["main"]
     metrics = main(points=3000, epochs=5, path=str(tmp_path / "weights"))
     assert metrics["p@1"] > 0.5
 
 
-def test_from_the_papers_table_to_your_data(tmp_path, capsys):
+def test_paper_table_to_your_data(tmp_path, capsys):
     example = runpy.run_path(str(EXAMPLES / "paper_table_to_your_data.py"))
-    row = example["ROWS"].popitem()[1]  # a run less: whether it could be run is enough
+    row = example["ROWS"].popitem()[1]  # only its flags are checked, to save time
     assert values_of([f"--flagfile={name}" for name in row])["direct_inputs"] == 28
     (paper,) = example["main"]([f"--workdir={tmp_path}", "--epochs=3", "--penultimate=64"]).values()
     assert paper["flags"]["validate_on_test"]

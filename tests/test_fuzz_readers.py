@@ -1,4 +1,4 @@
-"""The readers' corpus, and the fuzzer that starts from it."""
+"""Tests of all readers on the corpus of `fuzz_readers`, and of the fuzzer itself."""
 
 import random
 import shutil
@@ -10,16 +10,16 @@ CASES = sorted(fuzz_readers.CORPUS.glob("*/*"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
-def test_corpus(case, tmp_path):
+def test_readers_on_corpus(case, tmp_path):
     error = fuzz_readers.check(case.parent.name, case.read_bytes(), case.suffix, tmp_path)
     assert bool(error) == case.name.startswith("bad"), error
 
 
-def test_every_reader_has_files():
+def test_every_reader_has_corpus_files():
     assert {case.parent.name for case in CASES} == fuzz_readers.READERS.keys()
 
 
-def test_the_fuzzer_finds_what_is_against_the_contract(tmp_path, monkeypatch, capsys):
+def test_fuzz_finds_contract_violations(tmp_path, monkeypatch, capsys):
     def nameless(path):
         if b"nan" in path.read_bytes():
             raise ValueError("no name of a file")

@@ -1,4 +1,4 @@
-"""Imports: optional dependencies are optional, and light commands stay light."""
+"""Tests that optional dependencies are imported only where needed, and that light commands start fast."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def imports_at_start_up(source: str) -> set[str]:
     return found
 
 
-def test_imports_at_start_up_are_found_wherever_they_run():
+def test_imports_at_start_up_finds_nested_imports():
     source = """
 import a.b
 from c.d import e
@@ -71,20 +71,20 @@ class C:
     assert imports_at_start_up(source) == {"a", "c", "h", "i", "j"}
 
 
-def test_only_required_dependencies_are_imported_at_start_up():
+def test_start_up_imports_only_required_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
     allowed = {MODULES.get(name, name).replace("-", "_") for name in required}
     allowed |= {*PACKAGES, *sys.stdlib_module_names}
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    paths.remove(ROOT / "experiments" / "measure" / "pytest_rows.py")  # a plugin, loaded by pytest alone
+    paths.remove(ROOT / "experiments" / "measure" / "pytest_rows.py")  # a plugin, loaded only by pytest
     assert len(paths) > 80
-    wrong = {
+    forbidden = {
         f"{path.relative_to(ROOT)}: {name}"
         for path in paths
         for name in imports_at_start_up(path.read_text()) - allowed
     }
-    assert not wrong
+    assert not forbidden
 
 
 def imported_modules(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
@@ -123,7 +123,7 @@ def test_no_modules_import_each_other_in_a_cycle():
     ["import sparse_xmc", "from sparse_xmc.cli.__main__ import main; main()"],
     ids=["import sparse_xmc", "sparse-xmc --help"],
 )
-def test_light_starts_import_nothing_heavy(code):
+def test_light_commands_import_no_heavy_packages(code):
     code += "\nimport sys; print(*sys.modules, file=sys.stderr)"
     command = [sys.executable, "-c", code, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
@@ -133,7 +133,7 @@ def test_light_starts_import_nothing_heavy(code):
     assert len(loaded) < 250
 
 
-def test_tables_say_how_to_get_matplotlib(monkeypatch):
+def test_error_without_matplotlib_says_how_to_install_it(monkeypatch):
     from experiments import figures
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

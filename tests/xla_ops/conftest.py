@@ -1,3 +1,5 @@
+"""Settings and fixtures of the tests of the ops."""
+
 import jax
 import pytest
 
@@ -11,13 +13,13 @@ def instruction_set(request):
     """Run the test with each instruction set of this processor; on a GPU, once."""
     if jax.default_backend() != "cpu":
         if request.param != "baseline":
-            pytest.skip("the instruction set is the CPU's")
+            pytest.skip("instruction sets exist only on CPUs")
         yield "gpu"
         return
-    before = _native.cpu().isa()
+    default = _native.cpu().isa()
     try:
         _native.cpu().select_isa(request.param)
     except ValueError as error:
         pytest.skip(str(error))
     yield request.param
-    _native.cpu().select_isa(before)
+    _native.cpu().select_isa(default)

@@ -1,4 +1,4 @@
-"""Random problems, brute-force references and checks that the tests of the ops share."""
+"""Random problems, brute-force references and checks for the tests of the ops."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from xla_ops import SparseInputs, fan_in_loss, fan_in_matmul, fan_in_top_k
 LOSSES = ("squared_hinge", "bce")
 LOSS = pytest.mark.parametrize("loss", LOSSES)
 DTYPE = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-KINDS = st.fixed_dictionaries(
+# Options of `make_problem` besides sizes.
+OPTIONS = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from([jnp.float32, jnp.bfloat16]),
         "index_dtype": st.sampled_from([np.uint16, np.int32]),
@@ -24,9 +25,9 @@ KINDS = st.fixed_dictionaries(
 
 
 class Problem(NamedTuple):
-    """The arrays of a fixed fan-in layer, and a cotangent `dy` of its logits or None.
+    """A batch, a fixed fan-in layer, and a cotangent `dy` of its logits, or None.
 
-    The first four are the arguments of `fan_in_matmul`, the first five those of `fan_in_loss`.
+    The first four arrays are the arguments of `fan_in_matmul`, the first five the arguments of `fan_in_loss`.
     """
 
     x: np.ndarray
@@ -47,17 +48,17 @@ def make_problem(
     dtype=jnp.float32,
     index_dtype=np.int32,
     with_bias=True,
-    whole=False,
+    integer_values=False,
     seed=0,
 ):
     """Return a random problem; some indices and positives are repeated, and some are out of range.
 
-    With `whole`, values are small integers, whose sums are exact in any order.
+    With `integer_values`, values are small integers, so that sums are exact in any order.
     """
     rng = np.random.default_rng(seed)
 
     def values(*shape):
-        return (rng.integers(-3, 4, shape) if whole else rng.normal(size=shape)).astype(dtype)
+        return (rng.integers(-3, 4, shape) if integer_values else rng.normal(size=shape)).astype(dtype)
 
     indices = rng.integers(0, max(1, in_features), (labels, fan_in))
     outside = [i for i in (in_features, in_features + 1) if i <= np.iinfo(index_dtype).max]
@@ -90,13 +91,14 @@ def sparsify(problem, dense, *, density=0.1, entries=None, seed=0):
     Args:
       problem: a problem with x [B, D + C].
       dense: D.
-      density: the part of the sparse inputs that is not set to 0.
-      entries: number of entries including padding; None for 6 entries of padding.
+      density: fraction of the sparse inputs that is not set to 0.
+      entries: number of entries including padding; by default, 6 entries are padding.
+      seed: seed of the random numbers.
 
     Returns:
-      The problem with all inputs in x, most of the last C set to 0; the same problem with x [B, D]; and the
-      SparseInputs that go with it. Entries are in no order; some inputs are the sum of several entries, which
-      float32 and bfloat16 represent exactly.
+      The problem with x [B, D + C], where most of the last C inputs are 0; the same problem with x [B, D];
+      and the last C inputs as SparseInputs. The entries are in random order. Some inputs are split into
+      several entries, whose sums are exact in float32 and bfloat16.
     """
     rng = np.random.default_rng(seed)
     x = problem.x.copy()
@@ -128,7 +130,7 @@ def sparsify(problem, dense, *, density=0.1, entries=None, seed=0):
 
 
 def assert_all_close(actual, expected, rtol=1e-5, atol=1e-6):
-    """Compare arrays of any dtypes in any structure."""
+    """Compare trees of arrays of any dtypes."""
 
     def close(a, e):
         assert a.shape == e.shape
@@ -138,8 +140,8 @@ def assert_all_close(actual, expected, rtol=1e-5, atol=1e-6):
     jax.tree.map(close, actual, expected)
 
 
-def assert_same(results, expected):
-    """Compare bit for bit, except for the gradient of x (result 1) on a GPU, which sums in any order."""
+def assert_bitwise_equal(results, expected):
+    """Compare bit for bit, except for d_x (result 1) on a GPU, which is summed in no fixed order."""
     for number, (a, b) in enumerate(zip(results, expected, strict=True)):
         if number == 1 and jax.default_backend() != "cpu":
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
@@ -165,7 +167,7 @@ run_matmul = jax.jit(matmul_results)
 
 
 def brute_force_matmul(problem):
-    """Return [y, d_x, d_kernel, d_bias] in float64, one connection per label at a time."""
+    """Return [y, d_x, d_kernel, d_bias] in float64, computed by a loop over the fan-in."""
     x, kernel, indices, bias, _, dy = problem
     x, kernel, dy = (a.astype(np.float64) for a in (x, kernel, dy))
     y, d_x, d_kernel = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(kernel)
@@ -181,19 +183,24 @@ def brute_force_matmul(problem):
 
 
 def assert_matmul(results, problem, dense=None):
-    """Compare (y, d_x, d_kernel, d_bias) with brute force; d_x has the first `dense` inputs, None for all.
+    """Compare (y, d_x, d_kernel, d_bias) with brute force.
 
-    Each result may be off by a float32 sum's rounding, in any order, and by one rounding to its dtype. A sum
-    of n products is off by at most n * eps / 2 of the sum of their magnitudes (to first order, once more for
-    the products), so that n * eps covers it.
+    The tolerance is the rounding error of a float32 sum in any order, and of one rounding to the result's
+    dtype. Summing n products has an error of at most n * eps / 2 times the sum of their magnitudes (to first
+    order), and so does rounding the products; n * eps covers both.
+
+    Args:
+      results: the four results; None for d_bias if there is no bias.
+      problem: the problem, with all inputs in x.
+      dense: d_x is the gradient of the first `dense` inputs; by default of all.
     """
 
-    def of_values(function):
+    def apply(function):
         bias = None if problem.bias is None else function(problem.bias)
         arrays = {n: function(getattr(problem, n)) for n in ("x", "kernel", "dy")}
         return brute_force_matmul(problem._replace(bias=bias, **arrays))
 
-    magnitudes, terms = of_values(np.abs), of_values(np.ones_like)
+    magnitudes, terms = apply(np.abs), apply(np.ones_like)
     names = ("y", "d_x", "d_kernel", "d_bias")
     for name, result, expected, magnitude, n in zip(
         names, results, brute_force_matmul(problem), magnitudes, terms, strict=True
@@ -218,10 +225,10 @@ def loss_results(problem, loss="squared_hinge", sparse=None, *, function=fan_in_
     """Return [loss, d_x, d_kernel, d_bias]."""
     x, kernel, indices, bias, positives, _ = problem
 
-    def of_values(x, kernel, bias):
+    def compute_loss(x, kernel, bias):
         return function(x, kernel, indices, bias, positives, loss=loss, sparse=sparse)
 
-    value, gradients = jax.value_and_grad(of_values, (0, 1, 2))(x, kernel, bias)
+    value, gradients = jax.value_and_grad(compute_loss, (0, 1, 2))(x, kernel, bias)
     return [value, *gradients]
 
 
@@ -229,7 +236,7 @@ run_loss = jax.jit(loss_results, static_argnames=("loss", "function"))
 
 
 def dense_weights(kernel, indices, in_features):
-    """Return the layer as an ordinary matrix, float64 [L, D]."""
+    """Return the kernel as a dense matrix, float64 [L, D]."""
     dense = np.zeros((kernel.shape[0], in_features))
     for label, row in enumerate(indices):
         for f, i in enumerate(row):
@@ -239,7 +246,7 @@ def dense_weights(kernel, indices, in_features):
 
 
 def is_positive(positives, labels):
-    """Return whether each point has each label, bool [B, L]."""
+    """Return the positives as a dense matrix, bool [B, L]."""
     target = np.zeros((len(positives), labels), bool)
     for b, row in enumerate(positives):
         for label in row:
@@ -249,17 +256,20 @@ def is_positive(positives, labels):
 
 
 def value_and_slope(loss, margin):
-    """Return a loss as a function of y * s, and its derivative, in float64."""
+    """Return the loss and its derivative with respect to the margin, in float64.
+
+    The margin is the logit of a positive, and minus the logit of a negative.
+    """
     if loss == "squared_hinge":
         slack = np.maximum(0, 1 - margin)
         return slack**2, -2 * slack
-    # log(1 + e^-margin), in the form that never overflows
+    # log(1 + e^-margin), in a form that does not overflow
     value = np.maximum(0, -margin) + np.log1p(np.exp(-np.abs(margin)))
     return value, -np.exp(-np.maximum(0, margin)) / (1 + np.exp(-np.abs(margin)))
 
 
 def brute_force_loss(problem, loss):
-    """Return [loss, d_x, d_kernel, d_bias] in float64, and how far float32 sums may be off from each."""
+    """Return [loss, d_x, d_kernel, d_bias] in float64, and bounds on the errors of float32 sums for each."""
     x, kernel, indices, bias, positives, _ = problem
     eps = float(jnp.finfo(jnp.float32).eps)
     x, kernel = x.astype(np.float64), kernel.astype(np.float64)
@@ -277,20 +287,20 @@ def brute_force_loss(problem, loss):
         d_kernel = np.take_along_axis(d_weights, at, axis=1)
         return slope @ weights, d_kernel, slope.sum(axis=0)
 
-    # Rounding: of a logit, then through the slope (which is Lipschitz with constant 2) and the sums.
+    # Bounds on rounding errors: of logits, then of slopes (Lipschitz with constant 2), then of sums.
     logit_error = (fan_in + 2) * eps * (np.abs(x) @ magnitudes.T + np.abs(bias)[None])
     slope_error = 2 * logit_error / count + 8 * eps * np.abs(slope)
     rounded = gradients(slope_error, np.abs(x), magnitudes)
     summed = gradients(eps * np.abs(slope), np.abs(x), magnitudes)
     errors = [r + n * s for r, s, n in zip(rounded, summed, (labels, batch, batch), strict=True)]
-    # A positive's value replaces what it has as a negative: both round.
+    # The kernels subtract the loss of a positive as a negative, and add its loss: both are rounded.
     both = value + value_and_slope(loss, -sign * (x @ weights.T + bias[None]))[0]
     value_error = np.sum(np.abs(slope) * logit_error) + np.sum(logit_error**2 + 64 * eps * both) / count
     return [np.sum(value) / count, *gradients(slope, x, weights)], [value_error, *errors]
 
 
 def assert_loss(results, problem, loss, dense=None):
-    """Compare the results with brute force; d_x has the first `dense` inputs, None for all."""
+    """Compare [loss, d_x, d_kernel, d_bias] with brute force; d_x is for the first `dense` inputs, or all."""
     expected, errors = brute_force_loss(problem, loss)
     if problem.bias is None:
         assert results[-1] is None
@@ -329,7 +339,7 @@ def assert_top_k(actual, expected):
 
 
 def philox(counter, key):
-    """Return the four words of Philox4x32-10, straight from the paper."""
+    """Return the four words of Philox4x32-10, implemented as in the paper (Salmon et al., 2011)."""
     c, k = [int(v) for v in counter], [int(v) for v in key]
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -339,7 +349,7 @@ def philox(counter, key):
 
 
 def rounding_bits(positions, seed, step):
-    """Return 16 random bits for each position, as `kernels.h` defines them."""
+    """Return 16 random bits for each position, as `csrc/rounding.h` defines them."""
     bits = []
     for p in positions:
         counter = p // 128 * 16 + p % 16
@@ -349,7 +359,7 @@ def rounding_bits(positions, seed, step):
 
 
 def make_exact_step(batch, in_features, labels, fan_in):
-    """Return (x, kernel, indices, bias, positives), small integers or halves, whose sums are exact."""
+    """Return (x, kernel, indices, bias, positives) with small integers or halves, whose sums are exact."""
     rng = np.random.default_rng(1)
     return (
         rng.integers(-2, 3, (batch, in_features)).astype(np.float32),
@@ -364,7 +374,12 @@ SGD_ROUNDING_SHAPES = [(3, 6, 21, 7), (2, 4, 9, 32), (4, 8, 150, 1), (2, 40, 300
 
 
 def check_sgd_rounding(shape, step):
-    """Check `step(x, kernel, indices, bias, positives, rate, seed, step)`, which returns (kernel, bias)."""
+    """Check the stochastic rounding of an SGD step.
+
+    Args:
+      shape: batch, in_features, labels, fan_in.
+      step: function of (x, kernel, indices, bias, positives, rate, seed, step) that returns (kernel, bias).
+    """
     batch, _, labels, _ = shape
     x, kernel, indices, bias, positives = make_exact_step(*shape)
     sign = np.full((batch, labels), -1.0)
@@ -381,20 +396,24 @@ def check_sgd_rounding(shape, step):
     expected = (sums & 0xFFFF0000).view(np.float32)
 
     x, kernel, bias = (a.astype(jnp.bfloat16) for a in (x, kernel, bias))
-    scale = batch * labels  # the loss is a mean; powers of two alone divide exactly
+    scale = batch * labels  # the loss is a mean; only division by powers of 2 is exact
     new_kernel, new_bias = step(x, kernel, indices, bias, positives, np.float32(rate * scale), 5, 9)
     actual = np.concatenate([np.asarray(new_kernel, np.float32).ravel(), np.asarray(new_bias, np.float32)])
     if scale & (scale - 1) == 0:
         np.testing.assert_array_equal(actual, expected)
-    else:  # a rounded scale may tip a carry here and there
+    else:  # the rounding of the scale can change a few carries
         assert np.mean(actual != expected) < 0.01
     assert np.any(actual != np.asarray(jnp.asarray(updated, jnp.bfloat16), np.float32))
 
 
 def check_dense_rounding(shape, step):
-    """Check `step(x, dy, kernel, mu, nu, b1, b2, seed, number)`, which returns (kernel, mu, nu).
+    """Check the rounding of bfloat16 moments in a dense Adam step: mu to nearest, nu stochastically.
 
-    All values are integers or quarters of them, so all sums are exact in any order.
+    All values are integers or quarters, so that sums are exact in any order.
+
+    Args:
+      shape: batch, rows, columns.
+      step: function of (x, dy, kernel, mu, nu, b1, b2, seed, number) that returns (kernel, mu, nu).
     """
     batch, rows, columns = shape
     rng = np.random.default_rng(3)
@@ -408,9 +427,9 @@ def check_dense_rounding(shape, step):
     exact_mu = (0.75 * mu + 0.25 * gradient).astype(np.float32)
     exact_nu = (0.75 * nu + 0.25 * gradient**2).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(new_mu), exact_mu.astype(jnp.bfloat16))
-    row_length = -(-columns // 128) * 128  # each row starts a new run of positions
+    row_length = -(-columns // 128) * 128  # each row of the kernel starts at a multiple of 128
     positions = (np.arange(rows)[:, None] * row_length + np.arange(columns)).ravel()
-    some = rng.permutation(nu.size)[:4000]
-    sums = exact_nu.ravel()[some].view(np.uint32) + rounding_bits(positions[some], seed=2**32 - 5, step=9)
-    actual = np.asarray(new_nu, np.float32).ravel()[some]
+    sample = rng.permutation(nu.size)[:4000]
+    sums = exact_nu.ravel()[sample].view(np.uint32) + rounding_bits(positions[sample], seed=2**32 - 5, step=9)
+    actual = np.asarray(new_nu, np.float32).ravel()[sample]
     np.testing.assert_array_equal(actual, (sums & 0xFFFF0000).view(np.float32))

@@ -1,4 +1,4 @@
-"""What the compiler reports of each CUDA kernel, on each architecture that the module was built for."""
+"""Tests of the registers and memory of each CUDA kernel, which the compiler reports per architecture."""
 
 import re
 import shutil
@@ -9,14 +9,14 @@ from typing import NamedTuple
 import pytest
 
 REPORT = Path(__file__).parents[2] / "xla_ops" / "_cuda_resources.txt"
-ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"}  # and what newer compilers know
+ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90"}  # newer compilers add more
 KERNELS = {"pack", "unpack", "forward", "gradients", "loss", "mean", "merge", "sort", "adam", "count", "find"}
-KERNELS |= {"mark", "number", "starts", "add", "round"}  # of sparse inputs
+KERNELS |= {"mark", "number", "starts", "add", "round"}  # for sparse inputs
 LARGEST_STATIC_SHARED = 48 << 10
 
 
 class Resources(NamedTuple):
-    """Of one kernel on one architecture; all but the registers (per thread) in bytes."""
+    """The resources of one kernel on one architecture: registers per thread; all others in bytes."""
 
     kernel: str
     architecture: str
@@ -27,7 +27,7 @@ class Resources(NamedTuple):
 
 
 def parse(report: str) -> list[Resources]:
-    """Reads the output of `ptxas -v`."""
+    """Parse the output of `ptxas -v`."""
     found = []
     for part in report.split("Compiling entry function ")[1:]:
         kernel, architecture = re.match(r"'(\S+)' for '(\w+)'", part).groups()
@@ -44,8 +44,8 @@ def parse(report: str) -> list[Resources]:
     return found
 
 
-def readable(kernel: str) -> str:
-    """`gradients_kernel<float>`, if binutils are there."""
+def demangle(kernel: str) -> str:
+    """Return a readable name such as `gradients_kernel<float>`, or the same name without binutils."""
     if shutil.which("c++filt") is None:
         return kernel
     name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout
@@ -56,7 +56,7 @@ def readable(kernel: str) -> str:
 def kernels():
     if not REPORT.exists():
         pytest.skip("xla_ops._cuda was not built here (no nvcc)")
-    return [r._replace(kernel=readable(r.kernel)) for r in parse(REPORT.read_text())]
+    return [r._replace(kernel=demangle(r.kernel)) for r in parse(REPORT.read_text())]
 
 
 def test_parse():
@@ -81,7 +81,7 @@ def test_every_kernel_is_built_for_every_architecture(kernels):
     assert built >= {(kernel, architecture) for kernel in KERNELS for architecture in ARCHITECTURES}
 
 
-def test_nothing_spills(kernels, capsys):
+def test_kernels_do_not_spill_registers(kernels, capsys):
     devices = sorted({r.architecture for r in kernels}, key=lambda name: int(name[3:]))
     found = {(r.kernel, r.architecture): r for r in kernels}
     with capsys.disabled():

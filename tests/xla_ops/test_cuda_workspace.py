@@ -1,4 +1,4 @@
-"""How the CUDA handlers are called: with a workspace that XLA plans. None of this takes a GPU."""
+"""Tests of the workspaces that XLA plans for calls of CUDA handlers; they need no GPU."""
 
 import ctypes
 import re
@@ -25,12 +25,12 @@ HANDLERS = (
     "xla_ops.fan_in_top_k",
     "xla_ops.dense_step.adam",
 )
-FOR_FLOAT32 = {"xla_ops.fan_in_step.adam", "xla_ops.dense_step.adam"}
+FLOAT32_ONLY = {"xla_ops.fan_in_step.adam", "xla_ops.dense_step.adam"}
 WORKSPACE = re.compile(r"tensor<([\w]+x)(\d+)xui8>")
 
 
-def run_all(x, kernel, bias, indices, positives):
-    """Calls each of HANDLERS once, but the steps of Adam for float32 alone."""
+def run_all_ops(x, kernel, bias, indices, positives):
+    """Call each of HANDLERS once; the steps of Adam only in float32."""
     y, vjp = jax.vjp(lambda *a: fan_in_matmul(a[0], a[1], indices, a[2]), x, kernel, bias)
     loss = jax.value_and_grad(lambda *a: fan_in_loss(a[0], a[1], indices, a[2], positives), (0, 1, 2))
     value = fan_in_loss(x, kernel, indices, bias, positives)
@@ -44,22 +44,24 @@ def run_all(x, kernel, bias, indices, positives):
     return y, vjp(y), loss(x, kernel, bias), value, steps, fan_in_top_k(x, *layer, 5)
 
 
-def arguments(batch=33, in_features=40, labels=70, fan_in=3, dtype=jnp.float32, lead=()):
-    def of(*shape, dtype=dtype):
+def argument_shapes(batch=33, in_features=40, labels=70, fan_in=3, dtype=jnp.float32, lead=()):
+    """Return shapes and dtypes of the arguments of `run_all_ops`."""
+
+    def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct((*lead, *shape), dtype)
 
-    indices, positives = of(labels, fan_in, dtype=jnp.int32), of(batch, 2, dtype=jnp.int32)
-    return of(batch, in_features), of(labels, fan_in), of(labels), indices, positives
+    indices, positives = array(labels, fan_in, dtype=jnp.int32), array(batch, 2, dtype=jnp.int32)
+    return array(batch, in_features), array(labels, fan_in), array(labels), indices, positives
 
 
-def values(batch=33, seed=0):
-    """Values for `arguments(batch)`."""
+def argument_values(batch=33, seed=0):
+    """Return random arrays of `argument_shapes(batch)`."""
     rng = np.random.default_rng(seed)
     return [
         rng.standard_normal(a.shape, np.float32)
         if a.dtype == jnp.float32
         else rng.integers(0, 40, a.shape, np.int32)
-        for a in arguments(batch)
+        for a in argument_shapes(batch)
     ]
 
 
@@ -71,15 +73,16 @@ def lower(function, *arguments, platform):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-def calls(text):
-    """The handlers that are called, each with its line."""
+def handler_calls(text):
+    """Return a dict from the names of called handlers to the lines of their calls."""
     found = re.findall(r"(.*custom_call @(xla_ops[\w.]+).*)", text)
     return {name: line for line, name in found}
 
 
-def bytes_of(
+def workspace_bytes(
     handler, batch, in_features, labels, fan_in, dtype=jnp.float32, k=5, entries=0, num_columns=None
 ):
+    """Return the size of a handler's workspace; without sparse inputs if num_columns is None."""
     results = [jax.ShapeDtypeStruct((batch, k), jnp.float32)]
     x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in ((batch, in_features), (labels, fan_in)))
     sparse = [] if num_columns is None else [jax.ShapeDtypeStruct((entries,), jnp.int32)] * 3
@@ -87,69 +90,69 @@ def bytes_of(
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_handler_for_cuda_has_a_workspace(dtype):
-    called = calls(lower(run_all, *arguments(dtype=dtype), platform="cuda"))
-    assert called.keys() == set(HANDLERS) - (FOR_FLOAT32 if dtype == jnp.bfloat16 else set())
+def test_cuda_handlers_have_workspaces(dtype):
+    called = handler_calls(lower(run_all_ops, *argument_shapes(dtype=dtype), platform="cuda"))
+    assert called.keys() == set(HANDLERS) - (FLOAT32_ONLY if dtype == jnp.bfloat16 else set())
     for handler, line in called.items():
         pieces, size = WORKSPACE.findall(line)[-1]
         assert line.endswith(f"tensor<{pieces}{size}xui8>)")
-        assert (pieces, int(size)) == ("1x", bytes_of(handler, 33, 40, 70, 3, dtype))
+        assert (pieces, int(size)) == ("1x", workspace_bytes(handler, 33, 40, 70, 3, dtype))
 
 
-def test_none_has_one_on_a_cpu():
-    text = lower(run_all, *arguments(), platform="cpu")
-    assert calls(text).keys() == set(HANDLERS)
+def test_cpu_handlers_have_no_workspaces():
+    text = lower(run_all_ops, *argument_shapes(), platform="cpu")
+    assert handler_calls(text).keys() == set(HANDLERS)
     assert "ui8" not in text
-    compiled = jax.jit(run_all).lower(*arguments()).compile().as_text()
+    compiled = jax.jit(run_all_ops).lower(*argument_shapes()).compile().as_text()
     assert "conditional" not in compiled
     if jax.default_backend() == "cpu":
         assert "u8[" not in compiled
 
 
-def test_a_loop_of_vmap_keeps_no_workspace():
-    text = lower(jax.vmap(run_all), *arguments(lead=(7,)), platform="cuda")
-    assert calls(text).keys() == set(HANDLERS)
+def test_vmap_stores_no_workspaces():
+    text = lower(jax.vmap(run_all_ops), *argument_shapes(lead=(7,)), platform="cuda")
+    assert handler_calls(text).keys() == set(HANDLERS)
     assert {pieces for pieces, _ in WORKSPACE.findall(text)} == {"1x"}
 
 
-def test_nothing_is_called_for_results_without_elements():
-    # XLA does not take a call that queues nothing into a graph.
-    called = calls(lower(run_all, *arguments(batch=0), platform="cuda"))
+def test_empty_results_need_no_call():
+    # XLA cannot add a call to a CUDA graph if the call launches nothing.
+    called = handler_calls(lower(run_all_ops, *argument_shapes(batch=0), platform="cuda"))
     assert called.keys() == set(HANDLERS) - {"xla_ops.fan_in_matmul.forward", "xla_ops.fan_in_top_k"}
-    x, kernel, bias, indices, _ = arguments(labels=0)
-    assert not calls(lower(fan_in_matmul, x, kernel, indices, bias, platform="cuda"))
+    x, kernel, bias, indices, _ = argument_shapes(labels=0)
+    assert not handler_calls(lower(fan_in_matmul, x, kernel, indices, bias, platform="cuda"))
 
 
-def test_export_for_both_platforms():
+def test_export_for_cpu_and_cuda():
     pytest.importorskip("flatbuffers", reason="jax needs it to serialize")
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
     (batch,) = jax.export.symbolic_shape("batch")
-    export = jax.export.export(jax.jit(run_all), platforms=("cpu", "cuda"), disabled_checks=checks)
-    exported = jax.export.deserialize(export(*arguments(batch)).serialize())
+    export = jax.export.export(jax.jit(run_all_ops), platforms=("cpu", "cuda"), disabled_checks=checks)
+    exported = jax.export.deserialize(export(*argument_shapes(batch)).serialize())
     assert exported.platforms == ("cpu", "cuda")
     for b in (1, 300):
-        assert_all_close(exported.call(*values(b)), run_all(*values(b)))
+        assert_all_close(exported.call(*argument_values(b)), run_all_ops(*argument_values(b)))
 
 
-def test_a_program_that_runs_again():
-    # On a GPU, XLA captures all of it into a graph, once it has run, and replays that.
-    program = jax.jit(run_all)
+def test_repeated_runs_of_a_program():
+    # On a GPU, XLA captures the program as a CUDA graph after the first run, and replays the graph.
+    program = jax.jit(run_all_ops)
     for seed in range(4):
-        assert_all_close(program(*values(seed=seed)), run_all(*values(seed=seed)))
+        assert_all_close(program(*argument_values(seed=seed)), run_all_ops(*argument_values(seed=seed)))
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @given(
-    batch=st.integers(1, 20_000),  # a symbol is at least 1
+    batch=st.integers(1, 20_000),  # a symbolic dimension is at least 1
     in_features=st.integers(0, 1000),
     labels=st.integers(0, 3_000_000),
     fan_in=st.integers(1, 300),
     k=st.integers(0, 2000),
 )
-def test_a_batch_of_unknown_size_has_enough(handler, dtype, batch, in_features, labels, fan_in, k):
+def test_workspace_for_symbolic_batch_is_large_enough(handler, dtype, batch, in_features, labels, fan_in, k):
     shape = (in_features, labels, fan_in, dtype, k)
-    assert bytes_of(handler, batch, *shape) <= -(-batch // 256) * bytes_of(handler, 256, *shape)
+    assert workspace_bytes(handler, batch, *shape) <= -(-batch // 256) * workspace_bytes(handler, 256, *shape)
 
 
 @pytest.mark.parametrize("handler", HANDLERS[:-1])
@@ -161,13 +164,17 @@ def test_a_batch_of_unknown_size_has_enough(handler, dtype, batch, in_features, 
     columns=st.integers(0, 1_000_000),
     labels=st.integers(1, 3_000_000),
 )
-def test_entries_of_unknown_number_have_enough(handler, dtype, batch, in_features, entries, columns, labels):
+def test_workspace_for_symbolic_entries_is_large_enough(
+    handler, dtype, batch, in_features, entries, columns, labels
+):
     shape, sparse = (in_features, labels, 32, dtype, 5), {"num_columns": columns}
-    needed = bytes_of(handler, batch, *shape, entries=entries, **sparse)
-    assert needed <= -(-batch // 256) * bytes_of(handler, 256, *shape, entries=entries, **sparse)
+    needed = workspace_bytes(handler, batch, *shape, entries=entries, **sparse)
+    assert needed <= -(-batch // 256) * workspace_bytes(handler, 256, *shape, entries=entries, **sparse)
     pieces = -(-entries // 4096)
-    assert needed <= (1 + pieces) * bytes_of(handler, batch, *shape, entries=4096, **sparse)
-    assert needed <= (-(-batch // 256) + pieces) * bytes_of(handler, 256, *shape, entries=4096, **sparse)
+    assert needed <= (1 + pieces) * workspace_bytes(handler, batch, *shape, entries=4096, **sparse)
+    assert needed <= (-(-batch // 256) + pieces) * workspace_bytes(
+        handler, 256, *shape, entries=4096, **sparse
+    )
 
 
 def test_export_with_sparse_inputs():
@@ -184,18 +191,18 @@ def test_export_with_sparse_inputs():
 
     lists = [jax.ShapeDtypeStruct((entries,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     export = jax.export.export(jax.jit(run), platforms=("cpu", "cuda"), disabled_checks=checks)
-    exported = jax.export.deserialize(export(*arguments(batch)[:4], *lists).serialize())
+    exported = jax.export.deserialize(export(*argument_shapes(batch)[:4], *lists).serialize())
     rng = np.random.default_rng(0)
     for b, n in ((1, 1), (300, 5000)):
         found = [rng.integers(0, size, n, np.int32) for size in (b, 30)] + [np.ones(n, np.float32)]
-        operands = [*values(b)[:4], *found]
+        operands = [*argument_values(b)[:4], *found]
         assert_all_close(exported.call(*operands), run(*operands))
 
 
-def test_workspaces_stay_small():
-    # Amazon-670K, batch 256; kernel and x have 82 and 32 MB.
+def test_workspaces_are_small():
+    # The size of Amazon-670K with batch 256, where the kernel has 82 MB and x has 32 MB.
     shape = (256, 32_768, 670_091, 32)
-    megabytes = {handler: bytes_of(handler, *shape) / 1e6 for handler in HANDLERS}
+    megabytes = {handler: workspace_bytes(handler, *shape) / 1e6 for handler in HANDLERS}
     assert megabytes["xla_ops.fan_in_matmul.forward"] < 35
     assert megabytes["xla_ops.fan_in_matmul.gradients"] < 80
     assert megabytes["xla_ops.fan_in_loss.value"] < 35
@@ -205,19 +212,19 @@ def test_workspaces_stay_small():
     assert megabytes["xla_ops.dense_step.adam"] == 0
 
 
-def test_workspaces_of_sparse_inputs_stay_small():
-    # 256 texts of 400 words each, of a million; of all of them together an array would have 1,024 MB.
+def test_workspaces_for_sparse_inputs_are_small():
+    # 256 texts of 400 words out of a million; a dense array of these would have 1,024 MB.
     sparse = {"entries": 100_000, "num_columns": 1_000_000}
     for handler in HANDLERS[:-1]:
         for dtype, most in ((jnp.float32, 15), (jnp.bfloat16, 22)):
             shape = (256, 128, 670_091, 32, dtype)
-            assert bytes_of(handler, *shape, **sparse) - bytes_of(handler, *shape) < most * 1e6
-        assert bytes_of(handler, 256, 128, 1000, 32, num_columns=0, entries=1000) == bytes_of(
+            assert workspace_bytes(handler, *shape, **sparse) - workspace_bytes(handler, *shape) < most * 1e6
+        assert workspace_bytes(handler, 256, 128, 1000, 32, num_columns=0, entries=1000) == workspace_bytes(
             handler, 256, 128, 1000, 32
         )
 
 
-def test_a_driver_that_is_too_old_is_told_from_other_errors():
+def test_error_message_for_old_driver():
     insufficient_driver, invalid_value = 35, 1  # of cudaError_t
     found = r"(there is no driver|the driver is for CUDA \d+\.\d)"
     built = r"xla_ops was built with CUDA \d+\.\d, which needs a driver for it"
@@ -227,15 +234,15 @@ def test_a_driver_that_is_too_old_is_told_from_other_errors():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_kth_smallest_takes_no_more_on_cuda_for_more_weights(dtype):
+def test_kth_smallest_workspace_is_small(dtype):
     x = jax.ShapeDtypeStruct((3_000_000, 64), dtype)
     text = lower(lambda x: xla_ops.kth_smallest_magnitude(x, 1000), x, platform="cuda")
-    (line,) = calls(text).values()
+    (line,) = handler_calls(text).values()
     (size,) = re.findall(r"tensor<(\d+)xui8>", line)
     assert int(size) < 100_000
 
 
-# ---- what a handler says of itself: structs of XLA's c_api.h ----
+# ---- traits of handlers, read with the structs of XLA's c_api.h ----
 
 
 class Extension(ctypes.Structure):
@@ -262,7 +269,7 @@ class CallFrame(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
         ("extension", ctypes.c_void_p),
-        ("rest", ctypes.c_void_p * 19),  # up to and with the attributes
+        ("rest", ctypes.c_void_p * 19),  # all fields up to the attributes
     )
 
 

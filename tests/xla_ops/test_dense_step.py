@@ -1,4 +1,4 @@
-"""The in-place step of a dense layer against Optax, and against a Philox written out."""
+"""Tests of the in-place step of a dense layer against Optax, and of its rounding against Philox."""
 
 import functools
 
@@ -15,7 +15,7 @@ SHAPES = [(5, 7, 9), (1, 4, 64), (33, 130, 200), (3, 1, 1), (300, 6, 65), (2, 30
 
 
 def make_steps(batch, rows, columns, steps=4, seed=0):
-    """Return a kernel, and (x, dy) of some steps."""
+    """Return a kernel, and a list of (x, dy), one for each step."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -24,9 +24,10 @@ def make_steps(batch, rows, columns, steps=4, seed=0):
     return normal(rows, columns), [(normal(batch, rows), normal(batch, columns)) for _ in range(steps)]
 
 
-def expected_of(tx, kernel, steps, rate):
+def optax_steps(tx, kernel, steps, rate):
+    """Return kernel and optimizer state after steps of Optax."""
     state = tx.init(kernel)
-    with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+    with jax.numpy_dtype_promotion("standard"):  # Optax promotes dtypes
         for x, dy in steps:
             gradient = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
             update, state = tx.update(jnp.asarray(gradient, jnp.float32), state, kernel)
@@ -36,10 +37,10 @@ def expected_of(tx, kernel, steps, rate):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_adam_is_that_of_optax(instruction_set, shape, dtype):
+def test_adam_matches_optax(instruction_set, shape, dtype):
     kernel, steps = make_steps(*shape)
     tx = optax.scale_by_adam(b1=0.8, b2=0.99, eps=1e-7, mu_dtype=dtype)
-    expected, expected_state = expected_of(tx, kernel, steps, 0.1)
+    expected, expected_state = optax_steps(tx, kernel, steps, 0.1)
 
     state = dense_adam_init(kernel, dtype)
     step = jax.jit(functools.partial(dense_adam_step, b1=0.8, b2=0.99, epsilon=1e-7))
@@ -47,17 +48,17 @@ def test_adam_is_that_of_optax(instruction_set, shape, dtype):
         kernel, state = step(x, dy, kernel, state, 0.1)
     assert state.mu.dtype == state.nu.dtype == dtype
     mu, nu, expected_mu, expected_nu = (np.asarray(a, np.float32) for a in (*state[1:], *expected_state[1:]))
-    # In bfloat16 a moment that falls between two neighbours may go to either, and the next step builds on it.
+    # Moments in bfloat16 may be rounded differently, and differences accumulate over the steps.
     tolerance = 2e-5 if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(kernel, expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(mu, expected_mu, rtol=tolerance, atol=10 * tolerance)
-    off_per_step = 5e-5 if dtype == jnp.float32 else 2**-7
-    np.testing.assert_allclose(nu, expected_nu, rtol=len(steps) * off_per_step, atol=1e-5)
+    nu_error = 5e-5 if dtype == jnp.float32 else 2**-7
+    np.testing.assert_allclose(nu, expected_nu, rtol=len(steps) * nu_error, atol=1e-5)
     assert state.count == len(steps)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits(instruction_set, shape):
+def test_bfloat16_moment_rounding_matches_philox(instruction_set, shape):
     def adam(x, dy, kernel, mu, nu, b1, b2, seed, number):
         state = DenseAdamState(jnp.int32(number - 1), jnp.asarray(mu), jnp.asarray(nu))
         kernel, state = dense_adam_step(x, dy, kernel, state, 0.1, b1=b1, b2=b2, seed=seed)
@@ -66,13 +67,13 @@ def test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits
     check_dense_rounding(shape, adam)
 
 
-def test_steps_with_64_bit_types():
+def test_steps_with_x64():
     with jax.enable_x64(True):
-        test_adam_is_that_of_optax(None, SHAPES[0], jnp.bfloat16)
-        test_moments_in_bfloat16_are_rounded_to_nearest_and_with_the_generators_bits(None, SHAPES[0])
+        test_adam_matches_optax(None, SHAPES[0], jnp.bfloat16)
+        test_bfloat16_moment_rounding_matches_philox(None, SHAPES[0])
 
 
-def test_the_second_moment_in_bfloat16_decays_right_on_average():
+def test_bfloat16_second_moment_decays_without_bias():
     kernel = jnp.zeros((30, 200))
     state = dense_adam_init(kernel, jnp.bfloat16)
     state = state._replace(nu=jnp.ones_like(state.nu))
@@ -80,12 +81,13 @@ def test_the_second_moment_in_bfloat16_decays_right_on_average():
     for _ in range(200):
         _, state = dense_adam_step(x, dy, kernel, state, 0.1, seed=1)
     nu = np.asarray(state.nu, np.float32)
-    np.testing.assert_allclose(nu.mean(), 0.999**200, rtol=3e-3)  # to nearest it would stay at 1
+    # With rounding to nearest, nu would stay at 1.
+    np.testing.assert_allclose(nu.mean(), 0.999**200, rtol=3e-3)
     assert 0.01 < nu.std() < 0.1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_donated_arrays_are_updated_where_they_are_also_when_the_input_has_a_gradient(dtype):
+def test_donated_arrays_are_updated_in_place_after_d_x(dtype):
     kernel, [(x, dy)] = make_steps(8, 300, 2000, steps=1)
 
     @functools.partial(jax.jit, donate_argnums=(2, 3))
@@ -95,7 +97,7 @@ def test_donated_arrays_are_updated_where_they_are_also_when_the_input_has_a_gra
 
     d_x = np.asarray(dy) @ np.asarray(kernel).T
     arguments = (x, dy, jnp.copy(kernel), dense_adam_init(kernel, dtype))
-    if jax.default_backend() == "cpu":  # on a GPU, a product has memory of its own
+    if jax.default_backend() == "cpu":  # on a GPU, the matmul has a workspace
         memory = run.lower(*arguments).compile().memory_analysis()
         assert memory.temp_size_in_bytes < kernel.nbytes / 4
     before = [a.unsafe_buffer_pointer() for a in (arguments[2], *arguments[3][1:])]
@@ -105,7 +107,7 @@ def test_donated_arrays_are_updated_where_they_are_also_when_the_input_has_a_gra
     assert np.all(np.asarray(new) != np.asarray(kernel))
 
 
-def test_arrays_that_are_not_donated_stay():
+def test_arrays_not_donated_do_not_change():
     kernel, [(x, dy)] = make_steps(8, 30, 20, steps=1)
     copy = np.array(kernel)
     state = dense_adam_init(kernel)
@@ -114,7 +116,7 @@ def test_arrays_that_are_not_donated_stay():
     assert not np.any(state.mu)
 
 
-def test_nan_reaches_the_weights_whose_gradient_it_is():
+def test_nan_gradients_propagate_to_their_weights():
     kernel, [(x, dy)] = make_steps(40, 70, 200, steps=1)
     for dtype in (jnp.float32, jnp.bfloat16):
         state = dense_adam_init(kernel, dtype)
@@ -124,7 +126,7 @@ def test_nan_reaches_the_weights_whose_gradient_it_is():
             np.testing.assert_array_equal(np.isnan(np.asarray(array)), (row == 3) | (column == 130))
 
 
-def test_over_devices_each_takes_a_step_of_its_own():
+def test_shard_map_takes_a_step_per_device():
     devices = len(jax.devices())
     mesh = jax.make_mesh((devices,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     kernel, [(x, dy)] = make_steps(8, 30, 20, steps=1)
@@ -133,12 +135,14 @@ def test_over_devices_each_takes_a_step_of_its_own():
         new, state = dense_adam_step(x, dy, kernel, dense_adam_init(kernel), 0.1)
         return new[None], state.mu[None]
 
-    split, whole = jax.P("i"), jax.P()
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(split, split, whole), out_specs=(split, split))
+    batch_spec, replicated = jax.P("i"), jax.P()
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(batch_spec, batch_spec, replicated), out_specs=(batch_spec, batch_spec)
+    )
     actual = jax.jit(sharded)(x, dy, kernel)
     batches = zip(jnp.split(x, devices), jnp.split(dy, devices), strict=True)
-    parts = [step(x, dy, kernel) for x, dy in batches]
-    for result, expected in zip(actual, zip(*parts, strict=True), strict=True):
+    steps = [step(x, dy, kernel) for x, dy in batches]
+    for result, expected in zip(actual, zip(*steps, strict=True), strict=True):
         np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -160,7 +164,7 @@ X, DY, KERNEL, OTHER = (2, 5), (2, 7), (5, 7), (9, 9)
         ({6: jnp.zeros(3, jnp.int32)}, "key has an element type that does not fit"),
     ],
 )
-def test_the_handler_checks_its_operands_itself(changes, message):
+def test_handler_checks_operands(changes, message):
     _native.register()
     zeros = [jnp.zeros(shape) for shape in (X, KERNEL, DY, KERNEL, KERNEL, 3)]
     operands = [*zeros, jnp.zeros(3, jnp.uint32), jnp.zeros(0)]
@@ -177,7 +181,7 @@ def test_the_handler_checks_its_operands_itself(changes, message):
 @pytest.mark.parametrize(
     ("aliases", "name"), [({3: 1, 4: 2}, "kernel"), ({1: 0, 4: 2}, "mu"), ({1: 0, 3: 1}, "nu")]
 )
-def test_the_handler_says_so_if_it_is_called_without_aliasing(aliases, name):
+def test_handler_without_aliasing_raises(aliases, name):
     _native.register()
     operands = [jnp.zeros(shape) for shape in (X, KERNEL, DY, KERNEL, KERNEL, 3)]
     results = [jax.ShapeDtypeStruct(KERNEL, jnp.float32)] * 3

@@ -1,4 +1,4 @@
-"""Derivatives that no op defines are errors that say so."""
+"""Tests that derivatives which an op does not define raise an error."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,12 @@ import pytest
 from op_table import EXAMPLE, OPS
 
 NATIVE = [name for name, op in OPS.items() if op.is_native and op.expected is not None]
-FIRST = [name for name in NATIVE if OPS[name].differentiable]
-NONE = [name for name in NATIVE if not OPS[name].differentiable]
+DIFFERENTIABLE = [name for name in NATIVE if OPS[name].differentiable]
+NOT_DIFFERENTIABLE = [name for name in NATIVE if not OPS[name].differentiable]
 
 
-def of_x(name):
-    """Return an op as a function of x, with a scalar result that is not linear in those of the op."""
+def scalar_function_of_x(name):
+    """Return an op as a function of x with a scalar result, the sum of the cubes of the op's results."""
     op = OPS[name]
     arguments = op.arguments(*EXAMPLE)
 
@@ -22,42 +22,42 @@ def of_x(name):
     return function
 
 
-def of_gradient(function):
-    """Return the gradient of a function of another's gradient."""
+def grad_of_grad(function):
+    """Return the gradient of the squared norm of a function's gradient."""
     return jax.grad(lambda x: jnp.sum(jax.grad(function)(x) ** 2))
 
 
-def within_shard_map(function):
+def grad_of_grad_in_shard_map(function):
     mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.shard_map(of_gradient(function), mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
+    return jax.shard_map(grad_of_grad(function), mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
 
 
-SECOND = {
-    "grad of grad": of_gradient,
-    "jit": lambda function: jax.jit(of_gradient(function)),
-    "checkpoint": lambda function: of_gradient(jax.checkpoint(function)),
+SECOND_DERIVATIVES = {
+    "grad of grad": grad_of_grad,
+    "jit": lambda function: jax.jit(grad_of_grad(function)),
+    "checkpoint": lambda function: grad_of_grad(jax.checkpoint(function)),
     "hessian": jax.hessian,
     "jvp of grad": lambda function: lambda x: jax.jvp(jax.grad(function), (x,), (x,)),
-    "vmap": lambda function: lambda x: jax.vmap(of_gradient(function))(x[None]),
-    "shard_map": within_shard_map,
+    "vmap": lambda function: lambda x: jax.vmap(grad_of_grad(function))(x[None]),
+    "shard_map": grad_of_grad_in_shard_map,
 }
 X = jnp.asarray(EXAMPLE[0].x)
 
 
-@pytest.mark.parametrize("second", SECOND)
-@pytest.mark.parametrize("op", FIRST)
-def test_second_derivatives(op, second):
+@pytest.mark.parametrize("second", SECOND_DERIVATIVES)
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_second_derivatives_raise(op, second):
     with pytest.raises(ValueError, match=f"xla_ops.{op} has first derivatives alone.*no second derivatives"):
-        SECOND[second](of_x(op))(X)
+        SECOND_DERIVATIVES[second](scalar_function_of_x(op))(X)
 
 
-@pytest.mark.parametrize("op", FIRST)
-def test_forward_mode(op):
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_forward_mode_raises(op):
     with pytest.raises(TypeError, match="can't apply forward-mode"):
-        jax.jvp(of_x(op), (X,), (X,))
+        jax.jvp(scalar_function_of_x(op), (X,), (X,))
 
 
-@pytest.mark.parametrize("op", NONE)
-def test_ops_without_derivatives(op):
+@pytest.mark.parametrize("op", NOT_DIFFERENTIABLE)
+def test_grad_of_op_without_derivatives_raises(op):
     with pytest.raises(ValueError, match=f"xla_ops.{op} has no derivatives"):
-        jax.grad(of_x(op))(X)
+        jax.grad(scalar_function_of_x(op))(X)

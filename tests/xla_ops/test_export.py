@@ -1,4 +1,4 @@
-"""Export; `tests/sparse_xmc/test_exporting.py` loads exported programs in a new process."""
+"""Tests of export; `tests/sparse_xmc/test_exporting.py` loads exported programs in a new process."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def logits(weights, x):
 
 @pytest.mark.usefixtures("x64")
 @every_op(lambda op: op.is_native)
-def test_every_op_with_a_batch_of_any_size(op, is_sparse):
+def test_export_with_symbolic_batch(op, is_sparse):
     batch, entries = jax.export.symbolic_shape("batch, entries")
     first_axis = {"sparse": entries} | dict.fromkeys(("x", "positives", "dy", "depends_on"), batch)
 
@@ -35,7 +35,7 @@ def test_every_op_with_a_batch_of_any_size(op, is_sparse):
 
     function, arrays, _ = make(2)
     leaves, tree = jax.tree.flatten(jax.tree.map_with_path(shape_of, arrays))
-    # Types of containers would have to be registered for serialization.
+    # The program takes and returns flat lists, since other containers would need to be registered.
     program = jax.jit(lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(tree, leaves))))
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
     saved = jax.export.export(program, disabled_checks=checks)(*leaves).serialize()
@@ -51,7 +51,7 @@ def save(path, weights=WEIGHTS):
 
 
 @pytest.mark.usefixtures("x64")
-def test_round_trip(tmp_path):
+def test_save_and_load(tmp_path):
     save(tmp_path / "program")
     run = xla_ops.load_exported(tmp_path / "program")
     for batch in (1, 3):
@@ -62,21 +62,21 @@ def test_round_trip(tmp_path):
         run(np.ones((2, 4), np.float32))
 
 
-def test_a_program_for_another_platform(tmp_path, monkeypatch):
+def test_load_on_other_platform_raises(tmp_path, monkeypatch):
     save(tmp_path / "program")
     monkeypatch.setattr(jax.export, "default_export_platform", lambda: "tpu")
     with pytest.raises(ValueError, match=r"program: exported for cpu.*, but this process runs on tpu"):
         xla_ops.load_exported(tmp_path / "program")
 
 
-def test_a_program_is_for_all_platforms_that_there_are_kernels_of(tmp_path, monkeypatch):
+def test_program_is_exported_for_all_platforms_with_kernels(tmp_path, monkeypatch):
     platforms = {"cpu"} if _native.cuda() is None else {"cpu", "cuda"}
     save(tmp_path / "program")
     program = (tmp_path / "program" / "program.jax_export").read_bytes()
     assert set(jax.export.deserialize(bytearray(program)).platforms) == platforms
 
 
-def test_what_is_not_one_program_is_refused(tmp_path):
+def test_load_of_mismatched_or_damaged_files_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         xla_ops.load_exported(tmp_path / "none")
     save(tmp_path / "program")

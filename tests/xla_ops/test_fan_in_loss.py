@@ -1,4 +1,4 @@
-"""fan_in_loss against a dense computation in float64; `test_transformations.py` has JAX's transformations."""
+"""Tests of `fan_in_loss` against brute force; `test_transformations.py` tests JAX's transformations."""
 
 import functools
 
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from op_problems import (
     DTYPE,
-    KINDS,
     LOSS,
+    OPTIONS,
     Problem,
     assert_all_close,
+    assert_bitwise_equal,
     assert_loss,
-    assert_same,
     brute_force_loss,
     loss_results,
     make_problem,
@@ -28,7 +28,8 @@ from xla_ops import _native, fan_in_loss, fan_in_loss_reference, fan_in_matmul
 
 value_only = jax.jit(fan_in_loss, static_argnames="loss")
 
-# Around the kernels' tiles of 64 examples in lanes of 16, blocks of 128 labels, and vectors of connections.
+# Sizes around those of the kernels: tiles of 64 points, lanes of 16, blocks of 128 labels, and vectors of
+# connections.
 SIZES = st.fixed_dictionaries(
     {
         "batch": st.sampled_from([1, 15, 16, 17, 63, 64, 65, 130]),
@@ -41,9 +42,9 @@ SIZES = st.fixed_dictionaries(
 
 
 @settings(max_examples=100)
-@given(SIZES, KINDS, st.sampled_from(sorted(LOSSES)))
-def test_matches_brute_force(instruction_set, sizes, kind, loss):
-    problem = make_problem(**sizes, **kind)
+@given(SIZES, OPTIONS, st.sampled_from(sorted(LOSSES)))
+def test_matches_brute_force(instruction_set, sizes, options, loss):
+    problem = make_problem(**sizes, **options)
     results = run_loss(problem, loss)
     assert_loss(results, problem, loss)
     np.testing.assert_allclose(value_only(*problem[:5], loss=loss), results[0], rtol=1e-6)
@@ -52,8 +53,8 @@ def test_matches_brute_force(instruction_set, sizes, kind, loss):
 @LOSS
 @DTYPE
 @pytest.mark.parametrize(("labels", "fan_in"), [(1500, 512), (2000, 1100)])
-def test_several_runs_of_labels(labels, fan_in, dtype, loss):
-    # So many connections that a thread takes its labels through the batch in more than one go.
+def test_several_chunks_of_labels(labels, fan_in, dtype, loss):
+    # A thread has so many connections that it processes its labels in several chunks.
     problem = make_problem(70, 30, labels, fan_in, dtype=dtype)
     assert_loss(run_loss(problem, loss), problem, loss)
 
@@ -70,7 +71,7 @@ def test_worked_example(loss):
     if loss == "squared_hinge":
         assert value == ((1 - 0.5) ** 2 + (1 + 2) ** 2 + (1 - 0.5) ** 2 + (1 + 2) ** 2) / 4
     else:
-        # log(1 + e^-0.5), log(1 + e^2) and both again
+        # the values log(1 + e^-0.5) and log(1 + e^2), twice each
         np.testing.assert_allclose(value, (0.4740769842 + 2.1269280110) / 2, rtol=1e-6)
 
 
@@ -83,8 +84,8 @@ def test_reference_matches_brute_force(loss):
 
 @pytest.mark.usefixtures("x64")
 @LOSS
-def test_equals_the_loss_of_fan_in_matmul(loss):
-    # The loss on logits takes positives that are distinct and in range.
+def test_matches_loss_of_fan_in_matmul(loss):
+    # The loss of dense logits needs positives that are distinct and in range.
     problem = make_problem(20, 30, 200, 5)
     problem = problem._replace(
         positives=np.argsort(np.random.default_rng(1).random((20, 200)))[:, :3].astype(np.int32)
@@ -94,8 +95,8 @@ def test_equals_the_loss_of_fan_in_matmul(loss):
         return LOSSES[loss](fan_in_matmul(x, kernel, problem.indices, bias), problem.positives)
 
     value, gradients = jax.value_and_grad(on_logits, (0, 1, 2))(problem.x, problem.kernel, problem.bias)
-    for ours, theirs in zip(run_loss(problem, loss), [value, *gradients], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    for actual, expected in zip(run_loss(problem, loss), [value, *gradients], strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @LOSS
@@ -109,32 +110,32 @@ def test_gradients_match_finite_differences(loss):
 
 
 @LOSS
-def test_positives_count_once_and_only_in_range(loss):
+def test_repeated_and_out_of_range_positives(loss):
     problem = make_problem(3, 9, 10, 4)
-    listed = problem._replace(
+    invalid = problem._replace(
         positives=np.array([[7, 7, 7, -1], [10, 2, -(2**31), 2], [-5, 11, 2**31 - 1, -1]], np.int32)
     )
-    meant = problem._replace(positives=np.array([[7], [2], [-1]], np.int32))
-    assert_same(run_loss(listed, loss), run_loss(meant, loss))
+    equivalent = problem._replace(positives=np.array([[7], [2], [-1]], np.int32))
+    assert_bitwise_equal(run_loss(invalid, loss), run_loss(equivalent, loss))
 
 
 @LOSS
-def test_no_positives_at_all(loss):
+def test_no_positives(loss):
     problem = make_problem(17, 9, 150, 4)
     padded = problem._replace(positives=np.full((17, 3), -1, np.int32))
     without = problem._replace(positives=np.zeros((17, 0), np.int32))
     assert_loss(run_loss(padded, loss), padded, loss)
-    assert_same(run_loss(without, loss), run_loss(padded, loss))
+    assert_bitwise_equal(run_loss(without, loss), run_loss(padded, loss))
 
 
 @LOSS
 @pytest.mark.parametrize("index_dtype", [np.uint16, np.int32])
-def test_indices_out_of_range_touch_nothing(instruction_set, index_dtype, loss):
+def test_indices_out_of_range_read_nothing(instruction_set, index_dtype, loss):
     problem = make_problem(33, 40, 150, 17, index_dtype=index_dtype)
     limits = np.iinfo(index_dtype)
     outside = [40, 41, limits.max - 1, limits.max] + ([limits.min, -1, -40, -41] if limits.min else [])
     indices = np.resize(np.asarray(outside, index_dtype), problem.indices.shape)
-    x = np.full_like(problem.x, np.nan)  # would show in the result if any of it were read
+    x = np.full_like(problem.x, np.nan)  # NaN would appear in the results if an input were read
     results = run_loss(problem._replace(x=x, indices=indices), loss)
     assert not np.any(results[1])
     assert not np.any(results[2])
@@ -143,7 +144,7 @@ def test_indices_out_of_range_touch_nothing(instruction_set, index_dtype, loss):
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])
-def test_cross_entropy_of_extreme_logits(instruction_set, size):
+def test_bce_of_extreme_logits(instruction_set, size):
     # Logits of +size and -size; the first two labels are positives.
     x = np.ones((20, 1), np.float32)
     kernel = np.array([[size], [-size], [size], [-size]], np.float32)
@@ -158,7 +159,7 @@ def test_cross_entropy_of_extreme_logits(instruction_set, size):
 
 @DTYPE
 @pytest.mark.parametrize("excess", [0.0, 0.5], ids=["on the margin", "past the margin"])
-def test_no_gradient_where_the_margin_is_met(instruction_set, dtype, excess):
+def test_gradient_is_zero_where_margin_is_met(instruction_set, dtype, excess):
     # Every logit is its bias: +1 or more for label 3, a positive of all points, and -1 or less elsewhere.
     problem = make_problem(70, 20, 300, 5, dtype=dtype)
     bias = np.full(300, -1 - excess).astype(dtype)
@@ -166,7 +167,7 @@ def test_no_gradient_where_the_margin_is_met(instruction_set, dtype, excess):
     problem = problem._replace(x=np.zeros_like(problem.x), bias=bias, positives=np.full((70, 1), 3, np.int32))
     for result in run_loss(problem, "squared_hinge"):
         assert not np.any(result)
-    # One point that does not have label 3 is alone in having a gradient.
+    # Without label 3, point 40 has a gradient, and no other point has one.
     problem.positives[40] = -1
     value, d_x, _, d_bias = run_loss(problem, "squared_hinge")
     assert value > 0
@@ -175,12 +176,12 @@ def test_no_gradient_where_the_margin_is_met(instruction_set, dtype, excess):
 
 
 @pytest.mark.parametrize("size", [50, 200, 3e19])
-def test_a_loss_of_nothing_is_exactly_nothing(instruction_set, size):
-    """Nor is there a trace of what positives would have cost as negatives."""
+def test_zero_loss_is_exact(instruction_set, size):
+    """The loss that positives would have as negatives leaves no rounding error."""
     rng = np.random.default_rng(0)
-    wanted = rng.random((40, 70)) < 0.2
-    positives = np.where(wanted, np.arange(70), -1).astype(np.int32)
-    x = np.where(wanted, size, -size).astype(np.float32)
+    is_positive = rng.random((40, 70)) < 0.2
+    positives = np.where(is_positive, np.arange(70), -1).astype(np.int32)
+    x = np.where(is_positive, size, -size).astype(np.float32)
     arguments = (x, np.ones((70, 1), np.float32), np.arange(70, dtype=np.int32)[:, None], None, positives)
     value, gradients = jax.value_and_grad(fan_in_loss, argnums=(0, 1))(*arguments)
     assert value == 0
@@ -188,7 +189,7 @@ def test_a_loss_of_nothing_is_exactly_nothing(instruction_set, size):
 
 
 @LOSS
-def test_nan_is_not_hidden(instruction_set, loss):
+def test_nan_propagates(instruction_set, loss):
     problem = make_problem(20, 9, 30, 4)
     problem.x[11] = np.nan
     value, d_x, *_ = run_loss(problem._replace(positives=np.full((20, 1), -1, np.int32)), loss)
@@ -199,7 +200,7 @@ def test_nan_is_not_hidden(instruction_set, loss):
 
 @LOSS
 @pytest.mark.parametrize("shape", [(0, 9, 6, 4), (5, 9, 0, 4), (5, 0, 6, 4)], ids=str)
-def test_a_dimension_of_size_0(loss, shape):
+def test_empty_dimension(loss, shape):
     problem = make_problem(*shape)
     results = run_loss(problem, loss)
     assert np.isnan(results[0]) == (0 in (shape[0], shape[2]))  # the mean of no values
@@ -208,20 +209,20 @@ def test_a_dimension_of_size_0(loss, shape):
 
 @LOSS
 @DTYPE
-def test_results_repeat_bit_for_bit(instruction_set, dtype, loss):
+def test_results_are_deterministic(instruction_set, dtype, loss):
     problem = make_problem(100, 60, 3000, 20, dtype=dtype)
 
     def results():
         value, d_x, *others = run_loss(problem, loss)
-        promised = [value, *others] + ([d_x] if jax.default_backend() == "cpu" else [])
-        return [np.asarray(a).tobytes() for a in promised]
+        deterministic = [value, *others] + ([d_x] if jax.default_backend() == "cpu" else [])
+        return [np.asarray(a).tobytes() for a in deterministic]
 
     first = results()
     for _ in range(5):
         assert results() == first
 
 
-def test_logits_take_no_memory():
+def test_logits_are_not_stored():
     batch, labels = 64, 100_000
     arguments = [
         jax.ShapeDtypeStruct(shape, dtype)
@@ -239,7 +240,7 @@ def test_logits_take_no_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(fan_in_loss) < batch * labels * 4 / 10
-    if jax.default_backend() == "cpu":  # so the measurement sees them; a GPU's compiler may fuse them away
+    if jax.default_backend() == "cpu":  # shows that logits would be measured; XLA may fuse them on a GPU
         assert temporary_bytes(fan_in_loss_reference) > batch * labels * 4
 
 
@@ -251,13 +252,13 @@ def test_gradients_scale_with_the_cotangent(dtype):
     thrice = jax.grad(lambda x: 3 * fan_in_loss(x, *problem[1:5]))(problem.x)
     tolerance = 2 * float(jnp.finfo(dtype).eps)
     once = 3 * once.astype(jnp.float32)
-    # On a GPU both are sums that are taken in any order.
+    # On a GPU, both are summed in no fixed order.
     reordered = 0 if jax.default_backend() == "cpu" else tolerance * float(jnp.abs(once).max())
     np.testing.assert_allclose(thrice.astype(jnp.float32), once, rtol=tolerance, atol=reordered)
 
 
 @LOSS
-def test_checkpoint_changes_nothing(loss):
+def test_checkpoint_matches(loss):
     problem = make_problem(7, 12, 10, 4)[:5]
     function = functools.partial(fan_in_loss, loss=loss)
     gradients = jax.jit(jax.value_and_grad(jax.checkpoint(function), (0, 1, 3)))(*problem)
@@ -265,18 +266,18 @@ def test_checkpoint_changes_nothing(loss):
 
 
 @LOSS
-def test_a_batch_over_devices(loss):
+def test_batch_sharded_by_shard_map(loss):
     mesh = jax.make_mesh((len(jax.devices()),), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    problem, split, whole = make_problem(8, 12, 10, 4), jax.P("i"), jax.P()
+    problem, batch_spec, replicated = make_problem(8, 12, 10, 4), jax.P("i"), jax.P()
 
     def mean_loss(x, kernel, indices, bias, positives):
-        in_specs = (split, whole, whole, whole, split)
+        in_specs = (batch_spec, replicated, replicated, replicated, batch_spec)
 
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=whole)
-        def of_shards(*arguments):
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=replicated)
+        def mean_over_shards(*arguments):
             return jax.lax.pmean(fan_in_loss(*arguments, loss=loss), "i")
 
-        return of_shards(x, kernel, indices, bias, positives)
+        return mean_over_shards(x, kernel, indices, bias, positives)
 
     value, gradients = jax.jit(jax.value_and_grad(mean_loss, (0, 1, 3)))(*problem[:5])
     assert_loss([value, *gradients], problem, loss)
@@ -292,8 +293,8 @@ def test_a_batch_over_devices(loss):
         ({}, 2, "loss must be 0 or 1, got 2"),
     ],
 )
-def test_handler_checks_arguments_itself(changes, loss, message):
-    # Not every call comes through Python's checks: an exported function carries only the handler's name.
+def test_handler_checks_operands(changes, loss, message):
+    # Exported programs call handlers by name, without the checks in Python.
     _native.register()
     call = jax.ffi.ffi_call("xla_ops.fan_in_loss.value", jax.ShapeDtypeStruct((), jnp.float32))
     x, *others = make_problem(7, 12, 10, 4)._replace(**changes)[:5]
@@ -305,20 +306,20 @@ def test_handler_checks_arguments_itself(changes, loss, message):
 
 @LOSS
 @pytest.mark.parametrize("cut", [1, 64, 70, 129])
-def test_losses_of_parts_of_the_labels_add_up(loss, cut):
+def test_losses_of_label_shards_add_up(loss, cut):
     problem = make_problem(9, 12, 130, 4)
-    whole = jax.value_and_grad(fan_in_loss, argnums=(0, 1, 3))
-    value, (d_x, d_kernel, d_bias) = whole(*problem[:5], loss=loss)
-    parts = []
-    for part in (slice(0, cut), slice(cut, None)):
-        layer = (problem.kernel[part], problem.indices[part], problem.bias[part])
-        positives = problem.positives - part.start  # those of other parts are out of range
-        parts.append(whole(problem.x, *layer, positives, loss=loss, num_labels=130))
-    np.testing.assert_allclose(sum(p[0] for p in parts), value, rtol=1e-6)
-    np.testing.assert_allclose(sum(p[1][0] for p in parts), d_x, rtol=1e-4, atol=1e-7)
+    value_and_grad = jax.value_and_grad(fan_in_loss, argnums=(0, 1, 3))
+    value, (d_x, d_kernel, d_bias) = value_and_grad(*problem[:5], loss=loss)
+    results = []
+    for shard in (slice(0, cut), slice(cut, None)):
+        layer = (problem.kernel[shard], problem.indices[shard], problem.bias[shard])
+        positives = problem.positives - shard.start  # positives of other shards are out of range
+        results.append(value_and_grad(problem.x, *layer, positives, loss=loss, num_labels=130))
+    np.testing.assert_allclose(sum(p[0] for p in results), value, rtol=1e-6)
+    np.testing.assert_allclose(sum(p[1][0] for p in results), d_x, rtol=1e-4, atol=1e-7)
     for i, gradient in ((1, d_kernel), (2, d_bias)):
-        together = np.concatenate([p[1][i] for p in parts])
-        np.testing.assert_allclose(together, gradient, rtol=1e-5, atol=1e-9)
+        concatenated = np.concatenate([p[1][i] for p in results])
+        np.testing.assert_allclose(concatenated, gradient, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(
         fan_in_loss_reference(*problem[:5], loss=loss, num_labels=260), value / 2, rtol=1e-5
     )

@@ -1,4 +1,4 @@
-"""fan_in_matmul against loops in float64; `test_transformations.py` has JAX's transformations of every op."""
+"""Tests of `fan_in_matmul` against brute force; `test_transformations.py` tests JAX's transformations."""
 
 import concurrent.futures
 import functools
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from op_problems import (
     DTYPE,
-    KINDS,
+    OPTIONS,
     Problem,
     assert_all_close,
     assert_matmul,
@@ -23,8 +23,8 @@ from op_problems import (
 
 from xla_ops import fan_in_matmul, fan_in_matmul_reference
 
-# Around the kernels' tiles of 64 examples in lanes of 16, blocks of 128 labels, chunks of 1,024 features, and
-# vectors of 4, 8 or 16 connections.
+# Sizes around those of the kernels: tiles of 64 points, lanes of 16, blocks of 128 labels, chunks of 1,024
+# inputs, and vectors of 4, 8 or 16 connections.
 SIZES = st.fixed_dictionaries(
     {
         "batch": st.sampled_from([0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 128, 257]) | st.integers(0, 150),
@@ -36,14 +36,14 @@ SIZES = st.fixed_dictionaries(
 
 
 @settings(max_examples=150)
-@given(SIZES, KINDS)
-def test_matches_brute_force(instruction_set, sizes, kind):
-    problem = make_problem(**sizes, **kind)
+@given(SIZES, OPTIONS)
+def test_matches_brute_force(instruction_set, sizes, options):
+    problem = make_problem(**sizes, **options)
     assert_matmul(run_matmul(problem), problem)
 
 
 @DTYPE
-def test_all_uint16_indices_are_in_range_of_65536_features(instruction_set, dtype):
+def test_uint16_indices_of_65536_inputs(instruction_set, dtype):
     problem = make_problem(3, 65_536, 100, 40, dtype=dtype, index_dtype=np.uint16)
     problem.indices[0, 0] = 65_535
     assert_matmul(run_matmul(problem), problem)
@@ -53,7 +53,7 @@ def test_all_uint16_indices_are_in_range_of_65536_features(instruction_set, dtyp
 def test_reference_matches_brute_force():
     problem = make_problem(33, 50, 70, 9)
     assert_matmul(matmul_results(problem, matmul=fan_in_matmul_reference), problem)
-    # XLA sums its gradients in bfloat16, so that only the result is as exact as ours.
+    # XLA sums the reference's gradients in bfloat16, so only its result y is as exact as the kernels'.
     problem = make_problem(33, 50, 70, 9, dtype=jnp.bfloat16, index_dtype=np.uint16, with_bias=False)
     y = fan_in_matmul_reference(*problem[:4])
     assert_matmul([y, *run_matmul(problem)[1:]], problem)
@@ -62,7 +62,7 @@ def test_reference_matches_brute_force():
 @pytest.mark.parametrize("batch", [1, 20, 65])
 def test_gradients_match_finite_differences(batch):
     x, kernel, indices, bias, *_ = make_problem(batch, 11, 13, 5)
-    # The function is quadratic, so that central differences are exact at any step; a long one rounds least.
+    # The function is quadratic, so central differences are exact for any eps; a large eps rounds least.
     check_grads(
         lambda x, kernel, bias: fan_in_matmul(x, kernel, indices, bias),
         (x, kernel, bias),
@@ -88,12 +88,12 @@ def test_leading_dimensions(lead):
 
 @pytest.mark.parametrize("index_dtype", [np.uint16, np.int32])
 @DTYPE
-def test_indices_out_of_range_touch_nothing(instruction_set, dtype, index_dtype):
+def test_indices_out_of_range_read_nothing(instruction_set, dtype, index_dtype):
     problem = make_problem(33, 40, 150, 17, dtype=dtype, index_dtype=index_dtype)
     limits = np.iinfo(index_dtype)
     outside = [40, 41, limits.max - 1, limits.max] + ([limits.min, -1, -40, -41] if limits.min else [])
     indices = np.resize(np.asarray(outside, index_dtype), problem.indices.shape)
-    x = np.full_like(problem.x, np.nan)  # would show in the result if any of it were read
+    x = np.full_like(problem.x, np.nan)  # NaN would appear in the results if an input were read
     y, d_x, d_kernel, d_bias = run_matmul(problem._replace(x=x, indices=indices))
     np.testing.assert_array_equal(y, np.broadcast_to(problem.bias, y.shape))
     assert not np.any(d_x)
@@ -110,10 +110,10 @@ def test_indices_out_of_range_touch_nothing(instruction_set, dtype, index_dtype)
         lambda b, label: (b // 64 + label) % 2 == 0,
         lambda b, label: b != 99,
     ],
-    ids=["everywhere", "every other label", "label by tile", "all but one example"],
+    ids=["all", "even labels", "alternating by tile", "all but one point"],
 )
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_zero_gradients(instruction_set, dtype, is_zero, zero):
+def test_zero_cotangents(instruction_set, dtype, is_zero, zero):
     problem = make_problem(140, 30, 200, 19, dtype=dtype)
     b, label = np.mgrid[:140, :200]
     problem.dy[is_zero(b, label)] = zero
@@ -121,13 +121,13 @@ def test_zero_gradients(instruction_set, dtype, is_zero, zero):
 
 
 @DTYPE
-def test_results_repeat_bit_for_bit(instruction_set, dtype):
+def test_results_are_deterministic(instruction_set, dtype):
     problem = make_problem(100, 60, 3000, 20, dtype=dtype)
 
     def results():
         y, d_x, *others = run_matmul(problem)
-        promised = [y, *others] + ([d_x] if jax.default_backend() == "cpu" else [])
-        return [np.asarray(a).tobytes() for a in promised]
+        deterministic = [y, *others] + ([d_x] if jax.default_backend() == "cpu" else [])
+        return [np.asarray(a).tobytes() for a in deterministic]
 
     first = results()
     for _ in range(10):
@@ -135,15 +135,15 @@ def test_results_repeat_bit_for_bit(instruction_set, dtype):
 
 
 def test_more_threads_than_labels():
-    # So many connections per feature that each thread gets a part of the labels, though there is but one.
+    # There are enough connections per input for every thread to get some of the labels, but only one label.
     problem = make_problem(3, 1, 1, 300)
     assert_matmul(run_matmul(problem), problem)
 
 
-# ---- transformations, beyond those of every op ----
+# ---- transformations, besides those in test_transformations.py ----
 
 
-def test_vmap_of_vmap_is_a_loop():
+def test_nested_vmap_matches_loop():
     problems = [make_problem(7, 12, 10, 4, seed=seed) for seed in range(3)]
     problem, kernels = problems[0], np.stack([p.kernel for p in problems])
     x, dy = np.stack([p.x for p in problems]), np.stack([p.dy for p in problems])
@@ -159,8 +159,8 @@ def test_vmap_of_vmap_is_a_loop():
     assert_all_close(twice(x[None], kernels[0], dy[None]), jax.tree.map(lambda a: a[None], each[0]))
 
 
-def test_vmap_over_inputs_alone_is_one_call():
-    # Anything else loops over calls, each of which would pass over all of the kernel.
+def test_vmap_over_x_is_one_call():
+    # Otherwise vmap is a loop over calls, and each of them reads the whole kernel.
     x, *layer = make_problem(7, 12, 10, 4)[:4]
     function = jax.vmap(fan_in_matmul, (0, None, None, None))
     assert "scan" not in str(jax.make_jaxpr(function)(np.stack([x] * 3), *layer))
@@ -168,7 +168,7 @@ def test_vmap_over_inputs_alone_is_one_call():
 
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("labels", [0, 10])
-def test_vmap_over_nothing(count, labels):
+def test_vmap_with_empty_dimensions(count, labels):
     _, kernel, indices, bias, *_ = make_problem(7, 12, 10, 4)
     x = jnp.zeros((count, 7, 12), jnp.float32)
     y = jax.vmap(fan_in_matmul, (0, None, None, None))(x, kernel[:labels], indices[:labels], bias[:labels])
@@ -184,28 +184,27 @@ def test_sharded_arguments():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_a_batch_over_devices(check_vma):
+def test_batch_sharded_by_shard_map(check_vma):
     mesh = jax.make_mesh((len(jax.devices()),), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    problem, split, whole = make_problem(8, 12, 10, 4), jax.P("i"), jax.P()
+    problem, batch_spec, replicated = make_problem(8, 12, 10, 4), jax.P("i"), jax.P()
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(Problem(split, whole, whole, whole, split, split),),
-        out_specs=(split, split, whole, whole),
+        in_specs=(Problem(batch_spec, replicated, replicated, replicated, batch_spec, batch_spec),),
+        out_specs=(batch_spec, batch_spec, replicated, replicated),
         check_vma=check_vma,
     )
     def run_sharded(problem):
-        y, d_x, *of_layer = matmul_results(
-            problem
-        )  # JAX sums the gradients of what does not vary, if it may check
-        return y, d_x, *(of_layer if check_vma else jax.lax.psum(of_layer, "i"))
+        y, d_x, *layer_gradients = matmul_results(problem)
+        # With check_vma, JAX knows which arrays are replicated, and sums their gradients itself.
+        return y, d_x, *(layer_gradients if check_vma else jax.lax.psum(layer_gradients, "i"))
 
     assert_matmul(jax.jit(run_sharded)(problem), problem)
 
 
-def test_calls_at_the_same_time():
-    # The kernels share XLA's threads with each other and with the calls that wait for them.
+def test_concurrent_calls():
+    # The kernels of concurrent calls share XLA's threads with each other and with the calls waiting for them.
     @jax.jit
     def many(problems):
         _, results = jax.lax.scan(lambda _, problem: (None, matmul_results(problem)), None, problems)

@@ -1,4 +1,4 @@
-"""The in-place steps against fan_in_loss with Optax, a Philox written out, and the statistics of rounding."""
+"""Tests of the in-place steps against `fan_in_loss` with Optax, and of stochastic rounding against Philox."""
 
 import functools
 
@@ -23,7 +23,7 @@ from xla_ops import adam_init, fan_in_adam_step, fan_in_sgd_step
 
 
 def make_layer(*shape, **options):
-    """Return x, kernel, indices, bias and positives as arrays of JAX."""
+    """Return x, kernel, indices, bias and positives as JAX arrays."""
     return jax.tree.map(jnp.asarray, make_problem(*shape, **options)[:5])
 
 
@@ -33,7 +33,7 @@ def make_layer(*shape, **options):
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
 @LOSS
 @pytest.mark.parametrize("bias", [True, False])
-def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
+def test_adam_matches_optax(instruction_set, shape, loss, bias):
     x, kernel, indices, bias, positives = make_layer(*shape, with_bias=bias)
     b1, b2, epsilon = 0.8, 0.99, 1e-7
     tx = optax.adam(lambda count: 0.1 / (1 + count), b1, b2, eps=epsilon)
@@ -44,7 +44,7 @@ def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
     for t in range(4):
         problem = Problem(x, params[0], indices, params[1], positives)
         expected_value, expected_d_x, *grads = loss_results(problem, loss)
-        with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+        with jax.numpy_dtype_promotion("standard"):  # Optax promotes dtypes
             updates, opt_state = tx.update(tuple(grads), opt_state, params)
         params = optax.apply_updates(params, updates)
         value, d_x, kernel, bias, state = step(x, kernel, indices, bias, positives, state, 0.1 / (1 + t))
@@ -66,7 +66,7 @@ def test_adam_is_that_of_optax(instruction_set, shape, loss, bias):
 @pytest.mark.parametrize("shape", [(5, 20, 33, 3), (70, 10, 200, 7), (1, 3, 5000, 32), (2, 4, 1, 1)])
 @LOSS
 @pytest.mark.parametrize("bias", [True, False])
-def test_sgd_in_float32(instruction_set, shape, loss, bias):
+def test_sgd_float32(instruction_set, shape, loss, bias):
     x, kernel, indices, bias, positives = make_layer(*shape, with_bias=bias)
     rate = 0.1 * shape[0] * shape[2]
     problem = Problem(x, kernel, indices, bias, positives)
@@ -85,14 +85,14 @@ def test_sgd_in_float32(instruction_set, shape, loss, bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_steps_with_64_bit_types(bias):
+def test_steps_with_x64(bias):
     with jax.enable_x64(True):
-        test_adam_is_that_of_optax(None, (5, 20, 33, 3), "bce", bias)
-        test_sgd_in_float32(None, (5, 20, 33, 3), "bce", bias)
-        test_steps_of_parts_of_the_labels_are_those_of_the_whole(None, "sgd bfloat16", 37)
+        test_adam_matches_optax(None, (5, 20, 33, 3), "bce", bias)
+        test_sgd_float32(None, (5, 20, 33, 3), "bce", bias)
+        test_steps_of_label_shards_match_full_step(None, "sgd bfloat16", 37)
 
 
-@pytest.mark.parametrize(  # from the known answers that come with its authors' library
+@pytest.mark.parametrize(  # the known answers of Random123, the library of Philox's authors
     ("counter", "key", "words"),
     [
         ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -104,12 +104,12 @@ def test_steps_with_64_bit_types(bias):
         ),
     ],
 )
-def test_the_tests_philox_gives_the_known_answers(counter, key, words):
+def test_philox_gives_known_answers(counter, key, words):
     assert philox(counter, key) == words
 
 
 @pytest.mark.parametrize("shape", SGD_ROUNDING_SHAPES)
-def test_sgd_in_bfloat16_rounds_with_the_bits_of_its_generator(instruction_set, shape):
+def test_sgd_bfloat16_rounding_matches_philox(instruction_set, shape):
     def sgd(*arguments):
         *arguments, seed, step = map(jnp.asarray, arguments)
         return fan_in_sgd_step(*arguments, seed=seed, step=step)[2:]
@@ -118,12 +118,12 @@ def test_sgd_in_bfloat16_rounds_with_the_bits_of_its_generator(instruction_set, 
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
-def test_rounding_is_unbiased_and_repeats(seed, step):
+def test_rounding_is_unbiased_and_reproducible(seed, step):
     labels = 4096
     x, indices = jnp.ones((1, 1), jnp.bfloat16), jnp.zeros((labels, 8), jnp.int32)
     kernel, positives = jnp.full((labels, 8), -0.125, jnp.bfloat16), jnp.full((1, 1), -1)
     bias = jnp.full(labels, 0.5, jnp.bfloat16)  # logits -0.5, so the slope is 1 everywhere
-    rate = labels * 0.3 * 2.0**-10  # 0.3 of the gap between neighbours below -1/8
+    rate = labels * 0.3 * 2.0**-10  # 0.3 of the distance to the next bfloat16 below -1/8
     key = {"seed": jnp.uint32(seed), "step": jnp.int32(step)}
     _, _, new, _ = fan_in_sgd_step(x, kernel, indices, bias, positives, rate, **key)
     again = fan_in_sgd_step(x, kernel, indices, bias, positives, rate, **key)[2]
@@ -138,7 +138,7 @@ def test_rounding_is_unbiased_and_repeats(seed, step):
     assert abs(both - 0.09) < 5 * np.sqrt(0.09 * 0.91 / moved.size)  # steps are independent
 
 
-def test_weights_without_a_gradient_stay():
+def test_weights_without_gradient_do_not_change():
     x, kernel, indices, _, _ = make_layer(4, 10, 300, 5, dtype=jnp.bfloat16)
     bias, positives = jnp.full(300, -100, jnp.bfloat16), jnp.array([[7], [7], [-1], [290]])
     value, d_x, new_kernel, new_bias = fan_in_sgd_step(x, kernel, indices, bias, positives, 1e-3)
@@ -149,17 +149,17 @@ def test_weights_without_a_gradient_stay():
     assert np.any(np.asarray(d_x) != 0)
 
 
-# ---- both ----
+# ---- Adam and SGD ----
 
 
-def test_nan_reaches_the_weights_that_read_it():
+def test_nan_propagates_to_weights_that_read_it():
     x = jnp.array([[jnp.nan, 1]], jnp.bfloat16)
     kernel, indices = jnp.ones((200, 1), jnp.bfloat16), jnp.arange(200)[:, None] % 2
     new = fan_in_sgd_step(x, kernel, indices, None, jnp.array([[-1]]), 1.0)[2]
     np.testing.assert_array_equal(np.isnan(np.asarray(new, np.float32))[:, 0], np.arange(200) % 2 == 0)
 
 
-def test_donated_arrays_are_updated_where_they_are():
+def test_donated_arrays_are_updated_in_place():
     x, kernel, indices, bias, positives = make_layer(4, 50, 2000, 8)
     state = adam_init(kernel, bias)
 
@@ -172,7 +172,7 @@ def test_donated_arrays_are_updated_where_they_are():
         return fan_in_sgd_step(x, kernel, indices, bias, positives, 0.1)
 
     size = 4 * kernel.size
-    if jax.default_backend() == "cpu":  # the workspace of a layer as small as this one is larger
+    if jax.default_backend() == "cpu":  # on a GPU, the workspace is larger than this small layer
         compiled = adam.lower(x, kernel, indices, bias, positives, state).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < size / 4
     before = {a.unsafe_buffer_pointer() for a in (kernel, state.mu_kernel, state.nu_kernel)}
@@ -182,7 +182,7 @@ def test_donated_arrays_are_updated_where_they_are():
     assert sgd(x, kernel, indices, bias, positives)[2].unsafe_buffer_pointer() == pointer
 
 
-def test_arrays_that_are_not_donated_stay():
+def test_arrays_not_donated_do_not_change():
     x, kernel, indices, bias, positives = make_layer(4, 50, 200, 8)
     copies = [np.array(a) for a in (kernel, bias)]
     state = adam_init(kernel, bias)
@@ -193,7 +193,7 @@ def test_arrays_that_are_not_donated_stay():
     assert not np.any(state.mu_kernel)
 
 
-def test_adam_takes_lists_for_arrays():
+def test_adam_accepts_lists():
     x, kernel, indices, bias, positives = make_layer(2, 5, 7, 3)
     state = adam_init(kernel, bias)
     lists = jax.tree.map(lambda a: np.asarray(a).tolist(), state)
@@ -203,7 +203,7 @@ def test_adam_takes_lists_for_arrays():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handler")
-def test_a_handler_that_is_called_without_aliasing_says_so():
+def test_handler_without_aliasing_raises():
     x, kernel, indices, bias, positives = make_layer(2, 5, 7, 3)
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((), x.shape, kernel.shape, bias.shape)]
     call = jax.ffi.ffi_call("xla_ops.fan_in_step.sgd", results)
@@ -216,7 +216,7 @@ def test_a_handler_that_is_called_without_aliasing_says_so():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_over_devices_each_takes_a_step_of_its_own(optimizer):
+def test_shard_map_takes_a_step_per_device(optimizer):
     devices = len(jax.devices())
     mesh = jax.make_mesh((devices,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     x, *layer, positives = make_layer(8, 12, 10, 4)
@@ -229,43 +229,46 @@ def test_over_devices_each_takes_a_step_of_its_own(optimizer):
             _, d_x, kernel, _ = fan_in_sgd_step(*arguments, 0.1)
         return d_x, kernel[None]
 
-    split, whole = jax.P("i"), jax.P()
+    batch_spec, replicated = jax.P("i"), jax.P()
     sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(split, whole, whole, whole, split), out_specs=(split, split)
+        step,
+        mesh=mesh,
+        in_specs=(batch_spec, replicated, replicated, replicated, batch_spec),
+        out_specs=(batch_spec, batch_spec),
     )
     actual = jax.jit(sharded)(x, *layer, positives)
     batches = zip(jnp.split(x, devices), jnp.split(positives, devices), strict=True)
-    parts = [step(x, *layer, positives) for x, positives in batches]
-    for result, expected in zip(actual, zip(*parts, strict=True), strict=True):
+    steps = [step(x, *layer, positives) for x, positives in batches]
+    for result, expected in zip(actual, zip(*steps, strict=True), strict=True):
         np.testing.assert_allclose(result, np.concatenate(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cut", [1, 37, 64, 101])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd float32", "sgd bfloat16"])
-def test_steps_of_parts_of_the_labels_are_those_of_the_whole(instruction_set, optimizer, cut):
+def test_steps_of_label_shards_match_full_step(instruction_set, optimizer, cut):
     labels = 130
     x, *layer, positives = make_layer(9, 12, labels, 3)
     if optimizer == "sgd bfloat16":
         x, layer[0], layer[2] = (a.astype(jnp.bfloat16) for a in (x, layer[0], layer[2]))
 
-    def step(part):
-        kernel, indices, bias = (a[part] for a in layer)
-        arguments = (x, kernel, indices, bias, positives - part.start)
+    def step(shard):
+        kernel, indices, bias = (a[shard] for a in layer)
+        arguments = (x, kernel, indices, bias, positives - shard.start)
         if optimizer != "adam":
-            options = {"seed": 5, "step": 7, "first_label": part.start, "num_labels": labels}
+            options = {"seed": 5, "step": 7, "first_label": shard.start, "num_labels": labels}
             return fan_in_sgd_step(*arguments, 200.0, **options)
         loss, d_x, kernel, bias, state = fan_in_adam_step(
             *arguments, adam_init(kernel, bias), 0.1, epsilon=1e-3, num_labels=labels
         )
         return loss, d_x, kernel, bias, *state[1:]
 
-    whole, parts = step(slice(0, labels)), [step(slice(0, cut)), step(slice(cut, labels))]
-    for i, (expected, *of_parts) in enumerate(zip(whole, *parts, strict=True)):
-        of_parts = [np.asarray(part, np.float32) for part in of_parts]
+    full, shards = step(slice(0, labels)), [step(slice(0, cut)), step(slice(cut, labels))]
+    for i, (expected, *results) in enumerate(zip(full, *shards, strict=True)):
+        results = [np.asarray(result, np.float32) for result in results]
         if i < 2:  # loss and d_x are sums over labels
-            rough = 2e-2 if x.dtype == jnp.bfloat16 and i == 1 else 1e-5
+            rtol = 2e-2 if x.dtype == jnp.bfloat16 and i == 1 else 1e-5
             np.testing.assert_allclose(
-                sum(of_parts), np.asarray(expected, np.float32), rtol=rough, atol=1e-2 * rough
+                sum(results), np.asarray(expected, np.float32), rtol=rtol, atol=1e-2 * rtol
             )
         else:
-            np.testing.assert_array_equal(np.concatenate(of_parts), np.asarray(expected, np.float32))
+            np.testing.assert_array_equal(np.concatenate(results), np.asarray(expected, np.float32))

@@ -1,3 +1,5 @@
+"""Tests of loading the compiled modules, and of the checks that handlers make."""
+
 import subprocess
 import sys
 import types
@@ -19,12 +21,12 @@ def module_built_for(*version):
 
 
 @pytest.mark.parametrize("minor", {MINOR, MINOR - 1, 0})
-def test_module_built_for_this_ffi_or_an_older_minor_passes(minor):
+def test_same_or_older_minor_ffi_version_is_accepted(minor):
     _native.check_ffi_version(module_built_for(MAJOR, minor))
 
 
 @pytest.mark.parametrize("version", [(MAJOR, MINOR + 1), (MAJOR + 1, 0), (MAJOR - 1, MINOR)])
-def test_module_built_for_another_ffi_is_refused(version):
+def test_other_ffi_version_raises(version):
     with pytest.raises(ImportError) as raised:
         _native.check_ffi_version(module_built_for(*version))
     message = str(raised.value)
@@ -33,36 +35,36 @@ def test_module_built_for_another_ffi_is_refused(version):
     assert REBUILD in message
 
 
-def test_missing_module_says_how_to_build(monkeypatch):
-    def not_there(name):
+def test_missing_cpu_module_raises(monkeypatch):
+    def raise_not_found(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(_native.importlib, "import_module", not_there)
+    monkeypatch.setattr(_native.importlib, "import_module", raise_not_found)
     with pytest.raises(ImportError, match=r"xla_ops\._cpu has not been built") as raised:
-        _native.cpu.__wrapped__()  # past the cache
+        _native.cpu.__wrapped__()  # without the cache
     assert REBUILD in str(raised.value)
 
 
 def test_cuda_module_is_optional(monkeypatch):
-    def not_there(name):
+    def raise_not_found(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(_native.importlib, "import_module", not_there)
+    monkeypatch.setattr(_native.importlib, "import_module", raise_not_found)
     assert _native.cuda.__wrapped__() is None
 
 
-def test_cuda_module_that_does_not_load_is_left_out(monkeypatch):
-    def broken(name):
+def test_cuda_module_that_does_not_load_warns(monkeypatch):
+    def raise_import_error(name):
         raise ImportError("undefined symbol: cudaLaunch")
 
-    monkeypatch.setattr(_native.importlib, "import_module", broken)
+    monkeypatch.setattr(_native.importlib, "import_module", raise_import_error)
     with pytest.warns(UserWarning, match=r"CPUs only: xla_ops\._cuda does not load: undefined symbol"):
         assert _native.cuda.__wrapped__() is None
 
 
 @pytest.mark.parametrize("load", [_native.cpu, _native.cuda])
-def test_refused_module_registers_nothing(monkeypatch, load):
-    # Its handlers would break every operation of JAX.
+def test_incompatible_module_registers_no_handlers(monkeypatch, load):
+    # Handlers of an incompatible module would break every operation of JAX.
     registered = []
     monkeypatch.setattr(_native.importlib, "import_module", lambda name: module_built_for(MAJOR, MINOR + 1))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *args, **kwargs: registered.append(args))
@@ -72,17 +74,17 @@ def test_refused_module_registers_nothing(monkeypatch, load):
 
 
 @pytest.mark.skipif(_native.cuda() is None, reason="xla_ops._cuda is not built here (no nvcc)")
-def test_cuda_module_has_the_handlers_of_the_cpu_module():
-    there = set(_native.cpu().registrations())
-    assert set(_native.cuda().registrations()) == there
+def test_cuda_and_cpu_modules_have_the_same_handlers():
+    handlers = set(_native.cpu().registrations())
+    assert set(_native.cuda().registrations()) == handlers
     assert _native.cuda().ffi_version == _native.cpu().ffi_version
 
 
-def test_unknown_instruction_set_is_an_error():
-    before = _native.cpu().isa()
+def test_unknown_instruction_set_raises():
+    default = _native.cpu().isa()
     with pytest.raises(ValueError, match="instruction set 'mmx' is not in this build"):
         _native.cpu().select_isa("mmx")
-    assert _native.cpu().isa() == before
+    assert _native.cpu().isa() == default
 
 
 X, W, BIAS, Y = (2, 5), (4, 3), (4,), (2, 4)
@@ -111,8 +113,8 @@ NO_SPARSE = ((0,), (0,), (0,))  # rows, columns and values of no entries
         ("gradients", (X, W, W, Y), (X, W, (9,)), r"bias must have shape \[4\], got \[9\]"),
     ],
 )
-def test_handlers_check_shapes_themselves(handler, shapes, results, message):
-    # Not every call comes through Python's checks: an exported function carries only the handler's name.
+def test_handlers_check_shapes(handler, shapes, results, message):
+    # Exported programs call handlers by name, without the checks in Python.
     _native.register()
     shapes = (shapes[0], *NO_SPARSE, *shapes[1:])
     dtypes = (jnp.float32, jnp.int32, jnp.int32, *[jnp.float32] * 2, jnp.int32, jnp.float32)
@@ -124,7 +126,7 @@ def test_handlers_check_shapes_themselves(handler, shapes, results, message):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="calls the CPU handlers")
-def test_handlers_check_types_themselves():
+def test_handlers_check_dtypes():
     x, kernel, indices = jnp.zeros(X), jnp.zeros(W, jnp.bfloat16), jnp.zeros(W, jnp.int32)
     call = jax.ffi.ffi_call("xla_ops.fan_in_matmul.forward", jax.ShapeDtypeStruct(Y, jnp.float32))
     operands = (x, *(jnp.zeros(0, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)), kernel, indices)
@@ -143,7 +145,7 @@ def test_handlers_check_types_themselves():
         (1, 1, {"k": np.float32(1)}, "k: Wrong scalar data type: expected S64 but got F32"),
     ],
 )
-def test_handlers_check_the_number_of_operands_and_the_attributes(operands, results, attributes, message):
+def test_handlers_check_number_of_operands_and_attributes(operands, results, attributes, message):
     _native.register()
     shapes = [jax.ShapeDtypeStruct((), jnp.float32)] * results
     call = jax.ffi.ffi_call("xla_ops.kth_smallest", shapes)
@@ -151,7 +153,7 @@ def test_handlers_check_the_number_of_operands_and_the_attributes(operands, resu
         jax.block_until_ready(call(*[jnp.ones(3)] * operands, **attributes))
 
 
-def test_an_exported_program_runs_in_a_process_that_registered(tmp_path):
+def test_exported_program_runs_in_new_process_after_register(tmp_path):
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in xla_ops.register()]
     kernel, indices = jnp.ones((4, 2)), jnp.array([[0, 1], [1, 2], [2, 0], [0, 0]])
     program = jax.jit(lambda x: xla_ops.fan_in_matmul(x, kernel, indices))

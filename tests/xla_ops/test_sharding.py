@@ -1,4 +1,4 @@
-"""The ops under plain `jax.jit`, with operands that are spread over devices."""
+"""Tests of the ops under plain `jax.jit` with sharded operands."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devic
 
 BATCH, INPUTS, LABELS, FAN_IN, COLUMNS = 8, 12, 16, 3, 7
 SHAPE = (BATCH, INPUTS, LABELS, FAN_IN)
-# The dimensions of each array that can be sharded: batch ("b") and labels ("l").
+# The dimensions of each array that can be sharded: batch (b) and labels (l).
 DIMENSIONS = Problem(x="b", kernel="l", indices="l", bias="l", positives="b", dy="bl")  # type: ignore[arg-type]
 PROBLEM = make_problem(*SHAPE)
 
@@ -34,33 +34,34 @@ def make_mesh(axis_type=AxisType.Auto):
     return jax.make_mesh((2, 2), ("i", "j"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
 
 
-def put(array, *spec, mesh=None):
+def place(array, *spec, mesh=None):
+    """Return the array sharded by a partition spec."""
     return jax.device_put(array, jax.NamedSharding(mesh or make_mesh(), jax.P(*spec)))
 
 
-def spread(problem=PROBLEM, *, batch=None, labels=None, lead=None, mesh=None):
-    """Return the problem with batch and labels sharded along these mesh axes; None replicates them."""
+def shard(problem=PROBLEM, *, batch=None, labels=None, lead=None, mesh=None):
+    """Return the problem sharded along mesh axes: batch, labels, and a leading axis; None for replicated."""
     axes = {"b": batch, "l": labels}
 
-    def along(dimensions):
+    def axes_of(dimensions):
         if dimensions == "bl" and batch and labels and set(batch) & set(labels):
             return batch, None
         return map(axes.get, dimensions)
 
     return Problem(
         *(
-            None if a is None else put(a, *([lead] if lead else []), *along(d), mesh=mesh)
+            None if a is None else place(a, *([lead] if lead else []), *axes_of(d), mesh=mesh)
             for a, d in zip(problem, DIMENSIONS, strict=True)
         )
     )
 
 
-def value_of(op):
+def function_of_problem(op):
     """Return the op as a function of a problem."""
     return lambda p: op.function(**op.arguments(p, None))
 
 
-def gradients_of(op):
+def gradients_of_problem(op):
     """Return the gradients of a differentiable op as a function of a problem."""
 
     def gradients(p):
@@ -73,13 +74,13 @@ def gradients_of(op):
 
 
 SHARDED = {name: op for name, op in OPS.items() if op.shards}
-CALLS = {name: value_of(op) for name, op in SHARDED.items()}
-CALLS |= {f"{name} gradients": gradients_of(op) for name, op in SHARDED.items() if op.differentiable}
-EVERY_CALL = pytest.mark.parametrize("call", CALLS)
-STEPS = {name: value_of(op) for name, op in OPS.items() if name.endswith("_step")}
+CALLS = {name: function_of_problem(op) for name, op in SHARDED.items()}
+CALLS |= {f"{name} gradients": gradients_of_problem(op) for name, op in SHARDED.items() if op.differentiable}
+FOR_EVERY_CALL = pytest.mark.parametrize("call", CALLS)
+STEPS = {name: function_of_problem(op) for name, op in OPS.items() if name.endswith("_step")}
 
 
-def best_labels(p, k=6):
+def top_k(p, k=6):
     return xla_ops.fan_in_top_k(*p[:4], k)
 
 
@@ -96,8 +97,8 @@ def assert_close(actual, expected, tolerance=1e-5):
     jax.tree.map(close, actual, expected)
 
 
-def gathered(program):
-    """Return the shapes of all gathered arrays of a program."""
+def all_gathers(program):
+    """Return dtype and shape of the result of each all-gather of a program, such as "f32[8,3]"."""
     return re.findall(r"= \(?(\w+\[[\d,]*\])[^=]* all-gather(?:-start)?\(", program.as_text())
 
 
@@ -109,94 +110,94 @@ LAYOUTS = {
     "replicated": {},
     "batch": {"batch": "i"},
     "labels": {"labels": "j"},
-    "both": {"batch": "i", "labels": "j"},
-    "labels over all": {"labels": ("i", "j")},
-    "labels over all, the other way round": {"labels": ("j", "i")},
+    "batch and labels": {"batch": "i", "labels": "j"},
+    "labels over both axes": {"labels": ("i", "j")},
+    "labels over both axes, reversed": {"labels": ("j", "i")},
 }
 
 
-@EVERY_CALL
+@FOR_EVERY_CALL
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values_without_a_gather(call, layout):
-    problem = spread(**LAYOUTS[layout])
+def test_results_without_all_gather(call, layout):
+    problem = shard(**LAYOUTS[layout])
     program = compiled(CALLS[call], problem)
     assert_close(program(problem), CALLS[call](PROBLEM))
     if call != "fan_in_top_k":
-        assert not gathered(program)
+        assert not all_gathers(program)
 
 
 @pytest.mark.parametrize("labels", ["j", ("i", "j")])
-def test_top_k_gathers_the_best_alone(labels):
-    program = compiled(best_labels, spread(labels=labels))
-    parts = 2 if labels == "j" else 4
-    candidates = parts * min(6, LABELS // parts)
-    assert set(gathered(program)) == {f"{dtype}[{BATCH},{candidates}]" for dtype in ("f32", "s32")}
-    assert not gathered(compiled(best_labels, spread(batch="i")))
+def test_top_k_gathers_only_candidates(labels):
+    program = compiled(top_k, shard(labels=labels))
+    shards = 2 if labels == "j" else 4
+    candidates = shards * min(6, LABELS // shards)
+    assert set(all_gathers(program)) == {f"{dtype}[{BATCH},{candidates}]" for dtype in ("f32", "s32")}
+    assert not all_gathers(compiled(top_k, shard(batch="i")))
 
 
-def test_top_k_of_equal_scores_and_of_none():
+def test_top_k_with_ties_and_nan():
     kernel = np.zeros((LABELS, FAN_IN), np.float32)
     bias = np.float32([0, 1, -0.0, np.nan, 1, 2, -np.inf, 1] * 2)
     for k in (0, 1, 5, LABELS):
         problem = PROBLEM._replace(kernel=kernel, bias=bias)
-        actual = jax.jit(best_labels, static_argnums=1)(spread(problem, labels=("i", "j")), k)
-        assert_close(actual, best_labels(problem, k), 0)
+        actual = jax.jit(top_k, static_argnums=1)(shard(problem, labels=("i", "j")), k)
+        assert_close(actual, top_k(problem, k), 0)
 
 
 @pytest.mark.parametrize(
     ("call", "expected"),
     {
         "fan_in_matmul": [("i", "j")],
-        "fan_in_matmul gradients": [("j",), ("j",), ("i",)],  # of bias, kernel and x
+        "fan_in_matmul gradients": [("j",), ("j",), ("i",)],  # bias, kernel, x
         "fan_in_loss": [()],
         "fan_in_loss gradients": [("j",), ("j",), ("i",)],
         "fan_in_top_k": [("i",), ("i",)],
     }.items(),
 )
-def test_results_are_sharded_as_their_operands(call, expected):
-    assert specs(jax.jit(CALLS[call])(spread(batch="i", labels="j"))) == expected
+def test_results_are_sharded_like_operands(call, expected):
+    assert specs(jax.jit(CALLS[call])(shard(batch="i", labels="j"))) == expected
 
 
-@EVERY_CALL
+@FOR_EVERY_CALL
 @pytest.mark.parametrize("batch", ["i", ("i", "j"), ("j", "i")])
-def test_one_axis_for_batch_and_labels_gathers_the_batch(call, batch):
-    problem = spread(batch=batch, labels="i")
+def test_batch_is_gathered_if_it_shares_an_axis_with_labels(call, batch):
+    problem = shard(batch=batch, labels="i")
     program = compiled(CALLS[call], problem)
     assert_close(program(problem), CALLS[call](PROBLEM))
-    layer = {f"{t}[{LABELS},{FAN_IN}]" for t in ("f32", "s32")}
-    assert gathered(program)
-    assert not layer & set(gathered(program))
+    layer = {f"{dtype}[{LABELS},{FAN_IN}]" for dtype in ("f32", "s32")}
+    assert all_gathers(program)
+    assert not layer & set(all_gathers(program))
 
 
-@EVERY_CALL
-def test_only_the_kernel_is_sharded(call):
+@FOR_EVERY_CALL
+def test_sharded_kernel_with_replicated_indices_and_bias(call):
     # Each device takes its shard of the replicated indices and bias.
-    problem = PROBLEM._replace(kernel=put(PROBLEM.kernel, "j"))
+    problem = PROBLEM._replace(kernel=place(PROBLEM.kernel, "j"))
     assert_close(jax.jit(CALLS[call])(problem), CALLS[call](PROBLEM))
 
 
-def test_replicated_operands_and_a_sharded_result():
-    wanted = jax.NamedSharding(make_mesh(), jax.P("i", "j"))
+def test_sharded_result_of_replicated_operands():
+    sharding = jax.NamedSharding(make_mesh(), jax.P("i", "j"))
     logits = CALLS["fan_in_matmul"]
-    program = compiled(logits, spread(), out_shardings=wanted)
+    program = compiled(logits, shard(), out_shardings=sharding)
     assert re.search(rf"f32\[{BATCH // 2},{LABELS // 2}\]\S* custom-call\(", program.as_text())
-    assert_close(program(spread()), logits(PROBLEM))
+    assert_close(program(shard()), logits(PROBLEM))
 
 
 @LOSS
 @DTYPE
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_losses(loss, with_bias, dtype):
+def test_loss_and_gradients(loss, with_bias, dtype):
     problem = make_problem(*SHAPE, dtype=dtype, with_bias=with_bias)
-    actual = jax.jit(loss_results, static_argnums=1)(spread(problem, batch="i", labels="j"), loss)
+    actual = jax.jit(loss_results, static_argnums=1)(shard(problem, batch="i", labels="j"), loss)
     assert_close(actual, loss_results(problem, loss), 1e-5 if dtype == jnp.float32 else 2e-2)
 
 
-def test_a_shard_of_the_labels():
+def test_num_labels_of_larger_layer():
     def run(p):
         return xla_ops.fan_in_loss(*p[:5], num_labels=3 * LABELS)
 
-    assert_close(jax.jit(run)(spread(batch="i", labels="j")), run(PROBLEM))
+    assert_close(jax.jit(run)(shard(batch="i", labels="j")), run(PROBLEM))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,24 +217,24 @@ def test_sparse_inputs(layout):
             xla_ops.fan_in_top_k(*p[:4], 3, sparse=sparse),
         )
 
-    actual = jax.jit(run)(spread(problem, **LAYOUTS[layout]), jax.tree.map(put, sparse))
+    actual = jax.jit(run)(shard(problem, **LAYOUTS[layout]), jax.tree.map(place, sparse))
     assert_close(actual, run(problem, sparse))
 
 
 # ---- transforms ----
 
 
-@EVERY_CALL
+@FOR_EVERY_CALL
 def test_vmap_over_sharded_arrays(call):
     problems = make_problems(2)
-    sharded = spread(problems, lead="i", labels="j")
+    sharded = shard(problems, lead="i", labels="j")
     mapped = jax.vmap(CALLS[call])
     program = compiled(mapped, sharded)
     assert_close(program(sharded), mapped(problems))
-    assert call == "fan_in_top_k" or not gathered(program)
+    assert call == "fan_in_top_k" or not all_gathers(program)
 
 
-@EVERY_CALL
+@FOR_EVERY_CALL
 def test_nested_vmap_with_one_layer(call):
     problem = make_problems(2)
     layer = Problem(None, *PROBLEM[1:4], None, None)
@@ -246,7 +247,7 @@ def test_nested_vmap_with_one_layer(call):
         return jax.vmap(over_kernels, (0, 0, 0, None))(p.x, p.positives, p.dy, jnp.stack([layer.kernel] * 2))
 
     actual = jax.jit(run)(
-        spread(problem, lead="i"), Problem(*(None if a is None else put(a, "j") for a in layer))
+        shard(problem, lead="i"), Problem(*(None if a is None else place(a, "j") for a in layer))
     )
     assert_close(actual, run(problem, layer))
 
@@ -257,31 +258,31 @@ def test_checkpoint_and_scan():
         step = jax.value_and_grad(function, argnums=(0, 1))
         return jax.lax.scan(lambda total, _: (total, step(p.x, p.kernel)), 0, None, length=2)[1]
 
-    assert_close(jax.jit(run)(spread(batch="i", labels="j")), run(PROBLEM))
+    assert_close(jax.jit(run)(shard(batch="i", labels="j")), run(PROBLEM))
 
 
-@EVERY_CALL
+@FOR_EVERY_CALL
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_in_a_mesh_context(call, axis_type):
+def test_mesh_context(call, axis_type):
     op = CALLS[call]
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
-        assert_close(jax.jit(op)(spread(mesh=mesh)), op(PROBLEM))
-        actual = jax.jit(op)(spread(mesh=mesh, batch="i", labels="j"))
+        assert_close(jax.jit(op)(shard(mesh=mesh)), op(PROBLEM))
+        actual = jax.jit(op)(shard(mesh=mesh, batch="i", labels="j"))
     assert_close(actual, op(PROBLEM))
 
 
-def test_explicit_axes_are_in_the_types():
+def test_explicit_axes_set_the_result_type():
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        y = jax.eval_shape(CALLS["fan_in_matmul"], spread(mesh=mesh, batch="i", labels="j"))
+        y = jax.eval_shape(CALLS["fan_in_matmul"], shard(mesh=mesh, batch="i", labels="j"))
         assert y.sharding.spec == jax.P("i", "j")
         with pytest.raises(ValueError, match=r"fan_in_matmul cannot be partitioned: .* another dimension"):
-            jax.eval_shape(CALLS["fan_in_matmul"], spread(mesh=mesh, batch="i", labels="i"))
+            jax.eval_shape(CALLS["fan_in_matmul"], shard(mesh=mesh, batch="i", labels="i"))
 
 
-def test_shard_map_is_not_partitioned_again():
-    mesh, whole = make_mesh(), jax.P()
+def test_shard_map_is_not_partitioned():
+    mesh, replicated = make_mesh(), jax.P()
     layer = jax.shard_map(
         lambda *arguments: xla_ops.fan_in_matmul(*arguments),
         mesh=mesh,
@@ -293,11 +294,11 @@ def test_shard_map_is_not_partitioned_again():
     layer = jax.shard_map(
         lambda *arguments: xla_ops.fan_in_matmul(*arguments),
         mesh=abstract,
-        in_specs=whole,
-        out_specs=whole,
+        in_specs=replicated,
+        out_specs=replicated,
     )
     shapes = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(abstract, whole))
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(abstract, replicated))
         for a in PROBLEM[:4]
     ]
     assert (
@@ -308,61 +309,66 @@ def test_shard_map_is_not_partitioned_again():
 # ---- errors ----
 
 
-def fails(function, *arguments, match):
+def assert_cannot_partition(function, *arguments, match):
+    """Check that compilation raises an error that suggests `jax.shard_map`."""
     with pytest.raises(jax.errors.JaxRuntimeError, match=match) as raised:
         compiled(function, *arguments)
     assert "jax.shard_map" in str(raised.value)
 
 
-@EVERY_CALL
+@FOR_EVERY_CALL
 @pytest.mark.parametrize("operand", ["x", "kernel", "indices"])
-def test_only_batch_and_labels(call, operand):
+def test_sharding_other_dimensions_raises(call, operand):
     weights = np.ones((LABELS, 4), np.float32)
     problem = PROBLEM._replace(kernel=weights, indices=weights.astype(np.int32))
-    problem = problem._replace(**{operand: put(getattr(problem, operand), None, "i")})
+    problem = problem._replace(**{operand: place(getattr(problem, operand), None, "i")})
     message = rf"xla_ops\.{call.split()[0]} cannot be partitioned: {operand} \[.*\] is sharded along dim"
-    fails(CALLS[call], problem, match=message)
+    assert_cannot_partition(CALLS[call], problem, match=message)
 
 
-def test_shards_of_one_layer_along_different_axes():
-    problem = PROBLEM._replace(kernel=put(PROBLEM.kernel, "i"), indices=put(PROBLEM.indices, "j"))
-    fails(
+def test_sharding_kernel_and_indices_differently_raises():
+    problem = PROBLEM._replace(kernel=place(PROBLEM.kernel, "i"), indices=place(PROBLEM.indices, "j"))
+    assert_cannot_partition(
         CALLS["fan_in_loss"],
         problem,
         match=r"labels is sharded over \('i',\) in one operand, \('j',\) in another",
     )
 
 
-def test_sharded_entries_of_sparse_inputs():
+def test_sharding_sparse_inputs_raises():
     sparse = SparseInputs(np.zeros(4, np.int32), np.zeros(4, np.int32), np.ones(4, np.float32), COLUMNS)
 
     def run(p, sparse):
         return xla_ops.fan_in_loss(*p[:5], sparse=sparse)
 
     for name in ("rows", "columns", "values"):
-        sharded = dataclasses.replace(sparse, **{name: put(getattr(sparse, name), "i")})
-        fails(run, spread(), sharded, match=rf"fan_in_loss cannot be partitioned: sparse.{name} \[4\]")
+        sharded = dataclasses.replace(sparse, **{name: place(getattr(sparse, name), "i")})
+        assert_cannot_partition(
+            run, shard(), sharded, match=rf"fan_in_loss cannot be partitioned: sparse.{name} \[4\]"
+        )
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_steps_are_for_replicated_operands(name):
+def test_sharding_operands_of_steps_raises(name):
     step = STEPS[name]
-    assert_close(jax.jit(step)(spread()), step(PROBLEM))
+    assert_close(jax.jit(step)(shard()), step(PROBLEM))
     for layout in ({"batch": "i"}, {"labels": "j"}):
-        fails(step, spread(**layout), match=rf"xla_ops\.{name} cannot be partitioned: operand \d+ \[")
+        assert_cannot_partition(
+            step, shard(**layout), match=rf"xla_ops\.{name} cannot be partitioned: operand \d+ \["
+        )
 
 
-def test_steps_of_sharded_layers():
+def test_vmap_of_steps_over_sharded_layers():
     problems = make_problems(4)
     step = jax.vmap(STEPS["fan_in_sgd_step"])
-    sharded = spread(problems, lead=("i", "j"))
+    sharded = shard(problems, lead=("i", "j"))
     program = compiled(step, sharded)
     assert_close(program(sharded), step(problems))
-    assert not gathered(program)
+    assert not all_gathers(program)
 
 
-def test_replicated_layers_are_updated_in_place():
-    problem = spread()
+def test_steps_update_replicated_layers_in_place():
+    problem = shard()
     program = compiled(
         lambda kernel, bias, p: STEPS["fan_in_sgd_step"](p._replace(kernel=kernel, bias=bias))[2:],
         problem.kernel,
@@ -374,25 +380,25 @@ def test_replicated_layers_are_updated_in_place():
     assert " copy(" not in program.as_text()
 
 
-# ---- the layer ----
+# ---- FixedFanInLinear ----
 
 
 @nnx.jit
-def loss_of_layer(layer, x):
+def layer_loss(layer, x):
     return nnx.value_and_grad(lambda layer: jnp.sum(jnp.cos(layer(x))))(layer)
 
 
 @pytest.mark.parametrize("batch", [None, "i"])
-def test_layer(batch):
+def test_fixed_fan_in_linear(batch):
     layer = FixedFanInLinear(INPUTS, LABELS, fan_in=FAN_IN, rngs=nnx.Rngs(0))
-    expected, expected_gradients = loss_of_layer(layer, PROBLEM.x)
+    expected, expected_gradients = layer_loss(layer, PROBLEM.x)
     graph, state = nnx.split(layer)
-    state, x = jax.tree.map(lambda a: put(a, "j"), state), put(PROBLEM.x, batch)
-    actual, gradients = loss_of_layer(nnx.merge(graph, state), x)
+    state, x = jax.tree.map(lambda a: place(a, "j"), state), place(PROBLEM.x, batch)
+    actual, gradients = layer_loss(nnx.merge(graph, state), x)
     assert_close(actual, expected, 1e-4)
     assert_close(*map(nnx.to_pure_dict, (gradients, expected_gradients)))
     assert specs(nnx.to_pure_dict(gradients)) == [("j",), ("j",)]
 
     program = compiled(lambda state, x: nnx.merge(graph, state)(x), state, x)
-    assert not gathered(program)
+    assert not all_gathers(program)
     assert specs(program(state, x)) == [(batch, "j")]

@@ -1,4 +1,4 @@
-"""Every op against its expected results, as it is and under JAX's transformations."""
+"""Tests of every op against its expected results, directly and under JAX's transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ SHAPE = {"batch": 7, "dense": 12, "columns": 9, "labels": 10, "fan_in": 4}
 
 
 def make_arguments(op, is_sparse, **changes):
-    """Return valid arguments: without sparse inputs, some indices are out of range."""
+    """Return valid arguments; without sparse inputs, some indices are out of range."""
     problem, sparse = make_example(**SHAPE | changes)
     return op.arguments(problem, sparse if is_sparse else None)
 
 
 @pytest.mark.usefixtures("x64")
 @every_op()
-def test_results_are_as_expected(op, is_sparse):
+def test_results_match_expected(op, is_sparse):
     arguments = make_arguments(op, is_sparse)
     function, arrays = op.traceable(arguments)
     results = function(arrays)
@@ -29,30 +29,30 @@ def test_results_are_as_expected(op, is_sparse):
 
 @pytest.mark.usefixtures("x64")
 @every_op(lambda op: jnp.bfloat16 in op.dtypes)
-def test_results_in_bfloat16(op, is_sparse):
-    arguments = make_arguments(op, is_sparse, dtype=jnp.bfloat16, whole=True)
+def test_bfloat16_results_match_expected(op, is_sparse):
+    arguments = make_arguments(op, is_sparse, dtype=jnp.bfloat16, integer_values=True)
     function, arrays = op.traceable(arguments)
     assert_all_close(jax.jit(function)(arrays), op.expected(arguments), rtol=2e-2, atol=2e-2)
 
 
-def type_of(array):
+def shape_and_dtype(array):
     return array.shape, array.dtype
 
 
 @every_op()
-def test_eval_shape(op, is_sparse):
+def test_eval_shape_matches_results(op, is_sparse):
     for dtype in op.dtypes:
         arguments = make_arguments(op, is_sparse, dtype=dtype)
         function, arrays = op.traceable(arguments)
         shapes, (first, *_) = jax.eval_shape(function, arrays), jax.tree.leaves(op.expected(arguments))
         results = function(arrays)
-        assert jax.tree.map(type_of, shapes) == jax.tree.map(type_of, results)
+        assert jax.tree.map(shape_and_dtype, shapes) == jax.tree.map(shape_and_dtype, results)
         assert jax.tree.leaves(shapes)[0].shape == np.shape(first)
 
 
 @pytest.mark.parametrize("empty", ["batch", "dense", "labels"])
 @every_op(lambda op: op.can_be_empty)
-def test_a_dimension_of_size_0(op, is_sparse, empty):
+def test_empty_dimension(op, is_sparse, empty):
     if empty not in op.can_be_empty:
         pytest.skip(f"not with {empty} of size 0")
     arguments = make_arguments(op, is_sparse, **{empty: 0})
@@ -61,7 +61,7 @@ def test_a_dimension_of_size_0(op, is_sparse, empty):
 
 
 @every_op()
-def test_other_devices(op, is_sparse):
+def test_results_on_last_device(op, is_sparse):
     device = jax.devices()[-1]
     arguments = make_arguments(op, is_sparse)
     function, arrays = op.traceable(arguments)
@@ -70,7 +70,7 @@ def test_other_devices(op, is_sparse):
     assert_all_close(results, op.expected(arguments))
 
 
-# Combinations of arguments to map over.
+# Sets of arguments that vmap maps over.
 MAPPED = {
     "all": ["x", "kernel", "indices", "bias", "positives", "dy", "sparse", "seed"],
     "x": ["x"],
@@ -89,7 +89,7 @@ MAPPED = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("first_axis", [True, False], ids=["axis 0", "other axes"])
 @every_op(lambda op: op.is_native)
-def test_vmap_is_a_loop(op, is_sparse, first_axis):
+def test_vmap_matches_loop(op, is_sparse, first_axis):
     problems = [op.traceable(make_arguments(op, is_sparse, seed=seed)) for seed in range(3)]
     function = problems[0][0]
     paths, tree = jax.tree.flatten_with_path(problems[0][1])
@@ -114,7 +114,7 @@ def test_vmap_is_a_loop(op, is_sparse, first_axis):
 
 @pytest.mark.usefixtures("x64")
 @every_op(lambda op: op.differentiable)
-def test_checkpoint_changes_nothing(op, is_sparse):
+def test_checkpoint_matches_expected(op, is_sparse):
     arguments = make_arguments(op, is_sparse)
     function, arrays = op.traceable(arguments, jax.checkpoint)
     assert_all_close(jax.jit(function)(arrays), op.expected(arguments))

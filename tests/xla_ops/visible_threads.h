@@ -1,15 +1,15 @@
-// Included before all else where the CPU module is built for ThreadSanitizer: it gives handlers a pool of
-// threads that the sanitizer sees.
+// A thread pool that ThreadSanitizer can observe. The compiler includes this file first when the CPU module
+// is built with ThreadSanitizer (tests/sanitize.py).
 //
-// XLA is not compiled for it, so what orders two accesses within XLA goes unseen, and would be reported as
-// races: between the call that schedules a task and the task, and between one call of a handler and the next
-// that reads its results. Here tasks go through a mutex, and a call is ordered behind those that ended before
-// it began. Accesses of one call, and of calls at the same time, are ordered by what csrc/cpu itself does,
-// and by nothing else.
+// XLA is not built with the sanitizer, which therefore does not see XLA's synchronization. It would report
+// races between the call that schedules a task and the task, and between a handler and a later handler that
+// reads its results. Here tasks go through a mutex, and a call is ordered after the calls that ended before
+// it began. Accesses within one call, and by concurrent calls, are only ordered by the synchronization in
+// csrc/cpu.
 
 #pragma once
 
-#if __has_include("xla/ffi/api/ffi.h")  // not for kernels.cc, which knows nothing of XLA
+#if __has_include("xla/ffi/api/ffi.h")  // kernels.cc does not depend on XLA
 
 #include <condition_variable>
 #include <deque>
@@ -38,7 +38,7 @@ class VisibleThreads {
 
   template <typename F>
   void Schedule(F&& f) {
-    static Queue* queue = new Queue;  // its threads run as long as the process
+    static Queue* queue = new Queue;  // never destroyed, since its threads do not end
     std::lock_guard<std::mutex> lock(queue->mutex);
     queue->tasks.emplace_back(std::forward<F>(f));
     queue->not_empty.notify_one();

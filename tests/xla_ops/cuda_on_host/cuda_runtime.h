@@ -1,13 +1,12 @@
-// Stands in for CUDA's <cuda_runtime.h>, so that a C++ compiler can build the kernels and run them on the
-// host, under its sanitizers. Device memory is host memory and streams do not exist: a launch runs the whole
-// grid, then returns.
+// A replacement of CUDA's <cuda_runtime.h>, with which a C++ compiler builds the kernels for the host, with
+// sanitizers. Device memory is host memory. There are no streams: a launch runs the whole grid, then returns.
 //
 // The blocks of a grid run one after the other. The threads of a block are fibers on one thread of the
-// system: each runs until it meets the others, at a barrier or a warp's exchange. Whatever a thread reads
-// without waiting for the thread that writes it is therefore read too early, in every second block, in which
-// the threads run in reverse.
+// system: each runs until it waits at a barrier or in an exchange within its warp. In every second block the
+// threads run in reverse order. So if a thread reads a value without waiting for the thread that writes it,
+// the value is read too early in one of two blocks.
 //
-// Only what the kernels use is here.
+// This file contains only the part of CUDA that the kernels use.
 
 #ifndef TESTS_XLA_OPS_CUDA_ON_HOST_CUDA_RUNTIME_H_
 #define TESTS_XLA_OPS_CUDA_ON_HOST_CUDA_RUNTIME_H_
@@ -23,7 +22,7 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
-#define __shared__ static  // there is but one block at a time
+#define __shared__ static  // only one block runs at a time
 
 struct dim3 {
   dim3(unsigned x = 1) : x(x) {}
@@ -42,7 +41,7 @@ struct alignas(16) float4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- the host's side ----
+// ---- host ----
 
 enum cudaError_t {
   cudaSuccess,
@@ -65,7 +64,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_host {
 
-// The device that kernels see. Set by the tests.
+// The properties of the device, set by main.cc.
 struct Device {
   int processors = 2;
   int blocks_per_processor = 2;
@@ -73,15 +72,14 @@ struct Device {
 };
 extern Device device;
 
-// The number of instructions of threads that have added floats to memory atomically.
+// The number of atomic additions of floats, one for each instruction of a thread.
 extern int64_t additions;
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 // Waits for all threads of the block. Returns whether any of them passed true.
-bool meet_block(bool value);
-// Exchanges a word with the other lanes of the warp: returns that of lane `from`, or of all lanes, 32 of
-// them.
+bool sync_block(bool value);
+// Exchanges a word with the other lanes of the warp. Returns the word of lane `from`, or all 32 words.
 uint32_t exchange(uint32_t word, int from);
 const uint32_t* exchange_all(uint32_t word);
 void* dynamic_shared_memory();
@@ -108,7 +106,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return attributes->sharedSizeBytes = 0, cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute,
-                                        int bytes) {  // less would be less for others
+                                        int bytes) {  // the attribute is shared by all launches of the kernel
   return bytes == cuda_on_host::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <typename Kernel>
@@ -124,7 +122,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cuda_on_host::run_grid(*config, [&] { kernel(arguments...); });
 }
 
-// ---- the device's side ----
+// ---- device ----
 
 namespace xla_ops::cuda {
 inline void* dynamic_shared() { return cuda_on_host::dynamic_shared_memory(); }
@@ -151,8 +149,8 @@ T __ldcs(const T* p) {
   return *p;
 }
 
-inline void __syncthreads() { cuda_on_host::meet_block(false); }
-inline int __syncthreads_or(int value) { return cuda_on_host::meet_block(value != 0); }
+inline void __syncthreads() { cuda_on_host::sync_block(false); }
+inline int __syncthreads_or(int value) { return cuda_on_host::sync_block(value != 0); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
@@ -162,7 +160,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return cuda_on_host::bits<T>(cuda_on_host::exchange(cuda_on_host::bits<uint32_t>(value), lane ^ mask));
 }
 template <typename T>
-T __shfl_up_sync(unsigned, T value, int delta) {  // a lane that has none below gets its own
+T __shfl_up_sync(unsigned, T value, int delta) {  // lanes below delta get their own value
   const int lane = threadIdx.x % 32, from = lane < delta ? lane : lane - delta;
   return cuda_on_host::bits<T>(cuda_on_host::exchange(cuda_on_host::bits<uint32_t>(value), from));
 }

@@ -1,4 +1,4 @@
-// See cuda_runtime.h.
+// Runs a grid of blocks of threads on the host; see cuda_runtime.h.
 
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
@@ -23,50 +23,51 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10;
 
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+[[noreturn]] void fail(const char* message) {
+  std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, message);
   std::abort();
 }
 
-// Where `size` threads meet. A thread that is through may come back before the others have left: they still
-// find the words of their own meeting, since words alternate between two places and nobody can be two
-// meetings ahead.
-struct Meeting {
+// A barrier of `size` threads, each of which leaves a word. A thread can return to the barrier before the
+// others have left it. They still find the words of their own round, since words alternate between two
+// buffers and no thread can be two rounds ahead.
+struct Barrier {
   unsigned size = 0, arrived = 0;
-  uint64_t number = 0;
+  uint64_t round = 0;
   std::vector<uint32_t> words[2];
 };
 
-// Where a stack was left. Unlike swapcontext, jumps make no system call, and the sanitizer does not clear the
-// memory it has of the whole stack: kernels meet so often that these would be most of the time.
-using Place = void* [5];
+// A position in a stack, to jump back to. Unlike swapcontext, jumps make no system call, and the sanitizer
+// does not clear its shadow memory of the whole stack. At the many barriers of kernels, these would take most
+// of the time.
+using JumpBuffer = void* [5];
 
-// A thread of every block.
+// Runs one thread of a block. All blocks use the same fibers.
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool started = false, done = false;
-  Place place;
+  JumpBuffer position;
   unsigned thread = 0;
   void* fake_stack = nullptr;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
-  Meeting all;
+  std::vector<Barrier> warps;
+  Barrier all;
   std::unique_ptr<char[]> shared;
   const std::function<void()>* body = nullptr;
   Fiber* running = nullptr;
-  Place scheduler;
+  JumpBuffer scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   bool progress = false;
 } block;
 
-__attribute__((no_sanitize("address"))) void back_to_scheduler() {
+__attribute__((no_sanitize("address"))) void switch_to_scheduler() {
   Fiber* fiber = block.running;
   __sanitizer_start_switch_fiber(&fiber->fake_stack, block.scheduler_stack, block.scheduler_stack_bytes);
-  if (__builtin_setjmp(fiber->place) == 0) __builtin_longjmp(block.scheduler, 1);
+  if (__builtin_setjmp(fiber->position) == 0) __builtin_longjmp(block.scheduler, 1);
   __sanitizer_finish_switch_fiber(block.running->fake_stack, nullptr, nullptr);
 }
 
@@ -75,7 +76,7 @@ void run_fiber() {
   while (true) {
     (*block.body)();
     block.running->done = true;
-    back_to_scheduler();
+    switch_to_scheduler();
   }
 }
 
@@ -99,28 +100,28 @@ __attribute__((no_sanitize("address"))) void resume(Fiber& fiber) {
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), kStackBytes);
   if (__builtin_setjmp(block.scheduler) == 0) {
     if (!fiber.started) start(fiber);
-    __builtin_longjmp(fiber.place, 1);
+    __builtin_longjmp(fiber.position, 1);
   }
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
 // Leaves a word, waits for the other threads, and returns all words.
-const uint32_t* meet(Meeting& meeting, unsigned at, uint32_t word) {
-  const uint64_t number = meeting.number;
-  uint32_t* words = meeting.words[number % 2].data();
+const uint32_t* arrive_and_wait(Barrier& barrier, unsigned at, uint32_t word) {
+  const uint64_t round = barrier.round;
+  uint32_t* words = barrier.words[round % 2].data();
   words[at] = word;
   block.progress = true;
-  if (++meeting.arrived == meeting.size) {
-    meeting.arrived = 0;
-    ++meeting.number;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.round;
   }
-  while (meeting.number == number) back_to_scheduler();
+  while (barrier.round == round) switch_to_scheduler();
   return words;
 }
 
-void prepare(Meeting& meeting, unsigned size) {
-  meeting.size = size, meeting.arrived = 0, meeting.number = 0;
-  for (auto& words : meeting.words) words.assign(size, 0);
+void reset(Barrier& barrier, unsigned size) {
+  barrier.size = size, barrier.arrived = 0, barrier.round = 0;
+  for (auto& words : barrier.words) words.assign(size, 0);
 }
 
 void run_block(const cudaLaunchConfig_t& config) {
@@ -128,10 +129,10 @@ void run_block(const cudaLaunchConfig_t& config) {
   block.shared.reset(new char[config.dynamicSmemBytes]);
   std::memset(block.shared.get(), 0xff, config.dynamicSmemBytes);
   if (block.fibers.size() < threads) block.fibers.resize(threads);
-  prepare(block.all, threads);
+  reset(block.all, threads);
   block.warps.resize((threads + kWarp - 1) / kWarp);
   for (unsigned w = 0; w < block.warps.size(); ++w)
-    prepare(block.warps[w], std::min(kWarp, threads - w * kWarp));
+    reset(block.warps[w], std::min(kWarp, threads - w * kWarp));
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
     fiber.done = false, fiber.thread = t;
@@ -144,7 +145,7 @@ void run_block(const cudaLaunchConfig_t& config) {
       resume(fiber);
       if (fiber.done) --left, block.progress = true;
     }
-    if (!block.progress) fail("waits for threads that do not come");
+    if (!block.progress) fail("deadlock: waits for threads that do not arrive");
   }
 }
 
@@ -161,8 +162,8 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
   return cudaSuccess;
 }
 
-bool meet_block(bool value) {
-  const uint32_t* words = meet(block.all, block.running->thread, value);
+bool sync_block(bool value) {
+  const uint32_t* words = arrive_and_wait(block.all, block.running->thread, value);
   for (unsigned t = 0; t < block.all.size; ++t) {
     if (words[t]) return true;
   }
@@ -170,9 +171,9 @@ bool meet_block(bool value) {
 }
 
 const uint32_t* exchange_all(uint32_t word) {
-  Meeting& warp = block.warps[block.running->thread / kWarp];
-  if (warp.size != kWarp) fail("exchanges within a warp that is not full");
-  return meet(warp, block.running->thread % kWarp, word);
+  Barrier& warp = block.warps[block.running->thread / kWarp];
+  if (warp.size != kWarp) fail("exchange within a warp of fewer than 32 threads");
+  return arrive_and_wait(warp, block.running->thread % kWarp, word);
 }
 
 uint32_t exchange(uint32_t word, int from) { return exchange_all(word)[from]; }

@@ -3,12 +3,12 @@
 //   kernels_on_host OP DIRECTORY DTYPE INDEX_DTYPE B D L F C processors blocks_per_processor shared_bytes
 //   [...]
 //
-// where the rest is (loss, P[, num_labels]) for fan_in_loss and fan_in_step and (k, labels at once) for
-// fan_in_top_k. For dense_step DTYPE is that of the moments, and L, F are the kernel's shape. Each array is a
-// file of DIRECTORY. Every array, and every temporary, is an allocation of its own, so that the sanitizer
-// sees what is out of its bounds. Results and temporaries start as NaN (integers as 0x7f7f7f7f). Prints how
-// many bytes of workspace the launcher took, and how often threads added to floats atomically. Where there is
-// a file "no_d_x", d_x is not asked for.
+// The last arguments are (loss, P[, num_labels]) for fan_in_loss and fan_in_step, (k, labels at once) for
+// fan_in_top_k, and k for kth_smallest. For dense_step, DTYPE is the dtype of the moments, and [L, F] is the
+// shape of the kernel. Each array is a file in DIRECTORY. Every array and every temporary is a separate
+// allocation, so that the sanitizer detects accesses out of bounds. Results and temporaries are initialised
+// to NaN (integers to 0x7f7f7f7f). Prints the bytes of workspace that the launcher took, and the number of
+// atomic additions of floats. If there is a file "no_d_x", d_x is not computed.
 
 #include <cstdio>
 #include <cstdlib>
@@ -45,15 +45,15 @@ struct HostWorkspace : Workspace {
 struct Call {
   std::string op, directory;
   Shape shape;
-  int64_t columns;  // sparse inputs
+  int64_t columns;  // number of sparse inputs
   bool is_uint16;
-  std::vector<int64_t> more;
+  std::vector<int64_t> extra;
 
   std::string path(const char* name) const { return directory + "/" + name; }
   bool without_d_x() const { return std::ifstream(path("no_d_x")).good(); }
 };
 
-// An operand, exactly as long as its file.
+// An operand, read from its file. The allocation has exactly the size of the file.
 template <typename T>
 class Operand {
  public:
@@ -75,7 +75,7 @@ class Operand {
   bool empty_;
 };
 
-// An operand that is updated in place. Its values at the end go to another file.
+// An operand that is updated in place. The destructor writes its values to another file.
 template <typename T>
 class Updated : public Operand<T> {
  public:
@@ -89,7 +89,7 @@ class Updated : public Operand<T> {
   std::string path_;
 };
 
-// A result, written to its file at the end.
+// A result. The destructor writes it to its file.
 template <typename T>
 class Result {
  public:
@@ -101,7 +101,7 @@ class Result {
     std::ofstream(path_, std::ios::binary).write(reinterpret_cast<char*>(data_.get()), count_ * sizeof(T));
   }
   T* get() const { return data_.get(); }
-  T* unless(bool left_out) const { return left_out ? nullptr : data_.get(); }
+  T* null_if(bool condition) const { return condition ? nullptr : data_.get(); }
 
  private:
   std::string path_;
@@ -124,7 +124,7 @@ cudaError_t run_dense_adam(const Call& call) {
 template <typename T>
 cudaError_t run(const Call& call, Workspace& workspace) {
   Shape s = call.shape;
-  if (call.more.size() > 2) s.mean_labels = call.more[2];
+  if (call.extra.size() > 2) s.mean_labels = call.extra[2];
   const Operand<T> x(call, "x"), kernel(call, "kernel"), bias(call, "bias");
   const Operand<int32_t> rows(call, "rows"), columns(call, "columns");
   const Operand<T> values(call, "values");
@@ -142,13 +142,13 @@ cudaError_t run(const Call& call, Workspace& workspace) {
         d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_matmul_gradients(nullptr, workspace, s, inputs, kernel.get(), indices, dy.get(),
-                                   d_x.unless(call.without_d_x()), d_kernel.get(),
+                                   d_x.null_if(call.without_d_x()), d_kernel.get(),
                                    bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_loss.value" || call.op == "fan_in_loss.gradients") {
     const Operand<int32_t> positives(call, "positives");
-    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
-    const int64_t width = call.more.at(1);
+    const auto loss = static_cast<xla_ops::Loss>(call.extra.at(0));
+    const int64_t width = call.extra.at(1);
     const Result<float> value(call, "value", 1);
     if (call.op == "fan_in_loss.value") {
       return fan_in_loss_value(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
@@ -158,13 +158,13 @@ cudaError_t run(const Call& call, Workspace& workspace) {
         d_kernel(call, "d_kernel", s.labels * s.fan_in),
         d_bias(call, "d_bias", bias.or_null() ? s.labels : 0);
     return fan_in_loss_gradients(nullptr, workspace, s, loss, inputs, kernel.get(), indices, bias.or_null(),
-                                 positives.get(), width, value.get(), d_x.unless(call.without_d_x()),
+                                 positives.get(), width, value.get(), d_x.null_if(call.without_d_x()),
                                  d_kernel.get(), bias.or_null() ? d_bias.get() : nullptr);
   }
   if (call.op == "fan_in_step.sgd" || call.op == "fan_in_step.adam") {
     const Operand<int32_t> positives(call, "positives");
-    const auto loss = static_cast<xla_ops::Loss>(call.more.at(0));
-    const int64_t width = call.more.at(1);
+    const auto loss = static_cast<xla_ops::Loss>(call.extra.at(0));
+    const int64_t width = call.extra.at(1);
     const Result<float> value(call, "value", 1);
     const Result<T> d_x(call, "d_x", s.batch * s.in_features);
     const Operand<float> rates(call, "rates");
@@ -172,23 +172,23 @@ cudaError_t run(const Call& call, Workspace& workspace) {
     if (call.op == "fan_in_step.sgd") {
       const Operand<uint32_t> key(call, "key");
       return fan_in_sgd_step(nullptr, workspace, s, loss, inputs, w.get(), indices, b.get(), positives.get(),
-                             width, rates.get(), key.get(), value.get(), d_x.unless(call.without_d_x()));
+                             width, rates.get(), key.get(), value.get(), d_x.null_if(call.without_d_x()));
     }
     if constexpr (std::is_same_v<T, float>) {
       const Updated<float> mu_kernel(call, "mu_kernel"), nu_kernel(call, "nu_kernel"),
           mu_bias(call, "mu_bias"), nu_bias(call, "nu_bias");
-      return fan_in_adam_step(nullptr, workspace, s, loss, inputs,
-                              {w.get(), mu_kernel.get(), nu_kernel.get()}, indices,
-                              {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width,
-                              {rates.get(), 0.8f, 0.99f, 1e-7f}, value.get(), d_x.unless(call.without_d_x()));
+      return fan_in_adam_step(
+          nullptr, workspace, s, loss, inputs, {w.get(), mu_kernel.get(), nu_kernel.get()}, indices,
+          {b.get(), mu_bias.get(), nu_bias.get()}, positives.get(), width, {rates.get(), 0.8f, 0.99f, 1e-7f},
+          value.get(), d_x.null_if(call.without_d_x()));
     }
   }
   if (call.op == "kth_smallest") {
     const Result<float> result(call, "result", 1);
-    return kth_smallest(nullptr, workspace, x.get(), x.count(), call.more.at(0), result.get());
+    return kth_smallest(nullptr, workspace, x.get(), x.count(), call.extra.at(0), result.get());
   }
   if (call.op == "fan_in_top_k") {
-    const int64_t k = call.more.at(0), labels_at_once = call.more.at(1);
+    const int64_t k = call.extra.at(0), labels_at_once = call.extra.at(1);
     const Result<float> scores(call, "scores", s.batch * k);
     const Result<int32_t> labels(call, "labels", s.batch * k);
     return fan_in_top_k(nullptr, workspace, s, k, labels_at_once, inputs, kernel.get(), indices,
@@ -208,7 +208,7 @@ int main(int, char** argv) {
   call.columns = numbers[4];
   cuda_on_host::device = {static_cast<int>(numbers[5]), static_cast<int>(numbers[6]),
                           static_cast<int>(numbers[7])};
-  call.more.assign(numbers.begin() + 8, numbers.end());
+  call.extra.assign(numbers.begin() + 8, numbers.end());
   const bool is_float32 = std::string(argv[3]) == "float32";
   if (call.op == "dense_step.adam") {
     std::printf("0 0\n");
