@@ -13,7 +13,7 @@ def npy_file(text):
     return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode() + bytes(8)
 
 
-# NumPy raises, in this order, OverflowError, ValueError, TokenError, RecursionError and IndexError.
+# For these NumPy raises OverflowError, ValueError, TokenError, RecursionError or IndexError.
 BAD_HEADERS = (
     "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 999999999999999999999), }",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2), }",
