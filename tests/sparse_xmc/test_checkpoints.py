@@ -120,7 +120,7 @@ def test_half_written_checkpoint_is_ignored(tmp_path, batches):
     train(trainer, batches, [0])
     Checkpoints(tmp_path).save_latest(trainer, {"epochs": 1})
     saved = tmp_path / "latest" / "5"
-    half = tmp_path / "latest" / "10.orbax-checkpoint-tmp"  # what Orbax writes to before it renames
+    half = tmp_path / "latest" / "10.orbax-checkpoint-tmp"  # Orbax writes here and then renames
     (half / "state").mkdir(parents=True)
     (half / "state" / "d").write_bytes(b"half")
     restored = new_trainer(seed=7)

@@ -101,7 +101,7 @@ def test_redraw_with_empty_mask_changes_nothing():
 def test_redraw_without_distinct_allows_repeats():
     indices, mask = jnp.zeros((10_000, 2), jnp.uint16), jnp.ones((10_000, 2), bool)
     new = redraw(jax.random.key(0), indices, mask, 4, distinct=False)
-    # Two draws from 4 inputs agree in a quarter of the rows, give or take 0.004.
+    # Two draws from 4 inputs agree in a quarter of the rows, with a standard deviation of 0.004.
     assert abs(count_rows_with_repeats(new) / 10_000 - 0.25) < 0.025
     assert_uniform(np.bincount(np.asarray(new).ravel(), minlength=4))
     kept = redraw(jax.random.key(0), indices, ~mask, 4, distinct=False)

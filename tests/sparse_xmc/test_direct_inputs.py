@@ -57,7 +57,7 @@ def select_by_brute_force(x, y, count, dense):
 def test_selected_columns_match_brute_force(monkeypatch, at_once, dense, count):
     monkeypatch.setattr(feature_selection, "_ENTRIES_AT_ONCE", at_once)
     x, y = random_problem()
-    x = x - 0.3 * dense  # no zeros, and negative ones
+    x = x - 0.3 * dense  # no zeros, some negative values
     features = x if dense else scipy.sparse.csr_array(x)
     columns, excess = select_for_all_labels(features, scipy.sparse.csr_array(y), count)
     expected_columns, expected = select_by_brute_force(x, y, count, dense)

@@ -75,8 +75,8 @@ def test_score_counts_unknown_labels_as_wrong(fitted):
 @pytest.mark.parametrize("labels", ["dense", "csr_matrix", "names"])
 def test_fit_and_predict_matrices(features, labels):
     def convert(kind, matrix):
-        of = {"csr_array": scipy.sparse.csr_array, "csr_matrix": scipy.sparse.csr_matrix}
-        return matrix if kind == "dense" else of.get(kind, scipy.sparse.coo_array)(matrix)
+        constructors = {"csr_array": scipy.sparse.csr_array, "csr_matrix": scipy.sparse.csr_matrix}
+        return matrix if kind == "dense" else constructors.get(kind, scipy.sparse.coo_array)(matrix)
 
     texts, names = make_points()
     X, y = convert(features, counts(texts)), names if labels == "names" else convert(labels, indicator(names))

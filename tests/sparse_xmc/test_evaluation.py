@@ -126,7 +126,7 @@ def test_models_of_same_structure_share_programs_that_are_freed():
     rank(first, 1)
     assert programs() - before == 4 + 6
     del first, second, models, model
-    assert programs() - before <= 4 + 1  # the two last structures are kept
+    assert programs() - before <= 4 + 1  # the last two structures
     for width in (30, 31):
         rank(make_model(penultimate=width), 1)
     assert programs() - before <= 2

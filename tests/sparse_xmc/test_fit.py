@@ -134,7 +134,7 @@ def test_plateau_ends_with_best_weights(tmp_path):
         records = fit(trainer, make_dataset(), validation, checkpoints=checkpoints, callbacks=[Keep()])
     best = max(r["p@3"] for r in records)
     first = next(r for r in records if r["p@3"] > best - 5e-5)
-    assert len(records) < 30  # it stopped
+    assert len(records) < 30  # training stopped early
     assert len(records) - first["epoch"] >= 4
     np.testing.assert_array_equal(trainer.model.head.output.kernel[...], seen[first["epoch"]])
 
@@ -152,7 +152,7 @@ def test_resume_with_lost_best_weights_warns_before_training(tmp_path, caplog):
         records = fit(trainer, train, validation, checkpoints=checkpoints, callbacks=[log])
     assert "best: the best weights so far are lost" in caplog.text
     assert log.events[0] == ("start", 2, 5)
-    # Training ends with the best weights of the epochs after the loss.
+    # Training ends with the best weights of the remaining epochs.
     best = max(records[2:], key=lambda record: record["p@3"])
     assert evaluate(trainer.model, validation, batch_size=8)["p@3"] == pytest.approx(best["p@3"], abs=5e-5)
 

@@ -54,7 +54,7 @@ def test_custom_training_loop_in_each_flax_mode(flax_mode):
         return jnp.square(1 - (hidden[:, indices] * kernel[None]).sum(-1)).mean()
 
     optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
-    # Flax's tree mode differentiates all of a module: integers need this, such as nnx.Dropout's state.
+    # Flax's tree mode differentiates all variables of a module, and raises for integers without allow_int.
     gradient = nnx.grad(loss, allow_int=True)(model)
     optimizer.update(model, gradient)
     step = jax.grad(loss_of_arrays)(before)

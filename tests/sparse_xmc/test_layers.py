@@ -79,7 +79,7 @@ class TestFixedFanInLinear:
             return value, grads
 
         before = jax.tree.map(np.array, nnx.state(model))
-        with jax.numpy_dtype_promotion("standard"):  # which Optax needs
+        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
             _, grads = step(model, optimizer)
             values = [float(step(model, optimizer)[0]) for _ in range(20)]
         assert values[-1] < 0.9 * values[0]

@@ -57,7 +57,7 @@ def test_squared_hinge_of_known_logits():
 def test_binary_cross_entropy_of_known_logits():
     logits = np.array([[0.0, np.log(3)], [-np.log(3), 0.0]], np.float32)
     positives = np.array([[1], [-1]], np.int32)
-    # The probabilities are 1/2, 3/4, 1/4 and 1/2. Only the second is that of a positive.
+    # The probabilities are 1/2, 3/4, 1/4 and 1/2. Only the second belongs to a positive.
     expected = -(np.log(1 / 2) + np.log(3 / 4) + np.log(3 / 4) + np.log(1 / 2)) / 4
     assert LOSSES["bce"](logits, positives) == pytest.approx(expected)
     np.testing.assert_allclose(

@@ -82,7 +82,7 @@ def test_cgroup_v1(tmp_path):
     ("root", "group"),
     [
         ("/docker/abc", "/docker/abc"),  # only the container's group is mounted
-        ("/", "/"),  # a namespace of its own
+        ("/", "/"),  # the container has its own namespace
         ("/", "/docker/abc"),  # the group has another name inside the container
         ("/..", "/../other"),
     ],

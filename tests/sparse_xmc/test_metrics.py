@@ -225,7 +225,7 @@ def test_label_groups_have_a_third_of_the_occurrences_each():
     # Occurrences 1, 6, 0, 3, 1, 1: from the most frequent, the labels are 1, 3, 0, 4, 5, 2.
     counts = [1, 6, 0, 3, 1, 1]
     labels = csr_array(np.array([[row < count for count in counts] for row in range(6)]))
-    # Of 12, label 1 begins at 0, label 3 at 6, labels 0, 4 and 5 at 9, 10 and 11.
+    # Of 12 occurrences, those of label 1 start at 0, of label 3 at 6, of labels 0, 4 and 5 at 9, 10 and 11.
     np.testing.assert_array_equal(label_groups(labels), [2, 0, 2, 1, 2, 2])
 
 

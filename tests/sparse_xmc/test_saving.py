@@ -75,7 +75,7 @@ def test_missing_part_raises(tmp_path, part):
 
 def test_inconsistent_parts_raise(tmp_path, monkeypatch):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
-    monkeypatch.setattr(saving, "check_files", lambda *arguments: None)  # else the checksums differ
+    monkeypatch.setattr(saving, "check_files", lambda *arguments: None)  # else checksums fail first
     LabelEncoder(NAMES.names[1:]).save(tmp_path / "labels.txt")
     with pytest.raises(ValueError, match=r"labels\.txt: has 29 labels, but the model 30"):
         SavedModel.load(tmp_path)

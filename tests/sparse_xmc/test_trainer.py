@@ -75,7 +75,7 @@ def test_steps_match_optax_adam_on_plain_jax_model():
         "w2": head.output.kernel[...],
         "b2": head.output.bias[...],
     }
-    params = jax.tree.map(jnp.copy, params)  # the trainer donates its own
+    params = jax.tree.map(jnp.copy, params)  # the trainer donates its arrays
 
     def loss_of(params, batch):
         hidden = jnp.maximum(batch.inputs @ params["w1"] + params["b1"][None], 0)

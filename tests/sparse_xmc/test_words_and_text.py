@@ -72,7 +72,7 @@ class TestDataset:
         assert batch.inputs.bags.num_examples == 3
         np.testing.assert_array_equal(batch.inputs.encoded, embeddings)
 
-    def test_errors(self):
+    def test_invalid_encoded_texts_raise(self):
         features, labels = bags()
         with pytest.raises(ValueError, match="encoded has 2 texts but features 3 rows"):
             Dataset(features, labels, encoded=np.zeros((2, 4), np.float32))

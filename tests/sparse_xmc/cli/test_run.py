@@ -195,7 +195,7 @@ def test_dense_features_with_validation_on_test_points(tmp_path):
     assert epochs[-1]["p@3"] == report["test"]["p@3"]
 
 
-def test_other_flags_in_same_workdir_are_an_error(tsv, tmp_path):
+def test_run_with_other_flags_in_same_workdir_fails(tsv, tmp_path):
     (tmp_path / "flags.cfg").write_text("--seed=1\n")
     (tmp_path / "result.json").touch()
     error = error_of(*tsv, f"--workdir={tmp_path}", "--seed=2")
@@ -302,7 +302,7 @@ def test_symlinks_in_workdir_are_not_followed(tsv, tmp_path):
     assert outside.read_text() == "mine"
 
 
-def test_second_run_in_same_workdir_is_an_error(tsv, tmp_path):
+def test_second_run_in_same_workdir_fails(tsv, tmp_path):
     workdir = tmp_path / "run"
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--schedule=linear"]
     first = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -317,7 +317,7 @@ def test_second_run_in_same_workdir_is_an_error(tsv, tmp_path):
     assert "going on" not in printed
 
 
-def test_resume_with_other_data_is_an_error(tsv, tmp_path):
+def test_resume_with_other_data_fails(tsv, tmp_path):
     train = tmp_path / "train.tsv"
     lines = Path(tsv[0].partition("=")[2]).read_text().splitlines()
     train.write_text("\n".join(lines) + "\n")
@@ -336,7 +336,7 @@ def test_resume_with_other_data_is_an_error(tsv, tmp_path):
     assert "the checkpoint is of a run with {'data': " in error_of(*flags)
 
 
-def test_missing_file_is_an_error(tmp_path):
+def test_missing_file_fails(tmp_path):
     flags = ["--train=nowhere.txt", "--test=nowhere.txt", f"--workdir={tmp_path / 'run'}"]
     assert error_of(*flags) == "error: nowhere.txt: no such file"
     assert not (tmp_path / "run").exists()
