@@ -1,4 +1,4 @@
-"""Tiny encoders of the BERT family, as directories, and what they compute, by brute force."""
+"""Tiny encoders of the BERT family, and a reference of their features in NumPy."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def make_config(family):
 
 
 def make_tensors(family, seed=0):
-    """Random tensors by the names that Hugging Face's models give them."""
+    """Return random tensors under their names in Hugging Face's models."""
     rng = np.random.default_rng(seed)
     tensors = {}
 
@@ -100,7 +100,7 @@ def make_directory(directory, family="bert", seed=0):
 
 
 def add_tokenizer(directory, words):
-    """Writes a tokenizer.json of BERT's special tokens, then these words, for texts of words and blanks."""
+    """Write a tokenizer.json with BERT's special tokens and the given words; return the directory."""
     tokenizers = pytest.importorskip("tokenizers")
     numbers = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "[UNK]"))
@@ -111,13 +111,13 @@ def add_tokenizer(directory, words):
 
 
 def make_tokens(width=9, lengths=(9, 1, 4), seed=0):
-    """Tokens with padding that must not matter, among ids that all families have as words."""
+    """Return tokens with random padding, and with ids that are words in all families."""
     ids = np.random.default_rng(seed).integers(3, VOCABULARY, size=(len(lengths), width))
     return Tokens(ids.astype(np.int32), np.array(lengths, np.int32))
 
 
 def reference(family, tensors, tokens, pooling):
-    """The features of each text, in float64, one text at a time, without padding."""
+    """Return the features of each text in float64, computed one text at a time and without padding."""
     return np.stack(
         [
             _encode(family, tensors, ids[:length], pooling)

@@ -36,12 +36,12 @@ def new_trainer(seed=0, kind="fixed_fan_in", fused=None):
 
 
 def train(trainer, batches, epochs):
-    """The losses of all steps in the given epochs, of 5 steps each."""
+    """Train for the given epochs of 5 steps; return the losses of all steps."""
     return [float(loss) for epoch in epochs for loss in trainer.epoch(batches, epoch, lambda step: RATE)]
 
 
 def values(state):
-    """All arrays of a state, as NumPy's."""
+    """Return all arrays of a state as NumPy arrays."""
     is_key = jax.dtypes.prng_key
     return [
         np.asarray(jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, is_key) else a)
@@ -57,14 +57,14 @@ def assert_equal(state, other):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches, kind):
+def test_restored_run_continues_bit_for_bit(tmp_path, batches, kind):
     trainer = new_trainer(kind=kind)
     train(trainer, batches, [0, 1])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_latest(trainer, {"epochs": 2, "best": 0.1})
     expected = train(trainer, batches, [2, 3])
 
-    # As in a new process: another initial state, and a new look at the directory.
+    # As in a new process: another initial state and a new Checkpoints object.
     restored = new_trainer(seed=7, kind=kind)
     assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 2, "best": 0.1}
     assert restored.step == 10
@@ -73,7 +73,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, batches, kind):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_checkpoint_of_one_kind_of_step_goes_on_under_the_other(tmp_path, batches, kind):
+def test_checkpoint_of_fused_steps_continues_with_optax_steps(tmp_path, batches, kind):
     trainer = new_trainer(kind=kind, fused=True)
     train(trainer, batches, [0])
     Checkpoints(tmp_path).save_latest(trainer, {})
@@ -82,8 +82,8 @@ def test_a_checkpoint_of_one_kind_of_step_goes_on_under_the_other(tmp_path, batc
     np.testing.assert_allclose(train(other, batches, [1]), train(trainer, batches, [1]), rtol=1e-4)
 
 
-def test_what_the_first_test_relies_on(batches):
-    # Dropout and rewiring happen in the steps compared, and depend on what is restored.
+def test_losses_depend_on_dropout_and_rewiring(batches):
+    # The comparison of a restored run relies on this: the restored state affects dropout and rewiring.
     trainer, other = new_trainer(), new_trainer()
     train(trainer, batches, [0, 1])
     before = np.array(trainer.model.head.output.indices[...])
@@ -96,7 +96,7 @@ def test_what_the_first_test_relies_on(batches):
     assert train(other, batches, [2]) != losses
 
 
-def test_the_latest_replaces_those_before(tmp_path, batches):
+def test_save_latest_keeps_two_checkpoints(tmp_path, batches):
     trainer, checkpoints = new_trainer(), Checkpoints(tmp_path)
     for epoch in range(3):
         train(trainer, batches, [epoch])
@@ -108,32 +108,32 @@ def test_the_latest_replaces_those_before(tmp_path, batches):
     assert {path.name for path in (tmp_path / "latest").iterdir()} == {"10", "10.json", "15", "15.json"}
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_latest_without_checkpoints_returns_none(tmp_path):
     trainer = new_trainer()
     assert Checkpoints(tmp_path / "new").restore_latest(trainer) is None
     assert_equal(trainer.state, new_trainer().state)
     assert trainer.step == 0
 
 
-def test_a_half_written_checkpoint_is_ignored(tmp_path, batches):
+def test_half_written_checkpoint_is_ignored(tmp_path, batches):
     trainer = new_trainer()
     train(trainer, batches, [0])
     Checkpoints(tmp_path).save_latest(trainer, {"epochs": 1})
     saved = tmp_path / "latest" / "5"
-    half = tmp_path / "latest" / "10.orbax-checkpoint-tmp"  # what Orbax writes to before it renames
+    half = tmp_path / "latest" / "10.orbax-checkpoint-tmp"  # Orbax writes here and then renames
     (half / "state").mkdir(parents=True)
     (half / "state" / "d").write_bytes(b"half")
     restored = new_trainer(seed=7)
     assert Checkpoints(tmp_path).restore_latest(restored) == {"epochs": 1}
     assert_equal(restored.state, trainer.state)
     assert saved.is_dir()
-    # And it is not in the way of the one to be written there.
+    # It does not prevent a new checkpoint of that step.
     train(restored, batches, [1])
     Checkpoints(tmp_path).save_latest(restored, {"epochs": 2})
     assert Checkpoints(tmp_path).restore_latest(new_trainer()) == {"epochs": 2}
 
 
-def test_what_a_killed_process_left_goes_with_the_next_save_and_nothing_else(tmp_path, batches):
+def test_next_save_removes_only_leftovers_of_killed_processes(tmp_path, batches):
     trainer = new_trainer()
     train(trainer, batches, [0])
     latest = tmp_path / "latest"
@@ -147,7 +147,7 @@ def test_what_a_killed_process_left_goes_with_the_next_save_and_nothing_else(tmp
     assert {path.name for path in latest.iterdir()} == {"5", "5.json", "mine"}
 
 
-def test_the_state_is_never_there_twice(tmp_path, batches, monkeypatch):
+def test_restore_frees_old_state_first(tmp_path, batches, monkeypatch):
     trainer = new_trainer()
     train(trainer, batches, [0])
     with Checkpoints(tmp_path) as checkpoints:
@@ -166,7 +166,7 @@ def test_the_state_is_never_there_twice(tmp_path, batches, monkeypatch):
     assert_equal(restored.state, trainer.state)
 
 
-def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
+def test_restore_best_restores_weights_but_not_moments(tmp_path, batches):
     trainer, checkpoints = new_trainer(), Checkpoints(tmp_path)
     for epoch in range(2):  # the second is better than the first
         train(trainer, batches, [epoch])
@@ -183,7 +183,7 @@ def test_best_weights_come_back_and_moments_stay(tmp_path, batches):
 
 
 def save_twice(directory, batches):
-    """Checkpoints after 5 and 10 steps; what they are of."""
+    """Save checkpoints after 5 and 10 steps; return the trainer."""
     trainer = new_trainer()
     with Checkpoints(directory) as checkpoints:
         for epoch in range(2):
@@ -192,13 +192,13 @@ def save_twice(directory, batches):
     return trainer
 
 
-def some_file(directory):
+def largest_file(directory):
     return max(
         (path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
 
 
-def flip(path):
+def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -211,15 +211,15 @@ def truncate(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip, "has changed"),
+        (flip_bit, "has changed"),
         (truncate, "has changed"),
         (lambda path: path.unlink(), "is missing"),
         (lambda path: (path.parent / "more").write_bytes(b"more"), "more is new"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, batches, caplog, damage, message):
+def test_damaged_checkpoint_is_skipped(tmp_path, batches, caplog, damage, message):
     save_twice(tmp_path, batches)
-    damage(some_file(tmp_path / "latest" / "10"))
+    damage(largest_file(tmp_path / "latest" / "10"))
     restored = new_trainer(seed=7)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore_latest(restored) == {"epochs": 1}
@@ -227,7 +227,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, batches, caplog, damage, 
     (warning,) = caplog.messages
     assert "latest/10 is damaged" in warning
     assert message in warning
-    # The run goes on, and writes the same checkpoint anew.
+    # The run continues and writes the same checkpoint again.
     train(restored, batches, [1])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_latest(restored, {"epochs": 2})
@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, batches, caplog, damage, 
         lambda content: content + "\udcff",
     ],
 )
-def test_a_checkpoint_with_a_damaged_record_is_passed_over(tmp_path, batches, caplog, damage):
+def test_checkpoint_with_damaged_record_is_skipped(tmp_path, batches, caplog, damage):
     save_twice(tmp_path, batches)
     record = tmp_path / "latest" / "10.json"
     damaged = damage(record.read_text())
@@ -261,7 +261,7 @@ def test_a_checkpoint_with_a_damaged_record_is_passed_over(tmp_path, batches, ca
     assert re.search(r"latest/10 is damaged \(\S+/latest/10\.json: damaged: ", warning)
 
 
-def test_a_record_without_a_field_is_no_record(tmp_path, batches, caplog):
+def test_checkpoint_with_incomplete_record_is_skipped(tmp_path, batches, caplog):
     save_twice(tmp_path, batches)
     record = tmp_path / "latest" / "10.json"
     fields = read_sealed_json(record)
@@ -273,7 +273,7 @@ def test_a_record_without_a_field_is_no_record(tmp_path, batches, caplog):
 
 
 @pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b", "a*b", "a?b", "{a,b}", "ä [b]/c"])
-def test_directories_of_any_name(tmp_path, batches, name):
+def test_directory_names_with_special_characters(tmp_path, batches, name):
     Checkpoints(tmp_path / "a-b").save_latest(new_trainer(kind="dense"), {"epochs": "of another"})
     trainer = save_twice(tmp_path / name, batches)
     restored = new_trainer(seed=7)
@@ -286,7 +286,7 @@ def test_directories_of_any_name(tmp_path, batches, name):
     assert {path.name for path in (tmp_path / name / "latest").iterdir()} == {"5", "5.json", "10", "10.json"}
 
 
-def test_links_are_replaced_and_not_followed(tmp_path, batches):
+def test_symlinks_are_replaced_not_followed(tmp_path, batches):
     outside, latest = tmp_path / "outside", tmp_path / "checkpoints" / "latest"
     (outside / "state").mkdir(parents=True)
     (outside / "file").write_text("mine")
@@ -303,8 +303,8 @@ def test_links_are_replaced_and_not_followed(tmp_path, batches):
     assert_equal(restored.state, trainer.state)
 
 
-@pytest.mark.parametrize("damage", [lambda best: flip(some_file(best / "1")), shutil.rmtree])
-def test_lost_best_weights_are_replaced_by_those_of_the_latest(tmp_path, batches, caplog, damage):
+@pytest.mark.parametrize("damage", [lambda best: flip_bit(largest_file(best / "1")), shutil.rmtree])
+def test_lost_best_weights_are_replaced_by_latest_weights(tmp_path, batches, caplog, damage):
     trainer = new_trainer()
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_best(trainer)
@@ -320,7 +320,7 @@ def test_lost_best_weights_are_replaced_by_those_of_the_latest(tmp_path, batches
     assert_equal(restored.state["params"], trainer.state["params"])
 
 
-def test_one_without_its_checksums_was_being_written(tmp_path, batches, caplog):
+def test_checkpoint_without_record_is_ignored(tmp_path, batches, caplog):
     save_twice(tmp_path, batches)
     (tmp_path / "latest" / "10.json").unlink()
     (tmp_path / "latest" / "a folder of someone else").mkdir()
@@ -329,26 +329,26 @@ def test_one_without_its_checksums_was_being_written(tmp_path, batches, caplog):
     assert not caplog.messages
 
 
-def test_where_all_are_damaged_it_says_so(tmp_path, batches):
+def test_only_damaged_checkpoints_raise(tmp_path, batches):
     save_twice(tmp_path, batches)
-    flip(some_file(tmp_path / "latest" / "5"))
+    flip_bit(largest_file(tmp_path / "latest" / "5"))
     (tmp_path / "latest" / "10.json").write_text("{")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="all checkpoints are damaged"):
         checkpoints.restore_latest(new_trainer())
 
 
-def test_lost_or_damaged_best_weights_are_named(tmp_path, batches):
+def test_restore_of_lost_or_damaged_best_weights_raises(tmp_path, batches):
     trainer = new_trainer()
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(FileNotFoundError, match="best: no weights were saved"):
             checkpoints.restore_best(trainer)
         checkpoints.save_best(trainer)
-        flip(some_file(tmp_path / "best" / "1"))
+        flip_bit(largest_file(tmp_path / "best" / "1"))
         with pytest.raises(ValueError, match=r"best: all checkpoints are damaged: .* has changed"):
             checkpoints.restore_best(trainer)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path, batches, monkeypatch):
+def test_failed_save_keeps_earlier_checkpoints(tmp_path, batches, monkeypatch):
     trainer = save_twice(tmp_path, batches)
 
     def fail(*arguments, **options):
@@ -363,7 +363,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path, batch
 
 
 @pytest.mark.parametrize("kind", ["dense", "unstructured"])
-def test_arrays_of_other_sizes_are_refused(tmp_path, kind):
+def test_checkpoint_of_other_sizes_raises(tmp_path, kind):
     ours, other = (
         Trainer(make_model(kind, fan_in=fan_in, penultimate=penultimate), TrainingConfig(batch_size=8))
         for fan_in, penultimate in ((4, 16), (3, 12))

@@ -1,4 +1,4 @@
-"""Direct inputs: labels that read inputs of the encoder beside hidden units, and their selection."""
+"""Tests of direct inputs, which labels read in addition to hidden units, and of their selection."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from sparse_xmc.heads.rewiring import rewire_active
 from xla_ops import SparseInputs
 
 
-def selected(features, labels, count):
-    """What `select_direct_inputs` yields, of all labels."""
+def select_for_all_labels(features, labels, count):
+    """Return the columns and their excesses that `select_direct_inputs` yields, for all labels."""
     blocks, columns, excess = zip(*select_direct_inputs(features, labels, count), strict=True)
     assert [label for block in blocks for label in range(block.start, block.stop)] == [
         *range(labels.shape[1])
@@ -25,7 +25,7 @@ def selected(features, labels, count):
     return np.concatenate(columns), np.concatenate(excess)
 
 
-def problem(seed=0, points=40, features=25, labels=12):
+def random_problem(seed=0, points=40, features=25, labels=12):
     rng = np.random.default_rng(seed)
     x = np.where(rng.random((points, features)) < 0.3, rng.random((points, features)), 0).astype(np.float32)
     y = rng.random((points, labels)) < 0.15
@@ -33,7 +33,8 @@ def problem(seed=0, points=40, features=25, labels=12):
     return x, y
 
 
-def by_brute_force(x, y, count, dense):
+def select_by_brute_force(x, y, count, dense):
+    """Select direct inputs in NumPy, one label at a time."""
     columns = np.full((y.shape[1], count), -1)
     excess = np.zeros((y.shape[1], count))
     for label in np.flatnonzero(y.any(axis=0)):
@@ -53,32 +54,32 @@ def by_brute_force(x, y, count, dense):
 @pytest.mark.parametrize("at_once", [1, 60, 1 << 20])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("count", [1, 6, 25])
-def test_selected_columns_are_those_of_the_class_means(monkeypatch, at_once, dense, count):
+def test_selected_columns_match_brute_force(monkeypatch, at_once, dense, count):
     monkeypatch.setattr(feature_selection, "_ENTRIES_AT_ONCE", at_once)
-    x, y = problem()
-    x = x - 0.3 * dense  # no zeros, and negative ones
+    x, y = random_problem()
+    x = x - 0.3 * dense  # no zeros, some negative values
     features = x if dense else scipy.sparse.csr_array(x)
-    columns, excess = selected(features, scipy.sparse.csr_array(y), count)
-    expected_columns, expected = by_brute_force(x, y, count, dense)
+    columns, excess = select_for_all_labels(features, scipy.sparse.csr_array(y), count)
+    expected_columns, expected = select_by_brute_force(x, y, count, dense)
     np.testing.assert_array_equal(columns, expected_columns)
     np.testing.assert_allclose(excess, expected, atol=1e-6)
     assert (columns[3] == -1).all()
 
 
-def test_a_word_of_one_label_is_selected_for_it():
+def test_word_of_one_label_is_selected_for_it():
     features = scipy.sparse.csr_array(np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 1, 0.5]], np.float32))
     labels = scipy.sparse.csr_array(np.array([[True, False], [False, True], [False, True]]))
-    columns, excess = selected(features, labels, 2)
-    np.testing.assert_array_equal(columns, [[0, -1], [1, -1]])  # what all points have says nothing
+    columns, excess = select_for_all_labels(features, labels, 2)
+    np.testing.assert_array_equal(columns, [[0, -1], [1, -1]])  # the word of all points is not selected
     np.testing.assert_allclose(excess, [[2 / 3, 0], [1 / 3, 0]], rtol=1e-6)
 
 
-def test_a_head_starts_with_its_words_and_units_for_the_rest():
+def test_head_starts_with_selected_words_and_hidden_units():
     counts = np.arange(LABELS) % 4
     train = points_with_counts(counts, FEATURES, sparse=True)
     config = FixedFanInConfig(penultimate=8, fan_in=5, direct_inputs=3)
     head = config.make(HeadSpec(6, LABELS, FEATURES, train), nnx.Rngs(0))
-    columns, excess = selected(train.features, train.labels, 3)
+    columns, excess = select_for_all_labels(train.features, train.labels, 3)
     indices, kernel = np.asarray(head.output.indices[...]), np.asarray(head.output.kernel[...])
     for label in range(LABELS):
         words = columns[label][columns[label] >= 0]
@@ -94,7 +95,7 @@ def test_a_head_starts_with_its_words_and_units_for_the_rest():
 
 
 @pytest.mark.parametrize("bag_of_words", [True, False])
-def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
+def test_logits_match_dense_layer_on_concatenated_inputs(bag_of_words):
     model = make_model(
         bag_of_words=bag_of_words, fan_in=5, direct_inputs=3, direct_scale=2.0, output_bound=0.5
     )
@@ -120,7 +121,7 @@ def test_logits_are_those_of_units_and_inputs_side_by_side(bag_of_words):
     )
 
 
-def test_words_are_scaled_as_their_embedding_is():
+def test_direct_inputs_are_scaled_like_embedding_inputs():
     (batch,) = make_batches(1, bag_of_words=True)
     encoder = BagOfWordsEncoder(FEATURES, 6, scale=1.5, return_direct_inputs=True, rngs=nnx.Rngs(0))
     x, words = encoder(batch.inputs)
@@ -132,7 +133,7 @@ def test_words_are_scaled_as_their_embedding_is():
     np.testing.assert_allclose(x, np.maximum(1.5 * dense @ encoder.embedding.embedding[...], 0), atol=1e-5)
 
 
-def test_features_have_the_gradients_of_both_ways_that_labels_read_them():
+def test_gradient_of_features_includes_direct_inputs():
     head = make_model(fan_in=5, direct_inputs=3, direct_scale=2.0, output_bound=0.5).head
     (batch,) = make_batches(1)
     x, positives, training = jnp.asarray(batch.inputs), jnp.asarray(batch.positives), TrainingConfig()
@@ -150,7 +151,7 @@ def test_features_have_the_gradients_of_both_ways_that_labels_read_them():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_growth_towards_sparse_inputs_is_growth_towards_dense_inputs_of_the_same_values(seed):
+def test_active_growth_to_sparse_inputs_matches_dense_inputs(seed):
     rng = np.random.default_rng(seed)
     batch, units, num_words, labels, fan_in = 6, 5, 40, 9, 6
     x = rng.random((batch, units)).astype(np.float32)
@@ -195,7 +196,7 @@ def test_training_lowers_the_loss_and_moves_connections(bag_of_words):
     assert (np.asarray(trainer.model.head.output.indices[...]) != before).any()
 
 
-def test_errors():
+def test_invalid_direct_inputs_raise():
     with pytest.raises(ValueError, match="direct_inputs must be at most fan_in, 4, got 5"):
         FixedFanInConfig(fan_in=4, direct_inputs=5).make(HeadSpec(8, 9), nnx.Rngs(0))
     with pytest.raises(ValueError, match="without a penultimate layer labels read the features anyway"):

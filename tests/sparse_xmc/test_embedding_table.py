@@ -1,4 +1,4 @@
-"""Embedding bags, and how tables are trained by rows."""
+"""Tests of embedding bags, and of the training of embedding tables by rows."""
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,18 @@ from sparse_xmc.heads import FixedFanInConfig, HeadSpec
 
 
 def make_bags(matrix, padding):
-    """The rows of a matrix as bags; the weights of padding must not matter."""
+    """Return the rows of a sparse matrix as bags with `padding` entries of padding."""
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     return BagOfWords(
         rows=np.pad(rows, (0, padding), constant_values=matrix.shape[0]).astype(np.int32),
         words=np.pad(matrix.indices, (0, padding)).astype(np.int32),
-        weights=np.pad(matrix.data, (0, padding), constant_values=7),  # which must not matter
+        weights=np.pad(matrix.data, (0, padding), constant_values=7),  # padding, whose weights have no effect
         num_examples=matrix.shape[0],
     )
 
 
 @pytest.mark.parametrize("padding", [0, 9])
-def test_is_a_product_with_a_sparse_matrix(padding):
+def test_embedding_bag_matches_matrix_product(padding):
     rng = np.random.default_rng(0)
     matrix = scipy.sparse.random_array((12, 30), density=0.2, rng=rng, dtype=np.float32, format="csr")
     dense = matrix.toarray()
@@ -51,13 +51,13 @@ def test_is_a_product_with_a_sparse_matrix(padding):
     np.testing.assert_allclose(grads["embedding"][...], dense.T @ cotangent, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_but_padding():
+def test_embedding_bag_of_padding_is_zero():
     layer = EmbeddingBag(30, 4, rngs=nnx.Rngs(0))
     empty = scipy.sparse.csr_array((3, 30), dtype=np.float32)
     np.testing.assert_array_equal(layer(make_bags(empty, 16)), np.zeros((3, 4)))
 
 
-def test_parameters_in_bfloat16():
+def test_embedding_bag_in_bfloat16():
     layer = EmbeddingBag(30, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     matrix = scipy.sparse.csr_array(np.eye(30, dtype=np.float32)[:5])
     assert layer.embedding.dtype == jnp.bfloat16
@@ -74,13 +74,14 @@ def make_trainer(encoder, features, **options):
     return Trainer(Classifier(encoder, head), training)
 
 
-def table_of(trainer):
+def embedding_of(trainer):
+    """Return the only embedding table of a trainer's encoder."""
     ((_, table),) = tables_of(trainer.model.encoder)
     return np.asarray(table.embedding[...])
 
 
-def expected_rows(trainer, batch, squares, rate):
-    """Adagrad by the gradient of the whole table, in NumPy; updates `squares`."""
+def adagrad_step(trainer, batch, squares, rate):
+    """Return the table after a step of row-wise Adagrad in NumPy; add the gradient's squares to `squares`."""
     graphdef, params, rest = nnx.split(trainer.model, nnx.Param, ...)
 
     def loss_of(params):
@@ -92,25 +93,25 @@ def expected_rows(trainer, batch, squares, rate):
         if "embedding" in jax.tree_util.keystr(path)
     )
     squares += np.square(gradient).mean(axis=1)
-    expected = table_of(trainer).copy()
+    expected = embedding_of(trainer).copy()
     used = squares > 0
     expected[used] -= rate * gradient[used] / np.sqrt(squares[used])[:, None]
     return expected
 
 
-def test_tables_are_trained_by_adagrad_row_by_row():
+def test_table_is_trained_by_row_wise_adagrad():
     trainer = make_trainer(BagOfWordsEncoder(12, 6, rngs=nnx.Rngs(0)), 6, embedding_lr_multiplier=2.0)
-    # Words repeat within and between examples; the last entries are padding; 0 and 11 are never used.
+    # Words repeat within and between points. The last entries are padding. Words 0 and 11 are never used.
     rows = np.asarray([0, 0, 0, 1, 1, 2, 3, 3, 4, 4], np.int32)
     squares = np.zeros(12)
     for words in ([3, 5, 3, 5, 7, 7, 1, 2, 0, 0], [3, 4, 6, 8, 9, 10, 10, 3, 0, 0]):
         bags = BagOfWords(rows, np.asarray(words, np.int32), np.linspace(1, 2, 10, dtype=np.float32), 4)
         bags.weights[8:] = 0
         batch = Batch(bags, make_positives(4))
-        before = table_of(trainer)
-        expected = expected_rows(trainer, batch, squares, rate=0.2)
+        before = embedding_of(trainer)
+        expected = adagrad_step(trainer, batch, squares, rate=0.2)
         trainer.train_step(batch, 0.1)
-        after = table_of(trainer)
+        after = embedding_of(trainer)
         np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(after[[0, 11]], before[[0, 11]])
         np.testing.assert_allclose(trainer.state["squares"]["embedding.embedding"], squares, rtol=1e-5)
@@ -118,7 +119,7 @@ def test_tables_are_trained_by_adagrad_row_by_row():
 
 
 class Sequence(nnx.Module):
-    """A table deep in a network, used twice with other ids, and layers that Optax trains."""
+    """An encoder with a nested table, used twice with different ids, and a layer that Optax trains."""
 
     def __init__(self, rngs):
         self.blocks = nnx.List([nnx.Linear(5, 6, rngs=rngs), EmbeddingTable(40, 5, rngs=rngs)])
@@ -129,33 +130,33 @@ class Sequence(nnx.Module):
         return nnx.gelu(layer(table.lookup(ids).mean(axis=1) + last))
 
 
-def test_a_table_anywhere_in_a_network_is_trained_by_rows():
+def test_nested_table_is_trained_by_rows():
     with jax.numpy_dtype_promotion("standard"):
         trainer = make_trainer(Sequence(nnx.Rngs(0)), 6)
         squares = np.zeros(40)
         for seed in range(3):
             ids = np.random.default_rng(seed).integers(0, 36, (4, 3)).astype(np.int32)
             batch = Batch(ids, make_positives(4, seed=seed))
-            expected = expected_rows(trainer, batch, squares, rate=0.1)
+            expected = adagrad_step(trainer, batch, squares, rate=0.1)
             kernel = np.array(trainer.model.encoder.blocks[0].kernel[...])
             trainer.train_step(batch, 0.1)
-            np.testing.assert_allclose(table_of(trainer), expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(embedding_of(trainer), expected, rtol=1e-4, atol=1e-5)
             assert np.any(kernel != trainer.model.encoder.blocks[0].kernel[...])
         unused = sorted(set(range(40)) - set(np.flatnonzero(squares)))
         assert len(unused) > 10
         start = np.asarray(Sequence(nnx.Rngs(0)).blocks[1].embedding[...])
-        np.testing.assert_array_equal(table_of(trainer)[unused], start[unused])
+        np.testing.assert_array_equal(embedding_of(trainer)[unused], start[unused])
 
 
-def test_used_rows_are_those_of_all_calls():
+def test_used_rows_include_all_lookups():
     ids = np.asarray([[7, 3], [30, 7]], np.int32)
     (rows,) = used_rows(Sequence(nnx.Rngs(0)), ids).values()
-    # The last ones halved too: 3 is 1, 7 is 3; then padding.
+    # The last ids are also halved: 3 to 1, and 7 to 3. Padding is 40.
     np.testing.assert_array_equal(rows, [1, 3, 7, 30, 40, 40])
 
 
 @pytest.mark.parametrize("wrong", [-1, 40, 41, 2**31 - 1])
-def test_ids_out_of_range_are_nan_and_train_nothing(wrong):
+def test_ids_out_of_range_give_nan_and_train_no_rows(wrong):
     table = EmbeddingTable(40, 5, rngs=nnx.Rngs(0))
     rows = np.asarray(table.lookup(np.asarray([3, wrong, 39], np.int32)))
     assert np.isfinite(rows[[0, 2]]).all()
@@ -163,14 +164,14 @@ def test_ids_out_of_range_are_nan_and_train_nothing(wrong):
     with jax.numpy_dtype_promotion("standard"):
         trainer = make_trainer(Sequence(nnx.Rngs(0)), 6)
         ids = np.asarray([[39, 2, 4], [wrong, 3, 4], [1, 1, 1], [0, 0, 0]], np.int32)
-        before = table_of(trainer)
+        before = embedding_of(trainer)
         loss = trainer.train_step(Batch(ids, make_positives(4)), 0.1)
     assert np.isnan(loss)
     unused = np.setdiff1d(np.arange(40), np.append(ids[:, -1] // 2, ids))
-    np.testing.assert_array_equal(table_of(trainer)[unused], before[unused])
+    np.testing.assert_array_equal(embedding_of(trainer)[unused], before[unused])
 
 
-def test_no_array_of_the_tables_size_is_made():
+def test_step_updates_table_in_place():
     encoder = BagOfWordsEncoder(200_000, 16, rngs=nnx.Rngs(0))
     (batch,) = make_batches(1, bag_of_words=True)
     trainer = make_trainer(encoder, 16)

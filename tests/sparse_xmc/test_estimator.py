@@ -1,4 +1,4 @@
-"""XMCClassifier as scikit-learn's users meet it."""
+"""Tests of XMCClassifier, the estimator with the interface of scikit-learn."""
 
 import collections
 import copy
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def make_points(size=60, seed=0):
-    """Texts of some words and filler, labelled with the words in capitals."""
+    """Return texts of random words and filler, and their labels, the words in capitals."""
     rng = np.random.default_rng(seed)
     chosen = [sorted(rng.choice(WORDS, rng.integers(1, 4), replace=False)) for _ in range(size)]
     texts = [" ".join([*words, *rng.choice(["the", "of", "some"], 3)]) for words in chosen]
@@ -48,7 +48,7 @@ def fitted():
 
 
 @pytest.mark.usefixtures("x64")
-def test_texts_and_names(fitted):
+def test_fit_and_predict_texts(fitted):
     texts, labels = make_points(20, seed=1)
     assert fitted.n_labels_ == 8
     assert fitted.classes_.tolist() == [word.upper() for word in WORDS]
@@ -64,7 +64,7 @@ def test_texts_and_names(fitted):
     assert fitted.score(texts, labels) == pytest.approx(np.mean(right))
 
 
-def test_labels_that_fit_has_not_seen_are_wrong(fitted):
+def test_score_counts_unknown_labels_as_wrong(fitted):
     texts, labels = make_points(20, seed=1)
     assert fitted.score(texts, [["ELSE"]] * 20) == 0
     assert fitted.score(texts, [[*names, "ELSE"] for names in labels]) == fitted.score(texts, labels)
@@ -73,10 +73,10 @@ def test_labels_that_fit_has_not_seen_are_wrong(fitted):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("features", ["dense", "csr_array", "csr_matrix", "coo"])
 @pytest.mark.parametrize("labels", ["dense", "csr_matrix", "names"])
-def test_matrices(features, labels):
+def test_fit_and_predict_matrices(features, labels):
     def convert(kind, matrix):
-        of = {"csr_array": scipy.sparse.csr_array, "csr_matrix": scipy.sparse.csr_matrix}
-        return matrix if kind == "dense" else of.get(kind, scipy.sparse.coo_array)(matrix)
+        constructors = {"csr_array": scipy.sparse.csr_array, "csr_matrix": scipy.sparse.csr_matrix}
+        return matrix if kind == "dense" else constructors.get(kind, scipy.sparse.coo_array)(matrix)
 
     texts, names = make_points()
     X, y = convert(features, counts(texts)), names if labels == "names" else convert(labels, indicator(names))
@@ -91,10 +91,10 @@ def test_matrices(features, labels):
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("convert", [np.asarray, scipy.sparse.csr_array])
 @pytest.mark.parametrize("penultimate", [0, 32])
-def test_the_scale_of_features_does_not_matter(convert, penultimate):
+def test_scores_do_not_depend_on_feature_scale(convert, penultimate):
     texts, names = make_points()
     scores = []
-    for scale in (2**-10, 1, 2**10):  # powers of two round alike
+    for scale in (2**-10, 1, 2**10):  # powers of two add no rounding errors
         X = convert(scale * counts(texts))
         classifier = XMCClassifier(**DENSE | {"penultimate": penultimate, "epochs": 5}).fit(X, names)
         scores.append(classifier.predict(X, k=8).scores)
@@ -102,7 +102,7 @@ def test_the_scale_of_features_does_not_matter(convert, penultimate):
     np.testing.assert_array_equal(scores[2], scores[1])
 
 
-def test_conventions_of_scikit_learn():
+def test_scikit_learn_conventions():
     classifier = XMCClassifier(fan_in=16, seed=3)
     assert clone(classifier).get_params() == classifier.get_params()
     assert classifier.set_params(fan_in=8) is classifier
@@ -114,7 +114,7 @@ def test_conventions_of_scikit_learn():
 
 
 @pytest.mark.bit_for_bit
-def test_the_same_seed_gives_the_same_classifier():
+def test_same_seed_gives_same_classifier():
     texts, labels = make_points()
     options = SMALL | {"epochs": 3}
     first, second = (XMCClassifier(**options).fit(texts, labels).predict(texts, k=8) for _ in range(2))
@@ -124,7 +124,7 @@ def test_the_same_seed_gives_the_same_classifier():
 
 
 @pytest.mark.usefixtures("x64")
-def test_saved_classifiers_come_back(fitted, tmp_path):
+def test_save_and_load_round_trip(fitted, tmp_path):
     texts, labels = make_points(20, seed=1)
     fitted.save(tmp_path / "model")
     loaded = XMCClassifier.load(tmp_path / "model")
@@ -143,7 +143,7 @@ def test_saved_classifiers_come_back(fitted, tmp_path):
         XMCClassifier.load(tmp_path / "nowhere")
 
 
-def test_progress_is_shown_when_asked_for(capsys):
+def test_verbose_prints_progress(capsys):
     texts, labels = make_points()
     XMCClassifier(**SMALL | {"epochs": 1}).fit(texts, labels)
     assert capsys.readouterr().out == ""
@@ -176,12 +176,12 @@ TEXTS, LABELS = make_points(6)
         (np.zeros(6), LABELS, ValueError, r"X must have shape \[N, D\], got \[6\]"),
     ],
 )
-def test_what_cannot_be_fitted(X, y, error, message):
+def test_fit_with_invalid_data_raises(X, y, error, message):
     with pytest.raises(error, match=message):
         XMCClassifier(**DENSE, min_df=1).fit(X, y)
 
 
-def test_settings_are_checked():
+def test_fit_with_invalid_settings_raises():
     for options, message in (
         ({"fan_in": 0}, "fan_in must be at least 1, or None, got 0"),
         ({"fan_in": 33}, "fan_in must be at most the number of units, 32, got 33"),
@@ -193,7 +193,7 @@ def test_settings_are_checked():
             XMCClassifier(**SMALL | options, min_df=1).fit(TEXTS, LABELS)
 
 
-def test_what_is_chosen_fits_the_data():
+def test_fan_in_and_embedding_fit_the_data():
     X = np.eye(4, dtype=np.float32)
     classifier = XMCClassifier(penultimate=0, epochs=1).fit(X, [["a"], ["b"], ["a"], ["c"]])
     assert classifier.saved_.config.head.fan_in == 4
@@ -202,7 +202,7 @@ def test_what_is_chosen_fits_the_data():
     assert XMCClassifier(fan_in=np.int64(2), epochs=1).fit(X, [["a"]] * 4).saved_.config.head.fan_in == 2
 
 
-def test_what_cannot_be_predicted(fitted):
+def test_predict_and_score_with_invalid_data_raise(fitted):
     with pytest.raises(NotFittedError, match="not trained yet: call fit, or load one"):
         XMCClassifier().predict(TEXTS)
     with pytest.raises(TypeError, match="X must be texts, as the classifier was trained on, got features"):
@@ -225,7 +225,7 @@ def test_what_cannot_be_predicted(fitted):
 
 
 def unsorted_counts():
-    """Features as `CountVectorizer` gives them: int64, in the order in which words come in a text."""
+    """Return word counts as `CountVectorizer` computes them: int64, with unsorted indices."""
     X = CountVectorizer(token_pattern=r"\w+").fit_transform(make_points()[0])
     assert not X.has_sorted_indices
     return X
@@ -235,14 +235,14 @@ def same_arrays(matrix, before):
     return all(np.array_equal(getattr(matrix, name), array) for name, array in before.items())
 
 
-def arrays_of(matrix):
+def copy_arrays(matrix):
     return {name: getattr(matrix, name).copy() for name in ("data", "indices", "indptr")}
 
 
-def test_arguments_are_not_written_to():
+def test_arguments_are_not_modified():
     X, y = unsorted_counts(), scipy.sparse.csr_matrix(indicator(make_points()[1]) * 2.0)[:, ::-1]
     y.has_sorted_indices = False
-    before = arrays_of(X), arrays_of(y)
+    before = copy_arrays(X), copy_arrays(y)
     classifier = XMCClassifier(**SMALL | {"epochs": 40}).fit(X, y)
     first, second = classifier.predict(X, k=8), classifier.predict(X, k=8)
     assert classifier.score(X, y) > 0.9
@@ -254,7 +254,7 @@ def test_arguments_are_not_written_to():
     np.testing.assert_array_equal(first.labels, expected.labels)
 
 
-def test_read_only_matrices_that_are_not_sorted():
+def test_read_only_unsorted_matrices():
     X, y = unsorted_counts(), scipy.sparse.csr_matrix(indicator(make_points()[1]) * 2.0)[:, ::-1]
     for array in (X.data, X.indices, X.indptr, y.data, y.indices, y.indptr):
         array.flags.writeable = False  # as in joblib's memory maps
@@ -262,7 +262,7 @@ def test_read_only_matrices_that_are_not_sorted():
     assert classifier.predict(X).labels.shape == (60, 5)
 
 
-def test_scalars_of_numpy_are_parameters(tmp_path):
+def test_numpy_scalars_are_valid_parameters(tmp_path):
     options = {
         "epochs": np.int64(1),
         "learning_rate": np.float32(0.5),
@@ -279,7 +279,7 @@ def test_scalars_of_numpy_are_parameters(tmp_path):
     assert type(loaded.epochs) is int
 
 
-def test_parameters_are_checked_before_a_model_is_written(fitted, tmp_path):
+def test_save_with_invalid_parameters_writes_nothing(fitted, tmp_path):
     classifier = copy.copy(fitted)
     classifier.save(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -290,13 +290,13 @@ def test_parameters_are_checked_before_a_model_is_written(fitted, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**40, 1.5, "1", True])
-def test_seeds_out_of_range(seed):
+def test_seed_out_of_range_raises(seed):
     with pytest.raises(ValueError, match=r"seed must be .*4294967295.*, got"):
         XMCClassifier(**SMALL, seed=seed).fit(TEXTS, LABELS)
 
 
 @pytest.mark.bit_for_bit
-def test_seeds():
+def test_seed_none_draws_a_seed():
     options = SMALL | {"epochs": 1}
     XMCClassifier(**options, seed=2**32 - 1).fit(*make_points())
     drawn, other = (XMCClassifier(**options, seed=None).fit(*make_points()) for _ in range(2))
@@ -306,14 +306,14 @@ def test_seeds():
     np.testing.assert_array_equal(drawn.predict(TEXTS).scores, again.predict(TEXTS).scores)
 
 
-def test_a_drawn_seed_is_saved(tmp_path):
+def test_drawn_seed_is_saved(tmp_path):
     classifier = XMCClassifier(**SMALL | {"epochs": 1}, seed=None).fit(*make_points())
     classifier.save(tmp_path)
     loaded = XMCClassifier.load(tmp_path)
     assert (loaded.seed, loaded.seed_) == (None, classifier.seed_)
 
 
-def test_iterators_are_read_once(fitted):
+def test_fit_and_score_accept_iterators(fitted):
     texts, labels = make_points()
     names = (iter(names) for names in labels)
     classifier = XMCClassifier(**SMALL).fit(iter(texts), names)
@@ -322,7 +322,7 @@ def test_iterators_are_read_once(fitted):
     assert classifier.score(iter(texts), map(iter, labels)) == classifier.score(texts, labels)
 
 
-def test_fewer_labels_than_the_default_k():
+def test_default_k_is_limited_by_number_of_labels():
     classifier = XMCClassifier(epochs=1).fit(np.eye(4, dtype=np.float32), [["a"], ["b"], ["a"], ["c"]])
     assert classifier.predict(np.eye(4)).labels.shape == (4, 3)
     with pytest.raises(ValueError, match="k must be between 1 and the number of labels, 3, got 5"):
@@ -332,7 +332,7 @@ def test_fewer_labels_than_the_default_k():
 
 
 @pytest.mark.parametrize("kind", ["texts", "dense", "sparse"])
-def test_no_points(kind):
+def test_predict_and_score_without_points(kind):
     texts, names = make_points()
     X = {"texts": texts, "dense": counts(texts), "sparse": scipy.sparse.csr_array(counts(texts))}[kind]
     options = DENSE if kind == "dense" else SMALL
@@ -346,12 +346,12 @@ def test_no_points(kind):
         XMCClassifier().fit([], [])
 
 
-def test_texts_without_a_common_word():
+def test_fit_without_repeated_words_raises():
     with pytest.raises(ValueError, match="no word is in 2 of the 2 texts"):
         XMCClassifier().fit(["a b", "c d"], [["x"], ["y"]])
 
 
-def test_classifiers_are_pickled_unless_they_are_on_a_mesh(fitted):
+def test_pickle_round_trip_raises_only_with_a_mesh(fitted):
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(again.predict(TEXTS).scores, fitted.predict(TEXTS).scores)
     on_mesh = XMCClassifier(mesh=make_mesh(label=2), **SMALL | {"epochs": 1})
@@ -364,13 +364,13 @@ def test_classifiers_are_pickled_unless_they_are_on_a_mesh(fitted):
         pickle.dumps(on_mesh)
 
 
-def test_a_batch_size_above_the_number_of_points():
+def test_batch_size_above_number_of_points():
     texts, labels = make_points(40)
     classifier = XMCClassifier(**SMALL | {"batch_size": 10**9, "epochs": 1}).fit(texts, labels)
     assert classifier.predict(texts).labels.shape == (40, 5)
 
 
-def test_data_frames_and_columns():
+def test_data_frames_and_series():
     pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
     pyarrow = pytest.importorskip("pyarrow")
     texts, names = make_points()

@@ -29,7 +29,7 @@ def make_model(kind="fixed_fan_in", **options):
 
 
 def all_logits(model, dataset):
-    """Every point's logits without dropout, one point at a time."""
+    """Return the logits of all points without dropout, computed one point at a time."""
     features = dataset.features if isinstance(dataset.features, np.ndarray) else dataset.features.toarray()
     if dataset.is_sparse:
         features = np.maximum(0, features @ np.asarray(model.encoder.embedding.embedding[...]))
@@ -40,7 +40,7 @@ def all_logits(model, dataset):
 @pytest.mark.parametrize(
     ("kind", "bag_of_words"), [*((kind, False) for kind in HEADS), ("fixed_fan_in", True)]
 )
-def test_predictions_are_the_best_labels_in_order(kind, bag_of_words, batch_size):
+def test_predict_returns_best_labels_in_order(kind, bag_of_words, batch_size):
     model, dataset = make_model(kind, bag_of_words=bag_of_words), make_dataset(23, sparse=bag_of_words)
     logits = all_logits(model, dataset)
     seen = []
@@ -54,7 +54,7 @@ def test_predictions_are_the_best_labels_in_order(kind, bag_of_words, batch_size
 
 
 @pytest.mark.parametrize("batch_size", [7, 256])
-def test_metrics_by_hand(batch_size):
+def test_metrics_match_manual_computation(batch_size):
     model, dataset = make_model(), make_dataset(23)
     ranked = np.argsort(-all_logits(model, dataset), axis=1)
     positives = dataset.labels.toarray()
@@ -73,7 +73,7 @@ def test_metrics_by_hand(batch_size):
     assert "psp@1" not in evaluate(model, dataset, ks=(1,))
 
 
-def test_model_is_not_changed():
+def test_evaluate_does_not_change_model():
     model, dataset = make_model(), make_dataset(10)
     before = jax.tree.map(
         lambda a: np.asarray(a).copy(), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
@@ -92,20 +92,20 @@ def test_ranks_beyond_the_number_of_labels_are_misses():
     assert metrics["p@25"] == pytest.approx(metrics["p@20"] * 20 / 25)
 
 
-def test_more_labels_than_there_are_cannot_be_predicted():
+def test_predict_with_k_above_number_of_labels_raises():
     with pytest.raises(ValueError, match=r"k must be in 0..20 \(the number of labels\), got 21"):
         next(predict(make_model(), make_dataset(5), 21))
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_scores_that_are_not_finite_are_an_error(kind):
+def test_predict_with_non_finite_scores_raises(kind):
     dataset = make_dataset(9)
     dataset.features[7] = np.nan
     with pytest.raises(FloatingPointError, match="the scores of point 7 are not finite"):
         list(predict(make_model(kind), dataset, 5, batch_size=4))
 
 
-def test_classifiers_of_one_structure_share_programs_which_are_freed_with_them():
+def test_models_of_same_structure_share_programs_that_are_freed():
     def programs():
         gc.collect()
         executables = jax.devices()[0].client.live_executables()
@@ -119,27 +119,27 @@ def test_classifiers_of_one_structure_share_programs_which_are_freed_with_them()
     for size in range(1, 9):
         rank(first, size)
         rank(second, size)
-    assert programs() - before == 4  # of 1, 2, 4 and 8 points
+    assert programs() - before == 4  # for 1, 2, 4 and 8 points
     models = [make_model(penultimate=width) for width in range(20, 26)]
     for model in models:
         rank(model, 1)
     rank(first, 1)
     assert programs() - before == 4 + 6
     del first, second, models, model
-    assert programs() - before <= 4 + 1  # those of the two structures that were used last
+    assert programs() - before <= 4 + 1  # the last two structures
     for width in (30, 31):
         rank(make_model(penultimate=width), 1)
     assert programs() - before <= 2
 
 
-def test_no_points_is_an_error():
+def test_evaluate_without_points_raises():
     with pytest.raises(ValueError, match="expected at least one point"):
         evaluate(make_model(), make_dataset(5).take(slice(0)))
 
 
-def test_excluded_labels_are_left_out_of_the_ranking():
+def test_excluded_labels_are_not_ranked():
     model, dataset = make_model(), make_dataset(23)
-    # Up to 18 of 20 labels are dropped: the five best of what is left need deep candidates.
+    # Up to 18 of 20 labels are excluded, so the five best of the others have low ranks among all labels.
     rng = np.random.default_rng(1)
     excluded = rng.random((23, 20)) < np.linspace(0, 0.9, 23)[:, None]
     logits = np.where(excluded, -np.inf, all_logits(model, dataset))
@@ -154,7 +154,7 @@ def test_excluded_labels_are_left_out_of_the_ranking():
 
 
 @pytest.mark.parametrize("candidates", [20, 3])
-def test_precision_by_group_is_that_of_the_groups_best_label(monkeypatch, candidates):
+def test_precision_by_group_ranks_labels_of_the_group(monkeypatch, candidates):
     monkeypatch.setattr(evaluation, "CANDIDATES", candidates)
     model, dataset = make_model(), make_dataset(23)
     excluded = np.zeros((23, 20), bool)
@@ -185,14 +185,14 @@ def test_precision_by_group_is_that_of_the_groups_best_label(monkeypatch, candid
     assert list(found.values()) == pytest.approx(expected)
 
 
-def test_a_group_without_test_points_has_no_precision():
+def test_group_without_points_has_no_precision():
     found = evaluate_groups(make_model(), make_dataset(23), np.zeros(20, np.int8))
     assert found["head"] > 0
     assert found["middle"] is None
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, kind):
+def test_gradient_density_is_fraction_of_nonzero_gradients(monkeypatch, kind):
     monkeypatch.setattr(head, "_LABELS_AT_ONCE", 7)  # the last block is smaller
     model, dataset = make_model(kind, output_bias=-1.0, output_bound=0.5), make_dataset(23)
     model.eval()
@@ -205,11 +205,11 @@ def test_density_is_the_share_of_logits_with_a_gradient(monkeypatch, kind):
     assert gradient_density(model, batches) == nonzero / (23 * 20)
 
 
-def test_a_loss_without_a_margin_has_a_gradient_everywhere():
+def test_gradient_density_of_bce_is_one():
     assert gradient_density(make_model(), [], "bce") == 1
 
 
-def test_density_is_measured_with_dropout_and_changes_nothing():
+def test_gradient_density_applies_dropout_and_keeps_rng_state():
     model, dataset = make_model(output_bound=0.5), make_dataset(200)
     batches = [batch for _, batch in Batches(dataset, 200).in_order()]
     counts = jax.tree.leaves(nnx.state(model, nnx.RngCount))

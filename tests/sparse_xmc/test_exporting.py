@@ -24,19 +24,19 @@ assert "sparse_xmc" not in sys.modules and "flax" not in sys.modules
 """
 
 
-def beside_words(model, features):
-    """The same classifier with so many of its features taken from embeddings in place of words."""
+def with_embeddings(model, features):
+    """Return `model` with an encoder that takes `features` features from embeddings instead of words."""
     encoder = make_random_model(bag_of_words=True, embedding=6 - features, direct_inputs=2).encoder
     return Classifier(JointEncoder(encoder, DenseFeatures(features, rngs=nnx.Rngs(0))), model.head)
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_process_without_this_library_predicts_the_same(tmp_path):
-    of_words = make_random_model(bag_of_words=True, direct_inputs=2)
+def test_exported_model_predicts_same_without_sparse_xmc(tmp_path):
+    word_model = make_random_model(bag_of_words=True, direct_inputs=2)
     models = {
         "dense": make_random_model("head_and_tail", output_dtype="bfloat16"),
-        "words": of_words,
-        "both": beside_words(of_words, 4),
+        "words": word_model,
+        "both": with_embeddings(word_model, 4),
     }
     for name, model in models.items():
         export_predict(model, tmp_path / name, k=3)
@@ -48,11 +48,11 @@ def test_a_process_without_this_library_predicts_the_same(tmp_path):
         csr = csr.astype(np.float32)
         rows = np.repeat(np.arange(batch, dtype=np.int32), np.diff(csr.indptr))
         bags = BagOfWords(rows, csr.indices, csr.data, batch)
-        filled_up = (csr.indptr, np.pad(csr.indices, (0, 5)), np.pad(csr.data, (0, 5)))
+        padded = (csr.indptr, np.pad(csr.indices, (0, 5)), np.pad(csr.data, (0, 5)))
         arrays, inputs = {
             "dense": ((x,), x),
-            "words": (filled_up, bags),
-            "both": ((*filled_up, embeddings), WordsAndText(bags, embeddings)),
+            "words": (padded, bags),
+            "both": ((*padded, embeddings), WordsAndText(bags, embeddings)),
         }[name]
         np.savez(tmp_path / f"{name}{batch}.npz", *arrays)
         expected[f"{name}{batch}"] = top_k(models[name], inputs)
@@ -65,7 +65,7 @@ def test_a_process_without_this_library_predicts_the_same(tmp_path):
             np.testing.assert_array_equal(served["arr_1"], labels)
 
 
-def test_weights_are_beside_the_program_and_not_in_it(tmp_path):
+def test_program_file_does_not_contain_weights(tmp_path):
     sizes = {}
     for penultimate in (8, 8000):
         path = tmp_path / str(penultimate)
@@ -75,7 +75,7 @@ def test_weights_are_beside_the_program_and_not_in_it(tmp_path):
     assert sizes[8000][1] < 1.1 * sizes[8][1]
 
 
-def test_dropout_is_left_out_and_the_model_stays_as_it_is(tmp_path):
+def test_export_disables_dropout_and_does_not_change_model(tmp_path):
     model = make_model(dropout=0.5)
     classifier = XMCClassifier()
     classifier._set_fitted(SavedModel(config_of(dropout=0.5), model))
@@ -87,13 +87,13 @@ def test_dropout_is_left_out_and_the_model_stays_as_it_is(tmp_path):
         np.testing.assert_allclose(array, other, rtol=1e-5)
 
 
-def test_fewer_labels_than_the_default_k(tmp_path):
+def test_default_k_is_limited_by_number_of_labels(tmp_path):
     export_predict(make_model(labels=3), tmp_path / "exported")
     scores, labels = xla_ops.load_exported(tmp_path / "exported")(make_inputs())
     assert scores.shape == labels.shape == (len(make_inputs()), 3)
 
 
-def test_errors(tmp_path):
+def test_invalid_exports_raise(tmp_path):
     class Own(nnx.Module):
         pass
 

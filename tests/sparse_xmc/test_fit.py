@@ -28,7 +28,7 @@ def new_trainer(**options):
 
 
 class Log(Callback):
-    """Notes what is called, and ends training after some steps, as a kill would."""
+    """Record all calls, and raise KeyboardInterrupt in step number `last`."""
 
     def __init__(self, last=None):
         self.events, self._steps, self._last = [], 0, last
@@ -50,7 +50,7 @@ def arrays(trainer):
     return [np.asarray(a) for a in jax.tree.leaves((trainer.state["params"], trainer.state["moments"]))]
 
 
-def test_epochs_are_those_of_the_trainer():
+def test_fit_matches_epochs_of_trainer():
     trainer, other, log, train = new_trainer(), new_trainer(), Log(), make_dataset()
     records = fit(trainer, train, callbacks=[log])
     expected = []
@@ -77,7 +77,7 @@ def test_validation_is_recorded():
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize(("schedule", "stopped_after"), [("linear", 7), ("plateau", 10), ("plateau", 13)])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, schedule, stopped_after):
+def test_interrupted_run_resumes_to_same_result(tmp_path, capsys, schedule, stopped_after):
     train, validation = make_dataset(), make_dataset(seed=5)
     options = {"checkpoint_minutes": 0.0}
     whole = new_trainer(schedule=schedule, epochs=4)
@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, sched
     )
     with Checkpoints(tmp_path / "stopped") as checkpoints:
         records = fit(trainer, train, validation, checkpoints=checkpoints, callbacks=callbacks, **options)
-    # Checkpoints are written after each step, and the last step was stopped in its callback.
+    # Each step ends with a checkpoint, but the last step was interrupted before its checkpoint.
     epochs, steps = divmod(stopped_after - 1, 5)
     where = f"step {steps} of epoch {epochs + 1}" if steps else f"epoch {epochs}"
     assert f"going on after {where}\n" in capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, capsys, sched
 
 
 @pytest.mark.parametrize("change", [{"epochs": 4}, {"learning_rate": 5e-3}, {"seed": 2}, {"loss": "bce"}])
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
+def test_checkpoint_of_other_run_raises(tmp_path, change):
     with Checkpoints(tmp_path) as checkpoints:
         fit(new_trainer(), make_dataset(), checkpoints=checkpoints, checkpoint_minutes=0.0)
     trainer = new_trainer(**{name: value for name, value in change.items() if name != "seed"})
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
         fit(trainer, make_dataset(), checkpoints=checkpoints)
 
 
-def test_plateau_ends_with_the_best_weights(tmp_path):
+def test_plateau_ends_with_best_weights(tmp_path):
     validation, seen = make_dataset(seed=5), {}
 
     class Keep(Callback):
@@ -134,15 +134,15 @@ def test_plateau_ends_with_the_best_weights(tmp_path):
         records = fit(trainer, make_dataset(), validation, checkpoints=checkpoints, callbacks=[Keep()])
     best = max(r["p@3"] for r in records)
     first = next(r for r in records if r["p@3"] > best - 5e-5)
-    assert len(records) < 30  # it stopped
+    assert len(records) < 30  # training stopped early
     assert len(records) - first["epoch"] >= 4
     np.testing.assert_array_equal(trainer.model.head.output.kernel[...], seen[first["epoch"]])
 
 
-def test_lost_best_weights_are_noticed_before_training_goes_on(tmp_path, caplog):
+def test_resume_with_lost_best_weights_warns_before_training(tmp_path, caplog):
     train, validation = make_dataset(), make_dataset(seed=5)
     options = {"schedule": "plateau", "epochs": 6, "learning_rate": 0.03}
-    saving = {"checkpoint_minutes": 0.0, "callbacks": [Log(last=12)]}  # it stops in the third of the epochs
+    saving = {"checkpoint_minutes": 0.0, "callbacks": [Log(last=12)]}  # it stops in the third epoch
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyboardInterrupt):
         fit(new_trainer(**options), train, validation, checkpoints=checkpoints, **saving)
     for file in (tmp_path / "best").glob("*.json"):
@@ -152,12 +152,12 @@ def test_lost_best_weights_are_noticed_before_training_goes_on(tmp_path, caplog)
         records = fit(trainer, train, validation, checkpoints=checkpoints, callbacks=[log])
     assert "best: the best weights so far are lost" in caplog.text
     assert log.events[0] == ("start", 2, 5)
-    # The best of the epochs since is what it ends with.
+    # Training ends with the best weights of the remaining epochs.
     best = max(records[2:], key=lambda record: record["p@3"])
     assert evaluate(trainer.model, validation, batch_size=8)["p@3"] == pytest.approx(best["p@3"], abs=5e-5)
 
 
-def test_plateau_needs_validation_and_checkpoints(tmp_path):
+def test_plateau_without_validation_or_checkpoints_raises(tmp_path):
     for options in ({}, {"validation": make_dataset()}):
         with pytest.raises(
             ValueError, match="'plateau' ends with the weights of the best epoch: give validation"
@@ -165,7 +165,7 @@ def test_plateau_needs_validation_and_checkpoints(tmp_path):
             fit(new_trainer(schedule="plateau"), make_dataset(), **options)
 
 
-def test_a_loss_that_is_not_finite_stops_training():
+def test_non_finite_loss_raises():
     train = make_dataset()
     features = train.features.copy()
     features[17] = np.nan
@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_training():
     assert ("end", 1) not in log.events
 
 
-def test_records_are_written_line_by_line(tmp_path):
+def test_record_file_has_one_line_per_epoch(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text("of an earlier run\n")
     callbacks = [GradientDensity(batches=2), RecordFile(path)]
@@ -184,7 +184,7 @@ def test_records_are_written_line_by_line(tmp_path):
     assert all(0 < r["gradient_density"] <= 1 for r in records)
 
 
-def test_progress_is_a_line_for_each_epoch(capsys):
+def test_progress_prints_one_line_per_epoch(capsys):
     records = fit(new_trainer(epochs=2), make_dataset(), make_dataset(seed=5), callbacks=[Progress()])
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"epoch   1  loss {records[0]['loss']:.3e}  validation P@1/3/5 ")
@@ -195,7 +195,7 @@ def test_progress_is_a_line_for_each_epoch(capsys):
 
 
 @pytest.mark.bit_for_bit
-def test_it_stops_when_asked_and_goes_on(tmp_path):
+def test_should_stop_saves_a_checkpoint_to_resume_from(tmp_path):
     whole = new_trainer(epochs=3)
     expected = fit(whole, make_dataset())
     trainer = new_trainer(epochs=3)
@@ -223,7 +223,7 @@ def test_it_stops_when_asked_and_goes_on(tmp_path):
         fit(new_trainer(), make_dataset(), should_stop=lambda: True)
 
 
-def test_what_is_not_finite_is_named_and_not_saved(tmp_path):
+def test_non_finite_arrays_are_named_and_not_saved(tmp_path):
     train = make_dataset()
     features = train.features.copy()
     features[17, 3] = np.inf

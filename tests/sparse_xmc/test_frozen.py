@@ -1,4 +1,4 @@
-"""Embeddings of all texts by an encoder that stays as it is."""
+"""Tests of embeddings by a frozen encoder, and of their cache."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ def directory(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_embeds_in_the_order_of_the_texts(tmp_path, batch_size):
+def test_embeddings_are_in_order_of_texts(tmp_path, batch_size):
     encoder = PretrainedEncoder.from_directory(small_encoders.make_directory(tmp_path))  # with dropout
     lengths = np.random.default_rng(0).integers(1, 23, 10)
     ids = np.random.default_rng(1).integers(0, small_encoders.VOCABULARY, lengths.sum()).astype(np.int32)
@@ -33,21 +33,21 @@ def test_embeds_in_the_order_of_the_texts(tmp_path, batch_size):
         for i in range(10)
     ]
     np.testing.assert_allclose(embedded, expected, rtol=1e-4, atol=1e-5)
-    assert encoder.dropout.deterministic is False  # it stays as it is
+    assert encoder.dropout.deterministic is False  # embed does not change the encoder's mode
 
 
 SHAPES = []
 
 
 class _Recorder(nnx.Module):
-    """The first token of each text as its only feature, and the shapes that are compiled."""
+    """An encoder that returns the first token of each text and records the shapes it is traced with."""
 
     def __call__(self, tokens):
         SHAPES.append(tokens.ids.shape)
         return tokens.ids[:, :1].astype(jnp.float32)
 
 
-def test_long_texts_come_in_smaller_batches():
+def test_long_texts_are_embedded_in_smaller_batches():
     lengths = np.random.default_rng(0).permutation(np.repeat([200, 100, 20, 3], 20))
     lists = TokenLists(
         np.arange(lengths.sum(), dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)]), 256
@@ -58,7 +58,7 @@ def test_long_texts_come_in_smaller_batches():
     assert sorted(set(SHAPES)) == [(1, 256), (2, 128), (8, 16), (8, 24)]
 
 
-def test_embeds_no_texts(tmp_path):
+def test_embed_without_texts(tmp_path):
     encoder = load(small_encoders.make_directory(tmp_path))
     assert embed(encoder, TokenLists(np.zeros(0, np.int32), np.zeros(1, np.int64), 24)).shape == (0, 12)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
@@ -72,7 +72,7 @@ def test_cache_is_reused(directory, tmp_path, monkeypatch):
     assert not first.flags.writeable
     tokens = Tokenizer.from_directory(directory, max_length=8)(TEXTS).take(range(5))
     np.testing.assert_allclose(first, load(directory)(tokens), rtol=1e-4, atol=1e-5)
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing is left beside it
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # no temporary files are left
 
     def fail(*_, **__):
         raise AssertionError("the encoder is used")
@@ -86,7 +86,7 @@ def test_cache_is_reused(directory, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["embeddings.npy", "checksums.json"])
-def test_a_damaged_cache_is_an_error(directory, tmp_path, name):
+def test_damaged_cache_raises(directory, tmp_path, name):
     cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
     (entry,) = (tmp_path / "cache").iterdir()
     content = (entry / name).read_bytes()
@@ -99,14 +99,14 @@ def test_a_damaged_cache_is_an_error(directory, tmp_path, name):
             cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
 
 
-def test_an_interrupted_run_leaves_nothing(directory, tmp_path, monkeypatch):
+def test_failed_embedding_leaves_no_cache(directory, tmp_path, monkeypatch):
     monkeypatch.setattr("sparse_xmc.encoders.embedding_cache.embed", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cached_embeddings(directory, TEXTS, tmp_path / "cache", max_length=8)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_fingerprint_changes_with_what_changes_the_features(directory):
+def test_fingerprint_depends_on_texts_options_and_files(directory):
     names = [
         fingerprint(directory, TEXTS),
         fingerprint(directory, TEXTS[::-1]),
@@ -127,6 +127,6 @@ def test_fingerprint_changes_with_what_changes_the_features(directory):
     assert len({*names}) == len(names)
 
 
-def test_no_texts_are_refused(directory, tmp_path):
+def test_cached_embeddings_without_texts_raise(directory, tmp_path):
     with pytest.raises(ValueError, match="no texts"):
         cached_embeddings(directory, [], tmp_path / "cache")

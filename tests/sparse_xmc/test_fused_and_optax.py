@@ -1,4 +1,4 @@
-"""Both kinds of step on random networks: the same state, which after 20 steps agrees to rounding."""
+"""Tests on random networks that 20 fused steps and 20 steps by Optax agree up to rounding."""
 
 import dataclasses
 
@@ -27,13 +27,13 @@ STEPS = 20
 
 @pytest.fixture(autouse=True, scope="module")
 def standard_promotion():
-    """Optax's Adam raises a float to an integer power, which strict promotion forbids."""
+    """Allow standard promotion: Optax's Adam raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 class Deep(nnx.Module):
-    """Layers with GELU and LayerNorm behind another encoder."""
+    """An encoder that applies a linear layer, GELU and LayerNorm to the output of another encoder."""
 
     def __init__(self, inner, width, use_bias, rngs):
         self.inner = inner
@@ -46,15 +46,15 @@ class Deep(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What a random network is made of."""
+    """The settings of a random network."""
 
     bag_of_words: bool
     deep: bool
     dropout: float
-    kind: str  # of the head; with "no bias", "dense no bias": layers without a bias
+    kind: str  # of head; "no bias" and "dense no bias" are layers without a bias
     penultimate: int
     bfloat16: bool  # in the output layer
-    direct_inputs: int  # how many of the connections of a label are chosen, to inputs of the encoder
+    direct_inputs: int  # number of direct inputs of each label
 
     def make(self):
         rngs, width = nnx.Rngs(0), FEATURES
@@ -103,16 +103,16 @@ KINDS = [*HEADS, "no bias", "dense no bias"]
 
 @st.composite
 def problems(draw, kind, optimizer):
-    """A network with a kind of head, and how it is trained."""
-    narrow = optimizer == "sgd" and kind in ("fixed_fan_in", "head_and_tail") and draw(st.booleans())
+    """Draw a network with a kind of head, and the settings of its training."""
+    bfloat16 = optimizer == "sgd" and kind in ("fixed_fan_in", "head_and_tail") and draw(st.booleans())
     bag_of_words, deep = draw(st.booleans()), draw(st.booleans())
     penultimate = draw(st.sampled_from([0, 24])) or (6 if kind == "bottleneck" else 0)
-    # Words come from the encoder itself; dense features are read beside units.
+    # Direct inputs are words of the outermost encoder, or dense features if there is a penultimate layer.
     direct = 2 if kind in ("fixed_fan_in", "head_and_tail") and draw(st.booleans()) else 0
     if (bag_of_words and deep) or (not bag_of_words and not penultimate):
         direct = 0
     dropout = draw(st.sampled_from([0.0, 0.2]))
-    network = Network(bag_of_words, deep, dropout, kind, penultimate, narrow, direct)
+    network = Network(bag_of_words, deep, dropout, kind, penultimate, bfloat16, direct)
     growth = draw(st.sampled_from(["random", "active"])) if kind != "unstructured" else "random"
     growth = "active" if direct else growth
     training = TrainingConfig(
@@ -131,7 +131,7 @@ def problems(draw, kind, optimizer):
 
 
 def make_trainers(network, training):
-    """A trainer for each kind of step, and the state that both start from."""
+    """Return a trainer for each kind of step, and the initial state of both."""
     trainers = {fused: Trainer(network.make(), training, seed=3, fused=fused) for fused in (True, False)}
     states = [jax.tree.map(lambda a: (a.shape, a.dtype), trainer.state) for trainer in trainers.values()]
     assert states[0] == states[1]
@@ -139,7 +139,7 @@ def make_trainers(network, training):
 
 
 def train(trainers, start, network, fused):
-    """Trains by the kind of step that `fused(step)` says; returns the losses and the state."""
+    """Train with fused steps where `fused(step)` is true; return the losses and the final state."""
     state, losses = jax.tree.map(jnp.copy, start), []
     for step, batch in enumerate(make_batches(STEPS, bag_of_words=network.bag_of_words)):
         trainer = trainers[fused(step)]
@@ -150,7 +150,7 @@ def train(trainers, start, network, fused):
 
 
 def arrays(tree):
-    """The arrays of a tree by path, random state aside."""
+    """Return the arrays of a tree by path, without random keys."""
     return {
         jax.tree_util.keystr(path): np.asarray(leaf, np.float32)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -162,11 +162,11 @@ def arrays(tree):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @settings(max_examples=2)
 @given(data=st.data())
-def test_training_in_place_is_training_by_optax(kind, optimizer, data):
+def test_fused_steps_match_optax_steps(kind, optimizer, data):
     network, training = data.draw(problems(kind, optimizer))
     trainers, start = make_trainers(network, training)
     losses, state = train(trainers, start, network, lambda step: True)
-    # What is rounded stochastically, with the same bits, may land on the other side if it is off a little.
+    # With the same random bits, a small difference can change the result of stochastic rounding.
     tolerance = {"float32": 2e-3, "bfloat16": 2e-2}["bfloat16" if network.bfloat16 else training.moment_dtype]
     for fused in (lambda step: False, lambda step: step % 10 < 5):
         other_losses, other = train(trainers, start, network, fused)
@@ -178,8 +178,8 @@ def test_training_in_place_is_training_by_optax(kind, optimizer, data):
         np.testing.assert_equal(arrays(other["other"]), arrays(state["other"]))
 
 
-def test_what_the_test_above_can_see():
-    # Steps are large beside its tolerance: 20 of them with another rate for one layer end elsewhere.
+def test_tolerance_detects_other_learning_rates():
+    # After 20 steps, a 10% lower learning rate of one layer changes parameters by more than the tolerance.
     network = Network(False, True, 0.0, "fixed_fan_in", 24, False, 0)
     training = TrainingConfig(batch_size=8, epsilon=1e-5, learning_rate=1e-2)
     _, state = train(*make_trainers(network, training), network, lambda step: True)

@@ -1,4 +1,4 @@
-"""Training under settings of JAX and Flax that other parts of a program may have made."""
+"""Tests of training with settings of JAX and Flax that other parts of a program may have changed."""
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,16 @@ def fit_and_predict():
     assert classifier.predict(["the small cat"], k=2).labels.tolist() == [["cat", "small"]]
 
 
-def test_no_tracer_leaks():
+def test_fit_and_predict_leak_no_tracers():
     with jax.checking_leaks():
         fit_and_predict()
 
 
-def test_the_classifier_in_each_mode_of_flax(flax_mode):
+def test_classifier_in_each_flax_mode(flax_mode):
     fit_and_predict()
 
 
-def test_a_users_own_loop_in_each_mode_of_flax(flax_mode):
+def test_custom_training_loop_in_each_flax_mode(flax_mode):
     rngs = nnx.Rngs(0)
     output = FixedFanInLinear(16, 50, fan_in=4, use_bias=False, rngs=rngs)
     model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.relu, output)
@@ -54,7 +54,7 @@ def test_a_users_own_loop_in_each_mode_of_flax(flax_mode):
         return jnp.square(1 - (hidden[:, indices] * kernel[None]).sum(-1)).mean()
 
     optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
-    # Flax's tree mode differentiates all of a module: integers need this, such as nnx.Dropout's state.
+    # Flax's tree mode differentiates all variables of a module, and raises for integers without allow_int.
     gradient = nnx.grad(loss, allow_int=True)(model)
     optimizer.update(model, gradient)
     step = jax.grad(loss_of_arrays)(before)
@@ -64,7 +64,7 @@ def test_a_users_own_loop_in_each_mode_of_flax(flax_mode):
     assert ((output.indices[...] == indices) | moved).all()
 
 
-def test_connections_and_weights_are_drawn_alike_with_64_bits():
+def test_initial_indices_and_kernel_do_not_depend_on_x64():
     def draw():
         layer = FixedFanInLinear(64, 200, fan_in=8, rngs=nnx.Rngs(0))
         return np.asarray(layer.indices[...]), np.asarray(layer.kernel[...])

@@ -14,7 +14,7 @@ PER_LOGIT = {
 
 
 def brute_force(name, logits, positives):
-    """The mean over all logits, with a loop over points and labels."""
+    """Return the mean loss of all logits, computed by a loop over points and labels."""
     total = 0.0
     for scores, row in zip(logits.astype(np.float64), positives, strict=True):
         for label, s in enumerate(scores):
@@ -24,7 +24,7 @@ def brute_force(name, logits, positives):
 
 @st.composite
 def problems(draw):
-    """Logits [B, L], and positives [B, P] that are distinct in their row, padded with -1."""
+    """Draw logits [B, L], and positives [B, P] that are distinct in each row and padded with -1."""
     batch, labels, width = draw(st.sampled_from([(1, 1, 1), (3, 12, 0), (4, 7, 7), (5, 12, 4)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     positives = np.argsort(rng.random((batch, labels)), axis=1)[:, :width].astype(np.int32)
@@ -34,17 +34,17 @@ def problems(draw):
 
 @settings(max_examples=25)
 @given(st.sampled_from(list(LOSSES)), problems())
-def test_matches_brute_force(name, problem):
+def test_losses_match_brute_force(name, problem):
     logits, positives = problem
     np.testing.assert_allclose(
         LOSSES[name](logits, positives), brute_force(name, logits, positives), rtol=1e-5
     )
 
 
-def test_squared_hinge_by_hand():
+def test_squared_hinge_of_known_logits():
     logits = np.array([[0.5, -2.0, 0.0], [3.0, -1.0, 1.0]], np.float32)
     positives = np.array([[0, 2], [0, -1]], np.int32)
-    # Points 0 and 1: labels 0 and 2, and label 0.
+    # Point 0 has labels 0 and 2, and point 1 has label 0.
     expected = ((1 - 0.5) ** 2 + 0 + (1 - 0) ** 2 + 0 + 0 + (1 + 1) ** 2) / 6
     assert squared_hinge(logits, positives) == pytest.approx(expected)
     np.testing.assert_allclose(
@@ -54,10 +54,10 @@ def test_squared_hinge_by_hand():
     )
 
 
-def test_binary_cross_entropy_by_hand():
+def test_binary_cross_entropy_of_known_logits():
     logits = np.array([[0.0, np.log(3)], [-np.log(3), 0.0]], np.float32)
     positives = np.array([[1], [-1]], np.int32)
-    # Probabilities 1/2, 3/4, 1/4 and 1/2; only the second is of a positive.
+    # The probabilities are 1/2, 3/4, 1/4 and 1/2. Only the second belongs to a positive.
     expected = -(np.log(1 / 2) + np.log(3 / 4) + np.log(3 / 4) + np.log(1 / 2)) / 4
     assert LOSSES["bce"](logits, positives) == pytest.approx(expected)
     np.testing.assert_allclose(
@@ -78,7 +78,7 @@ def test_gradients_match_finite_differences(name):
 
 
 @pytest.mark.parametrize("excess", [0.0, 0.3, 40.0])
-def test_squared_hinge_has_exactly_no_gradient_where_the_margin_is_met(excess):
+def test_squared_hinge_gradient_is_exactly_zero_beyond_margin(excess):
     positives = np.array([[2, 0], [4, -1]], np.int32)
     logits = np.full((2, 5), -1 - excess, np.float32)
     logits[0, [0, 2]] = logits[1, 4] = 1 + excess
@@ -97,7 +97,7 @@ def test_binary_cross_entropy_of_extreme_logits(size):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_large_positive_adds_no_error_of_its_own(name):
+def test_large_logits_of_positives_add_no_rounding_error(name):
     logits = np.full((2, 50), -200.0, np.float32)
     logits[:, 3] = [137.3, 2e19]
     assert LOSSES[name](logits, np.array([[3], [3]], np.int32)) == 0

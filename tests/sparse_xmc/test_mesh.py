@@ -1,4 +1,4 @@
-"""Labels over several devices against one device: weights, losses, rankings, rewiring, checkpoints."""
+"""Tests of labels that are sharded over a mesh, against one device."""
 
 import itertools
 import logging
@@ -34,11 +34,11 @@ from sparse_xmc.warm_start import start_from
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
 MESHES = pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 8)], ids=str)
-FEATURES, LABELS, POINTS = 12, 103, 80  # 103 is a multiple of no number of devices
+FEATURES, LABELS, POINTS = 12, 103, 80  # no number of devices divides 103
 
 
 def make_heads(mesh, labels=LABELS, **options):
-    """The same head on one device and on a mesh."""
+    """Return the same head on one device and on a mesh."""
     config = FixedFanInConfig(**{"penultimate": 24, "fan_in": 5, "output_bias": -0.5} | options)
     one = config.make(HeadSpec(FEATURES, labels), nnx.Rngs(0))
     return one, config.make(HeadSpec(FEATURES, labels, mesh=make_mesh(*mesh)), nnx.Rngs(0))
@@ -67,7 +67,7 @@ def assert_same_weights(one, sharded, exactly=False):
 class TestHead:
     @MESHES
     @pytest.mark.parametrize("labels", [LABELS, 3])
-    def test_it_starts_and_ranks_as_one_device(self, mesh, labels):
+    def test_initial_weights_losses_and_ranking_match_one_device(self, mesh, labels):
         one, sharded = make_heads(mesh, labels)
         assert_same_weights(one, sharded, exactly=True)
         x, positives = make_inputs(labels)
@@ -83,7 +83,7 @@ class TestHead:
         np.testing.assert_array_equal(np.concatenate([ids for _, ids in blocks]), np.arange(labels))
         np.testing.assert_allclose(np.hstack([b for b, _ in blocks]), one(x), rtol=1e-5, atol=1e-6)
 
-    def test_of_equal_scores_the_lower_label_wins(self):
+    def test_top_k_breaks_ties_by_lower_label(self):
         _, sharded = make_heads((2, 2), output_bound=1e-30)
         x, _ = make_inputs()
         np.testing.assert_array_equal(sharded.top_k(x, 9)[1], np.tile(np.arange(9), (8, 1)))
@@ -96,32 +96,34 @@ class TestHead:
         ("optimizer", "dtype", "penultimate"),
         [("adam", "float32", 24), ("sgd", "float32", 24), ("sgd", "bfloat16", 24), ("adam", "float32", 0)],
     )
-    def test_steps(self, mesh, kind, optimizer, dtype, penultimate):
+    def test_steps_match_one_device(self, mesh, kind, optimizer, dtype, penultimate):
         if mesh in ((1, 1), (2, 1)) and (kind, optimizer) != ("step_fused", "adam"):
-            pytest.skip("differs from others in nothing")
+            pytest.skip("covered by the other meshes")
         one, sharded = make_heads(mesh, output_dtype=dtype, penultimate=penultimate)
         training = HeadTraining(output_optimizer=optimizer, epsilon=1e-9)
-        moments, of_mesh = one.init_moments(training), sharded.init_moments(training)
+        moments, sharded_moments = one.init_moments(training), sharded.init_moments(training)
         for number in range(3):
             x, positives = make_inputs(seed=number)
             inputs = StepInputs(x, positives, jnp.float32(1e-2), 3, jnp.int32(number))
-            with jax.numpy_dtype_promotion("standard"):  # Optax has not heard of the strict one
+            with jax.numpy_dtype_promotion("standard"):  # Optax needs it
                 loss, d_x, moments = getattr(one, kind)(inputs, moments, training)
-                value, d_x_of_mesh, of_mesh = getattr(sharded, kind)(inputs, of_mesh, training)
-            # In bfloat16 each device rounds its part of d_x.
+                value, sharded_d_x, sharded_moments = getattr(sharded, kind)(
+                    inputs, sharded_moments, training
+                )
+            # In bfloat16 each device rounds its summand of d_x.
             tolerance = 2e-2 if dtype == "bfloat16" else 1e-3
             np.testing.assert_allclose(value, loss, rtol=tolerance / 10)
             scale = float(jnp.abs(d_x).max())
-            np.testing.assert_allclose(d_x_of_mesh, d_x, rtol=tolerance, atol=tolerance * scale)
+            np.testing.assert_allclose(sharded_d_x, d_x, rtol=tolerance, atol=tolerance * scale)
         if dtype == "float32":
             assert_same_weights(one, sharded)
         for name, mu in moments.mu.items():
             atol = tolerance * float(jnp.abs(mu).max())
-            np.testing.assert_allclose(of_mesh.mu[name][: len(mu)], mu, rtol=tolerance, atol=atol)
-            assert not np.any(np.asarray(of_mesh.mu[name][len(mu) :]))
+            np.testing.assert_allclose(sharded_moments.mu[name][: len(mu)], mu, rtol=tolerance, atol=atol)
+            assert not np.any(np.asarray(sharded_moments.mu[name][len(mu) :]))
 
-    def test_bfloat16_is_rounded_by_its_place_in_the_whole(self):
-        # Without a penultimate layer, whose sums come in another order, and from one point alone.
+    def test_bfloat16_rounding_matches_one_device_exactly(self):
+        # Sums have another order on a mesh. One point and no penultimate layer avoid such sums.
         one, sharded = make_heads((1, 8), output_dtype="bfloat16", penultimate=0)
         training = HeadTraining(output_optimizer="sgd", output_lr_multiplier=0.3)
         x, positives = make_inputs()
@@ -132,20 +134,24 @@ class TestHead:
 
     @MESHES
     @pytest.mark.parametrize("growth", ["random", "active"])
-    def test_rewiring_is_that_of_the_whole_layer(self, mesh, growth):
+    def test_rewiring_matches_one_device(self, mesh, growth):
         one, sharded = make_heads(mesh)
         before = np.asarray(one.output.indices[...])
         training = HeadTraining()
         x, positives = make_inputs()
         config = RewireConfig(fraction=0.3, growth=growth)
         moments = one.rewire(x, positives, one.init_moments(training), jax.random.key(5), config)
-        of_mesh = sharded.rewire(x, positives, sharded.init_moments(training), jax.random.key(5), config)
+        sharded_moments = sharded.rewire(
+            x, positives, sharded.init_moments(training), jax.random.key(5), config
+        )
         assert_same_weights(one, sharded, exactly=True)
         moved = np.mean(before != np.asarray(one.output.indices[...]))
         assert (0.2 < moved < 0.31) if growth == "random" else moved > 0
-        np.testing.assert_array_equal(of_mesh.mu["output.kernel"][:LABELS], moments.mu["output.kernel"])
+        np.testing.assert_array_equal(
+            sharded_moments.mu["output.kernel"][:LABELS], moments.mu["output.kernel"]
+        )
 
-    def test_what_each_device_has(self):
+    def test_arrays_are_sharded_by_label(self):
         _, sharded = make_heads((2, 4))
         for array in (sharded.output.kernel, sharded.output.indices, sharded.output.bias):
             assert array.shape[0] == 104
@@ -153,7 +159,7 @@ class TestHead:
         moments = sharded.init_moments(HeadTraining())
         assert {s.data.shape for s in moments.nu["output.kernel"].addressable_shards} == {(13, 5)}
 
-    def test_what_is_not_finite_is_ranked_as_such_and_filled_up_labels_never(self):
+    def test_top_k_ranks_nan_last_and_never_padding_labels(self):
         _, sharded = make_heads((1, 8), 13)
         kernel = sharded.output.kernel
         kernel.set_value(kernel[...].at[4].set(np.nan))
@@ -162,15 +168,15 @@ class TestHead:
         assert not np.isfinite(np.asarray(scores)[:, -1]).any()
         np.testing.assert_array_equal(np.sort(labels, axis=1)[0], [-1, *range(4), *range(5, 13)])
 
-    def test_positives_that_are_no_labels_do_not_count(self):
+    def test_positives_beyond_last_label_are_ignored(self):
         one, sharded = make_heads((1, 8))
         x, positives = make_inputs()
-        positives = positives.at[0].set(jnp.array([103, 111, 5]))  # 103 is the number of a filled-up label
+        positives = positives.at[0].set(jnp.array([103, 111, 5]))  # 103 is a padding label
         for loss in ("squared_hinge", "bce"):
             expected = one.loss(x, positives, loss)
             np.testing.assert_allclose(sharded.loss(x, positives, loss), expected, rtol=1e-5)
 
-    def test_calls_compile_once(self):
+    def test_methods_compile_once(self):
         _, sharded = make_heads((2, 2))
         x, positives = make_inputs()
         calls = (lambda: sharded.top_k(x, 3), lambda: sharded.loss(x, positives), lambda: sharded(x))
@@ -186,14 +192,14 @@ class TestHead:
                 call()
         assert not [message for message in compiled if "Finished XLA compilation of jit(call)" in message]
 
-    def test_random_keys_of_any_kind(self):
+    def test_other_implementation_of_random_keys(self):
         rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
         spec = HeadSpec(FEATURES, LABELS, mesh=make_mesh(1, 2))
         head = FixedFanInConfig(penultimate=24, fan_in=5).make(spec, rngs)
         assert head.output.kernel.shape == (104, 5)
 
     @pytest.mark.parametrize("kind", sorted(set(HEADS) - {"fixed_fan_in"}))
-    def test_other_heads_are_refused(self, kind):
+    def test_other_heads_raise(self, kind):
         with pytest.raises(ValueError, match="a mesh needs a fixed fan-in head, got "):
             HEADS[kind]().make(HeadSpec(4, 30, mesh=make_mesh(1, 2)), nnx.Rngs(0))
 
@@ -220,7 +226,7 @@ def make_trainer(dataset, mesh, *, dropout=0.2, **options):
 
 
 def fit_fifty_steps(dataset, mesh):
-    """The trained model, and the records of its epochs."""
+    """Train a model; return it and the records of its epochs."""
     _, trainer = make_trainer(dataset, mesh, epochs=5)
     with jax.numpy_dtype_promotion("standard"):
         records = fit(trainer, dataset, dataset)
@@ -235,39 +241,39 @@ def on_one_device(dataset):
 
 class TestTraining:
     @MESHES
-    def test_fifty_steps_are_those_of_one_device(self, dataset, on_one_device, mesh):
+    def test_fifty_steps_match_one_device(self, dataset, on_one_device, mesh):
         (one, expected), (sharded, records) = on_one_device, fit_fifty_steps(dataset, mesh)
         for ours, theirs in zip(records, expected, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
             assert ours["p@5"] == pytest.approx(theirs["p@5"], abs=0.01)
         assert_same_weights(one.head, sharded.head)
-        for (_, _, ranking), (_, _, of_mesh) in zip(
+        for (_, _, ranking), (_, _, sharded_ranking) in zip(
             predict(one, dataset, 5, batch_size=24), predict(sharded, dataset, 5, batch_size=24), strict=True
         ):
-            assert np.mean(ranking == of_mesh) > 0.98
+            assert np.mean(ranking == sharded_ranking) > 0.98
         batches = list(itertools.islice(Batches(dataset, 8).shuffled(0, 0), 2))
         density = gradient_density(one, batches)
         assert gradient_density(sharded, batches) == pytest.approx(density, abs=2e-3)
 
-    def test_nothing_as_large_as_the_labels_is_sent(self, dataset):
+    def test_communication_does_not_depend_on_number_of_labels(self, dataset):
         _, trainer = make_trainer(dataset, (2, 4))
         batch = next(Batches(dataset, 8).shuffled(0, 0))
         sent = collectives(trainer.trace(batch)["step"].lower().compile().as_text())
-        assert ("all-reduce", 4 * (8 * 24 + 1)) in sent  # the gradient of the units, and the loss
+        assert ("all-reduce", 4 * (8 * 24 + 1)) in sent  # the gradient of the hidden units, and the loss
         assert sum(size for _, size in sent) <= 4 * (8 * 24 + 1 + 2 * 8 * FEATURES)
 
-    def test_each_device_has_its_part_of_the_state(self, dataset):
+    def test_state_is_split_over_devices(self, dataset):
         whole, split = (bytes_on_first_device(make_trainer(dataset, mesh)[1]) for mesh in ((1, 1), (1, 8)))
         assert split["on all devices"] == whole["on all devices"]
         assert split["split by labels"] == whole["split by labels"] * 13 / LABELS
 
-    def test_a_batch_that_does_not_divide_is_refused(self, dataset):
+    def test_batch_size_that_data_axis_does_not_divide_raises(self, dataset):
         with pytest.raises(
             ValueError, match=r"batch_size must be a multiple of the mesh's data axis, 2, got 7"
         ):
             make_trainer(dataset, (2, 1), batch_size=7)
 
-    def test_checkpoints_go_on_on_any_mesh(self, dataset, tmp_path):
+    def test_checkpoints_resume_on_any_mesh(self, dataset, tmp_path):
         meshes = [None, (2, 4), (1, 8), None]
         with jax.numpy_dtype_promotion("standard"):
             for epochs, mesh in enumerate(meshes, 1):
@@ -284,8 +290,8 @@ class TestTraining:
 
     @pytest.mark.parametrize("mesh", [None, (1, 8)])
     @pytest.mark.parametrize("labels", [100, 150])
-    def test_a_checkpoint_of_other_labels_is_refused(self, dataset, tmp_path, mesh, labels):
-        # On 8 devices 100 and 103 labels have as many rows.
+    def test_checkpoint_of_other_number_of_labels_raises(self, dataset, tmp_path, mesh, labels):
+        # On 8 devices, 100 and 103 labels have the same number of rows.
         configs = [
             ClassifierConfig(40, n, True, head=FixedFanInConfig(penultimate=24, fan_in=5))
             for n in (labels, LABELS)
@@ -303,7 +309,7 @@ class TestTraining:
         with pytest.raises(ValueError, match=f"has {labels} labels, expected 103"):
             start_from(saved[1], saved[0])
 
-    def test_a_checkpoint_of_other_sizes_is_refused(self, dataset, tmp_path):
+    def test_checkpoint_of_other_sizes_raises(self, dataset, tmp_path):
         _, trainer = make_trainer(dataset, (1, 2))
         config = ClassifierConfig(
             30, LABELS, bag_of_words=True, head=FixedFanInConfig(penultimate=24, fan_in=5)
@@ -317,7 +323,7 @@ class TestTraining:
                     restore(other)
 
 
-def test_saved_models_are_loaded_on_any_mesh(dataset, tmp_path):
+def test_saved_models_load_on_any_mesh(dataset, tmp_path):
     config, trainer = make_trainer(dataset, (2, 2))
     SavedModel(config, trainer.model).save(tmp_path)
     expected = evaluate(trainer.model, dataset)
@@ -330,7 +336,7 @@ def test_saved_models_are_loaded_on_any_mesh(dataset, tmp_path):
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_estimator_on_a_mesh(tmp_path):
+def test_estimator_on_mesh_matches_one_device(tmp_path):
     texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 5
     labels = [["cat", "small"], ["cat"], ["dog", "small"], ["dog"]] * 5
     one = XMCClassifier(epochs=3).fit(texts, labels)
@@ -349,7 +355,7 @@ def test_the_estimator_on_a_mesh(tmp_path):
 
 
 class TestMesh:
-    def test_sizes(self):
+    def test_parse_mesh_and_make_mesh(self):
         assert parse_mesh("data:2,label:4") == {"data": 2, "label": 4}
         assert parse_mesh("label:8") == {"label": 8}
         assert dict(make_mesh(label=8).shape) == {"data": 1, "label": 8}
@@ -357,15 +363,15 @@ class TestMesh:
     @pytest.mark.parametrize(
         "text", ["", "8", "label", "label:0", "labels:2", "label:2,label:2", "data:2;label:2"]
     )
-    def test_what_is_no_mesh(self, text):
+    def test_invalid_mesh_raises(self, text):
         with pytest.raises(ValueError, match="mesh must be like data:2,label:4"):
             parse_mesh(text)
 
-    def test_too_many_devices(self):
+    def test_mesh_of_too_many_devices_raises(self):
         with pytest.raises(ValueError, match=r"a mesh of data:3,label:4 needs 12 devices, got 8; .*=12"):
             make_mesh(3, 4)
 
-    def test_rows_are_split_and_words_are_not(self):
+    def test_place_batch_splits_rows_but_not_words(self):
         mesh = make_mesh(2, 2)
         bags = BagOfWords(*(np.zeros(4, np.int32) for _ in range(2)), np.ones(4, np.float32), 4)
         batch = Batch({"dense": np.ones((4, 3), np.float32), "bags": bags}, np.zeros((4, 1), np.int32))
@@ -377,7 +383,7 @@ class TestMesh:
         ):
             place_batch(Batch(np.ones((3, 3)), np.zeros((3, 1), np.int32)), mesh)
 
-    def test_only_the_rows_that_a_process_needs_are_read(self):
+    def test_padded_inputs_read_only_local_rows(self):
         class Features(np.ndarray):
             def __getitem__(self, rows):
                 read.extend(rows)
@@ -394,7 +400,7 @@ class TestMesh:
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_pretrained_encoder_beside_words(tmp_path, trainable):
+def test_pretrained_encoder_on_mesh_matches_one_device(tmp_path, trainable):
     words = ["a", "small", "big", "cat", "dog"]
     directory = add_tokenizer(make_directory(tmp_path / "encoder"), words)
     texts = ["a small cat", "a big cat", "a small dog", "a big dog"] * 4
@@ -408,5 +414,5 @@ def test_a_pretrained_encoder_beside_words(tmp_path, trainable):
         )
     for ours, theirs in zip(one.history_, split.history_, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    scores, of_mesh = (classifier.predict(texts, k=3).scores for classifier in (one, split))
-    np.testing.assert_allclose(scores, of_mesh, rtol=1e-2, atol=1e-2)
+    scores, sharded_scores = (classifier.predict(texts, k=3).scores for classifier in (one, split))
+    np.testing.assert_allclose(scores, sharded_scores, rtol=1e-2, atol=1e-2)

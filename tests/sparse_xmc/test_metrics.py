@@ -1,4 +1,4 @@
-"""The metrics against plain loops, scikit-learn and numbers worked out by hand."""
+"""Tests of the metrics against plain loops, scikit-learn and manual computations."""
 
 import math
 
@@ -48,7 +48,7 @@ def discounted(gains):
 
 @st.composite
 def batches(draw):
-    """Draw (top_labels, dense positives, weights): few score values, so many ties; some ids are -1."""
+    """Draw top labels (some -1), dense positives and weights. Few distinct scores give many ties."""
     num_points, num_labels = draw(st.integers(1, 8)), draw(st.integers(5, 12))
     shape = (num_points, num_labels)
     positives = draw(hnp.arrays(bool, shape))
@@ -62,7 +62,7 @@ def batches(draw):
 
 
 @given(batches())
-def test_equals_plain_loops(batch):
+def test_metrics_match_plain_loops(batch):
     top_labels, positives, weights = batch
     metrics = RankingMetrics(KS, weights)
     metrics.update(top_labels, csr_array(positives))
@@ -72,7 +72,7 @@ def test_equals_plain_loops(batch):
 
 
 @given(batches(), st.data())
-def test_pieces_equal_the_whole(batch, data):
+def test_updates_in_two_batches_match_one_update(batch, data):
     top_labels, positives, weights = batch
     cut = data.draw(st.integers(0, len(top_labels)))
     whole, pieces = RankingMetrics(KS, weights), RankingMetrics(KS, weights)
@@ -83,7 +83,7 @@ def test_pieces_equal_the_whole(batch, data):
 
 
 @given(batches())
-def test_the_best_ranking_scores_one(batch):
+def test_best_ranking_scores_one(batch):
     _, positives, weights = batch
     positives[:, :5] = True
     metrics = RankingMetrics(KS, weights)
@@ -94,7 +94,7 @@ def test_the_best_ranking_scores_one(batch):
 
 
 @pytest.mark.parametrize("k", KS)
-def test_ndcg_equals_scikit_learn(k):
+def test_ndcg_matches_scikit_learn(k):
     rng = np.random.default_rng(k)
     scores = rng.permuted(np.tile(np.arange(30.0), (200, 1)), axis=1)
     positives = rng.random((200, 30)) < 0.1
@@ -103,9 +103,9 @@ def test_ndcg_equals_scikit_learn(k):
     assert metrics.compute()[f"ndcg@{k}"] == pytest.approx(ndcg_score(positives, scores, k=k))
 
 
-def test_numbers_worked_out_by_hand():
-    # Point 0 has labels {0, 3} and hits label 3 at rank 2; point 1 has none; point 2 has {1}, a hit
-    # at rank 1.
+def test_metrics_match_manual_computation():
+    # Point 0 has labels 0 and 3, and label 3 is at rank 2. Point 1 has no labels. Point 2 has label 1, which
+    # is at rank 1.
     positives = csr_array(np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]))
     top_labels = np.array([[2, 3], [0, 1], [1, -1]])
     metrics = RankingMetrics([1, 2], inv_propensities=[4.0, 2.0, 1.0, 3.0])
@@ -137,7 +137,7 @@ def test_large_label_ids_do_not_overflow():
     assert metrics.compute()["p@1"] == 1
 
 
-def test_unsorted_repeated_and_zero_entries_are_read_as_a_set():
+def test_unsorted_repeated_and_zero_entries_of_positives():
     messy = csr_array((np.array([1, 1, 0, 1]), np.array([3, 0, 1, 3]), np.array([0, 4])), shape=(1, 4))
     metrics = RankingMetrics([2])
     metrics.update([[3, 1]], messy)
@@ -147,14 +147,14 @@ def test_unsorted_repeated_and_zero_entries_are_read_as_a_set():
     assert messy.nnz == 4, "the caller's matrix was changed"
 
 
-def test_no_labels_at_all_scores_zero():
+def test_points_without_labels_score_zero():
     metrics = RankingMetrics([1], np.ones(3))
     metrics.update([[0], [1]], csr_array((2, 3)))
     assert set(metrics.compute().values()) == {0.0}
 
 
 @pytest.mark.parametrize(("a", "b"), PROPENSITY_CONSTANTS.values())
-def test_inverse_propensities(a, b):
+def test_inverse_propensities_match_formula(a, b):
     labels = csr_array(np.array([[1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 1]]))
     weights = inverse_propensities(labels, a, b)
     c = (math.log(4) - 1) * (b + 1) ** a
@@ -171,19 +171,19 @@ def test_inverse_propensities(a, b):
         ((csr_array((4, 4)), 0.5, math.nan), "b: expected a positive number, got nan"),
     ],
 )
-def test_inverse_propensities_rejects(arguments, message):
+def test_inverse_propensities_with_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         inverse_propensities(*arguments)
 
 
 @pytest.mark.parametrize("ks", [(), (0, 1), (1, 1), (1.0,), 5])
-def test_rejects_ks(ks):
+def test_invalid_ks_raise(ks):
     with pytest.raises(ValueError, match="ks: expected distinct integers"):
         RankingMetrics(ks)
 
 
 @pytest.mark.parametrize("weights", [[[1.0]], [1.0, 0.0], [math.inf]])
-def test_rejects_inverse_propensities(weights):
+def test_invalid_inv_propensities_raise(weights):
     with pytest.raises(ValueError, match="inv_propensities: expected a vector of positive finite"):
         RankingMetrics(inv_propensities=weights)
 
@@ -203,37 +203,37 @@ def test_rejects_inverse_propensities(weights):
         ([[2, 2]], csr_array((1, 4)), "top_labels: expected distinct ids in each row, got a repeated one"),
     ],
 )
-def test_update_rejects(top_labels, positives, message):
+def test_update_with_invalid_arguments_raises(top_labels, positives, message):
     metrics = RankingMetrics([2], np.ones(4))
     with pytest.raises(ValueError, match=message):
         metrics.update(top_labels, positives)
 
 
-def test_label_count_must_stay_the_same():
+def test_update_with_other_number_of_labels_raises():
     metrics = RankingMetrics([1])
     metrics.update([[0]], csr_array((1, 4)))
     with pytest.raises(ValueError, match="positives: expected 4 columns"):
         metrics.update([[0]], csr_array((1, 5)))
 
 
-def test_compute_needs_a_point():
+def test_compute_without_points_raises():
     with pytest.raises(ValueError, match="compute: expected at least one point"):
         RankingMetrics().compute()
 
 
-def test_label_groups_each_have_a_third_of_the_occurrences():
+def test_label_groups_have_a_third_of_the_occurrences_each():
     # Occurrences 1, 6, 0, 3, 1, 1: from the most frequent, the labels are 1, 3, 0, 4, 5, 2.
     counts = [1, 6, 0, 3, 1, 1]
     labels = csr_array(np.array([[row < count for count in counts] for row in range(6)]))
-    # Of 12, label 1 begins at 0, label 3 at 6, labels 0, 4 and 5 at 9, 10 and 11.
+    # Of 12 occurrences, those of label 1 start at 0, of label 3 at 6, of labels 0, 4 and 5 at 9, 10 and 11.
     np.testing.assert_array_equal(label_groups(labels), [2, 0, 2, 1, 2, 2])
 
 
-def test_equally_frequent_labels_are_parted_by_their_ids():
+def test_label_groups_break_ties_by_label_id():
     labels = csr_array(np.ones((5, 6), bool))
     np.testing.assert_array_equal(label_groups(labels), [0, 0, 1, 1, 2, 2])
 
 
-def test_labels_that_never_occur_are_tail_labels():
+def test_labels_without_points_are_tail_labels():
     groups = label_groups(csr_array((3, 4), dtype=bool))
     np.testing.assert_array_equal(groups, np.full(4, 2, np.int8), strict=True)

@@ -20,7 +20,7 @@ POSITIVES = make_positives(8)
 @pytest.mark.parametrize("bag_of_words", [False, True])
 @pytest.mark.parametrize("penultimate", [0, 8])
 @KINDS
-def test_loss_and_top_k_are_those_of_the_logits(kind, penultimate, bag_of_words):
+def test_loss_and_top_k_match_logits(kind, penultimate, bag_of_words):
     penultimate = penultimate or int(kind == "bottleneck")
     model = make_random_model(kind, penultimate=penultimate, bag_of_words=bag_of_words)
     inputs = make_inputs(bag_of_words=bag_of_words)
@@ -36,7 +36,7 @@ def test_loss_and_top_k_are_those_of_the_logits(kind, penultimate, bag_of_words)
         assert labels.dtype == jnp.int32
 
 
-def test_forward_pass_step_by_step():
+def test_logits_match_numpy_forward_pass():
     model, inputs = make_random_model(bag_of_words=True), make_inputs(bag_of_words=True)
     words = np.zeros((8, 12), np.float32)
     for row, word, weight in zip(inputs.rows, inputs.words, inputs.weights, strict=True):
@@ -53,7 +53,7 @@ def test_forward_pass_step_by_step():
 
 
 @KINDS
-def test_gradients_are_those_of_the_logits(kind):
+def test_loss_gradients_match_loss_of_logits(kind):
     model, inputs = make_random_model(kind), make_inputs()
     ours = nnx.grad(lambda model: model.loss(inputs, POSITIVES))(model)
     theirs = nnx.grad(lambda model: LOSSES["squared_hinge"](model(inputs), POSITIVES))(model)
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_logits(kind):
 
 
 @KINDS
-def test_positives_beyond_the_labels_do_not_count(kind):
+def test_positives_beyond_last_label_are_ignored(kind):
     model, inputs = make_random_model(kind), make_inputs()
     beyond = np.concatenate([POSITIVES, np.full((8, 1), 30, np.int32), np.full((8, 1), 2**31 - 1)], axis=1)
     for loss in LOSSES:
@@ -69,11 +69,11 @@ def test_positives_beyond_the_labels_do_not_count(kind):
         np.testing.assert_array_equal(model.loss(inputs, beyond.astype(np.int32), loss), expected)
 
 
-def test_dropout_is_for_training_only():
+def test_dropout_is_applied_only_in_training():
     model, inputs = make_model(dropout=0.5), np.ones((1000, 12), np.float32)
     first, second = model.encoder(inputs), model.encoder(inputs)
     assert np.any(first != second)
-    assert set(np.unique(first)) == {0, 2}  # what is kept is scaled up
+    assert set(np.unique(first)) == {0, 2}  # kept features are scaled by 2
     assert abs(np.mean(first == 0) - 0.5) < 0.03
     np.testing.assert_array_equal(in_evaluation(model).encoder(inputs), inputs)
     model.eval()
@@ -83,13 +83,13 @@ def test_dropout_is_for_training_only():
 
 
 @KINDS
-def test_output_bias_is_where_the_bias_starts(kind):
+def test_output_bias_is_initial_bias(kind):
     model = config_of(kind, output_bias=-1.0).make(rngs=nnx.Rngs(0))
-    # Features of 0 pass through a penultimate layer whose bias is 0.
+    # The features are 0 and stay 0 after the penultimate layer, whose bias is 0.
     np.testing.assert_array_equal(model(np.zeros((2, 12), np.float32)), np.full((2, 30), -1))
 
 
-def test_sizes_of_the_parameters():
+def test_parameter_shapes():
     def sizes(*arguments, **options):
         model = make_model(*arguments, **options)
         return {
@@ -116,7 +116,7 @@ def test_sizes_of_the_parameters():
 
 @KINDS
 @pytest.mark.parametrize("bag_of_words", [False, True])
-def test_configurations_come_back_from_json(kind, bag_of_words):
+def test_config_json_round_trip(kind, bag_of_words):
     config = config_of(kind, bag_of_words=bag_of_words, dropout=0.25)
     assert ClassifierConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -124,12 +124,12 @@ def test_configurations_come_back_from_json(kind, bag_of_words):
 @pytest.mark.parametrize(
     "change", [{"head": {"kind": "sparse"}}, {"head": {}}, {"width": 3}, {"encoder": {"embeding": 3}}]
 )
-def test_json_of_something_else_is_an_error(change):
+def test_invalid_config_json_raises(change):
     with pytest.raises(ValueError, match="not the configuration of a classifier"):
         ClassifierConfig.from_json(config_of().to_json() | change)
 
 
-def test_what_does_not_fit_is_an_error():
+def test_invalid_settings_and_inputs_raise():
     with pytest.raises(ValueError, match="fan_in must be between 1 and in_features = 8, got 9"):
         make_model(fan_in=9)
     with pytest.raises(ValueError, match="loss must be one of squared_hinge, bce, got 'hinge'"):
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_an_error():
 
 
 @KINDS
-def test_heads_compare_the_width_of_features_with_theirs(kind):
+def test_features_of_wrong_width_raise(kind):
     head, training = make_model(kind, penultimate=int(kind == "bottleneck")).head, HeadTraining()
     name = "|".join(type(part).__name__ for part in getattr(head, "heads", [head]))
     for width in (11, 13):
@@ -162,14 +162,14 @@ def test_heads_compare_the_width_of_features_with_theirs(kind):
 
 
 @pytest.mark.parametrize("shorter", ["rows", "words", "weights"])
-def test_lists_of_words_that_are_not_as_long_as_each_other(shorter):
+def test_bags_with_arrays_of_different_lengths_raise(shorter):
     bags = make_inputs(bag_of_words=True)
     bags = dataclasses.replace(bags, **{shorter: getattr(bags, shorter)[:1]})
     with pytest.raises(ValueError, match=r"EmbeddingBag: rows, words, weights must have shape \[N\], got"):
         make_model(bag_of_words=True)(bags)
 
 
-def test_configurations_saved_before_a_setting_was_renamed_load():
+def test_config_with_old_setting_names_loads():
     config = config_of("head_and_tail", bag_of_words=True)
     fields = json.loads(json.dumps(config.to_json()))
     old = {"direct_inputs": "direct", "head_lr_multiplier": "head_rate"}

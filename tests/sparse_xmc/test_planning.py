@@ -1,4 +1,4 @@
-"""The planned memory of training, against real arrays, and what is done where it does not fit."""
+"""Tests of the planned memory of training, and of the errors if it is not available."""
 
 import os
 import subprocess
@@ -39,26 +39,26 @@ def points(labels, features=24, size=32, *, sparse=False):
     )
 
 
-def of_state(plan):
+def state_bytes(plan):
     return sum(
         plan.parts[name] for name in ("encoder", "encoder's moments", "words", "head", "head's moments")
     )
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_the_state_is_that_of_real_arrays(sparse):
+def test_planned_state_matches_real_arrays(sparse):
     train = points(500, sparse=sparse)
     config = ClassifierConfig(24, 500, bag_of_words=sparse, head=FixedFanInConfig(penultimate=64, fan_in=8))
     training = TrainingConfig(moment_dtype="bfloat16")
     plan = plan_memory(config, training, train)
     trainer = Trainer(config.make(train=train, rngs=nnx.Rngs(0)), training)
     arrays = [a for a in jax.tree.leaves(trainer.state) if isinstance(a, jax.Array)]
-    assert of_state(plan) == sum(a.size * a.dtype.itemsize for a in arrays)
+    assert state_bytes(plan) == sum(a.size * a.dtype.itemsize for a in arrays)
     assert plan.bytes == sum(plan.parts.values())
     assert plan.parts["words"] == (24 * (512 + 1) * 4 if sparse else 0)  # with a sum of squares for each row
 
 
-def test_the_head_by_hand():
+def test_planned_head_matches_manual_computation():
     def head(config, labels=1000, **training):
         plan = plan_memory(
             ClassifierConfig(24, labels, head=config), TrainingConfig(**training), points(1000)
@@ -66,14 +66,14 @@ def test_the_head_by_hand():
         return plan.parts["head"], plan.parts["head's moments"]
 
     weights = 4 * (24 * 1000 + 1000)
-    assert head(DenseConfig()) == (weights, 2 * weights + 4)  # and the number of steps
+    assert head(DenseConfig()) == (weights, 2 * weights + 4)  # and the step counter
     weights, connections = 4 * (24 * 64 + 64 + 8 * 1000 + 1000), 2 * 8 * 1000
     sparse = FixedFanInConfig(penultimate=64, fan_in=8)
     assert head(sparse) == (weights + connections, 2 * weights + 4)
     assert head(sparse, output_optimizer="sgd")[1] == 2 * 4 * (24 * 64 + 64) + 4
 
 
-def test_logits_are_in_it_where_a_head_has_them():
+def test_plan_includes_logits_of_dense_heads_only():
     def temporaries(config, labels):
         train = points(labels, size=64)
         training = TrainingConfig(batch_size=64, rewire=RewireConfig(fraction=0))
@@ -87,7 +87,7 @@ def test_logits_are_in_it_where_a_head_has_them():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_more_logits_than_an_int32_counts(monkeypatch, fused):
+def test_plan_with_more_than_2_to_the_31_logits(monkeypatch, fused):
     monkeypatch.setattr(xla_ops, "platforms", lambda: ("cpu",) if fused else ())
     config = ClassifierConfig(24, 2**31 // 32 + 1, head=FixedFanInConfig(penultimate=0, fan_in=1))
     training = TrainingConfig(output_optimizer="sgd", rewire=RewireConfig(fraction=0))
@@ -95,7 +95,7 @@ def test_more_logits_than_an_int32_counts(monkeypatch, fused):
     assert plan.parts["head"] == (2**31 // 32 + 1) * (4 + 2 + 4)
 
 
-def test_scratch_memory_of_the_ops_is_as_they_count_it():
+def test_scratch_bytes_match_measured_peak():
     program = """
 import jax, jax.numpy as jnp, xla_ops
 from xla_ops import _native
@@ -117,7 +117,7 @@ for sparse in ({}, {"sparse": words}):
     assert [float(line) for line in finished.stdout.split()] == pytest.approx([1, 1], rel=0.1)
 
 
-def test_what_does_not_fit_is_refused_and_settings_that_fit_are_named(monkeypatch):
+def test_plan_above_available_memory_raises_and_names_smaller_settings(monkeypatch):
     config = ClassifierConfig(24, 5000, head=FixedFanInConfig(penultimate=4096, fan_in=32))
     training, train = TrainingConfig(batch_size=64), points(5000, size=64)
     plan = check_memory(config, training, train)
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_and_settings_that_fit_are_named(monkeypatc
         check_memory(config, training, train)
     smaller = ClassifierConfig(24, 5000, head=FixedFanInConfig(penultimate=4096, output_dtype="bfloat16"))
     lean = TrainingConfig(batch_size=64, output_optimizer="sgd", moment_dtype="bfloat16")
-    assert check_memory(smaller, lean, train).fits  # what was named does fit
+    assert check_memory(smaller, lean, train).fits  # the named settings do fit
     monkeypatch.setattr(planning, "_available", lambda mesh: (100 * 2**20, "a small machine"))
     dense = ClassifierConfig(24, 20_000, head=DenseConfig())
     with pytest.raises(MemoryError, match=r"with head=FixedFanInConfig\(\)"):
@@ -137,32 +137,32 @@ def test_what_does_not_fit_is_refused_and_settings_that_fit_are_named(monkeypatc
         check_memory(config, training, train)
 
 
-def test_the_estimator_refuses_before_it_allocates(monkeypatch):
+def test_estimator_checks_memory_before_building_the_model(monkeypatch):
     monkeypatch.setattr(planning, "_available", lambda mesh: (1000, "a tiny machine"))
     monkeypatch.setattr(estimator, "build", None)
     with pytest.raises(MemoryError, match="a tiny machine"):
         XMCClassifier().fit(np.eye(8, dtype=np.float32), np.eye(8, dtype=bool))
 
 
-def test_devices_of_a_machine_share_its_memory_and_the_labels(monkeypatch):
+def test_devices_of_one_machine_share_memory_and_labels(monkeypatch):
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: type("M", (), {"available": 8 << 30}))
     config = ClassifierConfig(24, 5001, head=FixedFanInConfig(penultimate=0, fan_in=8))
-    one, of_four = (
+    one, four = (
         plan_memory(config, TrainingConfig(), points(5001), mesh=mesh)
         for mesh in (None, make_mesh(data=1, label=4))
     )
-    assert (one.available, of_four.available) == (8 << 30, 2 << 30)
-    assert of_four.parts["head"] == -(-5001 // 4) * (8 * 4 + 8 * 2 + 4)
+    assert (one.available, four.available) == (8 << 30, 2 << 30)
+    assert four.parts["head"] == -(-5001 // 4) * (8 * 4 + 8 * 2 + 4)
 
 
-def test_limits_of_the_process_count(monkeypatch):
+def test_available_memory_respects_limits_of_the_process(monkeypatch):
     monkeypatch.setattr(planning, "memory_left", lambda: 4_000_000)
     assert planning._available(None) == (4_000_000, "this machine")
     monkeypatch.setattr(planning, "memory_left", lambda: None)
     assert planning._available(None)[0] > 4_000_000
 
 
-def test_training_takes_the_programs_that_were_compiled_for_the_plan():
+def test_training_reuses_programs_compiled_for_the_plan():
     config = ClassifierConfig(24, 77, head=FixedFanInConfig(penultimate=16, fan_in=4))
     training, train = TrainingConfig(batch_size=32), points(77)
     plan_memory(config, training, train)
@@ -179,13 +179,13 @@ def test_training_takes_the_programs_that_were_compiled_for_the_plan():
     assert not compiled
 
 
-def test_a_plan_is_printed_for_sizes_alone(tmp_path):
+def test_plan_program_needs_only_sizes(tmp_path):
     command = [sys.executable, "-m", "experiments.plan", "--words=1000", "--penultimate=64", "--seed=3"]
     fits = subprocess.run([*command, "--labels=3000"], capture_output=True, text=True)
     assert fits.returncode == 0, fits.stderr
     assert "has no use for --seed" in fits.stdout
     assert "planned peak" in fits.stdout
-    too_large = [*command, "--labels=2000000000", "--head=dense"]  # 2^31 is passed by the logits
+    too_large = [*command, "--labels=2000000000", "--head=dense"]  # more than 2^31 logits
     refused = subprocess.run(too_large, capture_output=True, text=True)
     assert refused.returncode == 1, refused.stderr
     assert "more memory than there is" in refused.stderr

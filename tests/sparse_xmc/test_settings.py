@@ -22,7 +22,7 @@ SETTINGS = [
     TrainingConfig(),
     *(config() for config in HEADS.values()),
 ]
-# -1 is a bias, and the rewiring interval's name for "once an epoch".
+# -1 is a valid bias, and a rewiring interval of -1 means once per epoch.
 NEGATIVE = {"output_bias", "rewire_interval"}
 
 
@@ -42,7 +42,7 @@ class Example:
 @pytest.mark.parametrize(
     "options", [{}, {"name": "b"}, {"rate": 1}, {"bound": 0.1}, {"interval": -1}, {"interval": 1}]
 )
-def test_what_is_allowed(options):
+def test_valid_values_are_accepted(options):
     Example(**options)
 
 
@@ -65,19 +65,19 @@ def test_what_is_allowed(options):
         ({"offset": float("nan")}, "offset must be a finite number, got nan"),
     ],
 )
-def test_what_is_not(options, message):
+def test_invalid_values_raise(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Example(**options)
 
 
-def test_numbers_of_other_types_become_pythons():
+def test_numbers_become_int_and_float_of_python():
     example = Example(rate=np.float32(0.5), interval=np.int64(4), offset=2)
     assert [type(value) for value in (example.rate, example.interval, example.offset)] == [float, int, float]
     assert (example.rate, example.interval, example.offset) == (0.5, 4, 2.0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: type(settings).__name__)
-def test_every_field_of_every_settings_has_a_range(settings):
+def test_every_field_rejects_invalid_values(settings):
     for name, hint in get_type_hints(type(settings)).items():
         kinds = get_args(hint) or (hint,)
         wrong = [float("nan"), float("inf"), -float("inf"), object()]
@@ -90,7 +90,7 @@ def test_every_field_of_every_settings_has_a_range(settings):
                 dataclasses.replace(settings, **{name: value})
 
 
-def test_scalars_of_numpy_become_those_of_python():
+def test_numpy_scalars_become_python_scalars():
     example = Example(
         name=np.str_("b"),
         rate=np.float32(0.5),
@@ -108,11 +108,11 @@ def test_scalars_of_numpy_become_those_of_python():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, None, True, "1"])
-def test_seeds_out_of_range(seed):
+def test_seed_out_of_range_raises(seed):
     with pytest.raises(ValueError, match="seed must be a whole number between 0 and 4294967295, got"):
         check_seed(seed)
 
 
-def test_seeds():
+def test_check_seed_returns_int():
     assert check_seed(np.uint32(2**32 - 1)) == 2**32 - 1
     assert type(check_seed(np.int64(1))) is int

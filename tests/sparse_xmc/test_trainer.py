@@ -1,4 +1,4 @@
-"""Training step by step: against plain Optax, and the rules of rewiring. See also test_fused_and_optax.py."""
+"""Tests of training steps against Optax, of rewiring and of errors. See also test_fused_and_optax.py."""
 
 import gc
 import weakref
@@ -47,8 +47,8 @@ def indices_of(trainer):
     return np.asarray(trainer.model.head.output.indices[...])
 
 
-def test_the_precision_of_dense_products_is_that_of_jax():
-    # On a GPU the default rounds float32 to TF32; docs/gpu.md says why it is left so.
+def test_dense_products_use_matmul_precision_of_jax():
+    # On a GPU the default rounds float32 to TF32; docs/gpu.md says why this is not changed.
     for precision, expected in (("default", "DEFAULT"), ("highest", "HIGHEST")):
         with jax.default_matmul_precision(precision):
             text = new_trainer().trace(one_batch())["step"].lower().as_text()
@@ -58,7 +58,7 @@ def test_the_precision_of_dense_products_is_that_of_jax():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_nothing_computes_the_gradient_of_features_that_nothing_is_trained_in(optimizer):
+def test_gradient_of_features_is_skipped_if_not_needed(optimizer):
     for penultimate, left_out in ((0, True), (24, False)):
         model = make_model(penultimate=penultimate, fan_in=4)
         trainer = new_trainer(model=model, output_optimizer=optimizer)
@@ -66,7 +66,7 @@ def test_nothing_computes_the_gradient_of_features_that_nothing_is_trained_in(op
         assert ("tensor<0x0xf32>" in text) == left_out
 
 
-def test_steps_are_those_of_optax_adam_on_dense_arithmetic():
+def test_steps_match_optax_adam_on_plain_jax_model():
     trainer = new_trainer(rewire=NEVER, epsilon=1e-7)
     head, columns = trainer.model.head, indices_of(trainer)
     params = {
@@ -75,7 +75,7 @@ def test_steps_are_those_of_optax_adam_on_dense_arithmetic():
         "w2": head.output.kernel[...],
         "b2": head.output.bias[...],
     }
-    params = jax.tree.map(jnp.copy, params)  # the trainer donates its own
+    params = jax.tree.map(jnp.copy, params)  # the trainer donates its arrays
 
     def loss_of(params, batch):
         hidden = jnp.maximum(batch.inputs @ params["w1"] + params["b1"][None], 0)
@@ -96,7 +96,7 @@ def test_steps_are_those_of_optax_adam_on_dense_arithmetic():
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("loss", ["squared_hinge", "bce"])
-def test_a_small_problem_is_learnt(loss, kind):
+def test_loss_falls_on_small_problem(loss, kind):
     trainer, batch = new_trainer(kind, loss=loss, rewire_interval=20), one_batch()
     losses = [float(trainer.train_step(batch, 1e-2)) for _ in range(150)]
     assert losses[-1] < 0.15 * losses[0]
@@ -105,7 +105,7 @@ def test_a_small_problem_is_learnt(loss, kind):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_every_choice_of_optimizer_learns(kind, optimizer, moments):
+def test_loss_falls_with_every_optimizer(kind, optimizer, moments):
     model = make_model(kind, penultimate=24, fan_in=4, output_bias=-1.0, output_bound=0.5)
     rate = {"adam": 1.0, "sgd": 3.0}[optimizer]
     trainer = new_trainer(
@@ -116,7 +116,7 @@ def test_every_choice_of_optimizer_learns(kind, optimizer, moments):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_the_same_seed_gives_the_same_losses_bit_for_bit():
+def test_same_seed_gives_same_losses_bit_for_bit():
     def losses(seed):
         trainer = new_trainer(seed=seed, rewire_interval=2)
         return [float(trainer.train_step(batch, 1e-3)) for batch in make_batches(6)]
@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit():
     assert losses(0) != losses(1)
 
 
-def test_what_is_compiled_is_freed_with_its_trainer():
+def test_compiled_steps_are_freed_with_their_trainer():
     def compiled_steps():
         gc.collect()
         modules = [module for e in jax.devices()[0].client.live_executables() for module in e.hlo_modules()]
@@ -135,10 +135,10 @@ def test_what_is_compiled_is_freed_with_its_trainer():
     for seed in range(5):
         trainer = new_trainer(seed=seed)
         trainer.train_step(one_batch(), 0.1)
-    assert 1 <= compiled_steps() <= before + 2  # the last two kinds are kept for the next trainer
+    assert 1 <= compiled_steps() <= before + 2  # two compiled steps are kept for new trainers
 
 
-def test_layers_learn_at_their_own_rates():
+def test_learning_rate_multiplier_applies_to_its_layer_only():
     def changes(**rates):
         trainer = new_trainer(rewire=NEVER, **rates)
         before = jax.tree.map(np.array, trainer.state["params"]["head"])
@@ -151,7 +151,7 @@ def test_layers_learn_at_their_own_rates():
     np.testing.assert_array_equal(slow["output"], plain["output"])
 
 
-def test_sgd_follows_the_sum_of_the_losses():
+def test_sgd_uses_gradient_of_summed_loss():
     trainer, batch = new_trainer(rewire=NEVER, output_optimizer="sgd", output_lr_multiplier=0.5), one_batch()
     before = trainer.model
 
@@ -167,14 +167,14 @@ def test_sgd_follows_the_sum_of_the_losses():
     assert set(trainer.state["moments"].mu) == {"penultimate.kernel", "penultimate.bias"}
 
 
-def rates_of(head, training):
-    """What each parameter of a head learns at, by its path."""
+def lr_multipliers_of(head, training):
+    """Return the learning-rate multiplier of each parameter of a head, by path."""
     rates = {}
     for name in parameters_of(head):
-        of_layer = (
+        multiplier = (
             training.penultimate_lr_multiplier if "penultimate" in name else training.output_lr_multiplier
         )
-        rates[name] = of_layer * (0.25 if name.startswith("heads.0") else 1.0)  # of the dense part
+        rates[name] = multiplier * (0.25 if name.startswith("heads.0") else 1.0)  # of the dense head
     return rates
 
 
@@ -182,14 +182,14 @@ def rates_of(head, training):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_first_step_of_every_head_follows_the_gradient_of_its_loss(kind, optimizer, fused):
+def test_first_step_of_every_head_matches_gradient_of_loss(kind, optimizer, fused):
     training = TrainingConfig(
         rewire=NEVER,
         output_optimizer=optimizer,
         output_lr_multiplier=0.5,
         penultimate_lr_multiplier=0.3,
         learning_rate=0.1,
-        epsilon=1e-4,  # about as large as gradients, so that their scale shows
+        epsilon=1e-4,  # about as large as gradients, so that their scale matters
     )
     head = make_model(kind, penultimate=24, fan_in=4, output_bound=0.5).head
     model = Classifier(nnx.Linear(12, 12, rngs=nnx.Rngs(5)), head)
@@ -205,11 +205,11 @@ def test_the_first_step_of_every_head_follows_the_gradient_of_its_loss(kind, opt
         name, gradient = ".".join(map(str, path)), np.asarray(g[...])
         value = np.asarray(parameters_of(model)[name][...])
         if name.startswith("encoder"):
-            expected[name] = value - 30 * gradient  # of the sum over labels
+            expected[name] = value - 30 * gradient  # gradient of the sum over labels
             continue
-        rate = 0.1 * rates_of(head, training)[name.removeprefix("head.")]
+        rate = 0.1 * lr_multipliers_of(head, training)[name.removeprefix("head.")]
         by_sgd = optimizer == "sgd" and "penultimate" not in name
-        # In Adam's first step the moments, undone of their start at 0, are the gradient and its square.
+        # In Adam's first step, the bias-corrected moments are the gradient and its square.
         expected[name] = value - rate * (
             8 * 30 * gradient if by_sgd else gradient / (np.abs(gradient) + 1e-4)
         )
@@ -219,7 +219,7 @@ def test_the_first_step_of_every_head_follows_the_gradient_of_its_loss(kind, opt
         np.testing.assert_allclose(parameter[...], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_bfloat16_output_layer_learns_and_repeats():
+def test_bfloat16_output_layer_is_trained_reproducibly():
     def train(seed):
         model = make_model(penultimate=24, output_dtype="bfloat16", output_bias=-1.0, output_bound=0.5)
         trainer = new_trainer(
@@ -233,14 +233,14 @@ def test_a_bfloat16_output_layer_learns_and_repeats():
     losses = train(0)
     assert losses[-1] < 0.3 * losses[0]
     assert train(0) == losses
-    assert train(1) != losses  # other bits for the rounding
+    assert train(1) != losses  # other random bits for stochastic rounding
 
 
 # ---- rewiring ----
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(3, [1, 4, 7]), (1, [1, 2, 3, 4, 5, 6, 7]), (100, [1])])
-def test_connections_move_after_steps_1_and_then_every_interval(interval, expected):
+def test_connections_move_after_step_1_and_every_interval(interval, expected):
     trainer = new_trainer(rewire=RewireConfig(fraction=0.5), rewire_interval=interval)
     changed, before = [], indices_of(trainer)
     for step, batch in enumerate(make_batches(7), start=1):
@@ -252,7 +252,7 @@ def test_connections_move_after_steps_1_and_then_every_interval(interval, expect
     assert changed == expected
 
 
-def test_an_interval_of_minus_one_rewires_once_between_epochs():
+def test_interval_of_minus_one_rewires_between_epochs():
     rng = np.random.default_rng(0)
     labels = scipy.sparse.csr_array(rng.random((40, 30)) < 0.1)
     batches = Batches(Dataset(rng.normal(size=(40, 12)).astype(np.float32), labels), 8)
@@ -269,7 +269,7 @@ def test_an_interval_of_minus_one_rewires_once_between_epochs():
 
 
 @pytest.mark.parametrize("kind", ["fixed_fan_in", "unstructured"])
-def test_rewiring_zeroes_weights_and_moments_of_what_moved(kind):
+def test_rewiring_zeroes_weights_and_moments_of_moved_connections(kind):
     trainer = new_trainer(kind, rewire=RewireConfig(fraction=0.5), rewire_interval=1000)
     trainer.train_step(one_batch(), 1e-3)
     kernel, moments = np.asarray(trainer.model.head.output.kernel[...]), trainer.state["moments"]
@@ -280,7 +280,7 @@ def test_rewiring_zeroes_weights_and_moments_of_what_moved(kind):
 
 
 @pytest.mark.usefixtures("x64")
-def test_labels_move_towards_the_hidden_units_of_their_points_which_dropout_does_not_hide():
+def test_active_growth_selects_hidden_units_without_dropout():
     rewiring = RewireConfig(fraction=0.5, growth="active")
     model = make_model(penultimate=24, fan_in=4, dropout=0.9)
     trainer = new_trainer(model=model, rewire=rewiring, rewire_interval=2)
@@ -304,7 +304,7 @@ def test_labels_move_towards_the_hidden_units_of_their_points_which_dropout_does
     assert np.any(indices_of(trainer) != after)
 
 
-def test_unstructured_layers_are_rewired_in_both_coordinates():
+def test_rewiring_of_unstructured_layer_changes_both_coordinates():
     trainer = new_trainer("unstructured", rewire=RewireConfig(fraction=0.5), rewire_interval=2)
     first, second, third = make_batches(3)
     trainer.train_step(first, 1e-3)
@@ -315,23 +315,23 @@ def test_unstructured_layers_are_rewired_in_both_coordinates():
     assert np.all(np.any(indices_of(trainer) != before, axis=0))
 
 
-def test_unstructured_layers_do_not_grow_towards_active_inputs():
+def test_active_growth_of_unstructured_layer_raises():
     with pytest.raises(ValueError, match="unstructured layers grow at random, got growth='active'"):
         new_trainer("unstructured", rewire=RewireConfig(growth="active"))
 
 
-def test_the_tail_is_rewired_behind_a_dense_head():
+def test_tail_of_head_and_tail_is_rewired():
     trainer = new_trainer("head_and_tail", rewire=RewireConfig(fraction=0.5), rewire_interval=1000)
     before = np.asarray(trainer.model.head.heads[1].output.indices[...])
     trainer.train_step(one_batch(), 1e-3)
     assert np.any(np.asarray(trainer.model.head.heads[1].output.indices[...]) != before)
 
 
-# ---- a network of the user's own ----
+# ---- custom encoders ----
 
 
 class Encoder(nnx.Module):
-    """Two layers, GELU and LayerNorm between."""
+    """Two linear layers with GELU and LayerNorm in between."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(12, 16, rngs=rngs)
@@ -347,7 +347,7 @@ def with_encoder(encoder, features=10, kind="fixed_fan_in", penultimate=24):
     return Classifier(encoder, head)
 
 
-def test_every_parameter_of_an_encoder_moves_as_its_optimizer_says():
+def test_encoder_parameters_follow_custom_optimizer():
     model = with_encoder(Encoder(nnx.Rngs(0)))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     trainer = Trainer(
@@ -356,7 +356,7 @@ def test_every_parameter_of_an_encoder_moves_as_its_optimizer_says():
     graphdef, params, rest = nnx.split(model.encoder, nnx.Param, ...)
     state = tx.init(params)
     for batch in make_batches(3):
-        # The gradient of the sum over labels, with the head as it is before its step.
+        # The gradient of the sum over labels, with the head before its step.
         head = nnx.clone(trainer.model.head)
 
         def loss_of(params, batch=batch, head=head):
@@ -364,7 +364,7 @@ def test_every_parameter_of_an_encoder_moves_as_its_optimizer_says():
             return 30 * head.loss(features, batch.positives)
 
         updates, state = tx.update(jax.grad(loss_of)(params), state, params)
-        params = jax.tree.map(lambda p, u: p + 0.5 * u, params, updates)  # half way down the schedule
+        params = jax.tree.map(lambda p, u: p + 0.5 * u, params, updates)  # half of the initial learning rate
         before = jax.tree.map(np.array, trainer.state["params"]["encoder"])
         trainer.train_step(batch, 5e-3)
         after = trainer.state["params"]["encoder"]
@@ -374,7 +374,7 @@ def test_every_parameter_of_an_encoder_moves_as_its_optimizer_says():
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.any(a != b), True), after, before)
 
 
-def test_an_encoder_learns_what_the_head_alone_cannot():
+def test_encoder_whose_output_starts_at_zero_is_trained():
     class Scale(nnx.Module):
         def __init__(self):
             self.scale = nnx.Param(jnp.zeros(()))
@@ -391,7 +391,7 @@ def test_an_encoder_learns_what_the_head_alone_cannot():
     assert float(trainer.model.encoder.scale[...]) != 0
 
 
-def test_random_state_and_statistics_of_an_encoder_go_on():
+def test_rng_state_and_batch_statistics_of_encoder_are_updated():
     class Normed(nnx.Module):
         def __init__(self, rngs):
             self.norm, self.dropout = nnx.BatchNorm(12, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
@@ -409,7 +409,7 @@ def test_random_state_and_statistics_of_an_encoder_go_on():
     assert counts != [int(c) for c in jax.tree.leaves(nnx.state(trainer.model, nnx.RngCount))]
 
 
-def test_encoders_in_bfloat16_are_trained():
+def test_encoder_computing_in_bfloat16_is_trained():
     class Narrow(nnx.Module):
         def __init__(self, rngs):
             self.layer = nnx.Linear(12, 10, dtype=jnp.bfloat16, rngs=rngs)
@@ -424,10 +424,10 @@ def test_encoders_in_bfloat16_are_trained():
     assert np.all(before != trainer.model.encoder.layer.kernel[...])
 
 
-# ---- what would go wrong without a word ----
+# ---- mistakes that would otherwise go unnoticed ----
 
 
-def test_a_parameter_that_the_features_do_not_depend_on_is_an_error():
+def test_encoder_parameter_without_gradient_raises():
     class Unused(Encoder):
         def __init__(self, rngs):
             super().__init__(rngs)
@@ -453,7 +453,7 @@ def test_a_parameter_that_the_features_do_not_depend_on_is_an_error():
             trainer.train_step(one_batch(), 1e-3)
 
 
-def test_a_table_that_the_encoder_does_not_use_is_an_error():
+def test_unused_embedding_table_raises():
     class Unused(DenseFeatures):
         def __init__(self, rngs):
             super().__init__(12, rngs=rngs)
@@ -464,7 +464,7 @@ def test_a_table_that_the_encoder_does_not_use_is_an_error():
         trainer.train_step(one_batch(), 1e-3)
 
 
-def test_a_parameter_that_a_heads_step_forgets_is_an_error():
+def test_unknown_head_parameter_raises():
     class Forgetful(FixedFanInHead):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
@@ -476,7 +476,7 @@ def test_a_parameter_that_a_heads_step_forgets_is_an_error():
         Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig())
 
 
-def test_a_step_that_leaves_a_parameter_as_it_is_is_an_error():
+def test_head_step_that_does_not_update_a_parameter_raises():
     class Lazy(FixedFanInHead):
         def step_fused(self, inputs, moments, training):
             return self.loss(inputs.x, inputs.positives), jnp.zeros_like(inputs.x), moments
@@ -487,7 +487,7 @@ def test_a_step_that_leaves_a_parameter_as_it_is_is_an_error():
         trainer.train_step(one_batch(), 1e-3)
 
 
-def test_parameters_outside_of_encoder_and_head_or_in_both_are_errors():
+def test_parameters_outside_encoder_and_head_or_in_both_raise():
     class Tempered(Classifier):
         def __init__(self, *parts):
             super().__init__(*parts)
@@ -512,7 +512,7 @@ def test_parameters_outside_of_encoder_and_head_or_in_both_are_errors():
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("wrong", [30, 2**31 - 1, -2])
-def test_labels_that_are_none_are_errors(convert, wrong):
+def test_positives_out_of_range_raise(convert, wrong):
     trainer, positives = new_trainer(), make_positives()
     positives[5, 1] = wrong
     with pytest.raises(ValueError, match=rf"labels in 0\.\.29, or -1; point 5 of the batch has {wrong}$"):
@@ -530,7 +530,7 @@ def test_labels_that_are_none_are_errors(convert, wrong):
         (1e300, ValueError, "learning_rate must be finite in float32, got 1e+300"),
     ],
 )
-def test_a_bad_learning_rate_is_an_error(rate, error, message):
+def test_invalid_learning_rate_raises(rate, error, message):
     trainer = new_trainer()
     with pytest.raises(error) as raised:
         trainer.train_step(one_batch(), rate)
@@ -539,25 +539,25 @@ def test_a_bad_learning_rate_is_an_error(rate, error, message):
 
 
 @pytest.mark.parametrize("positives", [None, np.zeros((8, 1)), np.zeros(8, np.int32), "abc"])
-def test_positives_that_are_not_a_matrix_of_integers_are_an_error(positives):
+def test_positives_that_are_not_an_integer_matrix_raise(positives):
     with pytest.raises(TypeError, match=r"positives must be an array of integers \[B, P\], got dtype"):
         new_trainer().train_step(Batch(make_inputs(), positives), 1e-3)
 
 
 @pytest.mark.parametrize("seed", [None, 1.5, True, -1, 2**32])
-def test_a_bad_seed_is_an_error(seed):
+def test_invalid_seed_raises(seed):
     with pytest.raises(ValueError, match=f"seed must be a whole number between 0 and 4294967295, got {seed}"):
         Trainer(make_model("fixed_fan_in", fan_in=4), TrainingConfig(batch_size=8), seed=seed)
 
 
-def test_a_label_listed_twice_is_an_error():
+def test_repeated_positives_raise():
     positives = np.full((8, 3), -1, np.int32)
     positives[2] = [7, -1, 7]
     with pytest.raises(ValueError, match="positives must be distinct; point 2 of the batch has 7 twice"):
         new_trainer().train_step(Batch(make_inputs(), positives), 1e-3)
 
 
-def test_tables_that_cannot_be_trained_by_rows_are_errors():
+def test_tables_that_cannot_be_trained_by_rows_raise():
     class Loose(DenseFeatures):
         def __init__(self, rngs):
             super().__init__(12, rngs=rngs)
@@ -586,12 +586,12 @@ def test_tables_that_cannot_be_trained_by_rows_are_errors():
 @pytest.mark.parametrize(
     "setting", [{"encoder_lr_multiplier": 2.0}, {"encoder_warmup": 3}, {"encoder_weight_decay": 0.1}]
 )
-def test_a_rate_beside_an_optimizer_that_does_not_ask_for_it_is_an_error(setting):
+def test_encoder_settings_with_custom_optimizer_raise(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is for the default optimizer"):
         Trainer(make_model(), TrainingConfig(**setting), encoder_optimizer=optax.sgd(0.1))
 
 
-def test_the_encoder_warms_up_and_its_matrices_decay():
+def test_encoder_warmup_and_weight_decay():
     class Linear(nnx.Module):
         def __init__(self):
             self.layer = nnx.Linear(12, 12, bias_init=nnx.initializers.constant(0.1), rngs=nnx.Rngs(0))
@@ -616,7 +616,7 @@ def test_the_encoder_warms_up_and_its_matrices_decay():
         params = {name: np.array(parameters_of(trainer.model.encoder)[name][...]) for name in names}
         moved = {name: params[name] - before[name] for name in names}
         moved["layer.kernel"] += rate * 0.1 * before["layer.kernel"]
-        if not step:  # Adam's first step is the rate, for whatever has a gradient
+        if not step:  # the first step of Adam is as large as the learning rate
             for name in names:
                 np.testing.assert_allclose(np.unique(np.abs(moved[name])), rate, rtol=1e-3)
         assert all(np.abs(moved[name]).max() < 2.5 * rate for name in names)
@@ -625,21 +625,21 @@ def test_the_encoder_warms_up_and_its_matrices_decay():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(adam.nu)} == {"float32"}
 
 
-def test_a_layer_that_computes_in_another_dtype_is_not_trained():
+def test_output_layer_with_other_compute_dtype_raises():
     head = FixedFanInHead(FixedFanInLinear(12, 30, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="dtype of its parameters, float32; leave out dtype=bfloat16"):
         Trainer(Classifier(DenseFeatures(12, rngs=nnx.Rngs(0)), head), TrainingConfig())
 
 
-def test_looking_at_the_model_changes_nothing():
+def test_calling_the_model_does_not_change_training():
     trainers = [new_trainer(model=make_model(dropout=0.5)) for _ in range(2)]
     for batch in make_batches(3):
         losses = [float(trainer.train_step(batch, 1e-2)) for trainer in trainers]
         assert losses[0] == losses[1]
-        trainers[0].model.encoder(batch.inputs)  # in training mode: draws random numbers of its own
+        trainers[0].model.encoder(batch.inputs)  # in training mode: draws random numbers
 
 
-def test_a_trainer_that_is_dropped_frees_its_arrays():
+def test_deleted_trainer_frees_its_arrays():
     trainer = new_trainer()
     trainer.train_step(one_batch(), 1e-2)
     arrays = [weakref.ref(a) for a in jax.tree.leaves(trainer.state)]
@@ -647,7 +647,7 @@ def test_a_trainer_that_is_dropped_frees_its_arrays():
     assert not any(array() is not None for array in arrays)
 
 
-def test_a_bfloat16_output_layer_is_not_for_adam():
+def test_adam_with_bfloat16_output_layer_raises():
     with pytest.raises(ValueError, match="'adam' needs a float32 output layer, got bfloat16; use 'sgd'"):
         new_trainer(model=make_model(output_dtype="bfloat16"))
 
@@ -667,6 +667,6 @@ def test_a_bfloat16_output_layer_is_not_for_adam():
         ({"output_lr_multiplier": float("inf")}, "output_lr_multiplier must be at least 0, got inf"),
     ],
 )
-def test_bad_settings_are_errors(options, message):
+def test_invalid_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**options)

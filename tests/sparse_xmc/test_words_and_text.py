@@ -1,4 +1,4 @@
-"""Texts by their words and by a pretrained encoder: from a directory to predictions, frozen and trained."""
+"""Tests of classifiers that combine words with a pretrained encoder, frozen or trained."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def bags(rows=3):
 
 
 class TestDataset:
-    def test_points_are_taken_with_their_texts(self):
+    def test_take_includes_encoded_texts(self):
         features, labels = bags()
         lists = TokenLists(np.arange(6, dtype=np.int32), np.array([0, 1, 3, 6]), 16)
         embeddings = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -65,14 +65,14 @@ class TestDataset:
                 assert ours.lengths == theirs.lengths
                 np.testing.assert_array_equal(ours.ids, theirs.ids)
 
-    def test_batches_have_both(self):
+    def test_batches_have_words_and_encoded_texts(self):
         features, labels = bags()
         embeddings = np.arange(12, dtype=np.float32).reshape(3, 4)
         ((_, batch),) = Batches(Dataset(features, labels, encoded=embeddings), 4).in_order()
         assert batch.inputs.bags.num_examples == 3
         np.testing.assert_array_equal(batch.inputs.encoded, embeddings)
 
-    def test_errors(self):
+    def test_invalid_encoded_texts_raise(self):
         features, labels = bags()
         with pytest.raises(ValueError, match="encoded has 2 texts but features 3 rows"):
             Dataset(features, labels, encoded=np.zeros((2, 4), np.float32))
@@ -81,7 +81,7 @@ class TestDataset:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_features_are_side_by_side(directory, direct):
+def test_joint_encoder_concatenates_features(directory, direct):
     rngs = nnx.Rngs(0)
     words = BagOfWordsEncoder(5, 3, return_direct_inputs=direct, rngs=rngs)
     text = PretrainedEncoder.from_directory(directory, dropout=0.0)
@@ -90,8 +90,8 @@ def test_features_are_side_by_side(directory, direct):
     ((_, batch),) = Batches(Dataset(features, labels, encoded=tokens), 4).in_order()
     joint = JointEncoder(words, DenseFeatures(text.features, scale=2.0, rngs=rngs), text)
     joint.eval()
-    result, of_words = joint(batch.inputs), words(batch.inputs.bags)
-    x, bag = (result.x, of_words.x) if direct else (result, of_words)
+    result, word_output = joint(batch.inputs), words(batch.inputs.bags)
+    x, bag = (result.x, word_output.x) if direct else (result, word_output)
     embeddings = small_encoders.reference(
         "bert", small_encoders.make_tensors("bert"), batch.inputs.encoded, "mean"
     )
@@ -108,11 +108,11 @@ def write_json(path, values):
     path.write_text(json.dumps(values))
 
 
-class TestSettingsOfSentenceTransformers:
+class TestSentenceTransformersSettings:
     LONG = "a small cat a big dog a small"
 
     @pytest.mark.parametrize("trainable", [False, True])
-    def test_the_length_is_that_of_the_file_by_default(self, directory, trainable, tmp_path):
+    def test_default_max_length_is_read_from_file(self, directory, trainable, tmp_path):
         def lengths(max_length):
             opened = open_pretrained(directory, trainable=trainable, max_length=max_length)
             tokenizer = opened if trainable else opened._loaded[1]
@@ -130,7 +130,7 @@ class TestSettingsOfSentenceTransformers:
         with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length must be .*'long'"):
             lengths(None)
 
-    def test_prompts_are_not_applied(self, directory):
+    def test_prompts_that_are_not_applied_warn(self, directory):
         file = directory / "config_sentence_transformers.json"
         write_json(file, {"prompts": {"query": "", "document": ""}})
         FrozenEncoder(directory)
@@ -140,7 +140,7 @@ class TestSettingsOfSentenceTransformers:
 
 
 class TestFrozen:
-    def test_embeds_as_the_encoder_does(self, directory, tmp_path):
+    def test_cached_embeddings_match_embeddings(self, directory, tmp_path):
         encoder = FrozenEncoder(directory, max_length=12)
         expected = encoder(TEXTS)
         np.testing.assert_array_equal(encoder(TEXTS, cache_dir=tmp_path / "cache"), expected)
@@ -148,13 +148,13 @@ class TestFrozen:
         assert any((tmp_path / "cache").iterdir())
 
     @pytest.mark.parametrize("trainable", [False, True])
-    def test_no_texts(self, directory, tmp_path, trainable):
+    def test_predict_and_embed_without_texts(self, directory, tmp_path, trainable):
         options = {"encoder": directory, "encoder_trainable": trainable, "cache_dir": tmp_path}
         classifier = XMCClassifier(**options, **SIZES).fit(TEXTS, LABELS)
         assert classifier.predict([], k=2).labels.shape == (0, 2)
         assert FrozenEncoder(directory)([], cache_dir=tmp_path).shape == (0, small_encoders.WIDTH)
 
-    def test_a_classifier_is_saved_without_the_weights_and_finds_them_again(self, directory, tmp_path):
+    def test_saved_classifier_finds_encoder_in_its_directory(self, directory, tmp_path):
         classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
         assert classifier.saved_.config.text_features == small_encoders.WIDTH
         assert not any("text" in name for name in parameters_of(classifier.saved_.model))
@@ -164,7 +164,7 @@ class TestFrozen:
             np.testing.assert_array_equal(ours, theirs)
         assert loaded.score(TEXTS, LABELS) == classifier.score(TEXTS, LABELS)
 
-    def test_an_encoder_that_moved_is_found_where_the_caller_says(self, directory, tmp_path):
+    def test_load_accepts_new_directory_of_moved_encoder(self, directory, tmp_path):
         classifier = XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS)
         classifier.save(tmp_path / "model")
         moved = directory.rename(tmp_path / "elsewhere")
@@ -176,13 +176,13 @@ class TestFrozen:
         with pytest.raises(ValueError, match="has no frozen encoder"):
             XMCClassifier.load(tmp_path / "of words", encoder=moved)
 
-    def test_a_model_is_not_saved_over_an_encoder(self, directory):
+    def test_save_into_directory_of_encoder_raises(self, directory):
         before = {file.name: file.read_bytes() for file in directory.iterdir()}
         with pytest.raises(ValueError, match="directory of a pretrained encoder"):
             XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(directory)
         assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
-    def test_another_encoder_in_its_place_is_refused(self, directory, tmp_path):
+    def test_load_with_missing_or_other_encoder_raises(self, directory, tmp_path):
         XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(tmp_path / "model")
         save_file(small_encoders.make_tensors("bert", seed=1), directory / "model.safetensors")
         with pytest.raises(ValueError, match="is not the one the model was trained on"):
@@ -201,7 +201,7 @@ class TestFrozen:
 
 
 class TestTrained:
-    def test_all_of_it_learns_and_is_saved(self, directory, tmp_path):
+    def test_all_encoder_parameters_are_trained_and_saved(self, directory, tmp_path):
         before = parameters_of(PretrainedEncoder.from_directory(directory))
         classifier = XMCClassifier(encoder=str(directory), encoder_trainable=True, **SIZES)
         classifier.fit(TEXTS, LABELS)
@@ -211,13 +211,13 @@ class TestTrained:
             assert (after[name][...] != parameter[...]).any(), name
         classifier.save(tmp_path / "model")
         for file in directory.iterdir():
-            file.unlink()  # nothing of it is needed any more
+            file.unlink()  # the saved model does not need these files
         loaded = XMCClassifier.load(tmp_path / "model")
         assert loaded.saved_.inputs.pretrained.max_length == 12
         for ours, theirs in zip(classifier.predict(TEXTS, k=3), loaded.predict(TEXTS, k=3), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
-    def test_a_model_that_is_saved_over_another_leaves_nothing_of_it(self, directory, tmp_path):
+    def test_save_removes_encoder_of_previous_model(self, directory, tmp_path):
         XMCClassifier(encoder=directory, encoder_trainable=True, **SIZES).fit(TEXTS, LABELS).save(
             tmp_path / "m"
         )
@@ -225,27 +225,27 @@ class TestTrained:
         assert XMCClassifier.load(tmp_path / "m").saved_.inputs.pretrained is None
 
     @pytest.mark.parametrize("trainable", [False, True])
-    def test_texts_longer_than_it_takes_are_refused(self, directory, trainable):
+    def test_max_length_above_limit_of_encoder_raises(self, directory, trainable):
         with pytest.raises(ValueError, match=r"max_length must be at most 24 for .*, got 25"):
             open_pretrained(directory, trainable=trainable, max_length=25)
 
-    def test_it_learns_at_a_rate_of_its_own(self):
+    def test_default_learning_rate_and_warmup_of_encoder(self):
         features, labels = bags()
         tokens = TokenLists(np.arange(6, dtype=np.int32), np.array([0, 1, 3, 6]), 16)
-        of_tokens, of_words = (training_for(Dataset(features, labels, encoded=e)) for e in (tokens, None))
-        assert of_tokens.learning_rate * of_tokens.encoder_lr_multiplier == pytest.approx(1e-5)
-        assert 0 < of_tokens.encoder_warmup < of_tokens.epochs
-        assert (of_words.encoder_lr_multiplier, of_words.encoder_warmup) == (1, 0)
+        with_tokens, without = (training_for(Dataset(features, labels, encoded=e)) for e in (tokens, None))
+        assert with_tokens.learning_rate * with_tokens.encoder_lr_multiplier == pytest.approx(1e-5)
+        assert 0 < with_tokens.encoder_warmup < with_tokens.epochs
+        assert (without.encoder_lr_multiplier, without.encoder_warmup) == (1, 0)
 
 
 class TestStartFrom:
     def saved(self, directory, **options):
         return XMCClassifier(encoder=directory, **SIZES | options).fit(TEXTS, LABELS).saved_
 
-    def test_a_trained_encoder_starts_from_its_files_and_all_else_from_the_frozen_ones_model(self, directory):
+    def test_start_from_frozen_model_copies_all_but_the_encoder(self, directory):
         frozen, trained = self.saved(directory), self.saved(directory, encoder_trainable=True, seed=1)
-        of_text = parameters_of(trained.model.encoder.text)
-        before = {name: np.asarray(parameter[...]) for name, parameter in of_text.items()}
+        text_parameters = parameters_of(trained.model.encoder.text)
+        before = {name: np.asarray(parameter[...]) for name, parameter in text_parameters.items()}
         start_from(trained, frozen)
         for name, parameter in parameters_of(frozen.model).items():
             np.testing.assert_array_equal(parameters_of(trained.model)[name][...], parameter[...])
@@ -253,11 +253,11 @@ class TestStartFrom:
             trained.model.head.output.indices[...], frozen.model.head.output.indices[...]
         )
         for name, values in before.items():
-            np.testing.assert_array_equal(of_text[name][...], values)
+            np.testing.assert_array_equal(text_parameters[name][...], values)
         with pytest.raises(ValueError, match=r"encoder\.text\..* is float32 .*, expected none"):
             start_from(frozen, trained)
 
-    def test_models_that_do_not_fit_are_refused(self, directory):
+    def test_start_from_incompatible_model_raises(self, directory):
         ours = self.saved(directory)
         with pytest.raises(ValueError, match=r"head\.output\.indices is .*, expected .*"):
             start_from(ours, self.saved(directory, fan_in=SIZES["fan_in"] - 1))
@@ -269,7 +269,7 @@ class TestStartFrom:
             start_from(ours, others.saved_)
 
 
-def test_errors_of_the_estimator(directory):
+def test_estimator_with_invalid_encoder_raises(directory):
     with pytest.raises(ValueError, match="encoder is for texts, but X is a matrix"):
         XMCClassifier(encoder=directory).fit(np.zeros((4, 2), np.float32), LABELS[:4])
     with pytest.raises(ValueError, match="encoder_trainable=True needs an encoder"):
@@ -278,13 +278,13 @@ def test_errors_of_the_estimator(directory):
         XMCClassifier(encoder=directory / "nowhere").fit(TEXTS, LABELS)
 
 
-def test_parameters_are_saved_as_json(directory, tmp_path):
+def test_encoder_path_is_saved_in_json(directory, tmp_path):
     XMCClassifier(encoder=directory, **SIZES).fit(TEXTS, LABELS).save(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "estimator.json").read_text())["encoder"] == str(directory)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_runs_with_an_encoder(directory, tmp_path, trainable):
+def test_run_program_with_encoder(directory, tmp_path, trainable):
     for name, repeats in (("train", 10), ("test", 2)):
         write_tsv(tmp_path / f"{name}.tsv", LABELS[:4] * repeats, TEXTS[:4] * repeats)
     flags = {"train": tmp_path / "train.tsv", "test": tmp_path / "test.tsv", "workdir": tmp_path / "run"}
@@ -302,7 +302,8 @@ def test_runs_with_an_encoder(directory, tmp_path, trainable):
     again += [f"--init_from={tmp_path / 'run'}", "--encoder_trainable"]
     subprocess.run(again, cwd=ROOT, check=True, capture_output=True)
     first, second = ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("run", "again"))
-    assert json.loads(second[0])["loss"] < json.loads(first[0])["loss"]  # it starts where the first ended
+    # The second run starts with the weights of the first.
+    assert json.loads(second[0])["loss"] < json.loads(first[0])["loss"]
     saved = SavedModel.load(tmp_path / "run")
     assert isinstance(saved.inputs.pretrained, Tokenizer if trainable else FrozenEncoder)
     assert (saved.config.pretrained is not None) == trainable

@@ -1,4 +1,4 @@
-"""The console command, and what a wheel has."""
+"""Tests of the console command, and of the contents of the wheel and the source distribution."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ from sparse_xmc.cli import __main__ as cli
 ROOT = Path(sparse_xmc.__file__).parents[1]
 
 
-def test_commands_are_programs_and_listed(monkeypatch, capsys):
+def test_help_lists_all_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sparse-xmc", "--help"])
     cli.main()
     printed = capsys.readouterr().out
@@ -27,7 +27,7 @@ def test_commands_are_programs_and_listed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian", "--seed=1"]])
-def test_an_unknown_command_is_an_error(monkeypatch, capsys, arguments):
+def test_missing_or_unknown_command_exits_with_status_2(monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["sparse-xmc", *arguments])
     with pytest.raises(SystemExit) as raised:
         cli.main()
@@ -36,7 +36,7 @@ def test_an_unknown_command_is_an_error(monkeypatch, capsys, arguments):
     assert errors.startswith("error: trian: no such command" if arguments else "sparse-xmc COMMAND")
 
 
-def test_programs_of_the_repository_say_how_to_run_them(monkeypatch):
+def test_reproduction_programs_tell_how_to_run_them(monkeypatch):
     for command in cli.REPRODUCTION:
         assert importlib.util.find_spec(f"experiments.{command}") is not None
         monkeypatch.setattr(sys, "argv", ["sparse-xmc", command])
@@ -44,16 +44,16 @@ def test_programs_of_the_repository_say_how_to_run_them(monkeypatch):
             cli.main()
 
 
-def test_a_command_is_its_module_with_its_flags_alone(tmp_path):
+def test_command_rejects_flags_of_other_commands(tmp_path):
     command = [sys.executable, "-m", "sparse_xmc.cli", "run", "--flagfile=quickstart", "--labels=5"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: Unknown command line flag 'labels'")  # that is one of plan
+    assert finished.stderr.startswith("error: Unknown command line flag 'labels'")  # a flag of plan
 
 
-def test_a_wheel_has_the_programs_and_their_files_within_sparse_xmc(tmp_path):
-    # What setuptools would put into it, without what is compiled.
+def test_wheel_contains_programs_and_their_files(tmp_path):
+    # build_py makes the files of the wheel except for the compiled modules.
     command = [sys.executable, "setup.py", "--quiet", "build_py", f"--build-lib={tmp_path}"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
@@ -68,7 +68,7 @@ def test_a_wheel_has_the_programs_and_their_files_within_sparse_xmc(tmp_path):
     assert scripts == {"sparse-xmc": "sparse_xmc.cli.__main__:main"}
 
 
-def test_a_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
+def test_source_distribution_contains_sources_but_no_tests(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     for name in ("sparse_xmc", "xla_ops", "tests"):
         shutil.copytree(

@@ -27,7 +27,7 @@ def assert_equal(dataset, other):
 
 @pytest.fixture
 def xmc(tmp_path):
-    """A training and a test set, and the paths of the files that hold them."""
+    """Return a training and a test set, and the paths of their files."""
     splits = random_dataset(8), random_dataset(4, seed=1)
     paths = [str(tmp_path / name) for name in ("train.txt", "test.txt")]
     for path, dataset in zip(paths, splits, strict=True):
@@ -43,27 +43,28 @@ def tsv(tmp_path):
     return [str(path) for path in paths]
 
 
-def test_text_is_encoded_by_what_the_training_points_have(tsv):
+def test_text_is_encoded_with_words_and_labels_of_training_points(tsv):
     splits = datasets.load(*tsv)
     assert splits.label_encoder.names == ["bird", "mammal", "pet"]
     np.testing.assert_array_equal(splits.train.labels.toarray(), [[0, 1, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])
-    np.testing.assert_array_equal(splits.test.labels.toarray(), [[0, 0, 1], [0, 0, 0], [1, 0, 0]])  # no fish
+    # "fish" is not a label of the training points.
+    np.testing.assert_array_equal(splits.test.labels.toarray(), [[0, 0, 1], [0, 0, 0], [1, 0, 0]])
     assert splits.unseen_labels == 1
-    # Words in at least two training texts: bird, furry, large, small.
+    # The words in at least two training texts are bird, furry, large, small.
     assert splits.train.features.shape == (4, 4)
     np.testing.assert_array_equal(splits.test.features.toarray(), [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
 
 
-def test_text_with_pairs_of_words(tmp_path):
+def test_text_with_bigrams(tmp_path):
     (tmp_path / "train.tsv").write_text("pet\tsmall furry cat\npet\tsmall furry dog\nbird\tfurry, small\n")
     (tmp_path / "test.tsv").write_text("pet\tfurry small furry\n")
     splits = datasets.load(str(tmp_path / "train.tsv"), str(tmp_path / "test.tsv"), ngrams=2)
-    # In at least two training texts: furry, small, "small furry".
+    # The words and pairs in at least two training texts are furry, small, "small furry".
     np.testing.assert_array_equal(splits.train.features.toarray() > 0, [[1, 1, 1], [1, 1, 1], [1, 1, 0]])
     np.testing.assert_array_equal(splits.test.features.toarray() > 0, [[1, 1, 1]])
 
 
-def test_repository_format(xmc, tmp_path):
+def test_xmc_repository_format(xmc, tmp_path):
     (train, test), paths = xmc
     for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
         splits = datasets.load(*paths, cache_dir=cache_dir)
@@ -74,7 +75,7 @@ def test_repository_format(xmc, tmp_path):
     assert splits.inputs is splits.label_encoder is None
 
 
-def test_dense_features_beside_labels(xmc, tmp_path):
+def test_dense_features_with_label_files(xmc, tmp_path):
     (train, test), paths = xmc
     dense = []
     for name, dataset in (("train", train), ("test", test)):
@@ -90,7 +91,7 @@ def test_dense_features_beside_labels(xmc, tmp_path):
         np.testing.assert_array_equal(split.labels.toarray(), labels.toarray())
 
 
-def test_filters_beside_numbered_labels(xmc, tmp_path):
+def test_filters_with_numbered_labels(xmc, tmp_path):
     (train, test), paths = xmc
     (tmp_path / "train_filter.txt").write_text("7 4\n")
     (tmp_path / "test_filter.txt").write_text("0 1\n3 2\n")
@@ -107,7 +108,7 @@ def test_filters_beside_numbered_labels(xmc, tmp_path):
         assert list(zip(*(axis.tolist() for axis in excluded.nonzero()), strict=True)) == pairs
 
 
-def test_filters_beside_text_whose_labels_are_named_by_numbers(tmp_path):
+def test_filters_with_text_match_numeric_label_names(tmp_path):
     (tmp_path / "train.tsv").write_text("10|9\ta b\n9|200\ta b\n")
     (tmp_path / "test.tsv").write_text("10\ta\n9\tb\n")
     (tmp_path / "filter.txt").write_text("1 200\n0 9\n0 7\n")  # no training point has label 7
@@ -118,13 +119,13 @@ def test_filters_beside_text_whose_labels_are_named_by_numbers(tmp_path):
     assert splits.train.excluded is None
 
 
-def test_a_filter_beside_labels_with_other_names_is_an_error(tsv, tmp_path):
+def test_filter_with_other_label_names_raises(tsv, tmp_path):
     (tmp_path / "filter.txt").write_text("0 1\n")
     with pytest.raises(ValueError, match=r"none of its labels is the name of a label, such as 'bird'"):
         datasets.load(*tsv, test_filter=str(tmp_path / "filter.txt"))
 
 
-def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
+def test_filter_without_any_labels_raises(tmp_path):
     for name, content in (("train.tsv", "\ta b\n\ta b\n"), ("test.tsv", "\ta\n"), ("filter.txt", "0 1\n")):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r"filter\.txt: none of its labels is the name of a label$"):
@@ -134,21 +135,21 @@ def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
         )
 
 
-def test_a_file_without_a_word_in_two_texts_is_named(tsv, tmp_path):
+def test_text_file_without_repeated_words_raises(tsv, tmp_path):
     (tmp_path / "train.tsv").write_text("a\tone\nb\ttwo\n")
     with pytest.raises(ValueError, match=r"train\.tsv: no word is in two of its texts$"):
         datasets.load(*tsv)
 
 
 @pytest.mark.parametrize("name", ["train.tsv", "test.tsv"])
-def test_a_file_without_points_is_named(tsv, tmp_path, name):
+def test_text_file_without_points_raises(tsv, tmp_path, name):
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=rf"{name}: expected points, got none$"):
         datasets.load(*tsv)
 
 
 @pytest.mark.parametrize("name", ["train.txt", "test.txt"])
-def test_a_file_of_features_without_points_is_named(tmp_path, name):
+def test_feature_file_without_points_raises(tmp_path, name):
     paths = [tmp_path / "train.txt", tmp_path / "test.txt"]
     for path in paths:
         path.write_text("0 2 2\n" if path.name == name else "1 2 2\n0 1:1.0\n")
@@ -157,14 +158,14 @@ def test_a_file_of_features_without_points_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
-def test_comma_separated_values_are_refused(tsv, tmp_path, name):
+def test_comma_separated_values_raise(tsv, tmp_path, name):
     (tmp_path / name).write_text("label,text\n")
     with pytest.raises(ValueError, match=rf"{name}: expected a \.tsv of label.*, got comma-separated values"):
         datasets.load(str(tmp_path / name), tsv[1])
 
 
 @pytest.mark.parametrize("missing", ["train", "test", "train_features", "test_features"])
-def test_a_missing_file_is_named(xmc, tmp_path, missing):
+def test_missing_file_raises(xmc, tmp_path, missing):
     _, (train, test) = xmc
     np.save(tmp_path / "x.npy", np.zeros((8, 2), np.float32))
     files = {
@@ -178,14 +179,14 @@ def test_a_missing_file_is_named(xmc, tmp_path, missing):
         datasets.load(**files)
 
 
-def test_features_for_one_split_only_are_an_error(xmc, tmp_path):
+def test_dense_features_for_one_split_raise(xmc, tmp_path):
     _, paths = xmc
     np.save(tmp_path / "x.npy", np.zeros((8, 2), np.float32))
     with pytest.raises(ValueError, match="train_features and test_features go together"):
         datasets.load(*paths, train_features=str(tmp_path / "x.npy"))
 
 
-def test_two_formats_are_an_error(xmc, tsv):
+def test_different_formats_of_splits_raise(xmc, tsv):
     _, (train, _) = xmc
     with pytest.raises(ValueError, match=r"must be in the same format, got .*train\.txt and .*test\.tsv"):
         datasets.load(train, tsv[1])
@@ -198,7 +199,7 @@ def test_two_formats_are_an_error(xmc, tsv):
         ({"num_labels": 4}, r"num_labels differ: 5 in .*train\.txt, 4 in .*test\.txt"),
     ],
 )
-def test_splits_that_do_not_fit_each_other_are_an_error(xmc, sizes, message):
+def test_different_sizes_of_splits_raise(xmc, sizes, message):
     _, (train, test) = xmc
     write_xmc_text(test, random_dataset(4, **sizes))
     with pytest.raises(ValueError, match=message):
@@ -206,11 +207,11 @@ def test_splits_that_do_not_fit_each_other_are_an_error(xmc, sizes, message):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-def test_names_that_mean_text(suffix):
+def test_text_files_are_recognized_by_name(suffix):
     assert datasets._is_text(f"a/b.tsv{suffix}")
     assert not datasets._is_text(f"a.tsv/b.txt{suffix}")
 
 
-def test_what_a_terminal_would_obey_is_not_printed():
+def test_printable_escapes_control_characters():
     assert datasets.printable("caf\u00e9 \x1b[2J\ta\nb") == "caf\u00e9 \\x1b[2J\\ta\\nb"
     assert datasets.printable(7) == "7"

@@ -4,7 +4,7 @@ import subprocess
 from sparse_xmc.cli import environment
 
 
-def test_description_is_complete_and_ready_for_json():
+def test_description_is_complete_and_json_serializable():
     description = json.loads(json.dumps(environment.describe()))
     assert {"python", "jax", "numpy"} <= description["versions"].keys()
     assert description["cpu"]
@@ -12,7 +12,7 @@ def test_description_is_complete_and_ready_for_json():
     assert description["memory_bytes"] > 0
 
 
-def test_commit_is_that_of_the_checkout(monkeypatch):
+def test_commit_is_read_from_git(monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout="abc123\n")
     )

@@ -3,7 +3,7 @@ import numpy as np
 from sparse_xmc.cli.memory import PeakMemory
 
 
-def test_peak_memory_is_what_came_and_went_since():
+def test_peak_memory_counts_from_construction():
     before = np.ones(400 << 20, np.uint8)  # an earlier, higher peak
     del before
     memory = PeakMemory()

@@ -1,4 +1,4 @@
-"""How programs start and end, and how they find flagfiles."""
+"""Tests of exit statuses and error messages of programs, and of flagfiles."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ program.start(main)
 
 
 def run(*arguments, cwd=ROOT):
-    """A tiny program that executes --do: its exit status, and the lines of standard output and error."""
+    """Run a program that executes --do; return its exit status and the lines of its stdout and stderr."""
     command = [sys.executable, "-c", PROGRAM, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
@@ -34,7 +34,7 @@ def run(*arguments, cwd=ROOT):
 
 
 @pytest.mark.parametrize(
-    ("what", "status", "errors"),
+    ("statement", "status", "errors"),
     [
         ("raise ValueError('what, where')", 1, ["error: what, where"]),
         ("open('none')", 1, ["error: none: No such file or directory"]),
@@ -44,11 +44,11 @@ def run(*arguments, cwd=ROOT):
         ("import logging; logging.info('of a backend')", 0, []),
     ],
 )
-def test_errors_are_of_one_line(what, status, errors):
-    assert run(f"--do={what}", "--other=") == (status, [], errors)
+def test_errors_are_printed_without_traceback(statement, status, errors):
+    assert run(f"--do={statement}", "--other=") == (status, [], errors)
 
 
-def test_tracebacks_of_defects_and_of_errors_where_asked_for():
+def test_unexpected_errors_and_verbose_runs_print_tracebacks():
     for arguments in (["--do=raise ValueError('what')", "--verbosity=1"], ["--do=raise TypeError('what')"]):
         status, _, errors = run(*arguments, "--other=")
         assert status == 1
@@ -67,19 +67,19 @@ def test_tracebacks_of_defects_and_of_errors_where_asked_for():
         (["--do=from absl import app; raise app.UsageError('no use')", "--other="], "no use"),
     ],
 )
-def test_errors_in_flags(arguments, error):
+def test_flag_errors_exit_with_status_2(arguments, error):
     status, printed, errors = run(*arguments)
     assert (status, printed) == (2, [])
     assert errors == [f"error: {error} (--help lists the flags)"]
 
 
-def test_help_is_no_error():
+def test_help_exits_with_status_0():
     status, printed, errors = run("--help")
     assert (status, errors) == (0, [])
     assert printed[0] == "What --help prints."
 
 
-def test_a_reader_that_ends_early_ends_the_program_quietly():
+def test_closed_output_pipe_ends_program_without_errors():
     loop = "--do=while True: print('line')"
     command = [sys.executable, "-c", PROGRAM, loop, "--other="]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -90,13 +90,13 @@ def test_a_reader_that_ends_early_ends_the_program_quietly():
     assert process.wait() == 141
 
 
-def test_flagfiles_by_name_within_others_and_from_any_directory(tmp_path, monkeypatch):
+def test_flagfiles_are_found_by_name_and_path_and_nested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = flagfiles.expand(["--seed=1", "--flagfile=quickstart", "--flagfile", "dense"])
     assert found[0] == "--seed=1"
     assert found[-2:] == ["--workdir=runs/quickstart", "--head=dense"]
-    assert "--train=experiments/data/wordnet/train.tsv.xz" in found  # as it is written, wherever that is
-    assert "--ngrams=2" in found  # of a flagfile in a flagfile
+    assert "--train=experiments/data/wordnet/train.tsv.xz" in found  # as written in the flagfile
+    assert "--ngrams=2" in found  # from a nested flagfile
     assert flagfiles.find("experiments/data/wordnet/train.tsv.xz").samefile(
         ROOT / "sparse_xmc/cli/data/wordnet/train.tsv.xz"
     )
@@ -113,7 +113,7 @@ def test_flagfiles_by_name_within_others_and_from_any_directory(tmp_path, monkey
         flagfiles.expand(["--flagfile=dense"])
 
 
-def test_flagfiles_are_bounded_in_depth_and_number(tmp_path):
+def test_depth_and_number_of_flagfiles_are_limited(tmp_path):
     def write(number, times):
         following = f"--flagfile={tmp_path / str(number + 1)}\n"
         (tmp_path / str(number)).write_text(f"--seed={number}\n" + times * following)
@@ -134,12 +134,12 @@ def test_flagfiles_are_bounded_in_depth_and_number(tmp_path):
         flagfiles.expand([f"--flagfile={tmp_path / '14'}"])
 
 
-def test_names_of_flagfiles_are_unique():
+def test_flagfile_names_are_unique():
     names = [path.stem for path in flagfiles.FLAGFILES.rglob("*.cfg")]
     assert len(set(names)) == len(names)
 
 
-def test_tables_by_name():
+def test_tables_are_found_by_name():
     assert flagfiles.find_named("wordnet", TABLES) == TABLES / "wordnet.toml"
     with pytest.raises(FileNotFoundError, match="wordnet_fll: no such file; did you mean wordnet_full"):
         flagfiles.find_named("wordnet_fll", TABLES)

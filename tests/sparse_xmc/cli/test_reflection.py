@@ -1,4 +1,4 @@
-"""Flags made from dataclasses."""
+"""Tests of flags that are defined from dataclasses."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ KINDS = {"round": Round, "square": Square}
 
 @pytest.fixture
 def parse():
-    """Parses arguments into values by name, with flags of their own."""
+    """Return a function that parses arguments; it returns the values by name, and the FlagValues."""
     values = flags.FlagValues()
     reflection.define_flags(Settings, flag_values=values)
     reflection.define_kinds("kind", KINDS, "round", "Which.", flag_values=values)
@@ -83,13 +83,13 @@ def parse():
     return parse
 
 
-def test_defaults_are_those_of_the_dataclass(parse):
+def test_defaults_match_dataclass(parse):
     values, _ = parse()
     assert reflection.read_flags(Settings, values) == Settings()
     assert reflection.read_kind("kind", KINDS, values) == Round()
 
 
-def test_what_is_given_is_read(parse):
+def test_given_flags_are_read(parse):
     arguments = ["--size=7", "--name=b", "--bound=0.5", "--nomoves", "--inner_speed=2"]
     values, _ = parse(*arguments, "--kind=square", "--side=5")
     assert reflection.read_flags(Settings, values) == Settings(7, "b", 0.5, False, Inner(2.0))
@@ -97,7 +97,7 @@ def test_what_is_given_is_read(parse):
     assert reflection.kind_of("kind", KINDS, values) == {"side": 5, "colour": "blue", "weight": 0.5}
 
 
-def test_none_is_a_value_that_can_be_given(parse):
+def test_none_can_be_given(parse):
     values, _ = parse("--bound=none", "--kind=square", "--weight=none")
     assert reflection.read_flags(Settings, values).bound is None
     assert reflection.read_kind("kind", KINDS, values) == Square(weight=None)
@@ -107,20 +107,20 @@ def test_none_is_a_value_that_can_be_given(parse):
         parse("--weight=no")
 
 
-def test_help_is_what_the_docstring_says(parse):
+def test_help_is_read_from_docstring(parse):
     _, flag_values = parse()
     assert flag_values["inner_speed"].help == "How fast. Over two lines."
     assert flag_values["size"].help == "How large."
     assert flag_values["colour"].help == "Of the line. By default: round red, square blue."
 
 
-def test_flags_of_other_kinds_are_told(parse):
+def test_flags_of_other_kinds_are_reported(parse):
     values, _ = parse("--kind=square", "--radius=3", "--colour=green")
     assert reflection.flags_without_use("kind", KINDS, values) == ["radius"]
     assert reflection.read_kind("kind", KINDS, values) == Square(colour="green")
 
 
-def test_what_is_not_allowed_is_an_error(parse):
+def test_invalid_values_raise(parse):
     with pytest.raises(flags.IllegalFlagValueError, match="name"):
         parse("--name=c")
     values, _ = parse("--inner_speed=-1")

@@ -1,4 +1,4 @@
-"""`python -m experiments.run` on a tiny data set, as users run it."""
+"""Tests of `python -m experiments.run` on a tiny data set, run as a subprocess."""
 
 import collections
 import json
@@ -24,7 +24,7 @@ SMALL = ["--embedding=32", "--penultimate=64", "--fan_in=8", "--batch_size=4", "
 
 
 def run(*flags):
-    """Runs the program to its end, whatever that is."""
+    """Run the program until it ends, with or without an error; return the finished process."""
     return subprocess.run([*COMMAND, *flags], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -41,7 +41,7 @@ def error_of(*flags):
 
 
 def records(workdir):
-    """What metrics.jsonl has of each epoch, but for the time it took."""
+    """Return the records of all epochs in metrics.jsonl, without their times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
@@ -52,20 +52,20 @@ def result(workdir):
 
 @pytest.fixture(scope="module")
 def tsv(tmp_path_factory):
-    """Flags of 60 training and 20 test points; a point's words are its labels' and some noise."""
+    """Return flags for 60 training and 20 test points, whose words are those of their labels and noise."""
     return kill_runs.write_points(tmp_path_factory.mktemp("tsv"))
 
 
 @pytest.fixture(scope="module")
 def finished(tsv, tmp_path_factory):
-    """The working directory of a run that ended, its flags and what it printed."""
+    """Return the working directory of a finished run, its flags and its output."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--seed=4", "--epochs=8", "--rewire_interval=7"]
     flags += ["--validation_fraction=0.2", "--output_bound=none", "--checkpoint_minutes=0"]
     return workdir, flags, output_of(*flags)
 
 
-def test_result(finished):
+def test_result_file_is_complete(finished):
     workdir, _, printed = finished
     report = result(workdir)
     assert report["name"] == "first"
@@ -76,20 +76,20 @@ def test_result(finished):
     assert report["model"]["num_labels"] == 12
     assert report["training"]["rewire_interval"] == 7
     assert {"versions", "cpu", "commit"} <= report["environment"].keys()
-    # Two float32 layers of [12, 32] and [32, 64] + [64]; kernel [12, 8] and bias [12], indices in uint16; and
-    # the scale of the inputs.
+    # In float32: embedding [12, 32], penultimate layer [32, 64] + [64], kernel [12, 8], bias [12] and the
+    # scale of the inputs. In uint16: indices [12, 8].
     assert report["model_bytes"] == 4 * (12 * 32 + 32 * 64 + 64 + 12 * 8 + 12 + 1) + 2 * 12 * 8
     for split in ("test", "train"):
         names = {f"{name}@{k}" for name in ("p", "ndcg", "recall", "psp", "psndcg") for k in (1, 3, 5)}
         assert report[split].keys() == names
     assert f"p@1       {100 * report['test']['p@1']:8.2f}" in printed
-    assert report["test"]["recall@5"] > 0.7  # it did learn: 5 of 12 labels at random reach 0.42
+    assert report["test"]["recall@5"] > 0.7  # 5 random labels of 12 reach 0.42
     assert report["test_p@1_by_group"].keys() == {"head", "middle", "tail"}
     assert all(0 <= p <= 1 for p in report["test_p@1_by_group"].values())
     assert sum(report["labels_by_group"]) == 12
 
 
-def test_what_is_trained_is_told_first(tsv, finished):
+def test_data_and_model_sizes_are_printed_first(tsv, finished):
     _, _, printed = finished
     points, labels, frequent, words, memory, parameters = printed.splitlines()[:6]
     assert points == "60 training points, 12 of them to validate on; 20 test points"
@@ -106,7 +106,7 @@ def test_what_is_trained_is_told_first(tsv, finished):
     assert parameters == f"{12 * 32 + 32 * 64 + 64 + 12 * 8 + 12:,} parameters"
 
 
-def test_a_wrong_separator_and_swapped_columns_are_warned_of(tmp_path):
+def test_wrong_separator_and_swapped_columns_warn(tmp_path):
     names = [["a", "b", "c"][: 1 + i % 3] for i in range(120)]
     texts = [f"point {i} has {' '.join(row)}" for i, row in enumerate(names)]
     wrong = {
@@ -117,9 +117,9 @@ def test_a_wrong_separator_and_swapped_columns_are_warned_of(tmp_path):
             "are labels and texts swapped",
         ),
     }
-    for name, (labels, of_points, warning) in wrong.items():
+    for name, (labels, point_texts, warning) in wrong.items():
         path = tmp_path / f"{name}.tsv"
-        write_tsv(path, labels, of_points)
+        write_tsv(path, labels, point_texts)
         planned = run(f"--train={path}", f"--test={path}", f"--workdir={tmp_path / name}", "--plan")
         assert planned.returncode == 0, planned.stderr
         assert "UserWarning: " in planned.stderr
@@ -142,7 +142,7 @@ def test_epochs_are_recorded(finished):
         assert kept.items() <= record.items()
 
 
-def test_the_saved_model_repeats_the_test_metrics(finished, tsv):
+def test_saved_model_reproduces_test_metrics(finished, tsv):
     workdir, *_ = finished
     labels, texts = read_tsv(tsv[1].partition("=")[2])
     classifier = XMCClassifier.load(workdir)
@@ -151,20 +151,20 @@ def test_the_saved_model_repeats_the_test_metrics(finished, tsv):
     assert classifier.classes_[3] == "label 03"
 
 
-def test_an_existing_result_is_kept(finished):
+def test_existing_result_is_kept(finished):
     workdir, flags, _ = finished
     before = (workdir / "result.json").stat()
     assert "result.json is there already" in output_of(*flags)
     assert (workdir / "result.json").stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
-    # It has its flags from the finished one's flags.cfg, which therefore must repeat it.
+def test_killed_run_resumes_to_same_result(finished, tmp_path):
+    # The flags are read from flags.cfg of the finished run, so this also tests that flags.cfg is complete.
     first, *_ = finished
     flags = [f"--flagfile={first / 'flags.cfg'}", f"--workdir={tmp_path / 'first'}"]
     assert kill_runs.kill(flags, tmp_path / "first", 0.0, True, signal.SIGKILL)
     process, latest = kill_runs.start(flags), tmp_path / "first" / "checkpoints" / "latest"
-    while not list(latest.glob("*.json")):  # until there is a whole checkpoint
+    while not list(latest.glob("*.json")):  # until there is a complete checkpoint
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
@@ -174,7 +174,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(finished, tmp_path):
     assert kill_runs.outcome(tmp_path / "first") == kill_runs.outcome(first)
 
 
-def test_dense_features_validated_on_the_test_points(tmp_path):
+def test_dense_features_with_validation_on_test_points(tmp_path):
     rng = np.random.default_rng(0)
     flags = [f"--workdir={tmp_path / 'dense'}", "--validate_on_test", "--schedule=linear", "--epochs=2"]
     for name, size in (("train", 24), ("test", 9)):
@@ -190,12 +190,12 @@ def test_dense_features_validated_on_the_test_points(tmp_path):
     assert report["model"]["bag_of_words"] is False
     assert report["model"]["num_features"] == 10
     epochs = records(tmp_path / "dense")
-    # The rate at the start of an epoch falls evenly; nothing goes back to the weights of another epoch.
+    # The learning rate at the start of epochs falls linearly, and the weights of the last epoch are kept.
     assert [record["learning_rate"] for record in epochs] == pytest.approx([0.01, 0.005])
     assert epochs[-1]["p@3"] == report["test"]["p@3"]
 
 
-def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
+def test_run_with_other_flags_in_same_workdir_fails(tsv, tmp_path):
     (tmp_path / "flags.cfg").write_text("--seed=1\n")
     (tmp_path / "result.json").touch()
     error = error_of(*tsv, f"--workdir={tmp_path}", "--seed=2")
@@ -204,7 +204,7 @@ def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
 
 
-def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
+def test_epochs_can_be_raised_with_plateau_schedule_only(finished, tmp_path):
     first, flags, _ = finished
     workdir = f"--workdir={tmp_path / 'run'}"
     output_of(*flags, workdir, "--checkpoint_minutes=60", "--epochs=2")
@@ -220,20 +220,20 @@ def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
     assert "more cannot follow; choose another --workdir, or --init_from this one" in error_of(*linear)
 
 
-def test_flags_that_have_no_use_are_named(tsv, tmp_path):
+def test_unused_flags_are_reported(tsv, tmp_path):
     printed = output_of(*tsv, *SMALL, "--head=dense", "--epochs=1", f"--workdir={tmp_path / 'run'}")
     assert "--head=dense has no use for --fan_in, --penultimate" in printed
     assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": -1.0}
 
 
-def test_help_lists_the_flags_of_the_settings():
+def test_help_lists_flags_of_settings():
     printed = run("--help").stdout
     for flag in ("--workdir", "--fan_in", "--head", "--rewire_growth", "--learning_rate", "--embedding"):
         assert f"  {flag}: " in printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_path, number):
+def test_signal_stops_run_after_a_step_and_same_command_resumes(tsv, tmp_path, number):
     workdir = tmp_path / "run"
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--schedule=linear"]
     process = subprocess.Popen(
@@ -256,7 +256,7 @@ def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_pa
     again.stdout.close()
 
 
-def test_a_directory_with_brackets_is_one_like_others(tsv, tmp_path):
+def test_workdir_with_brackets(tsv, tmp_path):
     workdir = tmp_path / "runs" / "lr=[1,2]"
     flags = [
         *tsv,
@@ -283,13 +283,13 @@ def test_a_directory_with_brackets_is_one_like_others(tsv, tmp_path):
     assert len(finished.stdout.split("\t")) == 4
 
 
-def test_links_in_the_directory_of_a_run_are_not_followed(tsv, tmp_path):
+def test_symlinks_in_workdir_are_not_followed(tsv, tmp_path):
     outside, workdir = tmp_path / "outside", tmp_path / "run"
     outside.write_text("mine")
     workdir.mkdir()
     names = ["flags.cfg", "metrics.jsonl", "result.json", "labels.txt", "label_statistics.npz"]
     for name in [*names, *(f".{name}.partial" for name in names)]:
-        if name != "result.json":  # which would be a run that is finished
+        if name != "result.json":  # result.json marks a finished run
             (workdir / name).symlink_to(outside)
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=1", "--schedule=linear"]
     output_of(*flags)
@@ -302,7 +302,7 @@ def test_links_in_the_directory_of_a_run_are_not_followed(tsv, tmp_path):
     assert outside.read_text() == "mine"
 
 
-def test_two_runs_are_not_at_work_in_one_directory(tsv, tmp_path):
+def test_second_run_in_same_workdir_fails(tsv, tmp_path):
     workdir = tmp_path / "run"
     flags = [*tsv, *SMALL, f"--workdir={workdir}", "--epochs=100000", "--schedule=linear"]
     first = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -312,12 +312,12 @@ def test_two_runs_are_not_at_work_in_one_directory(tsv, tmp_path):
     first.kill()
     first.wait()
     first.stdout.close()
-    # One that left nothing to go on from is in nobody's way, whatever its flags were.
+    # A killed run without a checkpoint does not block a run with other flags.
     printed = output_of(*tsv, *SMALL, f"--workdir={workdir}", "--epochs=1", "--seed=9")
     assert "going on" not in printed
 
 
-def test_a_run_does_not_go_on_with_other_data(tsv, tmp_path):
+def test_resume_with_other_data_fails(tsv, tmp_path):
     train = tmp_path / "train.tsv"
     lines = Path(tsv[0].partition("=")[2]).read_text().splitlines()
     train.write_text("\n".join(lines) + "\n")
@@ -336,40 +336,40 @@ def test_a_run_does_not_go_on_with_other_data(tsv, tmp_path):
     assert "the checkpoint is of a run with {'data': " in error_of(*flags)
 
 
-def test_a_missing_file_is_an_error(tmp_path):
+def test_missing_file_fails(tmp_path):
     flags = ["--train=nowhere.txt", "--test=nowhere.txt", f"--workdir={tmp_path / 'run'}"]
     assert error_of(*flags) == "error: nowhere.txt: no such file"
     assert not (tmp_path / "run").exists()
 
 
-def of_model(program, workdir, *flags, **options):
-    """What a program prints that uses a saved model."""
+def output_of_program(program, workdir, *flags, **options):
+    """Return the output of a program that uses the saved model in `workdir`."""
     command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={workdir}", *flags]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
 
-def error_of_model(program, workdir, *flags):
-    """The error of one line that such a program ends with."""
+def error_of_program(program, workdir, *flags):
+    """Return the last line of stderr of such a program, which must fail."""
     command = [sys.executable, "-m", f"experiments.{program}", f"--workdir={workdir}", *flags]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 1
     return finished.stderr.strip().splitlines()[-1]
 
 
-def test_predictions_for_new_texts(finished, tmp_path):
+def test_predict_for_new_texts(finished, tmp_path):
     workdir, *_ = finished
     (tmp_path / "texts.txt").write_text("word3 word3\nword7\u2028word7\n\n", encoding="utf-8")
     (tmp_path / "texts.tsv").write_text("label 01\tword3 word3\n\tword7\u2028word7\n\t\n", encoding="utf-8")
-    printed = of_model("predict", workdir, "--k=2", f"--input={tmp_path / 'texts.txt'}")
+    printed = output_of_program("predict", workdir, "--k=2", f"--input={tmp_path / 'texts.txt'}")
     lines = [line.split("\t") for line in printed.splitlines()]
     assert len(lines) == 3
     assert all(len(line) == 4 and float(line[1]) >= float(line[3]) for line in lines)
     assert [line[0] for line in lines[:2]] == ["label 03", "label 07"]
-    # What is printed of a .tsv, as JSON with probabilities, those above a threshold; standard input.
+    # The same texts in a .tsv, printed as JSON with probabilities above a threshold.
     flags = ["--k=12", "--format=jsonl", "--probabilities", "--threshold=0.5"]
-    objects = of_model("predict", workdir, *flags, f"--input={tmp_path / 'texts.tsv'}").splitlines()
+    objects = output_of_program("predict", workdir, *flags, f"--input={tmp_path / 'texts.tsv'}").splitlines()
     assert len(objects) == 3
     calibration = SavedModel.load(workdir).calibration
     for found, line in zip(map(json.loads, objects), lines, strict=True):
@@ -377,25 +377,25 @@ def test_predictions_for_new_texts(finished, tmp_path):
         np.testing.assert_allclose(found["probabilities"], calibration(found["scores"]), rtol=1e-5)
         assert min(found["probabilities"], default=1) >= 0.5
         assert found["labels"][:2] == line[::2][: len(found["labels"])]
-    assert of_model("predict", workdir, input="") == ""
+    assert output_of_program("predict", workdir, input="") == ""  # texts from standard input
     (tmp_path / "texts.tsv").write_text("label 01\tword3\nword7\n")
-    error = error_of_model("predict", workdir, f"--input={tmp_path / 'texts.tsv'}")
+    error = error_of_program("predict", workdir, f"--input={tmp_path / 'texts.tsv'}")
     assert error.endswith("texts.tsv:2: expected 'label|label|...<TAB>text', got no tab in 'word7'")
 
 
-def test_evaluation_of_a_saved_model_repeats_that_of_its_run(finished, tsv, tmp_path):
+def test_evaluate_reproduces_metrics_of_run(finished, tsv, tmp_path):
     workdir, *_ = finished
-    of_model("evaluate", workdir, tsv[1], f"--json={tmp_path / 'found.json'}")
+    output_of_program("evaluate", workdir, tsv[1], f"--json={tmp_path / 'found.json'}")
     found, expected = json.loads((tmp_path / "found.json").read_text()), result(workdir)
     assert found["metrics"] == pytest.approx(expected["test"])
     assert found["p@1 by group"] == pytest.approx(expected["test_p@1_by_group"])
     assert (found["points"], found["labels that the model does not know"]) == (20, 0)
     (tmp_path / "empty.tsv").write_text("")
-    error = error_of_model("evaluate", workdir, f"--test={tmp_path / 'empty.tsv'}")
+    error = error_of_program("evaluate", workdir, f"--test={tmp_path / 'empty.tsv'}")
     assert error.endswith("empty.tsv: expected points, got none")
 
 
-def test_the_model_card(finished):
+def test_model_card_shows_test_metrics(finished):
     workdir, *_ = finished
     card = (workdir / "README.md").read_text()
     assert "| labels | 12 |" in card

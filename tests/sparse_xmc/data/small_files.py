@@ -1,4 +1,4 @@
-"""Small files for the tests of the formats, and functions for what is read from them."""
+"""Helpers for the tests of file formats: small arrays, and functions that write and inspect files."""
 
 import gzip
 import lzma
@@ -15,7 +15,7 @@ def csr(rows, dtype):
 
 
 def write(path, content):
-    """Writes text to a file, with the compression its name asks for."""
+    """Write text or bytes to a file, compressed as its suffix says; return the path."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode())
@@ -23,6 +23,7 @@ def write(path, content):
 
 
 def is_memory_mapped(array):
+    """Return whether an array is a view of a memory map."""
     while array is not None:
         if isinstance(array, np.memmap):
             return True

@@ -40,10 +40,10 @@ class TestDataset:
             (FEATURES, scipy.sparse.csr_array(([False], [1], [0, 1, 1])), "must not store zeros"),
         ],
     )
-    def test_rejects(self, features, labels, fault):
+    def test_invalid_arguments_raise(self, features, labels, fault):
         with pytest.raises(ValueError, match=fault):
             data.Dataset(features, labels)
 
-    def test_rejects_exclusions_of_another_shape(self):
+    def test_excluded_of_other_shape_raises(self):
         with pytest.raises(ValueError, match=r"excluded must have the shape .* \(2, 2\), got \(2, 1\)"):
             data.Dataset(FEATURES, LABELS, csr([[1], [0]], bool))

@@ -8,12 +8,12 @@ from sparse_xmc import data
 from sparse_xmc.data import storage
 
 
-def header(text):
-    """A .npy file with this header, and two values."""
+def npy_file(text):
+    """Return the bytes of a .npy file with the given header and two values."""
     return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode() + bytes(8)
 
 
-# NumPy answers with OverflowError, ValueError, TokenError, RecursionError and IndexError.
+# For these NumPy raises OverflowError, ValueError, TokenError, RecursionError or IndexError.
 BAD_HEADERS = (
     "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 999999999999999999999), }",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2), }",
@@ -25,7 +25,7 @@ BAD_HEADERS = (
 
 class TestDense:
     @pytest.mark.parametrize("labels", ["2 2\n1:1\n0:1 1:1\n", "2 9 2\n1 8:1\n0,1\n"], ids=["N L", "N D L"])
-    def test_reads(self, tmp_path, labels):
+    def test_read_dense(self, tmp_path, labels):
         np.save(tmp_path / "x.npy", FEATURES)
         dataset = data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
         np.testing.assert_array_equal(dataset.features, FEATURES, strict=True)
@@ -47,12 +47,12 @@ class TestDense:
             (FEATURES, "", r"y\.txt:1: expected a header 'N L'"),
         ],
     )
-    def test_malformed(self, tmp_path, features, labels, fault):
+    def test_malformed_files_raise(self, tmp_path, features, labels, fault):
         np.save(tmp_path / "x.npy", features)
         with pytest.raises(ValueError, match=fault):
             data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", labels))
 
-    def test_finite_values_are_looked_for_some_rows_at_a_time(self, tmp_path, monkeypatch):
+    def test_non_finite_value_is_found_in_any_block_of_rows(self, tmp_path, monkeypatch):
         features = np.zeros((50, 2), np.float32)
         features[41, 1] = np.nan
         np.save(tmp_path / "x.npy", features)
@@ -60,8 +60,10 @@ class TestDense:
         with pytest.raises(ValueError, match=r"got inf or nan in row 41$"):
             data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "50 2\n" + "\n" * 50))
 
-    @pytest.mark.parametrize("content", [b"", b"1 2 3\n", *(header(text) for text in BAD_HEADERS)], ids=repr)
-    def test_features_that_are_no_npy_file(self, tmp_path, content):
+    @pytest.mark.parametrize(
+        "content", [b"", b"1 2 3\n", *(npy_file(text) for text in BAD_HEADERS)], ids=repr
+    )
+    def test_features_that_are_not_npy_raise(self, tmp_path, content):
         write(tmp_path / "x.npy", content)
         with pytest.raises(ValueError, match=r"x\.npy: not a whole \.npy file: "):
             data.read_dense(tmp_path / "x.npy", write(tmp_path / "y.txt", "1 2\n\n"))

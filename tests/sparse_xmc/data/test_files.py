@@ -18,7 +18,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_links_are_replaced_and_not_followed(tmp_path, writer):
+def test_symlinks_are_replaced_not_followed(tmp_path, writer):
     outside, path = tmp_path / "outside", tmp_path / "file"
     outside.write_text("mine")
     for name in ("file", ".file.partial"):
@@ -29,7 +29,7 @@ def test_links_are_replaced_and_not_followed(tmp_path, writer):
     assert sorted(os.listdir(tmp_path)) == ["file", "outside"]
 
 
-def test_matrices_follow_no_links(tmp_path):
+def test_save_csr_does_not_follow_symlinks(tmp_path):
     outside, directory = tmp_path / "outside", tmp_path / "matrix"
     outside.write_text("mine")
     directory.mkdir()
@@ -52,7 +52,7 @@ def test_matrices_follow_no_links(tmp_path):
         (KeyboardInterrupt("of the user"), "of the user"),
     ],
 )
-def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, error, message):
+def test_failed_write_keeps_existing_file(tmp_path, error, message):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -67,7 +67,7 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, error, mess
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_pipe_is_written_to(tmp_path):
+def test_write_text_to_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     files.write_text(tmp_path / "pipe", "text")
@@ -77,7 +77,7 @@ def test_a_pipe_is_written_to(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"sha256": "0"}', b"[" * 20_000, b"\xff"])
-def test_a_sealed_object_is_as_it_was_written_or_an_error(tmp_path, content):
+def test_sealed_json_round_trips_and_raises_if_damaged(tmp_path, content):
     path = tmp_path / "file.json"
     fields = {"name": "ü", "values": [1, 2.5, None], "nested": {"b": 1, "a": 2}}
     files.write_sealed_json(path, fields)

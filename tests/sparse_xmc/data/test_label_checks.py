@@ -14,7 +14,7 @@ ROOT = Path(sparse_xmc.__file__).parents[1]
 
 
 def points(size=200, most=3):
-    """Names of labels, 1 to `most` of eight for each point, and texts, each of its own."""
+    """Return 1 to `most` of eight label names for each point, and a distinct text for each point."""
     rng = np.random.default_rng(0)
     chosen = [sorted(rng.choice(8, rng.integers(1, most + 1), replace=False)) for _ in range(size)]
     names = [[f"label {i}" for i in row] for row in chosen]
@@ -29,7 +29,7 @@ def check(names):
 NAMES, TEXTS = points()
 
 
-def test_swapped_columns_are_warned_of():
+def test_swapped_columns_warn():
     with pytest.warns(UserWarning, match="nearly every point") as warned:
         check([[text] for text in TEXTS])
     start = "nearly every point has a label of its own: 200 labels for 200 points with one label each"
@@ -41,7 +41,7 @@ def test_swapped_columns_are_warned_of():
 
 
 @pytest.mark.parametrize("separator", [";", ",", ", "])
-def test_a_wrong_separator_is_warned_of(separator):
+def test_wrong_separator_warns(separator):
     joined = [[separator.join(row)] for row in NAMES]
     distinct = {row[0] for row in joined}
     containing = sum(separator in name for name in distinct)
@@ -58,21 +58,21 @@ def test_a_wrong_separator_is_warned_of(separator):
     [
         NAMES,
         [row[:1] for row in NAMES],
-        [[f"label {i}", "all"] for i in range(200)],  # another label shows that they were separated
+        [[f"label {i}", "all"] for i in range(200)],  # a second label shows that the separator is right
         [[f"label {i}"] for i in range(99)],  # too few points
         [[f"label {i}"] for i in range(99)] + [[]] * 101,
         [[f"label {i // 2}"] for i in range(200)],
         [["a, b" if i % 8 == 3 else f"label {i % 8}"] for i in range(200)],  # few names have a comma
     ],
 )
-def test_other_labels_are_not_warned_of(names):
+def test_plausible_labels_do_not_warn(names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(names)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_the_shipped_data_set_is_not_warned_of_unless_it_is_read_wrongly(part):
+def test_shipped_data_set_warns_only_if_read_wrongly(part):
     names, texts = read_tsv(ROOT / "sparse_xmc" / "cli" / "data" / "wordnet" / f"{part}.tsv.xz")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +84,7 @@ def test_the_shipped_data_set_is_not_warned_of_unless_it_is_read_wrongly(part):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_fit_warns_its_caller():
+def test_fit_warning_names_line_of_caller():
     sizes = {"penultimate": 8, "fan_in": 4, "embedding": 4, "epochs": 1, "batch_size": 64}
     classifier = XMCClassifier(**sizes)
     with pytest.warns(UserWarning, match=r"label names contain ';', such as 'label 0;") as warned:

@@ -30,7 +30,7 @@ class TestCsr:
             assert is_memory_mapped(array)
             assert not array.flags.writeable
 
-    def test_inconsistent_files(self, tmp_path):
+    def test_inconsistent_files_raise(self, tmp_path):
         storage.save_csr(tmp_path, LABELS)
         np.save(tmp_path / "indices.npy", LABELS.indices[:-1])
         with pytest.raises(ValueError, match=f"{tmp_path.name}: not a saved CSR matrix"):

@@ -19,8 +19,8 @@ TEXTS = ["a B b", "A c, 7!"]
 
 
 class TestTextEncoder:
-    def test_values_by_hand(self):
-        # Words 7, a, b, c; a is in both texts, so its idf is 1, and that of the others ln(3/2) + 1.
+    def test_features_match_manual_tf_idf(self):
+        # The words are 7, a, b, c. a is in both texts, so its idf is 1; the idf of the others is ln(3/2) + 1.
         rare = math.log(3 / 2) + 1
         twice = (1 + math.log(2)) * rare  # b occurs twice in the first text
         expected = [
@@ -51,19 +51,19 @@ class TestTextEncoder:
         encoder = text.TextEncoder.fit(["c b b", "a b a"], min_df=1, max_features=1)
         assert encoder(["a", "b", "c"]).toarray().tolist() == [[0], [1], [0]]
 
-    def test_pairs_of_neighbouring_words_by_hand(self, tmp_path):
+    def test_bigram_features_match_manual_tf_idf(self, tmp_path):
         encoder = text.TextEncoder.fit(["a b", "a b c"], ngrams=2, min_df=1)
         assert encoder.vocabulary_size == 5  # a, "a b", b, "b c", c
         rare = math.log(3 / 2) + 1
         encoder.save(tmp_path / "words.json")
-        for saved_or_not in (encoder, text.TextEncoder.load(tmp_path / "words.json")):
-            features = saved_or_not(["b c", "b, A"]).toarray()  # of the second, only the words are known
+        for fitted_or_loaded in (encoder, text.TextEncoder.load(tmp_path / "words.json")):
+            features = fitted_or_loaded(["b c", "b, A"]).toarray()  # "b a" is not a known pair
             expected = np.array([[0, 0, 1, rare, rare], [1, 0, 1, 0, 0]])
             expected /= np.linalg.norm(expected, axis=1, keepdims=True)
             np.testing.assert_allclose(features, expected, rtol=1e-6)
 
     @pytest.mark.parametrize(
-        ("of_text", "words"),
+        ("sample", "words"),
         [
             ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
             ("สวัสดี ชาวโลก", ["สวัสดี", "ชาวโลก"]),
@@ -71,18 +71,18 @@ class TestTextEncoder:
             ("مَرْحَبًا بِكَ", ["مَرْحَبًا", "بِكَ"]),
             ("Crème, brûlée!", ["crème", "brûlée"]),
             ("İstanbul'da q\u0307x_7", ["i\u0307stanbul", "da", "q\u0307x_7"]),
-            ("\u0301 a \u0301b", ["a", "b"]),  # a mark without a letter before it is no word
+            ("\u0301 a \u0301b", ["a", "b"]),  # a mark needs a letter before it
         ],
     )
     @pytest.mark.parametrize("form", ["NFC", "NFD"])
-    def test_combining_marks_are_part_of_words_in_either_normal_form(self, of_text, words, form):
-        encoder = text.TextEncoder.fit([unicodedata.normalize(form, of_text)] * 2)
+    def test_combining_marks_are_part_of_words_in_nfc_and_nfd(self, sample, words, form):
+        encoder = text.TextEncoder.fit([unicodedata.normalize(form, sample)] * 2)
         assert sorted(encoder.words) == sorted(unicodedata.normalize("NFC", word) for word in words)
-        composed, decomposed = (encoder([unicodedata.normalize(f, of_text)]) for f in ("NFC", "NFD"))
+        composed, decomposed = (encoder([unicodedata.normalize(f, sample)]) for f in ("NFC", "NFD"))
         assert composed.nnz == len(words)
         np.testing.assert_array_equal(composed.toarray(), decomposed.toarray())
 
-    def test_all_marks_are_part_of_words(self):
+    def test_all_unicode_marks_are_part_of_words(self):
         every = [chr(point) for point in range(sys.maxunicode + 1)]
         marks = "".join(c for c in every if unicodedata.category(c).startswith("M"))
         assert len(marks) > 2000
@@ -92,7 +92,7 @@ class TestTextEncoder:
         assert text._words(f"a{others}b") == ["a", "b"]
 
     @pytest.mark.parametrize("ngrams", [1, 2])
-    def test_english_texts_have_the_words_of_scikit_learn(self, ngrams):
+    def test_english_features_match_scikit_learn(self, ngrams):
         _, texts = read_tsv(ROOT / "sparse_xmc" / "cli" / "data" / "wordnet" / "test.tsv.xz")
         texts = texts[:3000]
         encoder = text.TextEncoder.fit(texts, ngrams=ngrams)
@@ -103,18 +103,18 @@ class TestTextEncoder:
         assert encoder.words == theirs.get_feature_names_out().tolist()
         np.testing.assert_array_equal((encoder(texts) - expected).toarray(), 0)
 
-    def test_an_encoder_saved_before_loads(self, tmp_path):
-        state = {"words": ["cat", "न", "caf"], "idf": [1.0, 2.0, 3.0]}  # of texts cut at combining marks
+    def test_encoder_of_older_version_loads(self, tmp_path):
+        state = {"words": ["cat", "न", "caf"], "idf": [1.0, 2.0, 3.0]}  # words cut at combining marks
         (tmp_path / "words.json").write_text(json.dumps(state))
         encoder = text.TextEncoder.load(tmp_path / "words.json")
         assert encoder(["the Cat, cat", "नमस्ते"]).toarray().tolist() == [[1, 0, 0], [0, 0, 0]]
 
-    def test_no_word_left(self):
+    def test_fit_without_frequent_words_raises(self):
         with pytest.raises(ValueError, match="no word is in 2 of the 2 texts"):
             text.TextEncoder.fit(["a", "b"])
 
     @hypothesis.given(texts=st.lists(st.text("aBcé \u2028x0_", max_size=20), min_size=1))
-    def test_save_and_load_give_the_same_features(self, tmp_path_factory, texts):
+    def test_save_and_load_round_trip(self, tmp_path_factory, texts):
         path = tmp_path_factory.mktemp("encoder") / "words.json"
         encoder = text.TextEncoder.fit([*texts, "a b é"], min_df=1)
         encoder.save(path)
@@ -140,12 +140,12 @@ class TestTextEncoder:
         ],
         ids=lambda state: state[:40],
     )
-    def test_malformed_file(self, tmp_path, state):
+    def test_malformed_file_raises(self, tmp_path, state):
         (tmp_path / "bad.json").write_text(state)
         with pytest.raises(ValueError, match=r"bad\.json: not a saved TextEncoder"):
             text.TextEncoder.load(tmp_path / "bad.json")
 
-    def test_weights_that_are_not_finite(self):
+    def test_invalid_weights_raise(self):
         with pytest.raises(ValueError, match="expected finite weights, got nan for 'b'"):
             text.TextEncoder(["a", "b"], [1, np.nan])
         with pytest.raises(ValueError, match=r"expected 2 weights, one for each word, got \[1, 2\]"):
@@ -157,7 +157,7 @@ class TestTextEncoder:
 
 
 class TestLabelEncoder:
-    def test_ids_are_in_sorted_order(self):
+    def test_names_are_sorted(self):
         encoder = text.LabelEncoder.fit([["dog", "big cat"], [], ["Ape", "dog"]])
         assert encoder.names == ["Ape", "big cat", "dog"]
         labels = encoder([["dog", "Ape", "dog"], [], ["big cat", "unknown"]])
@@ -166,14 +166,14 @@ class TestLabelEncoder:
         )
         assert labels.has_canonical_format
 
-    def test_labels_of_a_point_are_sorted(self):
-        # A set of the ids 8 and 1 would give the 8 first.
+    def test_indices_of_a_point_are_sorted(self):
+        # Python iterates over the set {8, 1} in the order 8, 1.
         assert text.LabelEncoder(list("abcdefghi"))([["b", "i"]]).indices.tolist() == [1, 8]
 
     def test_min_count_counts_points(self):
         assert text.LabelEncoder.fit([["a", "b", "b"], ["a"]], min_count=2).names == ["a"]
 
-    def test_no_points_and_no_labels(self):
+    def test_no_points(self):
         assert text.LabelEncoder.fit([])([]).shape == (0, 0)
         assert text.LabelEncoder(["a", "b"])([]).shape == (0, 2)
 
@@ -182,7 +182,7 @@ class TestLabelEncoder:
             st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1))
         )
     )
-    def test_encoding_can_be_undone_after_save_and_load(self, tmp_path_factory, label_lists):
+    def test_loaded_names_decode_labels(self, tmp_path_factory, label_lists):
         path = tmp_path_factory.mktemp("labels") / "labels.txt"
         text.LabelEncoder.fit(label_lists).save(path)
         encoder = text.LabelEncoder.load(path)
@@ -190,11 +190,11 @@ class TestLabelEncoder:
         decoded = [{encoder.names[label] for label in row.nonzero()[0]} for row in matrix.toarray()]
         assert decoded == [set(names) for names in label_lists]
 
-    def test_file_is_one_name_a_line(self, tmp_path):
+    def test_file_has_one_name_per_line(self, tmp_path):
         text.LabelEncoder(["dog", "Löwe"]).save(tmp_path / "labels.txt")
         assert (tmp_path / "labels.txt").read_bytes() == "dog\nLöwe\n".encode()
 
-    def test_repeated_name(self):
+    def test_repeated_name_raises(self):
         with pytest.raises(ValueError, match="a label name appears twice"):
             text.LabelEncoder(["a", "b", "a"])
 
@@ -207,7 +207,7 @@ class TestLabelEncoder:
             ("a\udc80", r"must be encodable in UTF-8, got 'a\\udc80'"),
         ],
     )
-    def test_refuses_names_that_cannot_be_saved(self, name, message):
+    def test_names_that_cannot_be_saved_raise(self, name, message):
         with pytest.raises(ValueError, match=message):
             text.LabelEncoder(["x", name])
 
@@ -220,7 +220,7 @@ class TestLabelEncoder:
             (b"a\n\xff\n", "2: not UTF-8"),
         ],
     )
-    def test_malformed_file(self, tmp_path, content, fault):
+    def test_malformed_file_raises(self, tmp_path, content, fault):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(ValueError, match=rf"bad\.txt:{fault}"):
             text.LabelEncoder.load(tmp_path / "bad.txt")

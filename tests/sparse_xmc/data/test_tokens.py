@@ -1,4 +1,4 @@
-"""Texts as tokens, in padded batches."""
+"""Tests of the tokenizer, and of token lists in padded batches."""
 
 import json
 import sys
@@ -16,24 +16,24 @@ TEXTS = ["the dogs run", "", "a dog", "cats " * 50]
 
 
 def write_tokenizer(directory, words=WORDS):
-    """A WordPiece tokenizer with BERT's special tokens."""
+    """Write a WordPiece tokenizer with BERT's special tokens; return the directory."""
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.enable_padding(length=100)  # as some published files say; here it must not matter
+    tokenizer.enable_padding(length=100)  # some published files set this; it must have no effect
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
 
 class TestTokenizer:
-    def test_by_hand(self, tmp_path):
+    def test_ids_of_known_texts(self, tmp_path):
         lists = Tokenizer.from_directory(write_tokenizer(tmp_path), max_length=6)(TEXTS)
         assert (len(lists), lists.max_length) == (4, 6)
         assert (lists.ids.dtype, lists.indptr.dtype) == (np.int32, np.int64)
-        expected = [[2, 8, 4, 5, 6, 3], [2, 3], [2, 7, 4, 3], [2, 1, 1, 1, 1, 3]]  # the last is cut
+        expected = [[2, 8, 4, 5, 6, 3], [2, 3], [2, 7, 4, 3], [2, 1, 1, 1, 1, 3]]  # the last is truncated
         np.testing.assert_array_equal(lists.ids, np.concatenate(expected))
         np.testing.assert_array_equal(lists.lengths, [6, 2, 4, 6])
 
@@ -41,7 +41,7 @@ class TestTokenizer:
         lists = Tokenizer.from_directory(write_tokenizer(tmp_path))([])
         assert (len(lists), lists.ids.shape, lists.max_length) == (0, (0,), 512)
 
-    def test_many_texts(self, tmp_path, monkeypatch):
+    def test_tokenizing_in_chunks_matches_one_call(self, tmp_path, monkeypatch):
         tokenizer = Tokenizer.from_directory(write_tokenizer(tmp_path))
         whole = tokenizer(TEXTS * 3)
         monkeypatch.setattr("sparse_xmc.data.tokens._TEXTS_AT_ONCE", 5)
@@ -49,14 +49,14 @@ class TestTokenizer:
         np.testing.assert_array_equal(pieces.ids, whole.ids)
         np.testing.assert_array_equal(pieces.indptr, whole.indptr)
 
-    def test_saved_and_read_again(self, tmp_path):
+    def test_save_and_load_round_trip(self, tmp_path):
         tokenizer = Tokenizer.from_directory(write_tokenizer(tmp_path / "a"), max_length=5)
         tokenizer.save(tmp_path / "b")
         again = Tokenizer.from_directory(tmp_path / "b")
         assert again.max_length == 5
         np.testing.assert_array_equal(again(TEXTS).ids, tokenizer(TEXTS).ids)
 
-    def test_errors(self, tmp_path):
+    def test_invalid_tokenizer_raises(self, tmp_path):
         with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
             Tokenizer.from_directory(tmp_path)
         (tmp_path / "tokenizer.json").write_text(json.dumps({"words": WORDS}))
@@ -65,7 +65,7 @@ class TestTokenizer:
         with pytest.raises(ValueError, match=r"max_length must be above 2, .* got 2"):
             Tokenizer.from_directory(write_tokenizer(tmp_path), max_length=2)
 
-    def test_without_the_library(self, tmp_path, monkeypatch):
+    def test_missing_tokenizers_package_raises(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "tokenizers", None)
         with pytest.raises(ImportError, match=r"pip install 'sparse-xmc\[text\]'"):
             Tokenizer.from_directory(tmp_path)
@@ -78,7 +78,7 @@ def make_lists(lengths, max_length):
 
 class TestTokenLists:
     @hypothesis.given(st.data())
-    def test_take(self, data):
+    def test_take_pads_rows(self, data):
         lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=8))
         lists = make_lists(lengths, max(1, *lengths, data.draw(st.integers(1, 100))))
         rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=9))
@@ -89,14 +89,14 @@ class TestTokenLists:
             expected = lists.ids[lists.indptr[row] : lists.indptr[row + 1]]
             np.testing.assert_array_equal(ids, np.pad(expected, (0, batch.ids.shape[1] - length)))
 
-    def test_widths_are_few(self):
+    def test_width_has_few_values(self):
         lists = make_lists([1], 512)
         widths = [lists.width(length) for length in range(513)]
         assert sorted(set(widths)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
         assert all(width >= length for length, width in enumerate(widths))
         assert make_lists([1], 20).width(17) == make_lists([1], 20).width(20) == 20
 
-    def test_memory_mapped(self, tmp_path):
+    def test_take_from_memory_map(self, tmp_path):
         lists = make_lists([3, 0, 20], 32)
         np.save(tmp_path / "ids.npy", lists.ids)
         mapped = TokenLists(np.load(tmp_path / "ids.npy", mmap_mode="r"), lists.indptr, 32)

@@ -21,18 +21,18 @@ class TestTsv:
         data.write_tsv(path, labels, texts)
         assert data.read_tsv(path) == (labels, texts)
 
-    def test_reads(self, tmp_path):
+    def test_read_tsv(self, tmp_path):
         path = write(tmp_path / "data.tsv", "big cat|Löwe\ta\tlion\r\n\tno labels\nx\t\n")
         labels, texts = data.read_tsv(path)
         assert labels == [["big cat", "Löwe"], [], ["x"]]
         assert texts == ["a\tlion", "no labels", ""]
 
-    def test_blanks_around_labels_and_a_byte_order_mark_are_not_read(self, tmp_path):
+    def test_blanks_around_labels_and_byte_order_mark_are_stripped(self, tmp_path):
         path = write(tmp_path / "data.tsv", "\ufeffbig cat | lion\t text \n \tnone\n\u00a0x\t\n")
         assert data.read_tsv(path) == ([["big cat", "lion"], [], ["x"]], [" text ", "none", ""])
 
     @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-    def test_equal_input_gives_identical_files(self, tmp_path, suffix):
+    def test_written_files_are_reproducible(self, tmp_path, suffix):
         paths = [tmp_path / f"{name}.tsv{suffix}" for name in "ab"]
         for time, path in enumerate(paths):
             data.write_tsv(path, [["x"]], ["text"])
@@ -59,7 +59,7 @@ class TestTsv:
             (b"a\tx\rb\ty\r", 1, r"expected lines that end in .*, got \\r within one"),
         ],
     )
-    def test_malformed(self, tmp_path, text, line, fault):
+    def test_malformed_lines_raise(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.tsv:{line}: {fault}"):
             data.read_tsv(write(tmp_path / "bad.tsv", text))
 
@@ -77,7 +77,7 @@ class TestTsv:
             ([["a"]], ["x", "y"], r"out\.tsv: 1 lists of labels but 2 texts"),
         ],
     )
-    def test_refuses_to_write(self, tmp_path, labels, texts, fault):
+    def test_write_of_invalid_points_raises(self, tmp_path, labels, texts, fault):
         with pytest.raises(ValueError, match=fault):
             data.write_tsv(tmp_path / "out.tsv", labels, texts)
         assert not (tmp_path / "out.tsv").exists()

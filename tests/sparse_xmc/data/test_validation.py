@@ -1,4 +1,4 @@
-"""Points and labels as callers give them."""
+"""Tests of the validation of points and labels that callers pass."""
 
 import decimal
 
@@ -15,17 +15,18 @@ FORMATS = ["bsr", "coo", "csc", "csr", "dia", "dok", "lil"]
 
 
 def reversed_csr(values=VALUES):
-    """A CSR matrix whose indices descend within rows."""
+    """Return a CSR matrix with descending indices in each row."""
     return scipy.sparse.csr_matrix(values[:, ::-1])[:, ::-1]
 
 
 def with_duplicates():
-    """Entries that are given twice: 1 + 2 and 3 - 3."""
+    """Return a CSR matrix with duplicate entries: 1 + 2 and 3 - 3."""
     data, indices = np.array([3, 1, 2, -3]), np.array([1, 0, 0, 1])
     return scipy.sparse.csr_array((data, indices, np.array([0, 4])), shape=(1, 3))
 
 
-def frozen(matrix):
+def read_only(matrix):
+    """Make the arrays of a sparse matrix read-only; return it."""
     for name in ("data", "indices", "indptr"):
         getattr(matrix, name).flags.writeable = False
     return matrix
@@ -33,10 +34,10 @@ def frozen(matrix):
 
 @pytest.mark.parametrize("convert", [to_canonical, to_binary, read_points, read_labels])
 @pytest.mark.parametrize("make", [reversed_csr, with_duplicates])
-def test_matrices_are_not_written_to(convert, make):
+def test_matrices_are_not_modified(convert, make):
     matrix = make()
     before = {name: getattr(matrix, name).copy() for name in ("data", "indices", "indptr")}
-    for given in (matrix, frozen(make())):
+    for given in (matrix, read_only(make())):
         result = convert(given)
         result = result.values if isinstance(result, LabelMatrix) else result
         expected = make().toarray() != 0 if result.dtype == bool else make().toarray()
@@ -46,7 +47,7 @@ def test_matrices_are_not_written_to(convert, make):
         np.testing.assert_array_equal(getattr(matrix, name), array)
 
 
-def test_matrices_in_canonical_format_are_not_copied():
+def test_canonical_matrices_are_not_copied():
     matrix = scipy.sparse.csr_array(VALUES.astype(np.float32))
     features, labels = read_points(matrix), read_labels(matrix)
     assert np.shares_memory(features.data, matrix.data)
@@ -56,8 +57,8 @@ def test_matrices_in_canonical_format_are_not_copied():
     assert read_points(dense) is dense
 
 
-def test_statistics_of_labels_do_not_write_to_these():
-    labels = frozen(reversed_csr())
+def test_label_statistics_do_not_modify_labels():
+    labels = read_only(reversed_csr())
     statistics = LabelStatistics.of(labels)
     np.testing.assert_array_equal(
         statistics.groups, LabelStatistics.of(scipy.sparse.csr_array(VALUES)).groups
@@ -65,7 +66,7 @@ def test_statistics_of_labels_do_not_write_to_these():
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_formats_of_sparse_matrices(kind):
+def test_all_sparse_formats_are_read(kind):
     matrix = scipy.sparse.csr_array(VALUES).asformat(kind)
     np.testing.assert_array_equal(read_points(matrix).toarray(), VALUES)
     np.testing.assert_array_equal(read_labels(matrix).values.toarray(), VALUES != 0)
@@ -84,7 +85,7 @@ def test_formats_of_sparse_matrices(kind):
         iter(VALUES),
     ],
 )
-def test_matrices_of_numbers(X):
+def test_numeric_matrices_become_float32(X):
     features = read_points(X)
     assert features.dtype == np.float32
     np.testing.assert_array_equal(features, VALUES)
@@ -101,7 +102,7 @@ def test_matrices_of_numbers(X):
         {"a": 1, "b": 2}.keys(),
     ],
 )
-def test_texts(X):
+def test_texts_become_list_of_str(X):
     assert read_points(X) == ["a", "b"]
 
 
@@ -114,7 +115,7 @@ def test_texts(X):
         np.array([["a"], ["b", "c"]], object),
     ],
 )
-def test_names(y):
+def test_label_names_become_lists(y):
     assert read_labels(y) == [["a"], ["b", "c"]]
 
 
@@ -140,7 +141,7 @@ def test_names(y):
         (scipy.sparse.csr_array([[0], [1e300]]), ValueError, "X must be finite, .* in point 1"),
     ],
 )
-def test_what_are_no_points(X, error, message):
+def test_invalid_points_raise(X, error, message):
     with pytest.raises(error, match=message):
         read_points(X)
 
@@ -160,12 +161,12 @@ def test_what_are_no_points(X, error, message):
         (scipy.sparse.csr_array([[0], [np.nan]]), ValueError, "y must be finite, .* in point 1"),
     ],
 )
-def test_what_are_no_labels(y, error, message):
+def test_invalid_labels_raise(y, error, message):
     with pytest.raises(error, match=message):
         read_labels(y)
 
 
-def test_data_frames_of_pandas():
+def test_pandas_data_frames():
     pandas = pytest.importorskip("pandas")
     mixed = pandas.DataFrame({"a": [1, 0], "b": [False, True], "c": [0.5, 0]})
     np.testing.assert_array_equal(read_points(mixed), [[1, 0, 0.5], [0, 1, 0]])

@@ -26,7 +26,7 @@ def datasets(draw):
     return data.Dataset(features, scipy.sparse.csr_array(labels))
 
 
-# The largest and the smallest float32, the former of which is written as a slightly larger decimal.
+# The largest and the smallest positive float32. The largest is written as a slightly larger decimal.
 EXTREMES = data.Dataset(np.array([[3.4028235e38, -3.4028235e38, 1e-45]], np.float32), csr([[1]], bool))
 
 
@@ -43,11 +43,11 @@ class TestXmcText:
             read.labels.toarray(), dataset.labels.toarray().astype(bool), strict=True
         )
 
-    # Labels and features unsorted, a label twice, no labels, no features, neither, CRLF, several spaces.
+    # Unsorted labels and features, a repeated label, no labels, no features, neither, CRLF, several spaces.
     TEXT = "4 5 3\n2,0,2 4:-.5 1:2\n  0:1e-3\r\n1\n \n"
 
     @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-    def test_reads(self, tmp_path, suffix):
+    def test_read(self, tmp_path, suffix):
         dataset = data.read_xmc_text(write(tmp_path / f"data.txt{suffix}", self.TEXT))
         expected = [[0, 2, 0, 0, -0.5], [1e-3, 0, 0, 0, 0], [0] * 5, [0] * 5]
         np.testing.assert_array_equal(dataset.features.toarray(), np.array(expected, np.float32), strict=True)
@@ -55,7 +55,7 @@ class TestXmcText:
         np.testing.assert_array_equal(dataset.labels.toarray(), [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
         assert dataset.labels.dtype == bool
 
-    def test_writes(self, tmp_path):
+    def test_write(self, tmp_path):
         features = np.array([[0.1, 0, -2], [0, 0, 0], [0, 3, 0]], np.float32)
         dataset = data.Dataset(features, csr([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool))
         data.write_xmc_text(tmp_path / "data.txt", dataset)
@@ -87,31 +87,31 @@ class TestXmcText:
             ("1 2 2\n0 1:1 0:3 1:2\n", 2, "expected each feature once, got 1 twice"),
         ],
     )
-    def test_malformed(self, tmp_path, text, line, fault):
+    def test_malformed_files_raise(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
             data.read_xmc_text(write(tmp_path / "bad.txt", text))
 
-    def test_a_feature_twice_in_a_long_line(self, tmp_path):
-        # Took minutes when each feature was counted in turn.
+    def test_repeated_feature_in_long_line_raises(self, tmp_path):
+        # Counting the features one by one takes minutes.
         pairs = " ".join(f"{feature}:1" for feature in [*range(300_000), 299_999])
         with pytest.raises(ValueError, match=r"bad\.txt:2: expected each feature once, got 299999 twice"):
             data.read_xmc_text(write(tmp_path / "bad.txt", f"1 300000 1\n0 {pairs}\n"))
 
     @pytest.mark.parametrize("suffix", [".gz", ".xz"])
-    def test_truncated_file(self, tmp_path, suffix):
+    def test_truncated_file_raises(self, tmp_path, suffix):
         path = write(tmp_path / f"cut{suffix}", self.TEXT)
         path.write_bytes(path.read_bytes()[:-4])
         with pytest.raises(ValueError, match=rf"cut\{suffix}:\d: damaged compressed file"):
             data.read_xmc_text(path)
 
     @pytest.mark.parametrize("suffix", [".gz", ".xz"])
-    def test_file_that_is_not_compressed(self, tmp_path, suffix):
+    def test_uncompressed_file_with_compressed_suffix_raises(self, tmp_path, suffix):
         path = tmp_path / f"plain{suffix}"
         path.write_text(self.TEXT)
         with pytest.raises(ValueError, match=rf"plain\{suffix}:1: damaged compressed file"):
             data.read_xmc_text(path)
 
-    def test_refuses_to_write_what_cannot_be_read(self, tmp_path):
+    def test_write_of_unreadable_features_raises(self, tmp_path):
         infinite = np.array([[1, 2], [np.inf, 0]], np.float32)
         with pytest.raises(ValueError, match=r"out:3: expected finite features, got inf or nan in row 1"):
             data.write_xmc_text(tmp_path / "out", data.Dataset(infinite, LABELS))
@@ -121,7 +121,7 @@ class TestXmcText:
 
 
 class TestCache:
-    def test_second_read_does_not_parse(self, tmp_path, monkeypatch):
+    def test_second_read_uses_cache(self, tmp_path, monkeypatch):
         path = write(tmp_path / "data.txt", TestXmcText.TEXT)
         parsed = data.read_xmc_text(path)
         first = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
@@ -146,7 +146,7 @@ class TestCache:
         dataset = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         assert dataset.features.toarray() == float(text.split(":")[1])
 
-    def test_damage_is_noticed_and_parsed_again(self, tmp_path, caplog, monkeypatch):
+    def test_source_of_damaged_cache_is_parsed_again(self, tmp_path, caplog, monkeypatch):
         path = write(tmp_path / "data.txt", TestXmcText.TEXT)
         parsed = data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         parts = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
@@ -170,7 +170,7 @@ class TestCache:
         data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         assert not caplog.messages
 
-    def test_a_foreign_entry_is_parsed_again(self, tmp_path, caplog):
+    def test_source_of_mismatched_cache_is_parsed_again(self, tmp_path, caplog):
         for name, text in (("a.txt", TestXmcText.TEXT), ("b.txt", "1 1 1\n0 0:3\n")):
             data.read_xmc_text(write(tmp_path / name, text), cache_dir=tmp_path / name[0])
         ((ours,), (theirs,)) = ((tmp_path / name).iterdir() for name in "ab")
@@ -179,7 +179,7 @@ class TestCache:
         assert len(data.read_xmc_text(tmp_path / "a.txt", cache_dir=tmp_path / "a")) == 4
         assert f"{ours}: has other sizes than {tmp_path / 'a.txt'}" in caplog.text
 
-    def test_damage_that_cannot_be_replaced_is_named(self, tmp_path, monkeypatch):
+    def test_damaged_cache_that_cannot_be_replaced_raises(self, tmp_path, monkeypatch):
         path = write(tmp_path / "data.txt", TestXmcText.TEXT)
         data.read_xmc_text(path, cache_dir=tmp_path / "cache")
         (part,) = tmp_path.glob("cache/*/labels/indptr.npy")
@@ -188,7 +188,7 @@ class TestCache:
         with pytest.raises(ValueError, match=r"labels: not a saved CSR matrix: indptr\.npy is missing since"):
             data.read_xmc_text(path, cache_dir=tmp_path / "cache")
 
-    def test_malformed_source_leaves_nothing(self, tmp_path):
+    def test_malformed_source_leaves_no_cache(self, tmp_path):
         path = write(tmp_path / "bad.txt", "1 1 1\n0 0:1 1:1\n")
         for _ in range(2):
             with pytest.raises(ValueError, match=r"bad\.txt:2"):
@@ -205,7 +205,7 @@ class TestCache:
             fail_halfway()
         assert not list(tmp_path.iterdir())
 
-    def test_new_directory_keeps_the_one_of_another_process(self, tmp_path):
+    def test_new_directory_keeps_directory_of_another_process(self, tmp_path):
         with files.new_directory(tmp_path / "target") as directory:
             (directory / "ours").touch()
             (tmp_path / "target").mkdir()
@@ -214,7 +214,7 @@ class TestCache:
 
 
 class TestXmcLabels:
-    def test_reads(self, tmp_path):
+    def test_read(self, tmp_path):
         path = write(tmp_path / "trn_X_Y.txt", "4 3\n2:1 0:1.0\n\n1 2 1\n0:0 1:0.5\n")
         labels = data.read_xmc_labels(path)
         np.testing.assert_array_equal(
@@ -237,7 +237,7 @@ class TestXmcLabels:
         data.write_xmc_labels(again, labels)
         np.testing.assert_array_equal(data.read_xmc_labels(again).toarray(), dense, strict=True)
 
-    def test_writes(self, tmp_path):
+    def test_write(self, tmp_path):
         data.write_xmc_labels(tmp_path / "Y.txt", csr([[1, 0, 1], [0, 0, 0]], bool))
         assert (tmp_path / "Y.txt").read_text() == "2 3\n0:1 2:1\n\n"
 
@@ -253,6 +253,6 @@ class TestXmcLabels:
             ("1 2\n0:1\n\n", 3, "expected 1 points, as the header says, got more"),
         ],
     )
-    def test_malformed(self, tmp_path, text, line, fault):
+    def test_malformed_files_raise(self, tmp_path, text, line, fault):
         with pytest.raises(ValueError, match=rf"bad\.txt:{line}: {fault}"):
             data.read_xmc_labels(write(tmp_path / "bad.txt", text))
