@@ -6,7 +6,7 @@ from absl import flags
 
 from experiments.measure import workloads
 from experiments.measure.workloads import MODES, NETWORKS, SCALES, make_batches, make_trainer, read_settings
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 from sparse_xmc.heads import DenseConfig, FixedFanInConfig
 from sparse_xmc.train import TrainingConfig
 
@@ -30,13 +30,13 @@ def test_read_settings_raises_for_unknown_flag():
 
 def test_read_settings_ignores_command_line(monkeypatch):
     flag = flags.FLAGS["fan_in"]
-    assert flags_without_use() == []
+    assert unused_flags() == []
     try:
         flag.parse("5")
         flag.present += 1  # as absl does
         assert read_settings([]).head.fan_in == 32
-        assert flags_without_use() == ["fan_in"]
-        assert flags_without_use("fan_in") == []
+        assert unused_flags() == ["fan_in"]
+        assert unused_flags("fan_in") == []
     finally:
         flag.unparse()
 

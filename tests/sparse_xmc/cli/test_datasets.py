@@ -120,14 +120,14 @@ def test_filters_beside_text_whose_labels_are_named_by_numbers(tmp_path):
 
 def test_a_filter_beside_labels_with_other_names_is_an_error(tsv, tmp_path):
     (tmp_path / "filter.txt").write_text("0 1\n")
-    with pytest.raises(ValueError, match=r"none of its labels is the name of a label, such as 'bird'"):
+    with pytest.raises(ValueError, match=r"expected names of training labels, such as 'bird', found none"):
         datasets.load(*tsv, test_filter=str(tmp_path / "filter.txt"))
 
 
 def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
     for name, content in (("train.tsv", "\ta b\n\ta b\n"), ("test.tsv", "\ta\n"), ("filter.txt", "0 1\n")):
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=r"filter\.txt: none of its labels is the name of a label$"):
+    with pytest.raises(ValueError, match=r"filter\.txt: expected names of training labels, found none$"):
         datasets.load(
             *(str(tmp_path / name) for name in ("train.tsv", "test.tsv")),
             test_filter=str(tmp_path / "filter.txt"),
@@ -136,7 +136,9 @@ def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
 
 def test_a_file_without_a_word_in_two_texts_is_named(tsv, tmp_path):
     (tmp_path / "train.tsv").write_text("a\tone\nb\ttwo\n")
-    with pytest.raises(ValueError, match=r"train\.tsv: no word is in two of its texts$"):
+    with pytest.raises(
+        ValueError, match=r"train\.tsv: expected words that occur in at least two texts, found none$"
+    ):
         datasets.load(*tsv)
 
 
@@ -181,7 +183,7 @@ def test_a_missing_file_is_named(xmc, tmp_path, missing):
 def test_features_for_one_split_only_are_an_error(xmc, tmp_path):
     _, paths = xmc
     np.save(tmp_path / "x.npy", np.zeros((8, 2), np.float32))
-    with pytest.raises(ValueError, match="train_features and test_features go together"):
+    with pytest.raises(ValueError, match="expected both train_features and test_features, or neither"):
         datasets.load(*paths, train_features=str(tmp_path / "x.npy"))
 
 
