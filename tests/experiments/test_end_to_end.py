@@ -51,7 +51,7 @@ class TestPublishedRows:
         table = sweep.read_table("experiments/tables/end_to_end.toml")
         tables.report(table, result_tables.read_rows(table, tmp_path), "name", tmp_path)
         text = (tmp_path / "name.md").read_text()
-        assert text.count("as others report them") == len(table.data)
+        assert text.count("Published results of encoders trained end to end") == len(table.data)
         assert "| ELMO FP8 | BERT-base | 50.34 | 3.55 | 245 | xmc-aalto/elmo assets/performance.png |" in text
 
 

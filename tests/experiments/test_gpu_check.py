@@ -40,13 +40,13 @@ def test_pytest_rows_writes_outcomes_immediately(tmp_path):
     command += ["-n=1", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(path)]
     seen = []
 
-    def look():
+    def poll():
         seen.append(gpu_check.count_tests(rows.read_text() if rows.exists() else ""))
         if sum(seen[-1]["skipped"].values()) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.run(EndableJob(), *command, look=look)
+        gpu_check.run(EndableJob(), *command, poll=poll)
     assert seen[-1].pop("seconds") >= 0
     assert seen[-1] == {
         "passed": 1,
@@ -65,7 +65,7 @@ def test_count_tests_ignores_incomplete_line():
 
 def test_check_records_failures_and_continues():
     def broken(job):
-        job.enter({"rows": [1]})
+        job.record({"rows": [1]})
         raise gpu_check.PartError("no such device")
 
     def wrong(job):
@@ -117,12 +117,12 @@ time.sleep(100)
 """
     job, child = EndableJob(), tmp_path / "child"
 
-    def look():
+    def poll():
         if child.exists() and child.read_text():
             job.end()
 
-    with pytest.raises(gpu_check.OutOfTimeError, match="its time is up\nstarted"):
-        gpu_check.run(job, sys.executable, "-c", script, look=look)
+    with pytest.raises(gpu_check.OutOfTimeError, match="stopped at its deadline\nstarted"):
+        gpu_check.run(job, sys.executable, "-c", script, poll=poll)
     process = psutil.Process(int(child.read_text())) if psutil.pid_exists(int(child.read_text())) else None
     assert process is None or process.wait(timeout=60) is None  # The process may still be ending.
 
@@ -139,11 +139,11 @@ time.sleep(100)
 """
     found, run = [], gpu_check.run
 
-    def enter(rows):
+    def record(rows):
         found.append(rows)
         job.end()
 
-    job = EndableJob(enter=enter)
+    job = EndableJob(record=record)
 
     def run_script(job, python, dash_m, name, path, **options):
         assert (dash_m, name) == ("-m", "experiments.some")
@@ -180,6 +180,6 @@ def test_program_rejects_unknown_parts(tmp_path):
     ]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert "--parts are device, build, tests, claim, benchmark, words, training; got luck" in (
+    assert "--parts must be among device, build, tests, claim, benchmark, words, training; got luck" in (
         finished.stdout + finished.stderr
     )

@@ -271,7 +271,7 @@ def test_program_lists_required_files(tmp_path):
     command = [sys.executable, "-m", "experiments.prepare", "--dataset=Amazon-670K", f"--dir={tmp_path}"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 1
-    assert f"Amazon-670K needs, in {tmp_path / 'amazon-670k'}:" in finished.stdout
+    assert f"Amazon-670K requires these files in {tmp_path / 'amazon-670k'}:" in finished.stdout
     assert re.search(r"cascade\.test\.npy +float32 \[153,025 test points, 768\]", finished.stdout)
     assert f"{tmp_path / 'amazon-670k' / 'train.txt'}: missing" in finished.stderr
 

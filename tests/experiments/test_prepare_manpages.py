@@ -190,7 +190,7 @@ class TestProgram:
         command.append("--packages=pets,zoo,unicorn,griffin")
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert "apt does not know, and so left out: griffin, unicorn\n" in result.stderr
+        assert "skipped packages that apt does not know: griffin, unicorn\n" in result.stderr
         out = tmp_path / "out"
         parts = {name: read_tsv(out / f"{name}.tsv.gz") for name in ("train", "test")}
         texts = [text for _, texts in parts.values() for text in texts]

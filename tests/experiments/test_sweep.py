@@ -67,13 +67,13 @@ def test_sweep_continues_after_failures_and_skips_finished_runs(project):
     results = sorted(path.relative_to(project / "results").as_posix() for path in project.glob("results/*/*"))
     assert results == [f"tiny/{name}_seed0.json" for name in ("alias", "dense", "sparse")]
     assert len(list(project.glob("runs/*/result.json"))) == 2  # dense and alias are one run
-    assert finished.stdout.count("has run") == 1
+    assert finished.stdout.count("is already finished") == 1
 
     times = {path: path.stat().st_mtime_ns for path in project.glob("runs/*/result.json")}
     (project / "results" / "tiny" / "dense_seed0.json").unlink()
     again = run_sweep(f"--table={table}")
-    assert again.stdout.count("is there") == 2
-    assert again.stdout.count("has run") == 1
+    assert again.stdout.count("already exists") == 2
+    assert again.stdout.count("is already finished") == 1
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert (project / "results" / "tiny" / "dense_seed0.json").exists()
 

@@ -115,4 +115,4 @@ def test_program_rejects_unused_flags(arguments, unused):
     command = [sys.executable, "-m", "experiments.benchmark", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert f"has no use for {unused}" in finished.stdout + finished.stderr
+    assert f"does not use {unused}" in finished.stdout + finished.stderr

@@ -102,4 +102,4 @@ def test_program_rejects_unused_flags():
     ]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert "--op=encoder_memory has no use for --density, --steps" in finished.stdout + finished.stderr
+    assert "--op=encoder_memory does not use --density, --steps" in finished.stdout + finished.stderr
