@@ -45,8 +45,8 @@ def measure(network: Network, steps: int) -> dict:
 def _define_flags() -> None:
     flags.DEFINE_integer("features", NUM_FEATURES, "Number of input features.")
     flags.DEFINE_integer("labels", AMAZON_670K.labels, "Number of labels.")
-    flags.DEFINE_integer("steps", 200, "Steps to time.", lower_bound=1)
-    flags.DEFINE_string("json", None, "File to write the report to.", required=True)
+    flags.DEFINE_integer("steps", 200, "Number of timed steps.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File to write the report to, as JSON.", required=True)
     flags.declare_key_flag("fan_in")
     flags.declare_key_flag("penultimate")
 
@@ -54,7 +54,7 @@ def _define_flags() -> None:
 def main() -> None:
     """Measure, and write --json."""
     if unused := unused_flags("fan_in", "penultimate"):
-        raise app.UsageError(f"no use for {', '.join(f'--{name}' for name in unused)}")
+        raise app.UsageError(f"this program does not use {', '.join(f'--{name}' for name in unused)}")
     report = measure(network_of_flags(), flags.FLAGS.steps)
     Path(flags.FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -43,7 +43,7 @@ def memory_record(network: Network, mode: str, steps: int) -> dict:
     resident = peak.bytes()
     analysis = trainer.trace(batches[0])["step"].lower().compile().memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
+        raise RuntimeError(f"XLA does not report the memory of a step on {jax.default_backend()}")
     parts = {
         "state_bytes": live,
         "temporary_bytes": analysis.temp_size_in_bytes,

@@ -90,9 +90,9 @@ def test_interleaved_times_divides_round_by_number_of_calls(clock):
     assert interleaved_times(calls, 2, calls_per_round=3, seconds=15, clock=clock)["b"] == [5]
 
 
-def test_median_seconds_respects_time_limit_and_at_least(clock):
+def test_median_seconds_respects_time_limit_and_min_rounds(clock):
     assert median_seconds(clock.call("a", 50, 1, 3, 8), None, seconds=12, clock=clock) == 3
-    assert median_seconds(clock.call("a", 50, 10, 30, 20), None, seconds=1, at_least=3, clock=clock) == 20
+    assert median_seconds(clock.call("a", 50, 10, 30, 20), None, seconds=1, min_rounds=3, clock=clock) == 20
     assert median_seconds(clock.call("a", 1), None, seconds=10, clock=clock) == 1
 
 

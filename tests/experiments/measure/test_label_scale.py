@@ -58,8 +58,8 @@ def test_run_all_skips_existing_results(tmp_path, capsys):
     failures = scale.run_all([smallest], ["dense", "fixed_fan_in_32", "nonsense"], tmp_path, seconds=0.01)
     printed = capsys.readouterr().out
     assert "10,000 labels, dense: " in printed
-    assert "dense_10000.json is there" in printed
-    assert re.search(r"10,000 labels, fixed_fan_in_32: \d\.\d\d GiB, \d+ ms a step", printed)
+    assert "dense_10000.json already exists" in printed
+    assert re.search(r"10,000 labels, fixed_fan_in_32: \d\.\d\d GiB, \d+ ms per step", printed)
     assert len(failures) == 1
     assert "nonsense" in failures[0]
     assert {path.name for path in tmp_path.iterdir()} == {"dense_10000.json", "fixed_fan_in_32_10000.json"}
