@@ -1,7 +1,7 @@
-"""Your own network under a fixed fan-in head, on synthetic points: `python examples/own_network.py`.
+"""Train your own network with a fixed fan-in head, on synthetic points: `python examples/own_network.py`.
 
-Any `nnx.Module` from inputs to features can be in front. Optax trains it; the head steps itself, in place:
-neither the logits of all labels nor the gradient of its kernel is ever in memory.
+Any `nnx.Module` from inputs to features can be the encoder. Optax updates it, and the head updates its own
+weights in place, without storing the logits of all labels or the gradient of its kernel.
 """
 
 import numpy as np
@@ -19,20 +19,20 @@ FEATURES, LABELS = 128, 1000
 
 
 class Network(nnx.Module):
-    """A residual network: yours goes here. It takes [B, FEATURES], and gives [B, width]."""
+    """A residual network from [B, FEATURES] to [B, width], to be replaced by your own."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.first = nnx.Linear(FEATURES, width, rngs=rngs)
         self.block = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x):
-        """The features of a batch."""
+        """Return the features of a batch."""
         x = nnx.gelu(self.first(x))
         return x + nnx.gelu(self.block(x))
 
 
 def make_points(count: int, seed: int) -> Dataset:
-    """Points of three labels each: the sum of these labels' directions, and noise."""
+    """Return points with three labels each; features are the sum of directions of the labels, and noise."""
     directions = np.random.default_rng(0).normal(size=(LABELS, FEATURES))
     rng = np.random.default_rng(seed)
     labels = np.stack([rng.choice(LABELS, 3, replace=False) for _ in range(count)])
@@ -43,18 +43,18 @@ def make_points(count: int, seed: int) -> Dataset:
 
 
 def make_classifier(seed: int) -> Classifier:
-    """The network, behind it 2,048 units, and labels that read 32 of them each."""
+    """Return a classifier: the network, 2,048 hidden units, and labels that read 32 of them each."""
     rngs = nnx.Rngs(seed)
     head = FixedFanInConfig(penultimate=2048, fan_in=32, output_bias=-1, output_bound=0.05)
     return Classifier(Network(256, rngs), head.make(HeadSpec(256, LABELS), rngs))
 
 
 def main(points: int = 20_000, epochs: int = 10, path: str = "runs/own_network") -> dict[str, float]:
-    """Trains, saves, loads, and returns the metrics of what was loaded."""
+    """Train, save and load a classifier, and return its metrics."""
     config = TrainingConfig(
         epochs=epochs,
         batch_size=64,
-        learning_rate=2e-3,  # of the head; Optax has the network's
+        learning_rate=2e-3,  # of the head; the optimizer of the network has its own
         schedule="linear",
         rewire=RewireConfig(fraction=0.1),
         rewire_interval=300,
@@ -63,7 +63,7 @@ def main(points: int = 20_000, epochs: int = 10, path: str = "runs/own_network")
     trainer = Trainer(make_classifier(seed=0), config, encoder_optimizer=network)
     for record in fit(trainer, make_points(points, seed=1)):
         print(f"epoch {record['epoch']}: loss {record['loss']:.6f}, {record['seconds']:.1f} s")
-    save_weights(path, trainer.model)  # with the connections: which units each label reads
+    save_weights(path, trainer.model)  # including the connections of the labels
     classifier = load_weights(path, make_classifier(seed=1))
     return evaluate(classifier, make_points(1000, seed=2))
 

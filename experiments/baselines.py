@@ -1,4 +1,4 @@
-"""Train Omikuji and napkinXC on the split of our models, and print one table of all models.
+"""Train Omikuji and napkinXC on the data of our models, and print a table of all results.
 
     pip install '.[baselines]'
     python -m experiments.baselines --ours=result.json
@@ -171,11 +171,17 @@ def _stdout_to_stderr() -> None:
 
 def _define_flags() -> None:
     wordnet = flagfiles.PACKAGE / "data" / "wordnet"
-    flags.DEFINE_string("train", str(wordnet / "train.tsv.xz"), "Training set, label|label<TAB>text.")
-    flags.DEFINE_string("test", str(wordnet / "test.tsv.xz"), "Test set, in the same format.")
-    flags.DEFINE_integer("ngrams", 1, "1 for words alone, 2 for pairs of neighbouring words as well.", 1)
-    flags.DEFINE_string("json", None, "File to write the baselines' results to.")
-    flags.DEFINE_multi_string("ours", [], "A result.json of ours, for a row of its own; repeatable.")
+    flags.DEFINE_string(
+        "train", str(wordnet / "train.tsv.xz"), "File of training points, .tsv (labels<TAB>text)."
+    )
+    flags.DEFINE_string("test", str(wordnet / "test.tsv.xz"), "File of test points, in the same format.")
+    flags.DEFINE_integer(
+        "ngrams", 1, "Features: 1 for words, 2 for words and pairs of neighbouring words.", 1
+    )
+    flags.DEFINE_string("json", None, "File to write the results of the baselines to, as JSON.")
+    flags.DEFINE_multi_string(
+        "ours", [], "A result.json of `sparse-xmc run`, for another row of the table; can be repeated."
+    )
 
 
 def main() -> None:

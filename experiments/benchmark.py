@@ -7,8 +7,8 @@ See `experiments.measure.ops`; the ops are in `experiments.measure.problems`.
     python -m experiments.benchmark --op=training_step --json=result.json
     python -m experiments.benchmark --op=training_step --labels=131073 --penultimate=8192 --mode=lean
 
-measures time and memory of training steps: of all networks in `experiments.measure.workloads`, or of one, the
-first of them with the sizes that are given as flags. See `experiments.measure.steps`.
+measures time and memory of training steps of all networks in `experiments.measure.workloads`; with sizes as
+flags, only of the first of them with these sizes. See `experiments.measure.steps`.
 
     python -m experiments.benchmark --op=direct_inputs --json=result.json
 
@@ -17,13 +17,14 @@ times training steps and ranking for labels with words as direct inputs. See
 
     python -m experiments.benchmark --op=select_direct_inputs --json=result.json
 
-measures time and memory of choosing these direct inputs. See `experiments.measure.feature_selection`.
+measures time and memory of selecting these direct inputs. See `experiments.measure.feature_selection`.
 
     python -m experiments.benchmark --op=encoder_memory --json=result.json
     python -m experiments.benchmark --op=encoder_memory --labels=131073 --batch=512 --tokens=32
 
 plans the memory of training steps with a BERT-base encoder, in float32 and bfloat16, with and without remat:
-for the shapes in `experiments.measure.encoder_memory`, or for one, the first with the sizes given as flags.
+for all shapes in `experiments.measure.encoder_memory`; with sizes as flags, only for the first of them with
+these sizes.
 """
 
 import json
@@ -33,23 +34,23 @@ from typing import Any
 from absl import app, flags
 
 from sparse_xmc.cli import program
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 
 from .measure import direct_inputs, encoder_memory, feature_selection, ops, problems, steps, workloads
 
 # The flags of each kind of measurement; --fan_in and --penultimate are defined by `experiments.run`.
-_OF_OPS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
-_OF_STEPS = ("labels", "features", "fan_in", "penultimate", "mode", "steps")
-_OF_DIRECT = ("labels", "inputs", "fan_in", "batch", "density", "vocabulary")
-_OF_ENCODER = ("labels", "fan_in", "penultimate", "vocabulary", "batch", "tokens")
+_OP_FLAGS = ("labels", "inputs", "fan_in", "batch", "dtype", "density")
+_STEP_FLAGS = ("labels", "features", "fan_in", "penultimate", "mode", "steps")
+_DIRECT_FLAGS = ("labels", "inputs", "fan_in", "batch", "density", "vocabulary")
+_ENCODER_FLAGS = ("labels", "fan_in", "penultimate", "vocabulary", "batch", "tokens")
 _FAN_IN = 32
 # Default sizes of an op; for direct_inputs, those in `experiments/flags/text.cfg`.
 _SIZES = {"inputs": 32_768, "batch": 32, "density": 1.0}
 _DIRECT_SIZES = {"inputs": 8192, "batch": 256, "density": 0.01}
 
 
-def _help(what: str, name: str) -> str:
-    return f"{what}; by default {_SIZES[name]}, for direct_inputs {_DIRECT_SIZES[name]}."
+def _help(text: str, name: str) -> str:
+    return f"{text}; by default {_SIZES[name]}, for direct_inputs {_DIRECT_SIZES[name]}."
 
 
 def _define_flags() -> None:
@@ -57,28 +58,37 @@ def _define_flags() -> None:
         "op",
         "fan_in_matmul",
         [*problems.OPS, "training_step", "direct_inputs", "select_direct_inputs", "encoder_memory"],
-        "What to measure.",
+        "Op or program to measure.",
     )
     flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
     flags.DEFINE_integer("inputs", None, _help("Number of inputs of an op", "inputs"), lower_bound=1)
-    flags.DEFINE_integer("batch", None, _help("Examples in the batch of an op", "batch"), lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the values of an op.")
+    flags.DEFINE_integer(
+        "batch", None, _help("Number of points in the batch of an op", "batch"), lower_bound=1
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the values of an op.")
     flags.DEFINE_float(
-        "density", None, _help("The part of the logits with a gradient, for losses", "density"), 0.0, 1.0
+        "density", None, _help("Fraction of logits with a gradient, for losses", "density"), 0.0, 1.0
     )
     flags.DEFINE_integer(
         "vocabulary", 100_000, "Number of words, for direct_inputs and encoder_memory.", lower_bound=1000
     )
     flags.DEFINE_integer(
-        "tokens", encoder_memory.SHAPES[0].tokens, "Tokens of a text, for encoder_memory.", 1
+        "tokens", encoder_memory.SHAPES[0].tokens, "Number of tokens per text, for encoder_memory.", 1
     )
     flags.DEFINE_integer(
-        "features", workloads.NUM_FEATURES, "Input features, for training_step.", lower_bound=1
+        "features", workloads.NUM_FEATURES, "Number of input features, for training_step.", lower_bound=1
     )
-    flags.DEFINE_enum("mode", None, list(workloads.MODES), "How to train, for training_step; by default all.")
-    flags.DEFINE_integer("steps", 10, "Steps that memory is measured over, for training_step.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 15, "Runs of each contender, fewer for slow ones.", lower_bound=1)
-    flags.DEFINE_string("json", None, "File to write the report to.")
+    flags.DEFINE_enum(
+        "mode",
+        None,
+        list(workloads.MODES),
+        "Mode of training, for training_step; by default, all are measured.",
+    )
+    flags.DEFINE_integer(
+        "steps", 10, "Number of steps in which memory is measured, for training_step.", lower_bound=1
+    )
+    flags.DEFINE_integer("repeats", 15, "Maximum number of timed runs of each implementation.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File to write the report to, as JSON.")
     flags.declare_key_flag("fan_in")
     flags.declare_key_flag("penultimate")
 
@@ -86,17 +96,17 @@ def _define_flags() -> None:
 def main() -> None:
     """Measure, print the table, and write --json."""
     values = flags.FLAGS
-    of_others = {
-        "training_step": _OF_STEPS,
-        "direct_inputs": _OF_DIRECT,
+    used_by = {
+        "training_step": _STEP_FLAGS,
+        "direct_inputs": _DIRECT_FLAGS,
         "select_direct_inputs": (),
-        "encoder_memory": _OF_ENCODER,
+        "encoder_memory": _ENCODER_FLAGS,
     }
-    used = of_others.get(values.op, _OF_OPS)
-    known = set(_OF_OPS).union(*of_others.values())
+    used = used_by.get(values.op, _OP_FLAGS)
+    known = set(_OP_FLAGS).union(*used_by.values())
     given = [name for name in known - {*used} if values[name].present]
-    if unused := sorted({*given, *flags_without_use(*used)}):
-        raise app.UsageError(f"--op={values.op} has no use for {', '.join(f'--{name}' for name in unused)}")
+    if unused := sorted({*given, *unused_flags(*used)}):
+        raise app.UsageError(f"--op={values.op} does not use {', '.join(f'--{name}' for name in unused)}")
     if values.op == "training_step":
         network = workloads.network_of_flags()
         networks = workloads.NETWORKS if network in workloads.NETWORKS else (network,)
@@ -106,7 +116,7 @@ def main() -> None:
         report = feature_selection.measure(feature_selection.Sizes())
         print(feature_selection.table(report))
     elif values.op == "encoder_memory":
-        given_sizes = {name: getattr(values, name) for name in _OF_ENCODER if values[name].present}
+        given_sizes = {name: getattr(values, name) for name in _ENCODER_FLAGS if values[name].present}
         first = encoder_memory.SHAPES[0]
         shapes = (first._replace(**given_sizes),) if given_sizes else encoder_memory.SHAPES
         report = encoder_memory.measure(shapes)

@@ -26,8 +26,9 @@ def measure(train: str, test: str) -> dict:
     classifier = XMCClassifier(verbose=True).fit(texts, labels)
     seconds = time.perf_counter() - start
     saved = classifier.saved_
-    assert saved.inputs is not None  # The classifier was given texts
-    assert saved.label_encoder is not None  # and label names.
+    # The classifier was trained on texts and label names.
+    assert saved.inputs is not None
+    assert saved.label_encoder is not None
     test_labels, test_texts = read_tsv(test)
     points = saved.inputs(test_texts).with_labels(saved.label_encoder(test_labels))
     weights = inverse_propensities(saved.label_encoder(labels))
@@ -44,9 +45,9 @@ def measure(train: str, test: str) -> dict:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("train", None, "Training points, .tsv.", required=True)
-    flags.DEFINE_string("test", None, "Test points, .tsv.", required=True)
-    flags.DEFINE_string("json", None, "File to write the report to.")
+    flags.DEFINE_string("train", None, "File of training points, .tsv (labels<TAB>text).", required=True)
+    flags.DEFINE_string("test", None, "File of test points, in the same format.", required=True)
+    flags.DEFINE_string("json", None, "File to write the report to, as JSON.")
 
 
 def main() -> None:

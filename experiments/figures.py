@@ -46,7 +46,7 @@ def _new_figure(**options: Any) -> "Figure":
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError(
-            "pictures need matplotlib: pip install 'sparse-xmc[experiments]', "
+            "figures need matplotlib: pip install 'sparse-xmc[experiments]', "
             "or in a clone pip install -e '.[experiments]'"
         ) from error
     return Figure(**options)
@@ -124,7 +124,7 @@ def _draw_density(rows: list[Row]) -> "Figure | None":
     figure = _new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
     _draw_curves(axes, rows, "gradient_density")
-    axes.set(yscale="log", ylabel="logits with a gradient, as a part of all")
+    axes.set(yscale="log", ylabel="fraction of logits with a gradient")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
 

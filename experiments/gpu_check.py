@@ -46,7 +46,7 @@ from sparse_xmc.cli import program
 ROOT = Path(__file__).parents[1]
 CLAIM_BYTES = 4 << 30
 _TAIL_CHARACTERS = 4000
-_LOOK_SECONDS = 0.5  # interval between two reads of the partial results of a process
+_POLL_SECONDS = 0.5  # interval between two reads of the partial results of a process
 
 # The tests of the ops, which need a device.
 OPS_TESTS = [
@@ -80,18 +80,18 @@ class Job:
     Attributes:
       quick: whether to run the short version.
       deadline: time at which the part is stopped, by `time.monotonic`.
-      enter: function that records the results so far.
+      record: function that records the results so far.
     """
 
     quick: bool
     deadline: float
-    enter: Callable[[dict], None]
+    record: Callable[[dict], None]
 
 
 def run(
     job: Job,
     *command: str,
-    look: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None,
     env: Mapping[str, str] | None = None,
 ) -> str:
     """Run a command from the root of the repository and return its output.
@@ -101,7 +101,7 @@ def run(
     Args:
       job: the running part.
       command: program and arguments.
-      look: function that is called at intervals while the command runs.
+      poll: function that is called at intervals while the command runs.
       env: additional environment variables.
 
     Raises:
@@ -113,14 +113,15 @@ def run(
             if left <= 0:
                 break
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(left, _LOOK_SECONDS))
-            look()
+                process.wait(min(left, _POLL_SECONDS))
+            poll()
         output.seek(0)
         text, status = output.read(), process.poll()
         if status == 0:
             return text
-        kind, how = (OutOfTimeError, "its time is up") if status is None else (PartError, f"status {status}")
-        raise kind(f"{' '.join(command)}: {how}\n{text[-_TAIL_CHARACTERS:]}")
+        kind = OutOfTimeError if status is None else PartError
+        reason = "stopped at its deadline" if status is None else f"status {status}"
+        raise kind(f"{' '.join(command)}: {reason}\n{text[-_TAIL_CHARACTERS:]}")
 
 
 @contextlib.contextmanager
@@ -152,12 +153,12 @@ def run_module(job: Job, name: str, *arguments: str, env: Mapping[str, str] | No
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"
 
-        def look():
+        def poll():
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # missing or incomplete
-                job.enter(json.loads(path.read_text()))
+                job.record(json.loads(path.read_text()))
 
         command = (sys.executable, "-m", f"experiments.{name}", f"--json={path}", *arguments)
-        run(job, *command, look=look, env=env)
+        run(job, *command, poll=poll, env=env)
         return json.loads(path.read_text())
 
 
@@ -203,16 +204,16 @@ def tests(job: Job) -> dict:
             *(OPS_TESTS if job.quick else []),
         ]
 
-        def so_far() -> dict:
+        def counts() -> dict:
             return count_tests(rows.read_text() if rows.exists() else "")
 
         try:
-            run(job, sys.executable, "-m", "pytest", *options, look=lambda: job.enter(so_far()))
+            run(job, sys.executable, "-m", "pytest", *options, poll=lambda: job.record(counts()))
         except PartError as error:
-            job.enter(so_far())
-            if isinstance(error, OutOfTimeError) or not so_far()["failed"]:
+            job.record(counts())
+            if isinstance(error, OutOfTimeError) or not counts()["failed"]:
                 raise
-        return so_far()
+        return counts()
 
 
 def count_tests(rows: str) -> dict:
@@ -245,7 +246,7 @@ def claim(job: Job) -> dict:
 
 
 def benchmark(job: Job) -> dict:
-    """Times the ops."""
+    """Time the ops."""
     return run_module(job, "measure.gpu_ops", *(["--quick"] if job.quick else []))
 
 
@@ -312,7 +313,7 @@ def check(
         outcome: dict[str, Any] = {"failed": "was not finished"}
         report[name] = outcome
 
-        def enter(found: dict, outcome: dict = outcome, start: float = start) -> None:
+        def record(found: dict, outcome: dict = outcome, start: float = start) -> None:
             if found != outcome.get("result"):
                 outcome["result"] = found
                 outcome["seconds"] = round(time.monotonic() - start, 1)
@@ -320,37 +321,44 @@ def check(
 
         save(report)
         try:
-            outcome["result"] = part.run(Job(quick, start + seconds, enter))
+            outcome["result"] = part.run(Job(quick, start + seconds, record))
             del outcome["failed"]
         except Exception as error:  # The other parts must run after any failure.
             outcome["failed"] = str(error) if isinstance(error, PartError) else repr(error)
         outcome["seconds"] = round(time.monotonic() - start, 1)
         save(report)
-        how = "FAILED" if "failed" in outcome else "done"
-        print(f"{name}: {how} in {outcome['seconds']} s", flush=True)
+        status = "FAILED" if "failed" in outcome else "done"
+        print(f"{name}: {status} in {outcome['seconds']} s", flush=True)
     return report
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("json", None, "File to write to, and to go on with.", required=True)
-    flags.DEFINE_list("parts", None, "Parts to run; by default all, or all that --quick has.")
-    flags.DEFINE_bool("quick", False, "Do the least, within 8 minutes.")
+    flags.DEFINE_string(
+        "json",
+        None,
+        "File to write the report to, as JSON; results of other parts in it are kept.",
+        required=True,
+    )
+    flags.DEFINE_list("parts", None, "Parts to run; by default, all parts, or all that --quick includes.")
+    flags.DEFINE_bool("quick", False, "Run short versions of the parts, within 8 minutes.")
 
 
 def main() -> None:
     """Run the parts, and exit with an error if one failed."""
     values = flags.FLAGS
-    usual = [name for name, part in PARTS.items() if not values.quick or part.quick_seconds is not None]
-    names = usual if values.parts is None else values.parts
+    default_names = [
+        name for name, part in PARTS.items() if not values.quick or part.quick_seconds is not None
+    ]
+    names = default_names if values.parts is None else values.parts
     if unknown := set(names) - set(PARTS):
-        raise app.UsageError(f"--parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+        raise app.UsageError(f"--parts must be among {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     path = Path(values.json)
     report = json.loads(path.read_text()) if path.exists() else {}
 
     def save(report: dict) -> None:  # replaces the file atomically
-        beside = path.with_name(f"{path.name}.new")
-        beside.write_text(json.dumps(report, indent=2) + "\n")
-        beside.replace(path)
+        temporary = path.with_name(f"{path.name}.new")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.replace(path)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that child processes are killed
     check({name: PARTS[name] for name in names}, report, save, quick=values.quick)

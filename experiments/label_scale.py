@@ -2,7 +2,7 @@ r"""Measure memory and time of training steps from ten thousand to nine million 
 
     python -m experiments.label_scale --results=experiments/results/label_scale
 
-trains each system with each number of labels for a few steps at batch size 32 with 768 features, each in a
+trains each model with each number of labels for a few steps at batch size 32 with 768 features, each in a
 process of its own; `experiments.tables --label_scale` renders the results. Measurements with existing results
 are skipped. See `experiments.measure.scale` for the method.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from sparse_xmc.cli import program
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 from sparse_xmc.mesh import parse_mesh
 
 from .measure.scale import run_all, run_here, run_on_mesh
@@ -27,22 +27,28 @@ _ON_MESH = "fixed_fan_in_32_32k"  # the model that is measured on a mesh
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("results", None, "Directory that results go to.", required=True)
-    flags.DEFINE_multi_integer("labels", [s.labels for s in SCALES], "Numbers of labels, of those in SCALES.")
+    flags.DEFINE_string("results", None, "Directory to write results to.", required=True)
+    flags.DEFINE_multi_integer(
+        "labels", [s.labels for s in SCALES], "Number of labels, among those of SCALES; can be repeated."
+    )
     flags.DEFINE_list(
         "models",
         "dense,bottleneck_64,fixed_fan_in_32_32k",
-        "The systems: flagfiles in sparse_xmc/cli/flags/models.",
+        "Models to measure: names of flagfiles in sparse_xmc/cli/flags/models.",
     )
-    flags.DEFINE_float("seconds", 10, "About how long each part is repeated.")
-    flags.DEFINE_bool("here", False, "Measure one system in this process.")
+    flags.DEFINE_float(
+        "seconds", 10, "Approximate time for which each part of a step is repeated, in seconds."
+    )
+    flags.DEFINE_bool(
+        "here", False, "Measure the first model with the first number of labels in this process."
+    )
 
 
 def main():
-    """Measure the systems that the flags describe."""
-    if unused := flags_without_use("mesh"):
+    """Measure the models that the flags describe."""
+    if unused := unused_flags("mesh"):
         raise app.UsageError(
-            f"--models say what is trained, so {', '.join(f'--{n}' for n in unused)} may not"
+            f"the flagfiles of --models define the models; got also {', '.join(f'--{n}' for n in unused)}"
         )
     values, results = flags.FLAGS, Path(flags.FLAGS.results)
     scales = [scale for scale in SCALES if scale.labels in values.labels]

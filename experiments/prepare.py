@@ -2,8 +2,8 @@ r"""Prepare a public data set: list the required files, check them, and convert 
 
     python -m experiments.prepare --dataset=Amazon-670K
 
-The files belong into DIR/DATASET in lower case, such as data/amazon-670k, where the flagfiles in
-sparse_xmc/cli/flags/data expect them. Labels and text come from the Extreme Classification Repository,
+The flagfiles in sparse_xmc/cli/flags/data expect the files in DIR/DATASET in lower case, such as
+data/amazon-670k. Labels and text come from the Extreme Classification Repository,
 http://manikvarma.org/downloads/XC/XMLRepository.html, in either of its formats:
 
 * train.txt and test.txt, a header `N D L` and lines of `label,label,... feature:value ...`;
@@ -87,16 +87,18 @@ _SPLITS = {"train": "trn", "test": "tst"}
 def required_files(name: str, features: tuple[str, ...], raw_text: bool = False) -> list[tuple[str, str]]:
     """Return the required files of a data set, as pairs (name, description); arguments as for `prepare`."""
     statistics, required = DATASETS[name], []
-    for split, short in _SPLITS.items():
+    for split, prefix in _SPLITS.items():
         points = f"{getattr(statistics, split):,} {split} points"
         if _is_raw_text(name):
-            required.append((f"{short}.json.gz", f"{points}: title, content, target_ind"))
-            required.append((f"filter_labels_{split}.txt", f"labels that are no answer to {split} points"))
+            required.append((f"{prefix}.json.gz", f"{points}: title, content, target_ind"))
+            required.append(
+                (f"filter_labels_{split}.txt", f"labels to exclude from the ranking of {split} points")
+            )
         elif raw_text:
             required.append((f"{split}_raw_texts.txt", f"the text of {points}"))
-            required.append((f"{split}_labels.txt", "their labels, between spaces"))
+            required.append((f"{split}_labels.txt", "their labels, separated by spaces"))
         else:
-            required.append((f"{split}.txt", f"{points}, or their labels alone as {short}_X_Y.txt"))
+            required.append((f"{split}.txt", f"{points}, or only their labels, as {prefix}_X_Y.txt"))
         for feature in features:
             required.append((f"{feature}.{split}.npy", f"float32 [{points}, {FEATURES[feature]}]"))
     return required
@@ -115,13 +117,13 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
     Returns:
       Messages of all errors; each names the file, and what was expected and found.
     """
-    statistics, faults = DATASETS[name], []
+    statistics, errors = DATASETS[name], []
 
     def attempt(check: Callable, *arguments: Any) -> None:
         try:
             check(*arguments)
         except (FileNotFoundError, ValueError) as error:
-            faults.append(str(error))
+            errors.append(str(error))
 
     for split in _SPLITS:
         convert = _prepare_raw_text if _is_raw_text(name) else _prepare_labels
@@ -133,7 +135,7 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
         for feature in features:
             shape = (getattr(statistics, split), FEATURES[feature])
             attempt(check_features, directory / f"{feature}.{split}.npy", shape)
-    return faults
+    return errors
 
 
 def _is_raw_text(name: str) -> bool:
@@ -141,12 +143,12 @@ def _is_raw_text(name: str) -> bool:
 
 
 def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None:
-    """Write and check the labels of a data set in the old format."""
+    """Write and check the labels of a data set in the text format of the repository."""
     target = directory / f"{_SPLITS[split]}_X_Y.txt"
     if not target.exists():
         labels = read_xmc_text(_existing(directory / f"{split}.txt")).labels
         check_labels(directory / f"{split}.txt", labels, split, statistics)
-        with _whole_file(target) as path:
+        with _atomic_file(target) as path:
             write_xmc_labels(path, labels)
     else:
         labels = read_xmc_labels(target)
@@ -156,9 +158,9 @@ def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None
 
 def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> None:
     """Write and check the text and the labels of an LF- data set."""
-    short = _SPLITS[split]
-    source, text_file = directory / f"{short}.json.gz", directory / f"{split}.tsv.gz"
-    labels_file = directory / f"{short}_X_Y.txt"
+    prefix = _SPLITS[split]
+    source, text_file = directory / f"{prefix}.json.gz", directory / f"{split}.tsv.gz"
+    labels_file = directory / f"{prefix}_X_Y.txt"
     if text_file.exists():
         names, _ = read_tsv(text_file)
         rows = [_numbers(f"{text_file}:{line}", row) for line, row in enumerate(names, start=1)]
@@ -167,7 +169,7 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
         rows, texts = read_json(_existing(source), statistics.titles)
         labels = _matrix(source, rows, statistics.labels)
         check_labels(source, labels, split, statistics)
-        with _whole_file(text_file) as path:
+        with _atomic_file(text_file) as path:
             write_tsv(path, [[str(label) for label in row] for row in rows], texts)
     check_labels(text_file, labels, split, statistics)
     if labels_file.exists():
@@ -175,7 +177,7 @@ def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> No
         if others.shape != labels.shape or (others != labels).nnz:
             raise ValueError(f"{labels_file}: has other labels than {text_file}")
     else:
-        with _whole_file(labels_file) as path:
+        with _atomic_file(labels_file) as path:
             write_xmc_labels(path, labels)
     print(f"{text_file}: {_describe(labels)}")
 
@@ -194,7 +196,7 @@ def _prepare_text_lines(directory: Path, split: str, statistics: Statistics) -> 
             raise ValueError(
                 f"{texts_file}: expected {len(names):,} lines, as {source} has, got {len(texts):,}"
             )
-        with _whole_file(target) as path:
+        with _atomic_file(target) as path:
             write_tsv(path, names, texts)
     _check_names(target, names, split, statistics)
     print(f"{target}: {len(names):,} points, {sum(map(len, names)) / len(names):.2f} labels per point")
@@ -312,7 +314,7 @@ def _existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
+def _atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to `target` when the block ends without an exception."""
     partial = target.with_name(f".partial-{target.name}")
     try:
@@ -328,12 +330,16 @@ def _describe(labels: scipy.sparse.csr_array) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_enum("dataset", None, list(DATASETS), "The data set.", required=True)
+    flags.DEFINE_enum("dataset", None, list(DATASETS), "Data set to prepare.", required=True)
     flags.DEFINE_string(
-        "dir", "data", "Where data sets are; this one's files are in DIR/DATASET, in lower case."
+        "dir", "data", "Directory of all data sets; the files are in DIR/DATASET, in lower case."
     )
-    flags.DEFINE_bool("raw_text", False, "Prepare the raw text of a set whose name has no LF-, for encoders.")
-    flags.DEFINE_list("features", None, "The dense features to check; by default those that the paper uses.")
+    flags.DEFINE_bool(
+        "raw_text", False, "Prepare raw text instead of labels, for a data set without LF- in its name."
+    )
+    flags.DEFINE_list(
+        "features", None, "Kinds of dense features to check; by default, those that the paper uses."
+    )
 
 
 def main():
@@ -344,12 +350,12 @@ def main():
     features = default if values.features is None else tuple(values.features)
     if unknown := set(features) - FEATURES.keys():
         raise app.UsageError(f"--features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}")
-    print(f"{name} needs, in {directory}:")
+    print(f"{name} requires these files in {directory}:")
     for file, content in required_files(name, features, values.raw_text):
         print(f"  {file:26}{content}")
     print(flush=True)
-    if faults := prepare(name, directory, features, values.raw_text):
-        sys.exit("".join(f"{fault}\n" for fault in faults) + f"{directory} is not complete")
+    if errors := prepare(name, directory, features, values.raw_text):
+        sys.exit("".join(f"{error}\n" for error in errors) + f"{directory} is not complete")
     print(f"{directory} is complete")
 
 

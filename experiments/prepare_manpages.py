@@ -61,8 +61,8 @@ _README = """# Manual pages as an extreme classification data set
 
 Each point is a manual page, and the task is to predict the pages that its section SEE ALSO names. The text is
 the page without that section and without header and footer, typeset by mandoc and put on one line. A label is
-a name with the first character of its section: `BIO_new(3)` for a reference to BIO_new(3ssl). A page is no
-label of its own, nor are its other names. Pages with equal text are one point.
+a name with the first character of its section: `BIO_new(3)` for a reference to BIO_new(3ssl). A page is
+not a label of itself, and neither are its other names. Pages with equal text are one point.
 
 The pages are those of the Debian packages that `statistics.json` lists with their versions. Each package's
 own licences apply to its pages: see `copyright/`.
@@ -166,7 +166,7 @@ def prepare(out: str | Path, seed: int, packages: Iterable[str]) -> None:
         if _RENDERER not in versions:
             raise RuntimeError(f"apt knows no package {_RENDERER}, which typesets the pages")
         if missing := packages - versions.keys():
-            print(f"apt does not know, and so left out: {', '.join(sorted(missing))}", file=sys.stderr)
+            print(f"skipped packages that apt does not know: {', '.join(sorted(missing))}", file=sys.stderr)
         for deb in sorted(directory.glob("*.deb")):
             with tarfile.open(fileobj=io.BytesIO(run("dpkg-deb", "--fsys-tarfile", deb))) as tar:
                 found = read_pages(tar)
@@ -192,5 +192,5 @@ def main():
 
 if __name__ == "__main__":
     prepare_packages.define_flags()
-    flags.DEFINE_list("packages", PACKAGES.split(), "The Debian packages to take manual pages from.")
+    flags.DEFINE_list("packages", PACKAGES.split(), "Debian packages whose manual pages are used.")
     program.start(main)

@@ -26,16 +26,16 @@ from absl import app, flags
 from sparse_xmc.cli import program
 from sparse_xmc.data import files, write_tsv
 
-_TEST_SHARE = 0.15
+_TEST_FRACTION = 0.15
 _MIN_LABEL_POINTS = 2
 _DEPENDENCY = re.compile(r"\s*([a-z0-9][a-z0-9+.-]+)")
 
 _README = """# Debian's packages as an extreme classification data set
 
 Each point is a source package of Debian, and the task is to predict what the packages built from it depend
-on. The text is the descriptions of these packages, equal paragraphs once, without the packages' names. The
-labels are the packages in the fields Depends and Pre-Depends, of alternatives the first, without versions,
-and without the packages built from the same source. Sources with equal text are one point.
+on. The text consists of the descriptions of these packages, without package names and repeated paragraphs.
+The labels are the packages in the fields Depends and Pre-Depends, without versions, without packages built
+from the same source, and only the first of alternatives. Sources with equal text are one point.
 
 The texts are part of the packages, whose own licences apply to them. `statistics.json` lists all packages and
 their versions.
@@ -44,7 +44,7 @@ _FORMAT = """
 {table}
 
 `train.tsv.gz` and `test.tsv.gz` hold one point a line, UTF-8: the labels in sorted order, separated by `|`,
-then a tab, then the text; points are in random order. A random {test_share:.0%} of them are test points (seed
+then a tab, then the text; points are in random order. A random {test:.0%} of them are test points (seed
 {seed}). Labels that fewer than two training points have are dropped, and then points with no label left.
 """
 
@@ -118,7 +118,7 @@ def build(stanzas: Iterable[dict[str, str]]) -> list[Point]:
 def split(points: list[Point], seed: int) -> dict[str, list[Point]]:
     """Return training and test points in random order, without labels of fewer than two training points."""
     points = random.Random(seed).sample(points, len(points))
-    num_test = round(_TEST_SHARE * len(points))
+    num_test = round(_TEST_FRACTION * len(points))
     counts = collections.Counter(label for point in points[num_test:] for label in point.labels)
     points = [
         Point([label for label in labels if counts[label] >= _MIN_LABEL_POINTS], text)
@@ -166,14 +166,14 @@ def write(out: Path, points: list[Point], seed: int, versions: dict[str, str], r
         write_tsv(out / f"{name}.tsv.gz", [p.labels for p in part], [p.text for p in part])
     summary = described | {"seed": seed, "packages": dict(sorted(versions.items()))}
     (out / "statistics.json").write_text(json.dumps(summary, indent=2) + "\n")
-    form = _FORMAT.format(table=table, test_share=_TEST_SHARE, seed=seed)
+    form = _FORMAT.format(table=table, test=_TEST_FRACTION, seed=seed)
     (out / "README.md").write_text(readme + form)
     print(table)
 
 
 def define_flags() -> None:
     """Define the common flags of the programs that build data sets from packages."""
-    flags.DEFINE_string("out", None, "Directory to write; it must not exist.", required=True)
+    flags.DEFINE_string("out", None, "Directory to write the data set to; it must not exist.", required=True)
     flags.DEFINE_integer("seed", 0, "Seed of the random split.")
 
 

@@ -43,14 +43,14 @@ def main():
 
 if __name__ == "__main__":
     flags.DEFINE_integer("labels", 10_000, "Number of labels.", lower_bound=1000)
-    for flag, default, what in (("points", 50_000, "training"), ("test_points", 10_000, "test")):
+    for flag, default, split in (("points", 50_000, "training"), ("test_points", 10_000, "test")):
         flags.DEFINE_integer(
-            flag, default, f"Number of {what} points, a multiple of {_BATCH}.", lower_bound=_BATCH
+            flag, default, f"Number of {split} points, a multiple of {_BATCH}.", lower_bound=_BATCH
         )
     flags.register_multi_flags_validator(
         ["points", "test_points"],
         lambda values: not any(value % _BATCH for value in values.values()),
         f"numbers of points must be multiples of {_BATCH}",
     )
-    flags.DEFINE_string("out", None, "Directory to write; it must not exist.", required=True)
+    flags.DEFINE_string("out", None, "Directory to write the data set to; it must not exist.", required=True)
     program.start(main)

@@ -25,14 +25,16 @@ from absl import flags
 from sparse_xmc.cli import program
 from sparse_xmc.data import write_tsv
 
-_DICT_DIR = flags.DEFINE_string("dict_dir", "/usr/share/wordnet", "Directory of WordNet's data.noun etc.")
-_OUT = flags.DEFINE_string("out", None, "Directory that train.tsv.xz and test.tsv.xz go to.", required=True)
-_FULL = flags.DEFINE_bool("full", False, "Take all of WordNet and labels along every kind of pointer.")
+_DICT_DIR = flags.DEFINE_string(
+    "dict_dir", "/usr/share/wordnet", "Directory of the files of WordNet 3.0, such as data.noun."
+)
+_OUT = flags.DEFINE_string("out", None, "Directory to write train.tsv.xz and test.tsv.xz to.", required=True)
+_FULL = flags.DEFINE_bool("full", False, "Use all of WordNet, and labels along every kind of pointer.")
 
 _FILES = {"n": "data.noun", "v": "data.verb", "a": "data.adj", "r": "data.adv"}
 _HYPERNYMS = ("@", "@i")  # hypernym and instance hypernym
 _HYPERNYM_STEPS = 3
-_TEST_SHARE = 0.1
+_TEST_FRACTION = 0.1
 _TRAIN_POINTS = 50_000
 _MIN_LABEL_POINTS = 2
 
@@ -142,8 +144,8 @@ def build(synsets: dict[str, Synset], full: bool) -> tuple[list[Point], list[Poi
         labels = related_lemmas(synsets, synset_id, full)
         if labels:
             points.append(Point(synset_id, labels, f"{', '.join(synset.lemmas)}: {synset.gloss}"))
-    test = [point for point in points if _hash(point.synset_id) < _TEST_SHARE]
-    train = [point for point in points if _hash(point.synset_id) >= _TEST_SHARE]
+    test = [point for point in points if _hash(point.synset_id) < _TEST_FRACTION]
+    train = [point for point in points if _hash(point.synset_id) >= _TEST_FRACTION]
     if not full:
         train = sorted(sorted(train, key=lambda point: _hash(point.synset_id))[:_TRAIN_POINTS])
     counts = collections.Counter(label for point in train for label in point.labels)

@@ -141,8 +141,8 @@ def read_table(path: str) -> Table:
         raise ValueError(f"{path}: unknown keys: {', '.join(table)}")
     names = [str(entry) for entry in entries]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: {twice} is listed twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: {duplicate} is listed twice")
     for entry in entries:
         try:
             flagfiles.expand(entry.flags)
@@ -167,8 +167,8 @@ def _result_flags(values: dict) -> dict:
 def _directory(runs: Path, values: dict) -> Path:
     """Return the working directory of a run, named by a hash of its flags that differ from the defaults."""
     defaults = _result_flags({})
-    special = {name: value for name, value in values.items() if value != defaults.get(name)}
-    return runs / hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:12]
+    changed = {name: value for name, value in values.items() if value != defaults.get(name)}
+    return runs / hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dict[Entry, str]:
@@ -194,13 +194,13 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
             result.exists()
             and _result_flags(rename_settings(json.loads(result.read_text())["flags"])) == values
         ):
-            print(f"{result} is there")
+            print(f"{result} already exists")
             continue
         if dry_run:
             print(shlex.join(command))
             continue
         if (workdir / "result.json").exists():
-            print(f"{workdir} has run")
+            print(f"{workdir} is already finished")
         else:
             print(f"running, output in {workdir}.log", flush=True)
             if failure := _run(command, Path(f"{workdir}.log")):
@@ -233,10 +233,12 @@ def _report(failures: dict[Entry, str]) -> Iterator[str]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("table", None, "The table file.", required=True)
-    flags.DEFINE_string("results", None, "Directory that results go to.", required=True)
-    flags.DEFINE_string("runs", "runs/sweep", "Directory of the runs' working directories.")
-    flags.DEFINE_bool("dry_run", False, "Show what would run, and run nothing.")
+    flags.DEFINE_string(
+        "table", None, "Table file: its path, or its name in experiments/tables.", required=True
+    )
+    flags.DEFINE_string("results", None, "Directory to write results to.", required=True)
+    flags.DEFINE_string("runs", "runs/sweep", "Directory for the working directories of runs.")
+    flags.DEFINE_bool("dry_run", False, "Print the commands without running them.")
 
 
 def main():

@@ -52,18 +52,18 @@ def report(table: sweep.Table, rows: list[Row], name: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# {table.title}"]
     tex = []
-    others = read_end_to_end()
+    published = read_end_to_end()
     for data in table.data:
-        of_data = [row for row in rows if row.data == data]
-        lines = text_lines(of_data)
+        data_rows = [row for row in rows if row.data == data]
+        lines = text_lines(data_rows)
         tex += [f"% {data}", latex(lines)]
         text += [f"## {data}", markdown(lines)]
-        if data in others:
+        if data in published:
             text += [
-                "Encoders trained end to end, as others report them:",
-                markdown(_end_to_end_lines(others[data])),
+                "Published results of encoders trained end to end:",
+                markdown(_end_to_end_lines(published[data])),
             ]
-        for path in draw(of_data, f"{name}_{data}" if len(table.data) > 1 else name, out):
+        for path in draw(data_rows, f"{name}_{data}" if len(table.data) > 1 else name, out):
             text.append(f"![{path.stem}]({path.name})\n\n{_CAPTIONS[path.stem.rpartition('_')[2]]}")
     notes = provenance(result for row in rows for result in row.results)
     text.append("\n".join(["P@k in percent, on the test points.", "", *notes]))
@@ -128,10 +128,10 @@ def report_label_scale(results: list[dict], out: Path) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("table", None, "The table file, as for experiments.sweep.")
+    flags.DEFINE_string("table", None, "Table file: its path, or its name in experiments/tables.")
     flags.DEFINE_string("results", None, "Directory of the results of experiments.sweep.")
     flags.DEFINE_string("label_scale", None, "Directory of the results of experiments.label_scale.")
-    flags.DEFINE_string("out", None, "Directory that tables and pictures go to.", required=True)
+    flags.DEFINE_string("out", None, "Directory to write tables and figures to.", required=True)
 
 
 def main():

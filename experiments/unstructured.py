@@ -27,7 +27,7 @@ from sparse_xmc.modules import check_features
 from sparse_xmc.settings import setting
 from xla_ops import kth_smallest_magnitude
 
-_CONNECTIONS_AT_ONCE = 4096
+_BLOCK_SIZE = 4096
 
 
 class UnstructuredLinear(SparseLinear):
@@ -94,10 +94,10 @@ class UnstructuredLinear(SparseLinear):
             weights, (labels, inputs) = block[0], block[1].T
             return y.at[labels].add(features[inputs] * weights[:, None]), None
 
-        padding = -kernel.size % _CONNECTIONS_AT_ONCE  # padded with connections of weight 0
+        padding = -kernel.size % _BLOCK_SIZE  # padded with connections of weight 0
         blocks = (
-            jnp.pad(kernel, (0, padding)).reshape(-1, _CONNECTIONS_AT_ONCE),
-            jnp.pad(indices, ((0, padding), (0, 0))).reshape(-1, _CONNECTIONS_AT_ONCE, 2),
+            jnp.pad(kernel, (0, padding)).reshape(-1, _BLOCK_SIZE),
+            jnp.pad(indices, ((0, padding), (0, 0))).reshape(-1, _BLOCK_SIZE, 2),
         )
         start = jnp.broadcast_to(bias[:, None], (bias.size, x.shape[0]))
         return jax.lax.scan(add, start, blocks)[0].T
@@ -162,7 +162,7 @@ class UnstructuredHead(LayeredHead):
         layer.indices.set_value(indices)
         if name not in moments.mu:
             return moments
-        mu, nu = (of | {name: jnp.where(moved, 0, of[name])} for of in (moments.mu, moments.nu))
+        mu, nu = (moment | {name: jnp.where(moved, 0, moment[name])} for moment in (moments.mu, moments.nu))
         return moments._replace(mu=mu, nu=nu)
 
 

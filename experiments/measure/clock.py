@@ -1,4 +1,4 @@
-"""Timing of calls, by one clock for all measurements."""
+"""Timing of calls, shared by all measurements."""
 
 import concurrent.futures
 import time
@@ -23,7 +23,7 @@ def interleaved_times(
     *,
     calls_per_round: int = 1,
     seconds: float = TIME_BOX_SECONDS,
-    at_least: int = 1,
+    min_rounds: int = 1,
     failures: dict[_Key, str] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[_Key, list[float]]:
@@ -36,8 +36,8 @@ def interleaved_times(
       repeats: maximum number of rounds of a call; None for no limit except `seconds`.
       calls_per_round: number of calls in a round. They are queued, and only the last result is waited for, so
         that a device is never idle.
-      seconds: a call stops taking part when its rounds add up to this time.
-      at_least: minimum number of rounds of a call.
+      seconds: time limit of a call; it is not called again once its rounds add up to this time.
+      min_rounds: minimum number of rounds of a call.
       failures: dictionary for the reasons of failed calls, while other calls continue; None to raise errors.
       clock: function that returns the time in seconds.
 
@@ -45,9 +45,9 @@ def interleaved_times(
       For each call that did not fail, the seconds per call in each of its rounds.
     """
     times: dict[_Key, list[float]] = {}
-    taking_part = dict(calls)
-    while taking_part:
-        for key, call in list(taking_part.items()):
+    active = dict(calls)
+    while active:
+        for key, call in list(active.items()):
             try:
                 if key not in times:
                     _elapsed(call, 1, clock)
@@ -59,11 +59,11 @@ def interleaved_times(
                     raise
                 failures[key] = reason(error)
                 times.pop(key, None)
-                del taking_part[key]
+                del active[key]
                 continue
             rounds, total = len(times[key]), calls_per_round * sum(times[key])
-            if rounds == repeats or (total >= seconds and rounds >= at_least):
-                del taking_part[key]
+            if rounds == repeats or (total >= seconds and rounds >= min_rounds):
+                del active[key]
     return times
 
 
@@ -95,5 +95,5 @@ def copy_gb_per_second(size: int = _COPY_BYTES) -> float:
 
 
 def reason(error: Exception) -> str:
-    """Return an error as one line."""
+    """Return an error as one line of at most 200 characters."""
     return f"{type(error).__name__}: {error}".partition("\n")[0][:200]

@@ -64,11 +64,11 @@ def draw_words(
     pending = np.arange(count)
     while pending.size:  # Repeated words are drawn again.
         rows = np.sort(drawn[pending], axis=1)
-        again = np.zeros(rows.shape, bool)
-        again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        rows[again] = draw(int(again.sum()))
+        repeated = np.zeros(rows.shape, bool)
+        repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
+        rows[repeated] = draw(int(repeated.sum()))
         drawn[pending] = rows
-        pending = pending[again.any(axis=1)]
+        pending = pending[repeated.any(axis=1)]
     return drawn
 
 
@@ -177,8 +177,8 @@ def _statistics(layer: Layer, shape: Shape) -> dict:
     assert layer.sparse is not None
     present = np.zeros(layer.sparse.num_columns, bool)
     present[np.asarray(layer.sparse.columns)] = True
-    chosen = np.asarray(layer.indices[:, shape.fan_in :]) - shape.inputs
-    return {"different": int(present.sum()), "part_of_labels_words": float(present[chosen].mean())}
+    label_words = np.asarray(layer.indices[:, shape.fan_in :]) - shape.inputs
+    return {"different": int(present.sum()), "part_of_labels_words": float(present[label_words].mean())}
 
 
 def table(report: dict) -> str:

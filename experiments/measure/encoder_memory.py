@@ -114,8 +114,8 @@ def make_batch(shape: Shape, network: PretrainedConfig) -> Batch:
     )
     ids = rng.integers(network.vocab_size, size=(shape.batch, shape.tokens)).astype(np.int32)
     tokens = Tokens(ids, np.full(shape.batch, shape.tokens, np.int32))
-    most = math.ceil(shape.labels_per_point + 5 * shape.labels_per_point**0.5)
-    positives = np.tile(np.arange(most, dtype=np.int32), (shape.batch, 1))
+    max_labels = math.ceil(shape.labels_per_point + 5 * shape.labels_per_point**0.5)
+    positives = np.tile(np.arange(max_labels, dtype=np.int32), (shape.batch, 1))
     return Batch(WordsAndText(bags, tokens), positives)
 
 
@@ -140,10 +140,10 @@ def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> di
     compiled = lowered.compile(compiler_options=_OPTIONS.get(jax.default_backend()))
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
+        raise RuntimeError(f"XLA does not report the memory of a step on {jax.default_backend()}")
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     # All results except the loss reuse the memory of arguments.
-    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    new_bytes = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {
         **shape._asdict(),
         "dtype": dtype,
@@ -152,8 +152,8 @@ def plan(shape: Shape, network: PretrainedConfig, dtype: str, remat: bool) -> di
         "argument_parts_bytes": planning.state_parts(trainer),
         "temporary_bytes": temporaries,
         "kept_for_backward_bytes": bytes_kept(shape, network, dtype, remat),
-        "new_result_bytes": new,
-        "bytes": arguments + temporaries + new,
+        "new_result_bytes": new_bytes,
+        "bytes": arguments + temporaries + new_bytes,
     }
 
 
@@ -184,7 +184,7 @@ def line(row: dict[str, Any]) -> str:
             **row, how="with remat" if row["remat"] else "without remat"
         )
         + f"{row['bytes'] / _GIB:6.2f} GiB: arguments {row['argument_bytes'] / _GIB:.2f}, "
-        f"temporaries {row['temporary_bytes'] / _GIB:.2f}; autodiff keeps "
+        f"temporaries {row['temporary_bytes'] / _GIB:.2f}; kept for backward "
         f"{row['kept_for_backward_bytes'] / _GIB:.2f}"
     )
 

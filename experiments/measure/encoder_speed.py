@@ -49,16 +49,16 @@ def measure(
         PretrainedEncoder.from_directory(directory, pooling="mean", normalize=False, dtype=dtype)
     )
     graphdef, state = nnx.split(encoder)
-    ours = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
-    theirs = _by_pytorch(directory)
+    encode_jax = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+    encode_pytorch = _by_pytorch(directory)
     rows = []
     for length in lengths:
         ids = np.random.default_rng(0).integers(encoder.config.vocab_size, size=(batch_size, length))
         ids = np.where(ids == encoder.config.pad_token_id, ids + 1, ids).astype(np.int32)
         tokens = Tokens(ids, np.full(batch_size, length, np.int32))
-        calls: dict[str, Callable[[], Any]] = {"jax": functools.partial(ours, state, tokens)}
-        if theirs is not None:
-            calls["pytorch"] = functools.partial(theirs, ids.astype(np.int64))
+        calls: dict[str, Callable[[], Any]] = {"jax": functools.partial(encode_jax, state, tokens)}
+        if encode_pytorch is not None:
+            calls["pytorch"] = functools.partial(encode_pytorch, ids.astype(np.int64))
             expected = calls["pytorch"]()
             scale = np.sqrt(np.mean(np.square(expected)))
             np.testing.assert_allclose(calls["jax"]() / scale, expected / scale, atol=_TOLERANCE[dtype])
@@ -118,12 +118,12 @@ def measure_step(
         )
         trainer = Trainer(config.make(train=train, text=text, rngs=nnx.Rngs(0)), training)
         batches = Batches(train, batch_size).shuffled(0, 0)
-        held = list(itertools.islice(batches, 16))
-        calls[name] = functools.partial(_step, trainer, itertools.cycle(held))
+        batch_cache = list(itertools.islice(batches, 16))
+        calls[name] = functools.partial(_step, trainer, itertools.cycle(batch_cache))
         if text is not None:
             calls["cutting a batch"] = functools.partial(next, batches)
     starts = itertools.cycle(range(0, len(texts) - batch_size, batch_size))
-    calls["tokenising, before training"] = lambda: tokenizer(_from(texts, next(starts), batch_size))
+    calls["tokenising, before training"] = lambda: tokenizer(_slice(texts, next(starts), batch_size))
     times = clock.interleaved_times(calls, repeats)
     seconds = {name: float(np.median(each)) for name, each in times.items()}
     settings = {"batch_size": batch_size, "max_length": length, "dtype": dtype}
@@ -134,7 +134,7 @@ def _step(trainer: Trainer, batches: Iterator[Batch]) -> jax.Array:
     return trainer.train_step(next(batches), 1e-3)
 
 
-def _from(texts: Sequence[str], start: int, count: int) -> Sequence[str]:
+def _slice(texts: Sequence[str], start: int, count: int) -> Sequence[str]:
     return texts[start : start + count]
 
 
@@ -160,25 +160,38 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("directory", None, "The encoder's, as Hugging Face saves it.", required=True)
-    flags.DEFINE_integer("batch_size", 64, "Texts in a batch.", lower_bound=1)
-    flags.DEFINE_multi_integer("length", list(LENGTHS), "Tokens of a text.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", list(_TOLERANCE), "Type of the computation in JAX.")
-    flags.DEFINE_integer("repeats", 15, "Runs of each, fewer if they are slow.", lower_bound=1)
-    flags.DEFINE_string("train", None, "Texts, to measure training steps on.")
-    flags.DEFINE_integer("max_length", 32, "How many tokens of a text training reads.", lower_bound=3)
-    flags.DEFINE_string("json", None, "File to write the report to.")
+    flags.DEFINE_string(
+        "directory",
+        None,
+        "Directory of the pretrained encoder, in the format of Hugging Face.",
+        required=True,
+    )
+    flags.DEFINE_integer("batch_size", 64, "Number of texts per batch.", lower_bound=1)
+    flags.DEFINE_multi_integer(
+        "length", list(LENGTHS), "Number of tokens per text; can be repeated.", lower_bound=1
+    )
+    flags.DEFINE_enum("dtype", "float32", list(_TOLERANCE), "Dtype in which JAX computes.")
+    flags.DEFINE_integer("repeats", 15, "Maximum number of timed runs.", lower_bound=1)
+    flags.DEFINE_string(
+        "train",
+        None,
+        "File of texts, .tsv, on which to measure training steps; by default, encoding is measured.",
+    )
+    flags.DEFINE_integer(
+        "max_length", 32, "Maximum number of tokens per text in training steps.", lower_bound=3
+    )
+    flags.DEFINE_string("json", None, "File to write the report to, as JSON.")
 
 
 def main() -> None:
     """Print the table, and write --json."""
     values = flags.FLAGS
-    how = (values.dtype, values.repeats)
+    options = (values.dtype, values.repeats)
     if values.train is not None:
-        report = measure_step(values.directory, values.train, values.batch_size, values.max_length, *how)
+        report = measure_step(values.directory, values.train, values.batch_size, values.max_length, *options)
         print(step_table(report))
     else:
-        report = measure(values.directory, values.batch_size, values.length, *how)
+        report = measure(values.directory, values.batch_size, values.length, *options)
         print(table(report))
     if values.json is not None:
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")

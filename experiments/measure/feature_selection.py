@@ -1,4 +1,4 @@
-"""Time and memory of choosing direct inputs, for `experiments.benchmark --op=select_direct_inputs`.
+"""Time and memory of selecting direct inputs, for `experiments.benchmark --op=select_direct_inputs`.
 
 The synthetic points have as many points, labels and words as Amazon-670K with bags of words. Texts draw their
 words as in `experiments.measure.direct_inputs`, and labels come from `experiments.measure.synthetic`.
@@ -60,11 +60,11 @@ def make_dataset(sizes: Sizes) -> Dataset:
 
 
 def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
-    """Measure the seconds (by the clock `now`) and bytes of the choice, and the seconds of a step."""
+    """Measure the seconds (by the clock `now`) and bytes of the selection, and the seconds of a step."""
     train = make_dataset(sizes)
     memory, start = PeakMemory(), now()
     blocks = select_direct_inputs(train.features, train.labels, sizes.direct_inputs)
-    chosen = sum(int(np.sum(columns >= 0)) for _, columns, _ in blocks)
+    num_selected = sum(int(np.sum(columns >= 0)) for _, columns, _ in blocks)
     seconds, peak = now() - start, memory.bytes()
 
     head = FixedFanInConfig(
@@ -85,7 +85,7 @@ def measure(sizes: Sizes, now: clock.Clock = time.perf_counter) -> dict:
         "op": "select_direct_inputs",
         "sizes": sizes._asdict(),
         "words_per_text": _WORDS_PER_TEXT,
-        "chosen_per_label": chosen / sizes.labels,
+        "chosen_per_label": num_selected / sizes.labels,
         "seconds": seconds,
         "peak_bytes": peak,
         "peak_measured_as": memory.method,
@@ -101,5 +101,5 @@ def table(report: dict) -> str:
         f"select_direct_inputs: {', '.join(f'{k} {v:,}' for k, v in report['sizes'].items())}\n"
         f"{report['seconds']:.1f} s, which is {100 * report['part_of_an_epoch']:.1f}% of an epoch "
         f"of steps of {report['step_seconds']:.2f} s, and {report['peak_bytes'] / 2**20:.0f} MiB; "
-        f"{report['chosen_per_label']:.1f} inputs a label"
+        f"{report['chosen_per_label']:.1f} inputs per label"
     )

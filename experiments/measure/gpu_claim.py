@@ -11,7 +11,7 @@ import jax
 from absl import app, flags
 
 from sparse_xmc.cli import program
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 
 from . import clock
 from .workloads import AMAZON_670K, BATCH_SIZE, NUM_FEATURES, Network, network_of_flags
@@ -45,16 +45,16 @@ def measure(network: Network, steps: int) -> dict:
 def _define_flags() -> None:
     flags.DEFINE_integer("features", NUM_FEATURES, "Number of input features.")
     flags.DEFINE_integer("labels", AMAZON_670K.labels, "Number of labels.")
-    flags.DEFINE_integer("steps", 200, "Steps to time.", lower_bound=1)
-    flags.DEFINE_string("json", None, "File to write the report to.", required=True)
+    flags.DEFINE_integer("steps", 200, "Number of timed steps.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File to write the report to, as JSON.", required=True)
     flags.declare_key_flag("fan_in")
     flags.declare_key_flag("penultimate")
 
 
 def main() -> None:
     """Measure, and write --json."""
-    if unused := flags_without_use("fan_in", "penultimate"):
-        raise app.UsageError(f"no use for {', '.join(f'--{name}' for name in unused)}")
+    if unused := unused_flags("fan_in", "penultimate"):
+        raise app.UsageError(f"this program does not use {', '.join(f'--{name}' for name in unused)}")
     report = measure(network_of_flags(), flags.FLAGS.steps)
     Path(flags.FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -171,8 +171,8 @@ def _in_place(step: Callable, *state: Any) -> Callable[[], Any]:
     held = [state]
 
     def call():
-        rest, held[0] = compiled(*held[0])
-        return rest, held[0]
+        results, held[0] = compiled(*held[0])
+        return results, held[0]
 
     return call
 
@@ -255,12 +255,12 @@ def other_calls(case: Case) -> dict[str, Callable[[], Any]]:
     if case.op in ("forward", "gradients"):
         problem = problems.fan_in_matmul(case.shape, jnp.dtype(case.dtype), np.random.default_rng(0))
         compiled, _ = compile_contenders(problem)
-        wanted = "forward" if case.op == "forward" else "forward+backward"
+        wanted_pass = "forward" if case.op == "forward" else "forward+backward"
         ours = next(iter(problem.contenders))
         return {
             name if case.op == "forward" else f"{name}, with the forward pass": call
             for (name, pass_name), call in compiled.items()
-            if pass_name == wanted and (name != ours or case.op == "gradients")
+            if pass_name == wanted_pass and (name != ours or case.op == "gradients")
         } | {"dense layer of as many products": _dense_layer(case)}
     if case.op == "dense_step":
         return {"product, then update": _dense_step(case, _dense_adam)}
@@ -339,14 +339,14 @@ def row_of(case: Case, bandwidths: Bandwidths, rounds: int, *, others: bool) -> 
 
 def table_row(row: dict) -> str:
     """Render one row for the terminal, in ms."""
-    what = f"{row['op']:14}{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['density']:5} "
-    what += f"{row['dtype']:9}{row['indices']:7}{row['floors_seconds']['floor'] * 1e3:9.3f}"
+    text = f"{row['op']:14}{row['batch']:4} {row['inputs']:6} {row['fan_in']:3} {row['density']:5} "
+    text += f"{row['dtype']:9}{row['indices']:7}{row['floors_seconds']['floor'] * 1e3:9.3f}"
     if "failed" in row:
-        return f"{what} {row['failed']}"
+        return f"{text} {row['failed']}"
     times = f"{row['seconds'] * 1e3:9.3f} {row['over_floor']:6.2f}"
-    ran = {name: s for name, s in row.get("others_seconds", {}).items() if isinstance(s, float)}
-    fastest = min(ran, key=lambda name: ran[name], default=None)
-    return f"{what}{times}" + (f"   {ran[fastest] * 1e3:.3f} {fastest}" if fastest else "")
+    measured = {name: s for name, s in row.get("others_seconds", {}).items() if isinstance(s, float)}
+    fastest = min(measured, key=lambda name: measured[name], default=None)
+    return f"{text}{times}" + (f"   {measured[fastest] * 1e3:.3f} {fastest}" if fastest else "")
 
 
 def copy_bytes_per_second(rounds: int, size: int = _COPY_BYTES) -> float:
@@ -357,17 +357,39 @@ def copy_bytes_per_second(rounds: int, size: int = _COPY_BYTES) -> float:
 
 def _define_flags() -> None:
     flags.DEFINE_integer("labels", workloads.AMAZON_670K.labels, "Number of labels.", lower_bound=1)
-    flags.DEFINE_multi_integer("batch", list(BATCHES), "Examples in the batch.")
-    flags.DEFINE_multi_integer("inputs", list(INPUTS), "Inputs of the output layer.")
-    flags.DEFINE_multi_integer("connections", list(FAN_INS), "Connections per label.")
-    flags.DEFINE_multi_enum("op", list(OPS), list(OPS), "What to time.")
-    flags.DEFINE_bool("quick", False, "A row or two of each op, without other formulations.")
-    flags.DEFINE_float("l2_tb_per_second", 5.5, "Assumed: what an H100's second-level cache delivers.")
-    flags.DEFINE_float("shared_tb_per_second", 29.6, "Assumed: what an H100's shared memory delivers.")
-    flags.DEFINE_integer("shared_kib", 227, "Shared memory that a block can have.")
-    flags.DEFINE_integer("copy_bytes", _COPY_BYTES, "The size of the array that is copied.")
-    flags.DEFINE_integer("rounds", 7, "Rounds of each measurement.", lower_bound=1)
-    flags.DEFINE_string("json", None, "File to write the report to.", required=True)
+    flags.DEFINE_multi_integer(
+        "batch",
+        list(BATCHES),
+        "Number of points in the batch; the first value is the default, and is varied to the others.",
+    )
+    flags.DEFINE_multi_integer(
+        "inputs", list(INPUTS), "Number of inputs of the output layer; can be repeated."
+    )
+    flags.DEFINE_multi_integer(
+        "connections",
+        list(FAN_INS),
+        "Fan-in of the labels; the first value is the default, and is varied to the others.",
+    )
+    flags.DEFINE_multi_enum("op", list(OPS), list(OPS), "Op to time; can be repeated.")
+    flags.DEFINE_bool("quick", False, "Time only one or two cases of each op, without other implementations.")
+    flags.DEFINE_float(
+        "l2_tb_per_second",
+        5.5,
+        "Bandwidth of the second-level cache, in TB/s; the default is assumed for an H100.",
+    )
+    flags.DEFINE_float(
+        "shared_tb_per_second",
+        29.6,
+        "Bandwidth of shared memory, in TB/s; the default is assumed for an H100.",
+    )
+    flags.DEFINE_integer("shared_kib", 227, "Maximum shared memory of a block of threads, in KiB.")
+    flags.DEFINE_integer(
+        "copy_bytes",
+        _COPY_BYTES,
+        "Size of the array that is copied to measure the memory bandwidth, in bytes.",
+    )
+    flags.DEFINE_integer("rounds", 7, "Number of rounds of each measurement.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File to write the report to, as JSON.", required=True)
 
 
 def main() -> None:
@@ -384,15 +406,15 @@ def main() -> None:
     print(
         "op, batch, inputs, connections, density, dtype, indices; ms: floor, ours, in floors, fastest other"
     )
-    chosen = quick_cases if values.quick else cases
-    first = set()  # pairs of op and dtype already seen: the first case of each is compared with alternatives
-    for case in chosen(values.labels, values.batch, values.inputs, values.connections):
+    select_cases = quick_cases if values.quick else cases
+    seen = set()  # pairs of op and dtype; only the first case of each is compared with alternatives
+    for case in select_cases(values.labels, values.batch, values.inputs, values.connections):
         if case.op not in values.op:
             continue
         row = row_of(
-            case, bandwidths, values.rounds, others=not values.quick and (case.op, case.dtype) not in first
+            case, bandwidths, values.rounds, others=not values.quick and (case.op, case.dtype) not in seen
         )
-        first.add((case.op, case.dtype))
+        seen.add((case.op, case.dtype))
         print(table_row(row), flush=True)
         rows.append(row)
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")

@@ -38,7 +38,7 @@ def measure(scale: Scale, model: str, mesh: Mesh) -> dict[str, Any]:
     compiled = trainer.trace(batch)["step"].lower().compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
+        raise RuntimeError(f"XLA does not report the memory of a step on {jax.default_backend()}")
     jax.block_until_ready(trainer.train_step(batch, 1e-3))
     sent = collectives(compiled.as_text() or "") if mesh.size > 1 else []
     features = NUM_FEATURES if data_size(mesh) > 1 else 0
@@ -67,8 +67,8 @@ def bytes_on_first_device(trainer: Trainer) -> dict[str, int]:
         if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
             continue
         name = path_name(key_path_names(path))
-        here = sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == first)
-        parts["split by labels" if "output" in name.split(".") else "on all devices"] += here
+        local_bytes = sum(shard.data.nbytes for shard in array.addressable_shards if shard.device == first)
+        parts["split by labels" if "output" in name.split(".") else "on all devices"] += local_bytes
     return parts
 
 

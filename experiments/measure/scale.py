@@ -67,8 +67,8 @@ def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.pe
 
     quartiles = {}
 
-    def take(name: str, call: Callable[[], Any]) -> None:
-        rounds = clock.interleaved_times({name: call}, None, seconds=seconds, at_least=3, clock=now)
+    def record(name: str, call: Callable[[], Any]) -> None:
+        rounds = clock.interleaved_times({name: call}, None, seconds=seconds, min_rounds=3, clock=now)
         quartiles[name] = np.quantile(rounds[name], (0.25, 0.5, 0.75)).tolist()
 
     def start(*more: str) -> tuple[Trainer, Callable[[], Any]]:
@@ -82,20 +82,20 @@ def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.pe
     batches = make_batches(scale.labels, scale.labels_per_point, count=_BATCHES)
     memory = PeakMemory()
     trainer, step = start(*_ALL_GRADIENTS)
-    take("step, all gradients", step)
+    record("step, all gradients", step)
     report |= {"peak_memory_bytes": memory.bytes(), "peak_memory_measured_as": memory.method}
     densities["step, all gradients"] = gradient_density(trainer.model, batches, settings.training.loss)
 
     del trainer, step
     trainer, step = start(*_FEW_GRADIENTS)
-    take("step", step)
+    record("step", step)
     densities["step"] = gradient_density(trainer.model, batches, settings.training.loss)
 
-    take("rewiring", functools.partial(_rewire, trainer, batches[0]))
+    record("rewiring", functools.partial(_rewire, trainer, batches[0]))
     parts = _parts(trainer.model, batches[0], settings.training.loss)
     del trainer, step  # Frees the moments, as gradients need memory.
     for name, part in parts.items():
-        take(name, part)
+        record(name, part)
     times = {name: median for name, (_, median, _) in quartiles.items()}
     steps = scale.points / BATCH_SIZE
     return report | {
@@ -142,7 +142,7 @@ def run_all(scales: list[Scale], models: list[str], results: Path, seconds: floa
             path = _path(results, scale, model)
             print(f"{scale.labels:,} labels, {model}: ", end="", flush=True)
             if path.exists():
-                print(f"{path} is there")
+                print(f"{path} already exists")
                 continue
             program = "experiments.label_scale"
             command = [sys.executable, "-m", program, f"--results={results}"]
@@ -165,7 +165,8 @@ def run_here(scale: Scale, model: str, results: Path, seconds: float) -> None:
         print(report["failed"])
     else:
         print(
-            f"{report['peak_memory_bytes'] / 2**30:.2f} GiB, {1000 * report['seconds']['step']:.0f} ms a step"
+            f"{report['peak_memory_bytes'] / 2**30:.2f} GiB, "
+            f"{1000 * report['seconds']['step']:.0f} ms per step"
         )
 
 
@@ -173,8 +174,8 @@ def run_on_mesh(scale: Scale, model: str, sizes: dict[str, int], results: Path) 
     """Measure memory and communication of each device of a mesh, in this process, and write the result."""
     results.mkdir(parents=True, exist_ok=True)
     report = meshes.measure(scale, model, make_mesh(**sizes))
-    of_mesh = "_".join(f"{axis}{size}" for axis, size in sizes.items())
-    _write(results / f"{model}_{scale.labels}_{of_mesh}.json", report)
+    mesh_name = "_".join(f"{axis}{size}" for axis, size in sizes.items())
+    _write(results / f"{model}_{scale.labels}_{mesh_name}.json", report)
     print(meshes.line(report))
 
 

@@ -22,11 +22,12 @@ from .workloads import Network, stepper
 
 _RATE = 1e-3
 _GIB = 2**30
-# Adam must follow gradients of a mean over millions of labels. All labels start as easy negatives.
+# The loss is a mean over millions of labels, so Adam needs a small epsilon. Initially, all labels are easy
+# negatives.
 _ARGUMENTS = ("--epsilon=1e-12", "--output_bias=-1", "--output_bound=none")
 
 
-def memory_cell(network: Network, mode: str, steps: int) -> dict:
+def memory_record(network: Network, mode: str, steps: int) -> dict:
     """Train for some steps, with a rewiring after the first, and report memory and losses."""
     tiny = network._replace(labels=1000, penultimate=max(128, network.fan_in))
     step = stepper(tiny.trainer(mode, *_ARGUMENTS), tiny.batches(1), _RATE)
@@ -42,7 +43,7 @@ def memory_cell(network: Network, mode: str, steps: int) -> dict:
     resident = peak.bytes()
     analysis = trainer.trace(batches[0])["step"].lower().compile().memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"XLA does not say what memory a step takes on {jax.default_backend()}")
+        raise RuntimeError(f"XLA does not report the memory of a step on {jax.default_backend()}")
     parts = {
         "state_bytes": live,
         "temporary_bytes": analysis.temp_size_in_bytes,
@@ -85,7 +86,9 @@ def memory_line(record: dict) -> str:
         return f"{name} failed: {record['failed']}"
     paper = f"{record['paper_gb']:.2f} GB" if record["paper_gb"] else "-"
     losses = "loss {first_loss:.3e} -> {last_loss:.3e} in {steps} steps".format(**record)
-    size, planned, resident = (record[of] / _GIB for of in ("bytes", "planned_bytes", "peak_resident_bytes"))
+    size, planned, resident = (
+        record[name] / _GIB for name in ("bytes", "planned_bytes", "peak_resident_bytes")
+    )
     return (
         f"{name} {size:6.3f} GiB, planned {planned:6.3f} GiB, resident {resident:6.3f} GiB, "
         f"paper {paper}; {losses}"
@@ -93,5 +96,5 @@ def memory_line(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    what = json.loads(sys.argv[1])
-    print(json.dumps(memory_cell(Network(**what["network"]), what["mode"], what["steps"])))
+    model = json.loads(sys.argv[1])
+    print(json.dumps(memory_record(Network(**model["network"]), model["mode"], model["steps"])))

@@ -60,10 +60,10 @@ def measure_time(network: Network, mode: str, repeats: int, now: clock.Clock = t
         times = clock.interleaved_times(calls, repeats, clock=now)
         seconds = {part: float(np.median(t)) for part, t in times.items()}
 
-        of_weight, of_moments = _bytes_per_weight(trainer, "output")
+        weight_bytes, moment_bytes = _bytes_per_weight(trainer, "output")
         # A step reads and writes weights and moments. SGD has no moments, and writes nothing without a
         # gradient.
-        updated = (2 if of_moments or gathers > 1 else 1) * (of_weight + of_moments)
+        updated = (2 if moment_bytes or gathers > 1 else 1) * (weight_bytes + moment_bytes)
         index = trainer.state["other"]["head"]["output"]["indices"].dtype.itemsize
         floors = {
             "penultimate forward": products + 4 * dense / copy,
@@ -124,13 +124,13 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
         """
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(state, moments, of_layer):
+        def step(state, moments, layer_inputs):
             head = head_of(state)
-            updated = update(head, moments, of_layer)
+            updated = update(head, moments, layer_inputs)
             return nnx.state(head), next_state(moments, updated)
 
-        def run(of_layer):
-            held[:] = step(*held, of_layer)
+        def run(layer_inputs):
+            held[:] = step(*held, layer_inputs)
             return held
 
         return run
@@ -158,9 +158,9 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
 def _bytes_per_weight(trainer: Trainer, layer: str) -> tuple[int, int]:
     """Return the bytes of each weight of a layer's kernel, and of its optimizer state."""
     moments = trainer.state["moments"]
-    remembered = [of[f"{layer}.kernel"] for of in (moments.mu, moments.nu) if f"{layer}.kernel" in of]
+    kernel_moments = [m[f"{layer}.kernel"] for m in (moments.mu, moments.nu) if f"{layer}.kernel" in m]
     kernel = trainer.state["params"]["head"][layer]["kernel"]
-    return kernel.dtype.itemsize, sum(array.dtype.itemsize for array in remembered)
+    return kernel.dtype.itemsize, sum(array.dtype.itemsize for array in kernel_moments)
 
 
 def _product_flops_per_second(now: clock.Clock, size: int = 2048) -> float:

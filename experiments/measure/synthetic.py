@@ -2,8 +2,8 @@
 
 * Label frequencies have a long tail: the label of rank r (from 0) has a frequency proportional to
   1 / (r + L / 1000), Zipf's law with Mandelbrot's offset. This fits the shipped data set: a hundredth of the
-  labels has 0.35 of the occurrences (there 0.31), a tenth 0.67 (there 0.67). With tens of labels per point
-  the head is flatter, because the labels of a point are distinct.
+  labels has 0.35 of the occurrences (0.31 in that data set), a tenth 0.67 (0.67). With tens of labels per
+  point, frequencies are more even, because the labels of a point are distinct.
 * A point has 1 + Poisson distinct labels, all from one cluster of about 1,000 labels.
 * The features of a point are the sum of the direction of its cluster, a direction for each of its labels, and
   noise, so that every label can be learnt. The direction of a label is computed from its number, not stored.

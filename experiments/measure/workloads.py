@@ -49,7 +49,7 @@ class Scale(NamedTuple):
     points: int
 
 
-def _of(name: str) -> Scale:
+def _published(name: str) -> Scale:
     statistics = prepare.DATASETS[name]
     return Scale(name, statistics.labels, statistics.labels_per_point, statistics.train)
 
@@ -59,14 +59,14 @@ def _assumed(name: str, labels: int) -> Scale:
     return Scale(f"{name} (assumed)", labels, 5.0, labels)
 
 
-AMAZON_670K, AMAZON_3M = _of("Amazon-670K"), _of("Amazon-3M")
+AMAZON_670K, AMAZON_3M = _published("Amazon-670K"), _published("Amazon-3M")
 _PAPER2KEYWORDS = _assumed("8.6M", 8_623_847)
 
 SCALES = (
     _assumed("10k", 10_000),
-    _of("Wiki10-31K"),
-    _of("LF-AmazonTitles-131K"),
-    _of("Wiki-500K"),
+    _published("Wiki10-31K"),
+    _published("LF-AmazonTitles-131K"),
+    _published("Wiki-500K"),
     AMAZON_670K,
     _assumed("1.3M", 1_305_265),
     AMAZON_3M,
@@ -186,6 +186,6 @@ def network_of_flags() -> Network:
     given: dict[str, Any] = {n: flags.FLAGS[n].value for n in names if flags.FLAGS[n].present}
     if given.get("penultimate") == 0:
         raise flags.IllegalFlagValueError(
-            "--penultimate must be at least 1: what is measured has such a layer"
+            "--penultimate must be at least 1, as the measured networks have a penultimate layer"
         )
     return NETWORKS[0]._replace(data="as given", paper_gb=None, **given) if given else NETWORKS[0]

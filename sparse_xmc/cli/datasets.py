@@ -60,8 +60,8 @@ def load(
       test: path of the test points, in the same format.
       train_features: path of a `.npy` file of dense features, if `train` has only labels; or None.
       test_features: path of the dense features of the test points, or None.
-      train_filter: path of a file of `row label` lines, labels that are excluded from the ranking of a point
-        in evaluation; or None. For raw text, the number of a label is its name.
+      train_filter: path of a filter file, or None. Each line is `point label`, both numbers from 0: the label
+        is excluded from the ranking of this point in evaluation. For raw text, label numbers are label names.
       test_filter: path of such a file for the test points, or None.
       cache_dir: directory in which parsed files of the repository's format, and embeddings of texts by a
         frozen encoder, are cached and memory-mapped; None for no cache.
@@ -85,13 +85,15 @@ def load(
                 f"{path}: expected a .tsv of label|label|...<TAB>text, got comma-separated values"
             )
     if bool(train_features) != bool(test_features):
-        raise ValueError("train_features and test_features go together: give both or neither")
+        raise ValueError("expected both train_features and test_features, or neither")
     if _is_text(train) != _is_text(test):
         raise ValueError(f"train and test must be in the same format, got {train} and {test}")
     if _is_text(train) and train_features is not None:
-        raise ValueError(f"dense features need labels in the repository's format beside them, got {train}")
+        raise ValueError(
+            f"{train}: expected labels in the repository's format, as dense features are given, got raw text"
+        )
     if pretrained is not None and not _is_text(train):
-        raise ValueError(f"a pretrained encoder needs raw text, .tsv, got {train}")
+        raise ValueError(f"{train}: expected raw text (.tsv) for a pretrained encoder")
     if _is_text(train):
         splits = _load_texts(train, test, ngrams, pretrained, cache_dir)
     elif train_features and test_features:
@@ -136,14 +138,14 @@ def load_for_model(
     """
     path = str(find(path))
     unknown, config = 0, saved.config
-    takes = "sparse features" if config.bag_of_words else "dense features"
-    takes = "texts" if saved.label_encoder is not None else takes
+    expected = "sparse features" if config.bag_of_words else "dense features"
+    expected = "texts" if saved.label_encoder is not None else expected
     given = "texts" if _is_text(path) else "dense features" if features else "sparse features"
-    if takes != given:
-        raise ValueError(f"{path}: the model takes {takes}, got {given}")
+    if expected != given:
+        raise ValueError(f"{path}: the model takes {expected}, got {given}")
     if saved.label_encoder is not None:
         if saved.inputs is None:
-            raise ValueError(f"{path}: the model takes features with label names, which no file has")
+            raise ValueError(f"{path}: the model takes features and label names, and no file format has both")
         names, texts = read_tsv(path)
         _check_not_empty(path, texts)
         labels = saved.label_encoder(names)
@@ -152,9 +154,11 @@ def load_for_model(
     else:
         dataset = read_dense(features, path) if features else read_xmc_text(path)
         for size in ("num_features", "num_labels"):
-            expected, found = getattr(config, size), getattr(dataset, size)
-            if found != expected:
-                raise ValueError(f"{features or path}: {size} is {found}, but the model's {expected}")
+            required, found = getattr(config, size), getattr(dataset, size)
+            if found != required:
+                raise ValueError(
+                    f"{features or path}: expected {size} {required}, as in the model, got {found}"
+                )
     _check_not_empty(path, dataset)
     return _exclude(dataset, filter, saved.label_encoder), unknown
 
@@ -171,12 +175,12 @@ def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -
         return dataset
     if encoder is None:
         return dataclasses.replace(dataset, excluded=read_filter(path, *dataset.labels.shape))
-    listed = read_filter(path, len(dataset))
-    rows = np.split(listed.indices.astype(str), listed.indptr[1:-1])
+    pairs = read_filter(path, len(dataset))
+    rows = np.split(pairs.indices.astype(str), pairs.indptr[1:-1])
     excluded = encoder(rows)
-    if listed.nnz and not excluded.nnz:
-        names = f", such as {encoder.names[0]!r}" if encoder.names else ""
-        raise ValueError(f"{path}: none of its labels is the name of a label{names}")
+    if pairs.nnz and not excluded.nnz:
+        example = f", such as {encoder.names[0]!r}" if encoder.names else ""
+        raise ValueError(f"{path}: expected names of training labels{example}, found none")
     return dataclasses.replace(dataset, excluded=excluded)
 
 
@@ -199,7 +203,7 @@ def _load_texts(
     try:
         inputs = InputEncoder.fit(train_texts, ngrams=ngrams, pretrained=pretrained)
     except ValueError as error:
-        raise ValueError(f"{train}: no word is in two of its texts") from error
+        raise ValueError(f"{train}: expected words that occur in at least two texts, found none") from error
     return Splits(
         train=inputs(train_texts, cache_dir=cache_dir).with_labels(labels(train_names)),
         test=inputs(test_texts, cache_dir=cache_dir).with_labels(labels(test_names)),

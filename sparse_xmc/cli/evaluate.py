@@ -18,10 +18,22 @@ from sparse_xmc.data.files import write_text
 from sparse_xmc.evaluation import evaluate, evaluate_groups
 
 flags.adopt_module_key_flags(trained)  # so that --help shows them
-_TEST = flags.DEFINE_string("test", None, "The points: .tsv or the repository's .txt.", required=True)
-_FEATURES = flags.DEFINE_string("test_features", None, "Their dense features, .npy float32 [N, D].")
-_FILTER = flags.DEFINE_string("test_filter", None, "Labels to leave out: lines of `row label`.")
-_JSON = flags.DEFINE_string("json", None, "The file to write all of it to.")
+_TEST = flags.DEFINE_string(
+    "test",
+    None,
+    "File of test points: .tsv (labels<TAB>text), or .txt in the format of the Extreme Classification "
+    "Repository.",
+    required=True,
+)
+_FEATURES = flags.DEFINE_string(
+    "test_features", None, "File of dense features of the test points, .npy float32 [N, D]."
+)
+_FILTER = flags.DEFINE_string(
+    "test_filter",
+    None,
+    "File of labels to exclude from the ranking of test points; one 'point label' pair per line.",
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the metrics to, as JSON.")
 
 
 def main() -> None:

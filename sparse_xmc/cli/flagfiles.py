@@ -2,8 +2,8 @@
 
 `--flagfile=quickstart` means `flags/quickstart.cfg`, and `--flagfile=wordnet` means `flags/data/wordnet.cfg`.
 A path such as `experiments/data/wordnet/train.tsv.xz` is first looked up relative to the working directory,
-and then in this package. It begins with `experiments/` because results and working directories contain such
-paths since the files were there.
+and then in this package. Such paths begin with `experiments/`, where these files once were, because results
+and working directories contain them.
 """
 
 import difflib
@@ -41,9 +41,9 @@ def find_named(name: str, directory: Path) -> Path:
     known = {path.stem: path for path in sorted(directory.rglob("*.*"))}
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(path.stem, known, n=4)
-    like = f"did you mean {', '.join(near)}?" if near else f"the files of {directory} have names"
-    raise FileNotFoundError(f"{name}: no such file; {like}")
+    similar = difflib.get_close_matches(path.stem, known, n=4)
+    hint = f"did you mean {', '.join(similar)}?" if similar else f"the files of {directory} have names"
+    raise FileNotFoundError(f"{name}: no such file; {hint}")
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -83,12 +83,12 @@ def _expand(arguments: Sequence[str], within: tuple[Path, ...], count: Iterator[
         path = find_named(name if equals else next(remaining, ""), FLAGFILES).resolve()
         if path in within:
             cycle = " -> ".join(map(str, (*within[within.index(path) :], path)))
-            raise ValueError(f"{path}: a flagfile within itself: {cycle}")
+            raise ValueError(f"{path}: flagfile includes itself: {cycle}")
         if len(within) == _MAX_DEPTH:
-            raise ValueError(f"{path}: flagfiles within each other must be at most {_MAX_DEPTH} deep")
+            raise ValueError(f"{path}: flagfiles must be nested at most {_MAX_DEPTH} deep")
         if next(count) > _MAX_FILES:
             raise ValueError(
-                f"{path}: expected at most {_MAX_FILES} flagfiles in all, each as often as included"
+                f"{path}: expected at most {_MAX_FILES} flagfiles in total, counting repeated ones"
             )
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

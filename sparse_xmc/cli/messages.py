@@ -25,18 +25,18 @@ def print_unused_encoder_flags() -> None:
     if FLAGS.encoder is None:
         unused += [name for name in ("text_scale", "text_dropout") if FLAGS[name].present]
     if unused:
-        what = "a frozen encoder" if FLAGS.encoder else "a run without --encoder"
-        print_once(f"{what} has no use for {', '.join(f'--{name}' for name in unused)}")
+        reason = "a frozen encoder" if FLAGS.encoder else "a run without --encoder"
+        print_once(f"{reason} does not use {', '.join(f'--{name}' for name in unused)}")
 
 
 def print_sizes(splits: datasets.Splits, validation: Dataset) -> None:
     """Print the numbers of points, labels and features, and frequent labels; warn of odd labels."""
     train, test = splits.train, splits.test
-    held_out = "" if FLAGS.validate_on_test else f", {len(validation):,} of them to validate on"
+    held_out = "" if FLAGS.validate_on_test else f", of which {len(validation):,} for validation"
     print_once(f"{len(train):,} training points{held_out}; {len(test):,} test points")
     unseen = ""
     if splits.unseen_labels:
-        unseen = f"; {splits.unseen_labels:,} that only test points have cannot be predicted"
+        unseen = f"; {splits.unseen_labels:,} labels occur only in test points and cannot be predicted"
     print_once(f"{train.num_labels:,} labels{unseen}")
     counts = train.label_counts()
     names = None if splits.label_encoder is None else splits.label_encoder.names
@@ -62,7 +62,7 @@ def print_result(result: dict) -> None:
     for name in names:
         print(f"{name:10s}{100 * result['test'][name]:8.2f}{100 * result['train'][name]:8.2f}")
     print(
-        f"\n{result['epochs']} epochs, {result['train_seconds']:.0f} s in training "
+        f"\n{result['epochs']} epochs, {result['train_seconds']:.0f} s of training "
         f"({result['seconds_per_epoch']:.1f} s per epoch), model {result['model_bytes'] / 2**20:.0f} MiB, "
         f"peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB ({result['peak_memory_measured_as']})"
     )

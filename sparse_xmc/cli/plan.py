@@ -12,7 +12,7 @@ import scipy.sparse
 from absl import flags
 
 from sparse_xmc.cli import program, reflection
-from sparse_xmc.cli.run_flags import Settings, flags_without_use, given_values
+from sparse_xmc.cli.run_flags import Settings, given_values, unused_flags
 from sparse_xmc.data import Dataset
 from sparse_xmc.planning import check_memory, placeholder_dataset
 
@@ -20,16 +20,16 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("labels", None, "L, the number of labels.", 1)
 flags.DEFINE_integer("features", 768, "D, the number of dense features.", 1)
-flags.DEFINE_integer("words", None, "V, the number of words; features are then bags of words.", 1)
-flags.DEFINE_integer("words_per_point", 32, "Mean number of words of a point.", 1)
+flags.DEFINE_integer("words", None, "V, the number of words, for bags of words instead of dense features.", 1)
+flags.DEFINE_integer("words_per_point", 32, "Mean number of words of a point, with --words.", 1)
 flags.DEFINE_float("labels_per_point", 5.0, "Mean number of labels of a point.", 0)
 
 
 def main():
     """Print the memory plan for the sizes that the flags describe."""
     settings = Settings.of(given_values())
-    if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
-        print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
+    if unused := unused_flags(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
+        print(f"sparse-xmc plan does not use {', '.join(f'--{name}' for name in unused)}")
     batch_size = settings.training.batch_size
     points = placeholder_dataset(FLAGS.labels, FLAGS.labels_per_point, FLAGS.features, batch_size)
     if FLAGS.words is not None:

@@ -4,7 +4,7 @@ RUN is the working directory of a finished `sparse-xmc run`, or a directory writ
 The format of the input depends on the model: for texts, one per line (in a `.tsv`, the part after the tab),
 from a file or standard input; for sparse features, a file in the repository's format, whose labels are
 ignored; for dense features, a `.npy` file. All but the last may be compressed (`.gz`, `.xz`). Points are
-read, predicted and printed in blocks.
+read, predicted and printed in blocks of 1,024.
 
 The output has one line for each point with its best labels: tab-separated values `label`, `score`, and with
 --probabilities `probability`, for each label; or a JSON object of "labels", "scores" and "probabilities".
@@ -27,15 +27,24 @@ from sparse_xmc.data.files import read_text_lines
 from sparse_xmc.data.storage import check_finite, open_npy
 
 flags.adopt_module_key_flags(trained)  # so that --help shows them
-_INPUT = flags.DEFINE_string("input", "/dev/stdin", "The file of points; texts also from standard input.")
-_K = flags.DEFINE_integer("k", 5, "How many labels, at most.", lower_bound=1)
-_FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "How labels are printed.")
-_PROBABILITIES = flags.DEFINE_bool("probabilities", False, "Print how likely each label is right, too.")
+_INPUT = flags.DEFINE_string("input", "/dev/stdin", "File of points, in the format that the model expects.")
+_K = flags.DEFINE_integer("k", 5, "Maximum number of labels per point.", lower_bound=1)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "tsv",
+    ["tsv", "jsonl"],
+    "Format of the output: tab-separated values, or one JSON object per line.",
+)
+_PROBABILITIES = flags.DEFINE_bool(
+    "probabilities", False, "Also print the probability that each label is correct."
+)
 _THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "Leave out labels of a lower score, or with --probabilities of a lower probability."
+    "threshold",
+    None,
+    "Minimum score of printed labels, or with --probabilities, their minimum probability; by default, none.",
 )
 
-_POINTS_AT_ONCE = 1024
+_BLOCK_SIZE = 1024
 
 
 def main() -> None:
@@ -44,7 +53,9 @@ def main() -> None:
     calibration = classifier.saved_.calibration if _PROBABILITIES.value else None
     if _PROBABILITIES.value and calibration is None:
         workdir = flags.FLAGS.workdir
-        raise ValueError(f"{workdir}: the model has no probabilities: it had no validation points")
+        raise ValueError(
+            f"{workdir}: the model has no probabilities, as it was trained without validation points"
+        )
     k = min(_K.value, classifier.n_labels_)
     for points in read_points(classifier, _INPUT.value):
         names, scores = classifier.predict(points, k=k)
@@ -64,14 +75,14 @@ def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
         lines = read_text_lines(path)
         is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
         texts = (_after_tab(path, *line) if is_tsv else line[1] for line in lines)
-        yield from iter(lambda: list(itertools.islice(texts, _POINTS_AT_ONCE)), [])
+        yield from iter(lambda: list(itertools.islice(texts, _BLOCK_SIZE)), [])
     elif classifier.saved_.config.bag_of_words:
-        for dataset in iterate_xmc_text(path, _POINTS_AT_ONCE):
+        for dataset in iterate_xmc_text(path, _BLOCK_SIZE):
             yield dataset.features
     else:
         matrix = open_npy(path)
-        for start in range(0, len(matrix), _POINTS_AT_ONCE):
-            points = np.asarray(matrix[start : start + _POINTS_AT_ONCE])
+        for start in range(0, len(matrix), _BLOCK_SIZE):
+            points = np.asarray(matrix[start : start + _BLOCK_SIZE])
             check_finite(path, points)
             yield points
 

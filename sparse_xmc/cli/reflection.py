@@ -76,7 +76,7 @@ def fields_of_kinds(kinds: Mapping[str, type]) -> list[str]:
     return sorted({field.name for settings in kinds.values() for field, _ in _fields(settings)})
 
 
-def flags_without_use(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
+def unused_flags(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
     """Return the names of given flags that are not fields of the chosen class."""
     used = {field.name for field, _ in _fields(kinds[values[name]])}
     return [field for field in fields_of_kinds(kinds) if field not in used and values[field] is not None]

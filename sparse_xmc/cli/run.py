@@ -53,7 +53,7 @@ _HISTORY = ("epoch", "loss", "seconds", "learning_rate", "p@1", "p@3", "p@5", "g
 
 
 def main():
-    """Run the experiment that the flags describe."""
+    """Train and evaluate the classifier that the flags describe."""
     mesh = _open_mesh()
     is_first = jax.process_index() == 0  # Only the first process writes and prints.
     workdir = Path(FLAGS.workdir)
@@ -64,8 +64,8 @@ def main():
     values = run_flags.given_values()
     settings = run_flags.Settings.of(values)
     training = settings.training
-    if unused := reflection.flags_without_use("head", HEADS, values):
-        print_once(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
+    if unused := reflection.unused_flags("head", HEADS, values):
+        print_once(f"--head={FLAGS.head} does not use {', '.join(f'--{name}' for name in unused)}")
 
     pretrained, network = _open_encoder()
     splits = datasets.load(
@@ -169,7 +169,9 @@ class _Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
-        print("stopping after this step; once more to end at once", file=sys.stderr, flush=True)
+        print(
+            "stopping after this step; send the signal again to stop immediately", file=sys.stderr, flush=True
+        )
 
 
 def _fit_or_exit(signals: _Signals, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ def _fit_or_exit(signals: _Signals, *arguments: Any, **options: Any) -> list[dic
     try:
         return fit(*arguments, **options, should_stop=lambda: signals.received > 0)
     except Stopped as stopped:
-        print_once(f"{stopped}; the same command goes on")
+        print_once(f"{stopped}; run the same command to resume")
         sys.exit(128 + signals.received)
 
 
@@ -236,12 +238,13 @@ def _hold_out(splits: datasets.Splits) -> tuple[Dataset, Dataset]:
     """Return the training and the validation points."""
     if FLAGS.validate_on_test:
         print_once(
-            "validation is on the test set, as in the paper: with --schedule=plateau it chooses the epoch"
+            "validating on the test set, as in the paper; with --schedule=plateau, it also selects the epoch"
         )
         return splits.train, splits.test
     return splits.train.hold_out(FLAGS.validation_fraction, FLAGS.seed)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "train", "test"])  # not on import: `plan` has none
+    # Not on import, because `plan` does not need these flags.
+    flags.mark_flags_as_required(["workdir", "train", "test"])
     program.start(main)

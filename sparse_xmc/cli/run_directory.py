@@ -26,7 +26,9 @@ def lock(workdir: Path) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError(f"{workdir}: another run is at work in it; choose another --workdir") from error
+        raise ValueError(
+            f"{workdir}: another run is using this directory; choose another --workdir"
+        ) from error
     return file
 
 
@@ -46,12 +48,13 @@ def check_flags(workdir: Path) -> None:
         saved = [*(line for line in saved if not line.startswith("--epochs=")), f"--epochs={FLAGS.epochs}"]
     if different := sorted(_without_incidental(saved) ^ _without_incidental(flag_lines())):
         raise ValueError(
-            f"{path} belongs to a run with other flags ({' '.join(different)}); choose another --workdir"
+            f"{path} was written by a run with other flags ({' '.join(different)}); choose another --workdir"
         )
     if is_raised and not SCHEDULES[FLAGS.schedule].can_go_on:
         raise ValueError(
-            f"{path} is of a run of {epochs} epochs, at whose end --schedule={FLAGS.schedule} has the "
-            "learning rate fall to 0: more cannot follow; choose another --workdir, or --init_from this one"
+            f"{path} was written by a run of {epochs} epochs, at whose end the learning rate of "
+            f"--schedule={FLAGS.schedule} is 0, so it cannot be continued; choose another --workdir, or "
+            "--init_from this one"
         )
 
 
@@ -70,7 +73,7 @@ def finished(workdir: Path) -> str | None:
     if planned >= FLAGS.epochs:
         note = ""
     elif done < planned:
-        note = f", and more epochs would change nothing: it stopped after {done}"
+        note = f", and more epochs would have no effect: training stopped early, after epoch {done}"
     else:
         return None
-    return f"{path} is there already{note}. Choose another --workdir to run again."
+    return f"{path} already exists{note}. Choose another --workdir to run again."

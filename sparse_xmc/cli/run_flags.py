@@ -31,31 +31,49 @@ INCIDENTAL_FLAGS = (
 )
 
 
-flags.DEFINE_string("workdir", None, "Directory for results and checkpoints.")
-flags.DEFINE_bool("plan", False, "Print the planned memory of training, and do not train.")
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
-flags.DEFINE_string("name", "", "Name of the run in tables; by default the name of the working directory.")
+flags.DEFINE_string("workdir", None, "Directory to write results and checkpoints to.")
+flags.DEFINE_bool("plan", False, "Print the planned memory of training without training.")
+flags.DEFINE_integer("seed", 0, "Seed of all random numbers.")
+flags.DEFINE_string("name", "", "Name of the run in tables; by default, the name of the working directory.")
 
 flags.DEFINE_string(
-    "init_from", None, "Directory of a saved model, such as another run, whose weights training starts from."
+    "init_from",
+    None,
+    "Directory of a saved model, such as that of another run, that provides the initial weights.",
 )
 
-flags.DEFINE_string("train", None, "Training points: .tsv (labels<TAB>text) or the repository's .txt.")
-flags.DEFINE_string("test", None, "Test points, in the same format.")
-flags.DEFINE_string("train_features", None, "Dense features of the training points, .npy float32 [N, D].")
-flags.DEFINE_string("test_features", None, "Dense features of the test points.")
 flags.DEFINE_string(
-    "train_filter", None, "Labels to leave out when training points are ranked: lines of `row label`."
+    "train",
+    None,
+    "File of training points: .tsv (labels<TAB>text), or .txt in the format of the Extreme Classification "
+    "Repository.",
 )
-flags.DEFINE_string("test_filter", None, "Labels to leave out when test points are ranked.")
-flags.DEFINE_string("cache_dir", None, "Directory of a cache of parsed .txt files and embeddings.")
+flags.DEFINE_string("test", None, "File of test points, in the same format.")
+flags.DEFINE_string(
+    "train_features", None, "File of dense features of the training points, .npy float32 [N, D]."
+)
+flags.DEFINE_string("test_features", None, "File of dense features of the test points, in the same format.")
+flags.DEFINE_string(
+    "train_filter",
+    None,
+    "File of labels to exclude from the ranking of training points in evaluation; one 'point label' pair "
+    "per line.",
+)
+flags.DEFINE_string(
+    "test_filter", None, "File of labels to exclude from the ranking of test points, in the same format."
+)
+flags.DEFINE_string(
+    "cache_dir",
+    None,
+    "Directory to cache parsed .txt files and embeddings of texts in; by default, no cache.",
+)
 flags.DEFINE_integer(
-    "ngrams", 1, "Raw text only: 1 for words alone, 2 for pairs of neighbouring words as well.", 1
+    "ngrams", 1, "Features of raw text: 1 for words, 2 for words and pairs of neighbouring words.", 1
 )
 flags.DEFINE_string(
     "encoder",
     None,
-    "Directory of a pretrained encoder in the format of Hugging Face, used for raw text beside the words.",
+    "Directory of a pretrained encoder in the format of Hugging Face, for raw text in addition to the words.",
 )
 flags.DEFINE_bool(
     "encoder_trainable",
@@ -63,36 +81,44 @@ flags.DEFINE_bool(
     "Fine-tune --encoder instead of computing its embeddings once; see text_encoder.cfg.",
 )
 flags.DEFINE_enum(
-    "encoder_dtype", "float32", ["float32", "bfloat16"], "Dtype of the computations of a fine-tuned encoder."
+    "encoder_dtype", "float32", ["float32", "bfloat16"], "Dtype in which a fine-tuned encoder computes."
 )
 flags.DEFINE_bool(
     "encoder_remat",
     False,
-    "Recompute the layers of a fine-tuned encoder in the backward pass, which saves memory.",
+    "Recompute the layers of a fine-tuned encoder in the backward pass, to save memory.",
 )
-flags.DEFINE_integer("max_length", 64, "Maximum number of tokens of a text that --encoder reads.", 3)
+flags.DEFINE_integer(
+    "max_length", 64, "Maximum number of tokens per text that --encoder reads; longer texts are truncated.", 3
+)
 flags.DEFINE_enum(
     "propensities",
     "default",
     list(PROPENSITY_CONSTANTS),
-    "Constants of propensity-scored metrics: the family of the data set.",
+    "Family of data sets whose constants propensity-scored metrics use.",
 )
 flags.DEFINE_float(
     "validation_fraction", 0.02, "Fraction of the training points held out for validation.", 0, 1
 )
-flags.DEFINE_bool("validate_on_test", False, "Validate on the test set, as the paper does.")
-flags.DEFINE_float("checkpoint_minutes", 10, "Minutes between checkpoints.", 0)
+flags.DEFINE_bool(
+    "validate_on_test",
+    False,
+    "Validate on the test set instead of held-out training points, as the paper does.",
+)
+flags.DEFINE_float("checkpoint_minutes", 10, "Time between checkpoints, in minutes.", 0)
 
 flags.DEFINE_string(
     "mesh",
     None,
-    'Mesh of devices for the labels and the batch, such as "data:2,label:4"; by default one device.',
+    'Mesh of devices for the batch and the labels, such as "data:2,label:4"; by default, one device.',
 )
 flags.DEFINE_string(
-    "coordinator", None, 'With several processes: address:port of process 0, or "auto" if JAX can find it.'
+    "coordinator", None, 'Address:port of process 0, for several processes; "auto" if JAX can detect it.'
 )
-flags.DEFINE_integer("num_processes", None, "Number of processes.", 1)
-flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", 0)
+flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator=ADDRESS:PORT.", 1)
+flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0, with --coordinator=ADDRESS:PORT.", 0
+)
 
 reflection.define_flags(EncoderConfig)
 reflection.define_kinds("head", HEADS, "fixed_fan_in", "Kind of the head: the layers after the encoder.")
@@ -126,7 +152,7 @@ def flag_lines() -> list[str]:
     return [flag.serialize() for flag in own_flags() if flag.value is not None]
 
 
-def flags_without_use(*used: str) -> list[str]:
+def unused_flags(*used: str) -> list[str]:
     """Return the names of given flags of `sparse-xmc run` that are not among the used ones."""
     return [flag.name for flag in own_flags() if flag.present and flag.name not in used]
 

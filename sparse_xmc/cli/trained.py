@@ -5,9 +5,11 @@ from absl import flags
 from sparse_xmc import XMCClassifier
 from sparse_xmc.mesh import make_mesh, parse_mesh
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is saved.", required=True)
-_ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it moved.")
-_MESH = flags.DEFINE_string("mesh", None, "Devices to split the labels over, as for sparse-xmc run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the saved model.", required=True)
+_ENCODER = flags.DEFINE_string("encoder", None, "Directory of the model's frozen encoder, if it was moved.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Mesh of devices for the labels, such as label:4; by default, one device."
+)
 
 
 def load() -> XMCClassifier:

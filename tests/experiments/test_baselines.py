@@ -1,4 +1,4 @@
-"""What of the comparison can be tested without the baselines themselves."""
+"""Tests of `experiments.baselines` that do not need the baselines' packages."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ RESULT = {
 }
 
 
-def test_table_of_a_full_result():
+def test_markdown_table_of_complete_result():
     assert baselines.markdown_table([RESULT]).splitlines() == [
         "| Model | P@1 | P@3 | P@5 | Training, s | Model, MB | Peak memory, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -27,7 +27,7 @@ def test_table_of_a_full_result():
 
 
 @pytest.mark.parametrize("missing", RESULT)
-def test_table_has_a_dash_for_what_is_missing(missing):
+def test_markdown_table_has_dash_for_missing_value(missing):
     row = baselines.markdown_table([{key: value for key, value in RESULT.items() if key != missing}])
     full = baselines.markdown_table([RESULT])
     cells, full_cells = row.splitlines()[-1].split("|"), full.splitlines()[-1].split("|")
@@ -35,7 +35,7 @@ def test_table_has_a_dash_for_what_is_missing(missing):
     assert changed == ["-"] * (3 if missing == "test" else 1)
 
 
-def test_missing_peers_are_named_with_the_command_to_install_them(monkeypatch):
+def test_require_baselines_names_missing_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         SystemExit, match=r"omikuji and napkinxc not installed; run: pip install '\.\[baselines\]'"
@@ -44,7 +44,7 @@ def test_missing_peers_are_named_with_the_command_to_install_them(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_measure_pads_short_rankings_and_sizes_the_saved_model(monkeypatch):
+def test_measure_pads_rankings_and_reports_model_size(monkeypatch):
     def fake_baseline(data_file, model_dir):
         (Path(model_dir) / "weights").write_bytes(bytes(Path(data_file).stat().st_size))
         block = np.ones(8_000_000)

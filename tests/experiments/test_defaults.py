@@ -1,4 +1,4 @@
-"""`python -m experiments.defaults` on a tiny data set."""
+"""Tests of `experiments.defaults` on a tiny data set."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from sparse_xmc.data import write_tsv
 ROOT = Path(experiments.__file__).parents[1]
 
 
-def test_the_defaults_are_scored(tmp_path):
+def test_program_evaluates_defaults(tmp_path):
     words = ["apple", "brook", "cloud", "dune"]
     for name, repeats in (("train", 10), ("test", 2)):
         pairs = [(a, b) for a in words for b in words if a < b] * repeats

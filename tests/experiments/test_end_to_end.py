@@ -1,4 +1,4 @@
-"""Public data sets as raw text, and what others report of encoders trained on them."""
+"""Tests of raw-text data sets, and of published results of encoders trained on them."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ ROOT = Path(experiments.__file__).parents[1]
 
 
 class TestPublishedRows:
-    def test_each_is_of_a_known_data_set_with_source_and_plausible_numbers(self):
+    def test_rows_have_known_data_set_source_and_plausible_numbers(self):
         found = published.read_end_to_end()
         rows = [row for rows in found.values() for row in rows]
         assert len({(row["dataset"], row["system"], row["encoder"]) for row in rows}) == len(rows)
@@ -32,7 +32,7 @@ class TestPublishedRows:
             "245",
         )
 
-    def test_their_data_sets_are_those_of_our_runs(self, monkeypatch):
+    def test_data_sets_match_table_file(self, monkeypatch):
         monkeypatch.chdir(ROOT)
         table = sweep.read_table("experiments/tables/end_to_end.toml")
         assert set(table.data) == published.read_end_to_end().keys()
@@ -46,12 +46,12 @@ class TestPublishedRows:
                 32 if "titles" in entry.data else 256 if "wiki" in entry.data else 128
             )
 
-    def test_they_stand_below_ours(self, tmp_path, monkeypatch):
+    def test_report_includes_published_rows(self, tmp_path, monkeypatch):
         monkeypatch.chdir(ROOT)
         table = sweep.read_table("experiments/tables/end_to_end.toml")
         tables.report(table, result_tables.read_rows(table, tmp_path), "name", tmp_path)
         text = (tmp_path / "name.md").read_text()
-        assert text.count("as others report them") == len(table.data)
+        assert text.count("Published results of encoders trained end to end") == len(table.data)
         assert "| ELMO FP8 | BERT-base | 50.34 | 3.55 | 245 | xmc-aalto/elmo assets/performance.png |" in text
 
 
@@ -68,17 +68,17 @@ class TestPrepare:
     def prepare(self, directory):
         return prepare.prepare("Wiki-500K", directory, (), raw_text=True)
 
-    def test_lines_of_text_and_labels_become_tsv(self, directory):
+    def test_writes_tsv_of_texts_and_labels(self, directory):
         assert self.prepare(directory) == []
         labels, texts = read_tsv(directory / "train.tsv.gz")
         assert labels == [["7", "9"], ["9", "12"], ["7", "40"]]
         assert texts == ["one text", "two texts", ""]
         for name in ("train_raw_texts.txt", "train_labels.txt"):
             (directory / name).unlink()
-        assert self.prepare(directory) == []  # what is there is checked again
+        assert self.prepare(directory) == []  # Existing files are checked again.
 
     @pytest.mark.parametrize(
-        ("name", "content", "fault"),
+        ("name", "content", "expected"),
         [
             ("train_labels.txt", "7\n9\n", r"train_labels\.txt: expected 3 points and 4 labels, got 2 and 4"),
             (
@@ -90,21 +90,21 @@ class TestPrepare:
             ("test_raw_texts.txt", "a\n", r"test_raw_texts\.txt: expected 2 lines, as .* has, got 1"),
         ],
     )
-    def test_errors(self, directory, name, content, fault):
+    def test_reports_malformed_files(self, directory, name, content, expected):
         (directory / name).write_text(content)
         (message,) = self.prepare(directory)
-        assert re.search(fault, message), message
+        assert re.search(expected, message), message
         assert not list(directory.glob(".partial-*"))
 
-    def test_what_is_needed_is_listed_and_missed(self, directory):
+    def test_reports_missing_required_files(self, directory):
         files = [name for name, _ in prepare.required_files("Wiki-500K", (), raw_text=True)]
         assert files == ["train_raw_texts.txt", "train_labels.txt", "test_raw_texts.txt", "test_labels.txt"]
         for name in files:
             (directory / name).unlink()
-        faults = self.prepare(directory)
-        assert faults == [f"{directory / f'{split}_raw_texts.txt'}: missing" for split in ("train", "test")]
+        messages = self.prepare(directory)
+        assert messages == [f"{directory / f'{split}_raw_texts.txt'}: missing" for split in ("train", "test")]
 
-    def test_sets_of_titles_are_titles_alone(self, tmp_path):
+    def test_read_json_reads_only_titles(self, tmp_path):
         point = {"title": "a title", "content": "much more", "target_ind": [0]}
         with gzip.open(tmp_path / "trn.json.gz", "wt") as file:
             file.write(json.dumps(point) + "\n")
@@ -118,7 +118,7 @@ class TestPrepare:
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("sparse_xmc/cli/flags/data/raw_*.cfg")), ids=lambda p: p.stem
 )
-def test_flagfiles_of_raw_text_name_what_is_prepared(path):
+def test_raw_text_flagfiles_name_prepared_files(path):
     directory = path.stem.removeprefix("raw_")
     assert directory in {name.lower() for name in prepare.DATASETS}
     files = re.findall(r"^--\w+=(data/.*)$", path.read_text(), re.MULTILINE)

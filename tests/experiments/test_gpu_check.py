@@ -25,7 +25,7 @@ def test_hangs(): time.sleep(100)
 
 
 class EndableJob(types.SimpleNamespace):
-    """A job whose time is up as soon as a test says so."""
+    """A job without a deadline, until a test calls `end`."""
 
     quick, deadline = False, math.inf
 
@@ -33,20 +33,20 @@ class EndableJob(types.SimpleNamespace):
         self.deadline = -math.inf
 
 
-def test_tests_are_written_as_they_end(tmp_path):
+def test_pytest_rows_writes_outcomes_immediately(tmp_path):
     path, rows = tmp_path / "test_suite.py", tmp_path / "rows"
     path.write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-p", "experiments.measure.pytest_rows", f"--rows={rows}"]
     command += ["-n=1", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(path)]
     seen = []
 
-    def look():
+    def poll():
         seen.append(gpu_check.count_tests(rows.read_text() if rows.exists() else ""))
         if sum(seen[-1]["skipped"].values()) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.run(EndableJob(), *command, look=look)
+        gpu_check.run(EndableJob(), *command, poll=poll)
     assert seen[-1].pop("seconds") >= 0
     assert seen[-1] == {
         "passed": 1,
@@ -58,14 +58,14 @@ def test_tests_are_written_as_they_end(tmp_path):
     }
 
 
-def test_a_line_that_is_being_written_is_not_counted():
+def test_count_tests_ignores_incomplete_line():
     line = json.dumps({"test": "a", "outcome": "passed", "seconds": 1.5})
     assert gpu_check.count_tests(f"{line}\n{line}\n{line[:9]}")["passed"] == 2
 
 
-def test_a_part_that_fails_is_recorded_and_the_rest_go_on():
+def test_check_records_failures_and_continues():
     def broken(job):
-        job.enter({"rows": [1]})
+        job.record({"rows": [1]})
         raise gpu_check.PartError("no such device")
 
     def wrong(job):
@@ -82,14 +82,14 @@ def test_a_part_that_fails_is_recorded_and_the_rest_go_on():
     assert report["four"]["result"] == {}
     assert "failed" not in report["four"]
     assert all(report[name]["seconds"] >= 0 for name in parts)
-    # While a part runs, what it has found is there, and that it is not finished.
+    # While a part runs, the report has its partial results, and marks it as not finished.
     during = [json.loads(text) for text in saved]
     assert {"failed": "was not finished", "result": {"rows": [1]}} in [
         {k: v for k, v in report.get("two", {}).items() if k != "seconds"} for report in during
     ]
 
 
-def test_limits_and_sizes_of_quick():
+def test_check_uses_time_limits_of_quick():
     jobs = {}
     parts = {"both": Part(lambda job: jobs.update(both=job) or {}, 1000, 10)}
     for quick, seconds in ((True, 10), (False, 1000)):
@@ -100,14 +100,14 @@ def test_limits_and_sizes_of_quick():
     assert all((gpu_check.ROOT / path).exists() for path in gpu_check.OPS_TESTS)
 
 
-def test_a_command_that_fails_says_how_it_ended():
+def test_run_error_has_status_and_end_of_output():
     script = "import os, sys; print('x' * 10_000 + os.environ['NAME']); sys.exit(3)"
     with pytest.raises(gpu_check.PartError, match=r"status 3\nx+the end\n$") as raised:
         gpu_check.run(EndableJob(), sys.executable, "-c", script, env={"NAME": "the end"})
     assert len(str(raised.value)) < 5000
 
 
-def test_at_its_deadline_a_command_is_stopped_with_all_that_it_started(tmp_path):
+def test_run_kills_child_processes_at_deadline(tmp_path):
     script = f"""
 import pathlib, subprocess, sys, time
 print("started", flush=True)
@@ -117,18 +117,18 @@ time.sleep(100)
 """
     job, child = EndableJob(), tmp_path / "child"
 
-    def look():
+    def poll():
         if child.exists() and child.read_text():
             job.end()
 
-    with pytest.raises(gpu_check.OutOfTimeError, match="its time is up\nstarted"):
-        gpu_check.run(job, sys.executable, "-c", script, look=look)
+    with pytest.raises(gpu_check.OutOfTimeError, match="stopped at its deadline\nstarted"):
+        gpu_check.run(job, sys.executable, "-c", script, poll=poll)
     process = psutil.Process(int(child.read_text())) if psutil.pid_exists(int(child.read_text())) else None
-    assert process is None or process.wait(timeout=60) is None  # it was on its way out
+    assert process is None or process.wait(timeout=60) is None  # The process may still be ending.
 
 
-def test_rows_of_a_module_that_is_stopped_are_kept(monkeypatch):
-    # Its file is half written now and then.
+def test_run_module_keeps_partial_results(monkeypatch):
+    # The module writes an incomplete file first.
     module = """
 import json, pathlib, sys, time
 path = pathlib.Path(sys.argv[1].removeprefix("--json="))
@@ -139,11 +139,11 @@ time.sleep(100)
 """
     found, run = [], gpu_check.run
 
-    def enter(rows):
+    def record(rows):
         found.append(rows)
         job.end()
 
-    job = EndableJob(enter=enter)
+    job = EndableJob(record=record)
 
     def run_script(job, python, dash_m, name, path, **options):
         assert (dash_m, name) == ("-m", "experiments.some")
@@ -155,11 +155,11 @@ time.sleep(100)
     assert found == [{"rows": [1, 2]}]
 
 
-def test_program_without_a_gpu_records_that(tmp_path):
+def test_program_records_missing_gpu(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text('{"build": {"result": "of an earlier run"}}')
     command = [sys.executable, "-m", "experiments.gpu_check", f"--json={path}", "--parts=device,claim"]
-    # Without nvidia-smi, whatever this machine has.
+    # PATH does not contain nvidia-smi, even if this machine has it.
     finished = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
     assert finished.returncode != 0
     assert "failed: device, claim" in finished.stderr
@@ -170,7 +170,7 @@ def test_program_without_a_gpu_records_that(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
 
 
-def test_unknown_parts_are_named(tmp_path):
+def test_program_rejects_unknown_parts(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -180,6 +180,6 @@ def test_unknown_parts_are_named(tmp_path):
     ]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert "--parts are device, build, tests, claim, benchmark, words, training; got luck" in (
+    assert "--parts must be among device, build, tests, claim, benchmark, words, training; got luck" in (
         finished.stdout + finished.stderr
     )

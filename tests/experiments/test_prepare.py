@@ -1,4 +1,4 @@
-"""Preparing small stand-ins of the public data sets, whole and broken."""
+"""Tests of `experiments.prepare` on small files in the formats of the public data sets, valid and damaged."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ SIZES = {"train": 30, "test": 10}
 
 
 def random_labels(points, seed):
-    """Two labels out of 12 for each point."""
+    """Return a label matrix [points, 12] with two random labels for each point."""
     rng = np.random.default_rng(seed)
     rows = np.array([rng.choice(12, 2, replace=False) for _ in range(points)])
     labels = np.zeros((points, 12), bool)
@@ -39,18 +39,20 @@ def small_datasets(monkeypatch):
 
 
 @pytest.fixture
-def old(tmp_path):
-    """A directory with a set in the old format, and dense features."""
+def xmc_dir(tmp_path):
+    """A directory with a data set in the repository's text format, and dense features."""
     for split, labels in LABELS.items():
-        write_xmc_text(tmp_path / f"{split}.txt", Dataset(np.ones((len_of(labels), 3), np.float32), labels))
-        features = np.random.default_rng(0).normal(size=(len_of(labels), 512)).astype(np.float32)
+        write_xmc_text(
+            tmp_path / f"{split}.txt", Dataset(np.ones((num_points(labels), 3), np.float32), labels)
+        )
+        features = np.random.default_rng(0).normal(size=(num_points(labels), 512)).astype(np.float32)
         np.save(tmp_path / f"slice.{split}.npy", features)
     return tmp_path
 
 
 @pytest.fixture
-def raw(tmp_path):
-    """A directory with a set of raw text and filters."""
+def json_dir(tmp_path):
+    """A directory with a data set as JSON lines of raw text, and filter files."""
     for split, labels in LABELS.items():
         points = [
             {
@@ -60,14 +62,14 @@ def raw(tmp_path):
                 "target_ind": [*map(int, labels[[row]].indices[::-1])],
                 "target_rel": [1.0, 1.0],
             }
-            for row in range(len_of(labels))
+            for row in range(num_points(labels))
         ]
         write_json(tmp_path / f"{prepare._SPLITS[split]}.json.gz", points)
         (tmp_path / f"filter_labels_{split}.txt").write_text("3 7\n5 0\n")
     return tmp_path
 
 
-def len_of(labels):
+def num_points(labels):
     return labels.shape[0]
 
 
@@ -80,75 +82,77 @@ def write_lines(path, lines):
         file.writelines(f"{line}\n" for line in lines)
 
 
-def prepare_old(directory, features=("slice",)):
+def prepare_xmc(directory, features=("slice",)):
     return prepare.prepare("Amazon-670K", directory, features)
 
 
-def prepare_raw(directory):
+def prepare_json(directory):
     return prepare.prepare("LF-AmazonTitles-131K", directory, ())
 
 
-def test_the_old_format_becomes_label_files(old):
-    assert prepare_old(old) == []
+def test_prepare_converts_xmc_text(xmc_dir):
+    assert prepare_xmc(xmc_dir) == []
     for split, short in prepare._SPLITS.items():
-        labels = read_xmc_labels(old / f"{short}_X_Y.txt")
+        labels = read_xmc_labels(xmc_dir / f"{short}_X_Y.txt")
         np.testing.assert_array_equal(labels.toarray(), LABELS[split].toarray())
     splits = datasets.load(
-        str(old / "trn_X_Y.txt"),
-        str(old / "tst_X_Y.txt"),
-        train_features=str(old / "slice.train.npy"),
-        test_features=str(old / "slice.test.npy"),
+        str(xmc_dir / "trn_X_Y.txt"),
+        str(xmc_dir / "tst_X_Y.txt"),
+        train_features=str(xmc_dir / "slice.train.npy"),
+        test_features=str(xmc_dir / "slice.test.npy"),
     )
     assert splits.train.features.shape == (30, 512)
-    assert not list(old.glob(".partial-*"))
+    assert not list(xmc_dir.glob(".partial-*"))
 
 
-def test_label_files_alone_will_do_and_are_kept(old):
+def test_prepare_keeps_existing_label_files(xmc_dir):
     for split, short in prepare._SPLITS.items():
-        write_xmc_labels(old / f"{short}_X_Y.txt", LABELS[split])
-        (old / f"{split}.txt").unlink()
-    before = (old / "trn_X_Y.txt").stat().st_mtime_ns
-    assert prepare_old(old) == []
-    assert (old / "trn_X_Y.txt").stat().st_mtime_ns == before
+        write_xmc_labels(xmc_dir / f"{short}_X_Y.txt", LABELS[split])
+        (xmc_dir / f"{split}.txt").unlink()
+    before = (xmc_dir / "trn_X_Y.txt").stat().st_mtime_ns
+    assert prepare_xmc(xmc_dir) == []
+    assert (xmc_dir / "trn_X_Y.txt").stat().st_mtime_ns == before
 
 
-def test_raw_text_becomes_tsv_and_label_files(raw):
-    assert prepare_raw(raw) == []
-    names, texts = read_tsv(raw / "train.tsv.gz")
+def test_prepare_converts_raw_text(json_dir):
+    assert prepare_json(json_dir) == []
+    names, texts = read_tsv(json_dir / "train.tsv.gz")
     assert texts[4] == "a title of 4 two lines"
     assert sorted(map(int, names[4])) == LABELS["train"][[4]].indices.tolist()
-    np.testing.assert_array_equal(read_xmc_labels(raw / "tst_X_Y.txt").toarray(), LABELS["test"].toarray())
-    assert prepare_raw(raw) == []  # what is there is checked again
+    np.testing.assert_array_equal(
+        read_xmc_labels(json_dir / "tst_X_Y.txt").toarray(), LABELS["test"].toarray()
+    )
+    assert prepare_json(json_dir) == []  # Existing files are checked again.
     splits = datasets.load(
-        str(raw / "train.tsv.gz"),
-        str(raw / "test.tsv.gz"),
-        test_filter=str(raw / "filter_labels_test.txt"),
+        str(json_dir / "train.tsv.gz"),
+        str(json_dir / "test.tsv.gz"),
+        test_filter=str(json_dir / "filter_labels_test.txt"),
     )
     names = splits.label_encoder.names
     rows, columns = splits.test.excluded.nonzero()
     assert [(row, names[column]) for row, column in zip(rows, columns, strict=True)] == [(3, "7"), (5, "0")]
 
 
-def test_all_that_is_missing_is_reported(tmp_path):
-    assert prepare_old(tmp_path) == [
+def test_prepare_reports_missing_files(tmp_path):
+    assert prepare_xmc(tmp_path) == [
         f"{tmp_path / name}: missing"
         for name in ("train.txt", "slice.train.npy", "test.txt", "slice.test.npy")
     ]
-    assert prepare_old(tmp_path, ()) == [f"{tmp_path / name}: missing" for name in ("train.txt", "test.txt")]
-    assert prepare_raw(tmp_path) == [
+    assert prepare_xmc(tmp_path, ()) == [f"{tmp_path / name}: missing" for name in ("train.txt", "test.txt")]
+    assert prepare_json(tmp_path) == [
         f"{tmp_path / name}: missing"
         for name in ("trn.json.gz", "filter_labels_train.txt", "tst.json.gz", "filter_labels_test.txt")
     ]
 
 
-def cut(path, size):
+def truncate(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
 @pytest.mark.parametrize(
-    ("damage", "fault"),
+    ("damage", "expected"),
     [
-        (lambda d: cut(d / "train.txt", 200), r"train\.txt:\d+: expected"),
+        (lambda d: truncate(d / "train.txt", 200), r"train\.txt:\d+: expected"),
         (
             lambda d: write_xmc_labels(d / "trn_X_Y.txt", LABELS["test"]),
             r"trn_X_Y\.txt: expected 30 points and 12 labels, got 10 and 12$",
@@ -158,10 +162,10 @@ def cut(path, size):
             r"trn_X_Y\.txt: expected 2\.0 labels per point, got 0\.40: another version\?$",
         ),
         (
-            lambda d: cut(d / "slice.train.npy", 5000),
+            lambda d: truncate(d / "slice.train.npy", 5000),
             r"slice\.train\.npy: .* expected 61,568 bytes, got 5,000: half-downloaded\?$",
         ),
-        (lambda d: cut(d / "slice.train.npy", 4), r"slice\.train\.npy: not a whole \.npy file"),
+        (lambda d: truncate(d / "slice.train.npy", 4), r"slice\.train\.npy: not a whole \.npy file"),
         (
             lambda d: np.save(d / "slice.test.npy", np.zeros((10, 511), np.float32)),
             r"slice\.test\.npy: expected float32 \[10, 512\] in C order, got float32 \[10, 511\]$",
@@ -183,15 +187,15 @@ def cut(path, size):
         ),
     ],
 )
-def test_damage_to_the_old_format(old, damage, fault):
-    damage(old)
-    (message,) = prepare_old(old)
-    assert re.search(fault, message), message
-    assert not list(old.glob(".partial-*"))
+def test_prepare_reports_damaged_xmc_text(xmc_dir, damage, expected):
+    damage(xmc_dir)
+    (message,) = prepare_xmc(xmc_dir)
+    assert re.search(expected, message), message
+    assert not list(xmc_dir.glob(".partial-*"))
 
 
 def change_json(directory, **changes):
-    """Changes the third point."""
+    """Change fields of the third training point; None removes a field."""
     path = directory / "trn.json.gz"
     with gzip.open(path, "rt") as file:
         points = [json.loads(line) for line in file]
@@ -200,9 +204,9 @@ def change_json(directory, **changes):
 
 
 @pytest.mark.parametrize(
-    ("damage", "fault"),
+    ("damage", "expected"),
     [
-        (lambda d: cut(d / "trn.json.gz", 300), r"trn\.json\.gz:\d+: damaged compressed file"),
+        (lambda d: truncate(d / "trn.json.gz", 300), r"trn\.json\.gz:\d+: damaged compressed file"),
         (
             lambda d: change_json(d, target_ind=[3, 12]),
             r"trn\.json\.gz:3: expected labels in 0\.\.11, got \[3, 12\]",
@@ -248,31 +252,31 @@ def change_json(directory, **changes):
         ),
     ],
 )
-def test_damage_to_raw_text(raw, damage, fault):
-    damage(raw)
-    faults = prepare_raw(raw)
-    assert re.search(fault, faults[0]), faults
-    assert not list(raw.glob(".partial-*"))
+def test_prepare_reports_damaged_raw_text(json_dir, damage, expected):
+    damage(json_dir)
+    messages = prepare_json(json_dir)
+    assert re.search(expected, messages[0]), messages
+    assert not list(json_dir.glob(".partial-*"))
 
 
-def test_statistics_agree_with_each_other():
-    # Points per label, which the repository states beside labels per point.
+def test_statistics_are_consistent():
+    # Points per label, as published in the repository.
     points_per_label = {"Eurlex-4K": 20.8, "Wiki10-31K": 8.5, "AmazonCat-13K": 448.6, "Wiki-500K": 16.9}
     for name, expected in points_per_label.items():
         s = prepare.DATASETS[name]
         assert s.train * s.labels_per_point / s.labels == pytest.approx(expected, rel=0.006)
 
 
-def test_command_line_says_what_goes_where(tmp_path):
+def test_program_lists_required_files(tmp_path):
     command = [sys.executable, "-m", "experiments.prepare", "--dataset=Amazon-670K", f"--dir={tmp_path}"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 1
-    assert f"Amazon-670K needs, in {tmp_path / 'amazon-670k'}:" in finished.stdout
+    assert f"Amazon-670K requires these files in {tmp_path / 'amazon-670k'}:" in finished.stdout
     assert re.search(r"cascade\.test\.npy +float32 \[153,025 test points, 768\]", finished.stdout)
     assert f"{tmp_path / 'amazon-670k' / 'train.txt'}: missing" in finished.stderr
 
 
-def test_every_flagfile_of_a_public_set_names_files_that_are_prepared():
+def test_data_flagfiles_name_prepared_files():
     written = {"trn_X_Y.txt", "tst_X_Y.txt", "train.tsv.gz", "test.tsv.gz"}
     for name in ("Wiki10-31K", "Wiki-500K", "Amazon-3M", "LF-AmazonTitles-131K"):
         known = written | {file for file, _ in prepare.required_files(name, prepare.DATASETS[name].features)}

@@ -43,8 +43,8 @@ DOG = page(
 )
 
 
-def archive(files):
-    """A tar of files, given by their contents; a str is the target of a symbolic link."""
+def make_tar(files):
+    """Return a tar archive of files, given as contents by name; a str is the target of a symbolic link."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():
@@ -59,12 +59,12 @@ def archive(files):
 
 
 def read_pages(files):
-    with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(make_tar(files))) as tar:
         return prepare_manpages.read_pages(tar)
 
 
 class TestReadPages:
-    def test_takes_english_pages(self):
+    def test_reads_english_pages(self):
         pages, aliases, copyrights = read_pages(
             {
                 f"{MAN}/man1/dog.1.gz": gzip.compress(b".TH DOG"),
@@ -95,7 +95,7 @@ class TestReadPages:
         assert aliases == dict.fromkeys(("puppy.1", "hound.8", "whelp.1"), "dog.1")
         assert copyrights == {}
 
-    def test_damaged_page(self):
+    def test_raises_for_damaged_page(self):
         with pytest.raises(gzip.BadGzipFile):
             read_pages({f"{MAN}/man1/dog.1.gz": b".TH DOG"})
 
@@ -110,12 +110,12 @@ class TestParse:
     @pytest.mark.parametrize(
         "heading", ["SEE ALSO", "See also:", "UNIX SEE ALSO", "SEE ALSO FOR PETS", "   See Also"]
     )
-    def test_headings(self, heading):
+    def test_recognizes_see_also_headings(self, heading):
         text = page("NAME", "     dog", heading, "     cat(1)", "BUGS", "     fleas(1)")
         assert prepare_manpages.parse(text) == ("NAME dog BUGS fleas(1)", {"cat(1)"})
 
     @pytest.mark.parametrize("line", ["     For more, see also", "     see also cat(1)", "SEEALSO"])
-    def test_other_lines(self, line):
+    def test_ignores_lines_that_are_not_headings(self, line):
         text, references = prepare_manpages.parse(page("NAME", line, "     fish(1)"))
         assert text == f"NAME {line.strip()} fish(1)"
         assert references == set()
@@ -126,7 +126,7 @@ class TestParse:
 
 
 class TestBuild:
-    def test_points(self):
+    def test_labels_are_references(self):
         pages = {
             "wolf.8": page("NAME", "     wolf", "SEE ALSO", "     dog(1)"),
             "dog.1": page("NAME", "     dog", "SEE ALSO", "     wolf(8), dog(1), cat(1)"),
@@ -137,23 +137,23 @@ class TestBuild:
             Point(["dog(1)"], "NAME wolf"),
         ]
 
-    def test_other_names_are_no_labels(self):
+    def test_excludes_own_names_from_labels(self):
         text = page("NAME", "     dog", "SEE ALSO", "     dog(1), dog(3), puppy(1), whelp(1), cat(1)")
         aliases = {"puppy.1": "dog.1", "whelp.1": "puppy.1", "cat.1": "lion.1"}
         assert prepare_manpages.build({"dog.1": text}, aliases) == [Point(["cat(1)", "dog(3)"], "NAME dog")]
 
-    def test_equal_texts_are_one_point(self):
+    def test_merges_pages_with_equal_text(self):
         pages = {
             "dog.1": page("NAME", "     dog", "SEE ALSO", "     hound(8), cat(1)"),
             "hound.8x": page("NAME", "     dog", "SEE ALSO", "     dog(1), fish(3x)"),
         }
         assert prepare_manpages.build(pages, {}) == [Point(["cat(1)", "fish(3)"], "NAME dog")]
 
-    def test_only_itself(self):
+    def test_drops_page_that_references_only_itself(self):
         assert prepare_manpages.build({"dog.1": page("NAME", "SEE ALSO", "     dog(1)")}, {}) == []
 
 
-def program(path, script):
+def write_program(path, script):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -161,7 +161,7 @@ def program(path, script):
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A directory of packages, which are tars, and apt and dpkg-deb that take them from there."""
+    """A directory of packages, which are tar archives, and fake programs apt-get, apt-cache and dpkg-deb."""
     registry = tmp_path / "registry"
     pages = {f"p{i}": f"NAME\n p{i}\nSEE ALSO\n all(7), rare{i}(1)\n".encode() for i in range(20)}
     contents = {
@@ -173,11 +173,11 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     registry.mkdir()
     for name, files in contents.items():
-        (registry / f"{name}_1%3a2_all.deb").write_bytes(archive(files))
+        (registry / f"{name}_1%3a2_all.deb").write_bytes(make_tar(files))
         (registry / f"{name}.stanza").write_text(f"Package: {name}\nVersion: 1:2\n\n")
-    program(tmp_path / "bin" / "apt-get", f'case "$*" in *download*) cp {registry}/*.deb .;; esac')
-    program(tmp_path / "bin" / "apt-cache", f"cat {registry}/*.stanza")
-    program(
+    write_program(tmp_path / "bin" / "apt-get", f'case "$*" in *download*) cp {registry}/*.deb .;; esac')
+    write_program(tmp_path / "bin" / "apt-cache", f"cat {registry}/*.stanza")
+    write_program(
         tmp_path / "bin" / "dpkg-deb",
         'if [ "$1" = --extract ]; then mkdir "$3"; tar -xf "$2" -C "$3"; else cat "$2"; fi',
     )
@@ -185,33 +185,35 @@ def registry(tmp_path, monkeypatch):
 
 
 class TestProgram:
-    def test_writes_the_data_set(self, tmp_path, registry):
+    def test_writes_data_set(self, tmp_path, registry):
         command = [sys.executable, "-m", "experiments.prepare_manpages", f"--out={tmp_path / 'out'}"]
         command.append("--packages=pets,zoo,unicorn,griffin")
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert "apt does not know, and so left out: griffin, unicorn\n" in result.stderr
+        assert "skipped packages that apt does not know: griffin, unicorn\n" in result.stderr
         out = tmp_path / "out"
         parts = {name: read_tsv(out / f"{name}.tsv.gz") for name in ("train", "test")}
         texts = [text for _, texts in parts.values() for text in texts]
-        assert sorted(texts) == sorted(f"NAME p{i}" for i in range(20))  # p0 is that of pets, not of zoo
+        assert sorted(texts) == sorted(f"NAME p{i}" for i in range(20))  # p0 comes from pets, not from zoo
         assert all(labels == [["all(7)"]] * len(labels) for labels, _ in parts.values())
         statistics = json.loads((out / "statistics.json").read_text())
         assert statistics["packages"] == {"mandoc": "1:2", "pets": "1:2", "zoo": "1:2"}
         assert (out / "copyright" / "pets").read_bytes() == b"free"
         assert result.stdout in (out / "README.md").read_text()
 
-    def test_without_mandoc(self, tmp_path, registry):
+    def test_raises_without_mandoc(self, tmp_path, registry):
         (registry / "mandoc.stanza").unlink()
         with pytest.raises(RuntimeError, match="apt knows no package mandoc, which typesets the pages"):
             prepare_manpages.prepare(tmp_path / "out", 0, ["pets"])
 
-    def test_failed_download(self, tmp_path, registry):
-        program(tmp_path / "bin" / "apt-get", 'case "$*" in *download*) echo disk full; exit 100;; esac')
+    def test_raises_for_failed_download(self, tmp_path, registry):
+        write_program(
+            tmp_path / "bin" / "apt-get", 'case "$*" in *download*) echo disk full; exit 100;; esac'
+        )
         with pytest.raises(RuntimeError, match="exit status 100: disk full"):
             prepare_manpages.prepare(tmp_path / "out", 0, ["pets"])
 
-    def test_damaged_package(self, tmp_path, registry):
+    def test_raises_for_damaged_package(self, tmp_path, registry):
         (registry / "pets_1%3a2_all.deb").write_bytes(b"no tar")
         with pytest.raises(tarfile.ReadError):
             prepare_manpages.prepare(tmp_path / "out", 0, ["pets"])

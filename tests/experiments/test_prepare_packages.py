@@ -56,7 +56,7 @@ Description-en: sings
 DOG = "barks The dog is a pet. This package contains the program. This package contains the library."
 
 
-def program(path, script):
+def write_program(path, script):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -71,16 +71,16 @@ def stanzas(num_packages):
 
 @pytest.fixture
 def apt(tmp_path, monkeypatch):
-    """A directory of apt-get, which takes notes, and apt-cache, which shows 20 packages."""
+    """A directory of a fake apt-get, which records its arguments, and a fake apt-cache of 20 packages."""
     bin_dir = tmp_path / "bin"
-    program(bin_dir / "apt-get", f'echo "$@" >> {tmp_path}/notes')
-    program(bin_dir / "apt-cache", f"cat {tmp_path}/stanzas")
+    write_program(bin_dir / "apt-get", f'echo "$@" >> {tmp_path}/notes')
+    write_program(bin_dir / "apt-cache", f"cat {tmp_path}/stanzas")
     (tmp_path / "stanzas").write_text(stanzas(20))
     monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
     return bin_dir
 
 
-def test_reads_stanzas():
+def test_read_stanzas():
     first, second, *others = prepare_packages.read_stanzas(STANZAS)
     assert list(first) == ["Package", "Version", "Pre-Depends", "Depends", "Description-en"]
     assert first["Description-en"] == "barks\n The dog is a pet.\n .\n This package contains\n the program."
@@ -89,19 +89,19 @@ def test_reads_stanzas():
     assert others[0]["Depends"] == ""
 
 
-def test_no_stanzas():
+def test_read_stanzas_of_empty_text():
     assert list(prepare_packages.read_stanzas("\n\n")) == []
 
 
-def test_builds_a_point_of_each_source():
-    # The cat has no dependency, and the fish no description; bird and canary have the same.
+def test_build_makes_one_point_per_source():
+    # cat has no dependencies, fish has no description, and bird and canary have equal descriptions.
     assert prepare_packages.build(prepare_packages.read_stanzas(STANZAS)) == [
         Point(["init", "libc6", "mailer", "python3"], DOG),
         Point(["libc6", "libwing0", "libwing1"], "sings"),
     ]
 
 
-def test_order_of_the_stanzas_does_not_matter():
+def test_build_ignores_order_of_stanzas():
     listed = list(prepare_packages.read_stanzas(STANZAS))
     assert prepare_packages.build(reversed(listed)) == prepare_packages.build(listed)
 
@@ -116,7 +116,7 @@ class TestSplit:
         assert sorted(texts) == sorted(point.text for point in self.POINTS)
         assert texts[:17] != sorted(texts[:17])
 
-    def test_seed(self):
+    def test_depends_on_seed(self):
         parts = [prepare_packages.split(self.POINTS, seed) for seed in (0, 0, 1)]
         assert parts[0] == parts[1]
         assert parts[0] != parts[2]
@@ -138,7 +138,7 @@ class TestSplit:
         assert all(point.labels == ["all"] for point in kept)
 
 
-def test_describes():
+def test_describe():
     points = [Point(["a", "b"], "one two three"), Point(["a"], "one"), Point(["a"], "one two")]
     assert prepare_packages.describe(points) == {
         "points": 3,
@@ -150,7 +150,7 @@ def test_describes():
     }
 
 
-def test_commands_that_fail():
+def test_run_raises_for_failed_command():
     assert prepare_packages.run("cat", stdin=b"meow") == b"meow"
     with pytest.raises(RuntimeError, match="no program no-such-apt: this needs apt and dpkg"):
         prepare_packages.run("no-such-apt", "update")
@@ -159,11 +159,11 @@ def test_commands_that_fail():
 
 
 class TestProgram:
-    def test_writes_the_data_set(self, tmp_path, apt):
+    def test_writes_data_set(self, tmp_path, apt):
         command = [sys.executable, "-m", "experiments.prepare_packages", f"--out={tmp_path}/out", "--seed=7"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert "Dir::State=" in (tmp_path / "notes").read_text()  # lists of its own
+        assert "Dir::State=" in (tmp_path / "notes").read_text()  # apt's own lists are not used
         out = tmp_path / "out"
         assert sorted(path.name for path in out.iterdir()) == [
             "README.md",
@@ -190,32 +190,32 @@ class TestProgram:
         assert result.stdout in readme
         assert "A random 15% of them are test points (seed\n7)" in readme
 
-    def test_equal_packages_give_equal_bytes(self, tmp_path, apt):
+    def test_equal_packages_give_identical_files(self, tmp_path, apt):
         for name in ("a", "b"):
             prepare_packages.prepare(tmp_path / name, seed=0)
         for path in (tmp_path / "a").iterdir():
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
-    def test_without_apt(self, tmp_path, monkeypatch):
+    def test_raises_without_apt(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(RuntimeError, match="no program apt-get: this needs apt and dpkg, as on Debian"):
             prepare_packages.prepare(tmp_path / "out", seed=0)
         assert list(tmp_path.iterdir()) == []
 
-    def test_failed_update(self, tmp_path, apt):
-        program(apt / "apt-get", "echo no network >&2; exit 100")
+    def test_raises_for_failed_update(self, tmp_path, apt):
+        write_program(apt / "apt-get", "echo no network >&2; exit 100")
         with pytest.raises(RuntimeError, match=r"apt-get .* update: exit status 100: no network"):
             prepare_packages.prepare(tmp_path / "out", seed=0)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("num_packages", [0, 1, 3])
-    def test_too_few_points(self, tmp_path, apt, num_packages):
+    def test_raises_for_too_few_points(self, tmp_path, apt, num_packages):
         (tmp_path / "stanzas").write_text(stanzas(num_packages))
         with pytest.raises(RuntimeError, match=f"too few points, {num_packages}, or none that share labels"):
             prepare_packages.prepare(tmp_path / "out", seed=0)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "notes", "stanzas"]
 
-    def test_arguments(self, tmp_path):
+    def test_check_out_raises_if_directory_exists(self, tmp_path):
         prepare_packages.check_out(str(tmp_path / "new"))
         with pytest.raises(app.UsageError, match="exists: remove it, or name another directory"):
             prepare_packages.check_out(str(tmp_path))

@@ -1,4 +1,4 @@
-"""`experiments.prepare_synthetic`: what it writes is what `experiments.run` reads."""
+"""Test of `experiments.prepare_synthetic`."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from experiments.measure.synthetic import Synthetic
 from sparse_xmc.data import read_dense
 
 
-def test_points_are_those_of_the_source_and_test_points_are_others(tmp_path):
+def test_write_saves_points_of_synthetic_source(tmp_path):
     prepare_synthetic.write(tmp_path, labels=1000, train_points=2000, test_points=1000)
     train, test = (
         read_dense(tmp_path / f"{name}.npy", tmp_path / f"{name}.txt") for name in ("train", "test")

@@ -12,8 +12,8 @@ ROOT = pathlib.Path(prepare_wordnet.__file__).parents[1]
 SHIPPED = ROOT / "sparse_xmc" / "cli" / "data" / "wordnet"
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by\n"
-# A tiny WordNet: entity > living thing > animal > dog > poodle, with cat beside dog, and Lassie, also called
-# animal here, an instance of dog. Of all these only the cat's id, n00000300, has a hash below 0.1.
+# A tiny WordNet: entity > living thing > animal > dog > poodle. The cat is another animal, and Lassie, with
+# the second lemma "animal", is an instance of dog. Only n00000300, the id of the cat, has a hash below 0.1.
 DICT = {
     "data.noun": LICENCE
     + """\
@@ -38,13 +38,13 @@ DICT = {
     "data.adv": LICENCE + "00000100 02 r 01 quickly 0 001 \\ 00000100 a 0101 | with speed\n",
 }
 
-TREE = ["entity", "living thing", "organism"]
+ANCESTORS = ["entity", "living thing", "organism"]
 
 
 @pytest.fixture
 def dict_dir(tmp_path):
     for name, content in DICT.items():
-        (tmp_path / name).write_text(content.replace("\n", "  \n"))  # every line of WordNet ends so
+        (tmp_path / name).write_text(content.replace("\n", "  \n"))  # Lines of WordNet end with two spaces.
     return tmp_path
 
 
@@ -67,13 +67,13 @@ def run(*flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_reads_synsets(synsets):
+def test_read_wordnet(synsets):
     assert len(synsets) == 12
     assert synsets["n00000200"].lemmas == ["living thing", "organism"]
     assert synsets["n00000200"].pointers == [("@", "n00000100"), ("~", "n00000400")]
     assert synsets["v00000200"].pointers == [("@", "v00000100"), ("+", "n00000500")]
     assert synsets["a00000100"].lemmas == ["fast"]  # without its syntactic marker
-    assert len(synsets["a00000200"].lemmas) == 10  # the count of words is hexadecimal
+    assert len(synsets["a00000200"].lemmas) == 10  # The number of words is hexadecimal.
     assert synsets["n00000500"].gloss == "what barks; a pet"
 
 
@@ -89,37 +89,37 @@ def test_reads_synsets(synsets):
         ('a "big" cat; or a tiger', 'a "big" cat; or a tiger'),
     ],
 )
-def test_glosses_lose_their_examples(dict_dir, gloss, definition):
+def test_read_wordnet_removes_examples(dict_dir, gloss, definition):
     (dict_dir / "data.adv").write_text(f"00000100 02 r 01 so 0 000 | {gloss}  \n")
     assert prepare_wordnet.read_wordnet(dict_dir)["r00000100"].gloss == definition
 
 
-def test_builds_the_shipped_set(synsets):
+def test_build_shipped_data_set(synsets):
     train, test = prepare_wordnet.build(synsets, full=False)
-    # "move" has one training point only, so "run" has no label left; "entity" is four steps above "poodle".
+    # "move" has only one training point, so "run" has no label; "entity" is four steps above "poodle".
     assert labels_by_id(train) == {
         "n00000200": ["entity"],
-        "n00000400": TREE,
-        "n00000500": ["animal", *TREE],
+        "n00000400": ANCESTORS,
+        "n00000500": ["animal", *ANCESTORS],
         "n00000600": ["animal", "dog", "domestic dog", "living thing", "organism"],
         "n00000700": ["dog", "domestic dog", "living thing", "organism"],
     }
-    assert labels_by_id(test) == {"n00000300": ["animal", *TREE]}
+    assert labels_by_id(test) == {"n00000300": ["animal", *ANCESTORS]}
     assert [point.text for point in train[1:3]] == [
         "animal: what moves",
         "dog, domestic dog: what barks; a pet",
     ]
 
 
-def test_takes_the_training_points_with_the_lowest_hash(synsets, monkeypatch):
+def test_build_selects_training_points_with_lowest_hash(synsets, monkeypatch):
     monkeypatch.setattr(prepare_wordnet, "_TRAIN_POINTS", 3)
     train, test = prepare_wordnet.build(synsets, full=False)
-    # SHA-256 of v00000200, n00000500 and n00000400 begin with 54, 65 and 76, those of the others with more.
-    assert labels_by_id(train) == {"n00000400": TREE, "n00000500": TREE}
-    assert labels_by_id(test) == {"n00000300": TREE}
+    # SHA-256 of v00000200, n00000500 and n00000400 begin with 54, 65 and 76; all others are larger.
+    assert labels_by_id(train) == {"n00000400": ANCESTORS, "n00000500": ANCESTORS}
+    assert labels_by_id(test) == {"n00000300": ANCESTORS}
 
 
-def test_builds_the_full_set(synsets):
+def test_build_full_data_set(synsets):
     train, test = prepare_wordnet.build(synsets, full=True)
     slow = ["s10", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "slow"]
     assert labels_by_id(train) == {
@@ -127,14 +127,14 @@ def test_builds_the_full_set(synsets):
         "a00000200": ["fast"],
         "n00000100": ["living thing", "organism"],
         "n00000200": ["animal", "entity"],
-        "n00000400": TREE,
-        "n00000500": ["animal", *TREE],
+        "n00000400": ANCESTORS,
+        "n00000500": ["animal", *ANCESTORS],
         "n00000600": ["animal", "dog", "domestic dog", "living thing", "organism"],
         "n00000700": ["dog", "domestic dog", "living thing", "organism"],
         "r00000100": ["fast"],
         "v00000200": ["dog", "domestic dog", "move"],
     }
-    assert labels_by_id(test) == {"n00000300": ["animal", *TREE]}
+    assert labels_by_id(test) == {"n00000300": ["animal", *ANCESTORS]}
 
 
 def test_statistics():
@@ -147,7 +147,7 @@ def test_statistics():
     ]
 
 
-def test_program_writes_the_same_files_every_time(dict_dir):
+def test_program_is_deterministic(dict_dir):
     outs = [dict_dir / "one", dict_dir / "two"]
     for out in outs:
         result = run(f"--dict_dir={dict_dir}", f"--out={out}")
@@ -156,10 +156,10 @@ def test_program_writes_the_same_files_every_time(dict_dir):
         assert "| test | 1 | 4.00 | 0.67 |" in result.stdout
     for name in ("train.tsv.xz", "test.tsv.xz"):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
-    assert read_tsv(outs[0] / "test.tsv.xz") == ([["animal", *TREE]], ["cat: a feline"])
+    assert read_tsv(outs[0] / "test.tsv.xz") == ([["animal", *ANCESTORS]], ["cat: a feline"])
 
 
-def test_program_says_what_to_install(tmp_path):
+def test_program_names_missing_package(tmp_path):
     result = run(f"--dict_dir={tmp_path}", f"--out={tmp_path}")
     assert result.returncode != 0
     assert f"no WordNet at {tmp_path / 'data.noun'}: install the Debian package wordnet-base" in result.stderr
@@ -176,27 +176,27 @@ def test_program_says_what_to_install(tmp_path):
         "",
     ],
 )
-def test_malformed_line(dict_dir, line):
+def test_read_wordnet_raises_for_malformed_line(dict_dir, line):
     (dict_dir / "data.adv").write_text(f"{LICENCE}{line}\n")
     with pytest.raises(ValueError, match=r"data\.adv:2: not a synset in wndb format: "):
         prepare_wordnet.read_wordnet(dict_dir)
 
 
-def test_dangling_pointer(dict_dir):
+def test_read_wordnet_raises_for_dangling_pointer(dict_dir):
     (dict_dir / "data.adv").write_text("00000100 02 r 01 so 0 001 ! 00000900 r 0101 | thus\n")
     with pytest.raises(ValueError, match="synset r00000100 points to r00000900, which is in no data file"):
         prepare_wordnet.read_wordnet(dict_dir)
 
 
 class TestShippedFiles:
-    def test_statistics_are_those_in_the_readme(self, shipped):
+    def test_statistics_match_readme(self, shipped):
         table = prepare_wordnet.statistics(shipped["train"][0], shipped["test"][0])
         assert table in (SHIPPED / "README.md").read_text()
 
-    def test_size(self):
+    def test_files_are_small(self):
         assert sum(path.stat().st_size for path in SHIPPED.glob("*.xz")) < 3e6
 
-    def test_labels(self, shipped):
+    def test_labels_are_valid(self, shipped):
         counts = collections.Counter(label for names in shipped["train"][0] for label in names)
         assert min(counts.values()) >= 2
         assert {label for names in shipped["test"][0] for label in names} <= counts.keys()
@@ -206,6 +206,6 @@ class TestShippedFiles:
                 assert names == sorted(set(names))
                 assert not set(names) & set(text.split(": ")[0].split(", "))
 
-    def test_licence_is_wordnets(self):
+    def test_license_is_from_wordnet(self):
         licence = (SHIPPED / "LICENSE").read_text()
         assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in licence

@@ -1,4 +1,4 @@
-"""Several processes that train together, as users start them, against one; and when one of them is killed."""
+"""Tests of training with several processes: equal results to one process, and failures of a process."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SMALL += ["--rewire_growth=active", "--rewire_fraction=0.2", "--rewire_interval=
 
 @pytest.fixture(scope="module")
 def data(request, tmp_path_factory):
-    """Flags of 120 training and 21 test points of 13 labels, which no number of devices here divides."""
+    """Flags of 120 training and 21 test points; no number of devices in these tests divides the 13 labels."""
     directory, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     flags = list(SMALL)
     for name, size in (("train", 120), ("test", 21)):
@@ -54,8 +54,8 @@ def start(count, devices, flags, logs, last_flags=()):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags_of_xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of_xla, "PYTHONFAULTHANDLER": "1"}
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, "PYTHONFAULTHANDLER": "1"}
     processes = []
     for number in range(count):
         command = [sys.executable, "-m", "experiments.run", *flags]
@@ -104,31 +104,31 @@ def history(workdir):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def single_process(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    workdir = runs / "alone"
+    workdir = runs / "single_process"
     run(1, 1, runs, *data, "--epochs=4", f"--workdir={workdir}")
     return workdir
 
 
-def assert_same_run(workdir, alone):
-    for ours, theirs in zip(history(workdir), history(alone), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    ours, theirs = (SavedModel.load(directory).model.head for directory in (workdir, alone))
-    np.testing.assert_array_equal(ours.output.indices[...], theirs.output.indices[...])
-    np.testing.assert_allclose(ours.output.kernel[...], theirs.output.kernel[...], rtol=1e-2, atol=1e-3)
+def assert_same_run(workdir, single_process):
+    for actual, expected in zip(history(workdir), history(single_process), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    actual, expected = (SavedModel.load(directory).model.head for directory in (workdir, single_process))
+    np.testing.assert_array_equal(actual.output.indices[...], expected.output.indices[...])
+    np.testing.assert_allclose(actual.output.kernel[...], expected.output.kernel[...], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("data", ["text", "dense"], indirect=True)
-def test_processes_train_what_one_trains(request, data, alone, tmp_path):
+def test_several_processes_match_single_process(request, data, single_process, tmp_path):
     text = request.node.callspec.params["data"] == "text"
     count, devices, mesh = (4, 1, "label:4") if text else (2, 2, "data:2,label:2")
     run(count, devices, tmp_path, *data, "--epochs=4", f"--mesh={mesh}", f"--workdir={tmp_path / 'run'}")
-    assert_same_run(tmp_path / "run", alone)
+    assert_same_run(tmp_path / "run", single_process)
 
 
 @pytest.mark.parametrize("data", ["text"], indirect=True)
-def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(data, alone, tmp_path):
+def test_run_resumes_on_other_mesh_after_process_is_killed(data, single_process, tmp_path):
     workdir = tmp_path / "run"
     flags = [*data, "--epochs=4", f"--workdir={workdir}", "--checkpoint_minutes=0"]
     processes = start(2, 1, [*flags, "--mesh=label:2"], tmp_path)
@@ -144,14 +144,14 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_another_mesh(da
         for process in processes:
             process.kill()
     if (workdir / "result.json").exists():
-        pytest.skip("it was finished before it could be killed")
+        pytest.skip("the run finished before a process was killed")
     assert all(code != 0 for code, _ in ends)
     run(1, 4, tmp_path, *flags, "--mesh=data:2,label:2")
-    assert_same_run(workdir, alone)
+    assert_same_run(workdir, single_process)
 
 
 @pytest.mark.parametrize("data", ["text"], indirect=True)
-def test_a_process_that_fails_ends_the_others(data, tmp_path):
+def test_failed_process_ends_other_processes(data, tmp_path):
     flags = [*data, "--epochs=1", "--mesh=label:2", f"--workdir={tmp_path / 'run'}"]
     (first, _), (last, errors) = wait(
         start(2, 1, flags, tmp_path, last_flags=["--train=missing.tsv"]), tmp_path
@@ -162,7 +162,7 @@ def test_a_process_that_fails_ends_the_others(data, tmp_path):
 
 
 @pytest.mark.parametrize("data", ["text"], indirect=True)
-def test_processes_need_a_mesh(data, tmp_path):
+def test_several_processes_require_mesh(data, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     for code, errors in wait(start(2, 1, [*data, workdir], tmp_path), tmp_path):
         assert code != 0

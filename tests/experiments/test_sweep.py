@@ -1,4 +1,4 @@
-"""`python -m experiments.sweep` on tables of tiny runs; every flagfile and table of the project is read."""
+"""Tests of `experiments.sweep` on tiny runs, and of all flagfiles and table files of the project."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(experiments.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def root(monkeypatch):
-    """Flagfiles name each other from the root of the repository."""
+    """Run in the root of the repository, to which paths in flagfiles are relative."""
     monkeypatch.chdir(ROOT)
 
 
@@ -57,7 +57,7 @@ def run_sweep(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_sweep_goes_on_past_failures_and_runs_nothing_twice(project):
+def test_sweep_continues_after_failures_and_skips_finished_runs(project):
     table = write_table(project / "table.toml", ["broken", "dense", "alias", "sparse"])
     finished = run_sweep(f"--table={table}")
     assert finished.returncode == 1
@@ -67,17 +67,17 @@ def test_a_sweep_goes_on_past_failures_and_runs_nothing_twice(project):
     results = sorted(path.relative_to(project / "results").as_posix() for path in project.glob("results/*/*"))
     assert results == [f"tiny/{name}_seed0.json" for name in ("alias", "dense", "sparse")]
     assert len(list(project.glob("runs/*/result.json"))) == 2  # dense and alias are one run
-    assert finished.stdout.count("has run") == 1
+    assert finished.stdout.count("is already finished") == 1
 
     times = {path: path.stat().st_mtime_ns for path in project.glob("runs/*/result.json")}
     (project / "results" / "tiny" / "dense_seed0.json").unlink()
     again = run_sweep(f"--table={table}")
-    assert again.stdout.count("is there") == 2
-    assert again.stdout.count("has run") == 1
+    assert again.stdout.count("already exists") == 2
+    assert again.stdout.count("is already finished") == 1
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert (project / "results" / "tiny" / "dense_seed0.json").exists()
 
-    # A run that was stopped is started again, in the same directory.
+    # A stopped run is resumed in the same directory.
     (stopped,) = (path for path in times if json.loads(path.read_text())["name"] == "tiny sparse")
     stopped.unlink()
     (project / "results" / "tiny" / "sparse_seed0.json").unlink()
@@ -87,14 +87,14 @@ def test_a_sweep_goes_on_past_failures_and_runs_nothing_twice(project):
     assert stopped.exists()
 
 
-def test_a_dry_run_shows_the_commands_and_runs_nothing(project):
+def test_dry_run_prints_commands(project):
     finished = run_sweep("--dry_run", f"--table={write_table(project / 'table.toml', ['dense'])}")
     assert finished.returncode == 0
     assert "--flagfile=experiments/flags/models/dense.cfg --seed=0 --workdir=runs/" in finished.stdout
     assert not (project / "runs").exists()
 
 
-def test_effective_flags_are_what_the_last_flag_says(project):
+def test_effective_flags_use_last_value(project):
     entry = sweep.Entry("tiny", "sparse", 3, ("shared.cfg",), "sparse")
     before = flags.FLAGS["fan_in"].value
     values = sweep.effective_flags([*entry.flags, "--name=other", "--workdir=elsewhere"])
@@ -106,7 +106,7 @@ def test_effective_flags_are_what_the_last_flag_says(project):
     assert flags.FLAGS["fan_in"].value == before
 
 
-def test_what_the_program_was_given_does_not_reach_effective_flags():
+def test_effective_flags_ignore_command_line():
     flag, before = flags.FLAGS["batch_size"], sweep.effective_flags([])
     try:
         flag.parse("5")
@@ -115,7 +115,7 @@ def test_what_the_program_was_given_does_not_reach_effective_flags():
         flag.unparse()
 
 
-def test_directories_are_the_same_for_the_same_flags_only():
+def test_directory_depends_only_on_flags_that_affect_results():
     def directory(*arguments):
         return sweep._directory(Path("runs"), sweep.effective_flags(["--train=a", "--test=b", *arguments]))
 
@@ -124,7 +124,7 @@ def test_directories_are_the_same_for_the_same_flags_only():
     assert directory("--seed=1") != directory("--seed=2")
 
 
-def test_flags_that_do_not_concern_a_head_do_not_tell_runs_apart():
+def test_effective_flags_ignore_flags_of_other_heads():
     values = sweep.effective_flags(["--head=dense", "--train=a"])
     assert sweep.effective_flags(["--head=dense", "--train=a", "--fan_in=5"]) == values
     assert values["fan_in"] is None
@@ -132,7 +132,7 @@ def test_flags_that_do_not_concern_a_head_do_not_tell_runs_apart():
     assert sweep.effective_flags([])["penultimate"] == 8192
 
 
-def test_a_grid_is_all_combinations(project):
+def test_grid_expands_to_all_combinations(project):
     (project / "table.toml").write_text(
         'title = "x"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n'
         '[[runs]]\nmodels = ["dense"]\nseeds = [0]\n'
@@ -147,7 +147,7 @@ def test_a_grid_is_all_combinations(project):
     assert (values["dropout"], values["loss"], values["seed"], values["embedding"]) == (0.5, "bce", 1, 4)
 
 
-def test_runs_may_have_flagfiles_of_their_own(project):
+def test_flagfiles_of_runs_follow_shared_flagfiles(project):
     (project / "own.cfg").write_text("--embedding=5\n--dropout=0.3\n")
     (project / "table.toml").write_text(
         'title = "x"\ndata = ["tiny"]\nflagfiles = ["shared.cfg"]\n'
@@ -155,11 +155,11 @@ def test_runs_may_have_flagfiles_of_their_own(project):
         '[[runs]]\nmodels = ["sparse"]\nseeds = [0]\n'
     )
     dense, sparse = (sweep.effective_flags(e.flags) for e in sweep.read_table("table.toml").entries)
-    assert (dense["embedding"], sparse["embedding"]) == (5, 4)  # after those of all runs
-    assert (dense["dropout"], sparse["dropout"]) == (0.2, 0.2)  # before those of the data
+    assert (dense["embedding"], sparse["embedding"]) == (5, 4)  # after the flagfiles of all runs
+    assert (dense["dropout"], sparse["dropout"]) == (0.2, 0.2)  # before the flagfile of the data
 
 
-def test_a_result_from_before_a_flag_existed_counts_with_its_default():
+def test_result_flags_use_default_of_missing_flag():
     values = sweep.effective_flags(["--train=a", "--test=b"])
     older = {name: value for name, value in values.items() if name != "test_filter"}
     assert sweep._result_flags(older) == values
@@ -168,7 +168,7 @@ def test_a_result_from_before_a_flag_existed_counts_with_its_default():
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "message"),
     [
         ("title =", "not a table file"),
         ('title = "x"\ndata = ["tiny"]', "not a table file .*runs"),
@@ -188,9 +188,9 @@ def test_a_result_from_before_a_flag_existed_counts_with_its_default():
         ),
     ],
 )
-def test_malformed_tables(project, text, fault):
+def test_read_table_raises_for_malformed_file(project, text, message):
     (project / "bad.toml").write_text(text)
-    with pytest.raises(ValueError, match=rf"bad\.toml: .*{fault}"):
+    with pytest.raises(ValueError, match=rf"bad\.toml: .*{message}"):
         sweep.read_table("bad.toml")
 
 
@@ -198,10 +198,10 @@ TABLES = sorted((ROOT / "experiments" / "tables").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_table_of_the_project_is_read(path):
+def test_table_files_are_valid(path):
     entries = sweep.read_table(str(path)).entries
     different = {sweep._directory(Path(), sweep.effective_flags(entry.flags)) for entry in entries}
-    # On some data sets a dropout of 0.1 or 0.2 is no change.
+    # The grid over dropout contains the default value of each of the four data sets.
     assert len(different) == len(entries) - (4 if path.stem == "paper_ablations" else 0)
 
 
@@ -210,17 +210,17 @@ def test_every_table_of_the_project_is_read(path):
     sorted((ROOT / "sparse_xmc" / "cli" / "flags").rglob("*.cfg")),
     ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
-def test_every_flagfile_of_the_project_is_read(path):
+def test_flagfiles_are_valid(path):
     values = sweep.effective_flags([f"--flagfile={path.relative_to(ROOT)}"])
     if path.parent.name == "data":
         assert values["train"]
         assert values["test"]
     if path.parent.name == "models":
-        assert values["train"] is None  # a model goes with any data set
+        assert values["train"] is None  # Flagfiles of models set no data.
         assert path.stem.startswith(values["head"])
 
 
-def test_paper_cfg_has_the_published_settings():
+def test_paper_cfg_has_published_settings():
     def settings(data):
         files = ["paper.cfg", f"data/{data}.cfg", "models/unstructured_32.cfg"]
         return sweep.effective_flags([f"--flagfile=experiments/flags/{file}" for file in files])
@@ -241,7 +241,7 @@ def test_paper_cfg_has_the_published_settings():
         "output_bias": 0.0,
         "output_bound": None,
         "dropout": 0.1,
-        "rewire_fraction": 0.01,  # of this layer without a penultimate layer
+        "rewire_fraction": 0.01,  # for unstructured layers without a penultimate layer
     }
     values = settings("amazon-670k_cascade")
     assert {name: values[name] for name in published} == published

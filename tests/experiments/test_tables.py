@@ -1,4 +1,4 @@
-"""Tables and pictures from result files written by hand."""
+"""Tests of tables and figures of made-up results."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def write(results, table, *contents):
 
 @pytest.fixture
 def report(tmp_path):
-    """Writes a report of results, and returns the directory that it is in."""
+    """Return a function that writes the report of a table and results, and returns its directory."""
 
     def make(table, *contents):
         write(tmp_path / "results", table, *contents)
@@ -78,7 +78,7 @@ TABLE = make_table(
 )
 
 
-def test_markdown_has_ours_beside_the_papers(report):
+def test_markdown_shows_paper_columns(report):
     text = (
         report(TABLE, make_result(0.3), make_result(0.34), None, make_result(0.25)) / "name.md"
     ).read_text()
@@ -97,7 +97,7 @@ def test_markdown_has_ours_beside_the_papers(report):
     assert [*unpublished.split("|"), "1 of 1"] in lines
 
 
-def test_without_published_numbers_there_are_no_columns_for_them(report):
+def test_markdown_omits_paper_columns_without_published_numbers(report):
     table = make_table(("wordnet", "dense", 0))
     out = report(table, make_result(0.3))
     assert "| system | P@1 | P@3 | P@5 |" in (out / "name.md").read_text()
@@ -107,7 +107,7 @@ def test_without_published_numbers_there_are_no_columns_for_them(report):
     )
 
 
-def test_machines_and_commits_are_below(report):
+def test_markdown_lists_machines_and_commits(report):
     text = (
         report(TABLE, make_result(), make_result(), None, make_result(commit="def")) / "name.md"
     ).read_text()
@@ -116,7 +116,7 @@ def test_machines_and_commits_are_below(report):
     assert f"- {machine} {memory} Runs by commit: 2 at abc, 1 at def.\n" in text
 
 
-def test_csv(report):
+def test_csv_values(report):
     out = report(TABLE, make_result(0.3), make_result(0.34), None, make_result(0.25))
     with open(out / "name.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -126,37 +126,37 @@ def test_csv(report):
     assert [rows[2][f"test_p1{end}"] for end in ("", "_std", "_paper")] == ["25", "", ""]
 
 
-def test_latex(report):
+def test_latex_table(report):
     tex = (report(TABLE, make_result(0.3), make_result(0.34), None, None) / "name.tex").read_text()
     assert r"fixed fan-in 32 16k & 32.00 $\pm$ 2.83 & 31.73 &" in tex
     body = [line for line in tex.splitlines() if line.endswith(r"\\")]
     assert len(body) == 4
-    assert {line.count("&") for line in body} == {15}  # as many as there are columns, less one
+    assert {line.count("&") for line in body} == {15}  # one less than the number of columns
     assert r"\begin{tabular}{l" + 15 * "r" + "}" in tex
 
 
-def test_latex_escapes_what_means_something_to_it():
+def test_latex_escapes_special_characters():
     assert r"50\% \_ \& & b \\" in result_tables.latex([["50% _ &", "b"]])
 
 
-def test_pictures_are_drawn_and_shown(report):
+def test_report_draws_and_links_figures(report):
     out = report(TABLE, make_result(), make_result(epochs=2), None, make_result(density=False))
-    pictures = {path.name for path in out.glob("*.png")}
-    assert pictures == {f"name_{what}.png" for what in ("memory", "epochs", "density", "groups")}
+    figure_names = {path.name for path in out.glob("*.png")}
+    assert figure_names == {f"name_{kind}.png" for kind in ("memory", "epochs", "density", "groups")}
     text = (out / "name.md").read_text()
-    for picture in pictures:
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
-        assert f"]({picture})" in text
+    for name in figure_names:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
 
 
-def test_only_the_papers_memory_is_drawn_where_there_are_no_results(report):
+def test_report_without_results_draws_only_memory_of_paper(report):
     out = report(TABLE, None, None, None, None)
     assert [path.name for path in out.glob("*.png")] == ["name_memory.png"]
     nothing = report(make_table(("wordnet", "dense", 0)), None)
     assert "missing" in (nothing / "name.md").read_text()
 
 
-def test_curves_are_means_over_the_seeds_that_came_so_far():
+def test_draw_curves_averages_over_available_seeds():
     axes = figures._new_figure().subplots()
     row = result_tables.Row("d", "c", [make_result(0.2), make_result(0.4, epochs=4)], 2, None)
     figures._draw_curves(axes, [row], "p@1", scale=100)
@@ -165,15 +165,15 @@ def test_curves_are_means_over_the_seeds_that_came_so_far():
     np.testing.assert_allclose(line.get_ydata(), [0, 30, 60, 120])
 
 
-def test_points_in_the_memory_picture_are_means_and_the_papers():
+def test_draw_memory_shows_means_and_paper():
     reported = read_paper()["amazon-670k_slice", "dense"]
     row = result_tables.Row("d", "c", [make_result(0.2), make_result(0.4)], 2, reported)
-    ours, theirs = figures._draw_memory([row]).axes[0].lines
+    ours, paper = figures._draw_memory([row]).axes[0].lines
     np.testing.assert_allclose([*ours.get_xdata(), *ours.get_ydata()], [1.5, 30])
-    np.testing.assert_allclose([*theirs.get_xdata(), *theirs.get_ydata()], [8.96, 33.76])
+    np.testing.assert_allclose([*paper.get_xdata(), *paper.get_ydata()], [8.96, 33.76])
 
 
-def test_several_data_sets_have_a_section_and_pictures_each(report):
+def test_report_has_section_and_figures_per_data_set(report):
     table = make_table(("wordnet", "dense", 0), ("wordnet_full", "dense", 0))
     out = report(table, make_result(), make_result())
     assert (out / "name.md").read_text().count("\n## ") == 2
@@ -182,7 +182,7 @@ def test_several_data_sets_have_a_section_and_pictures_each(report):
     }
 
 
-def test_a_damaged_result_is_named(tmp_path):
+def test_read_rows_raises_for_damaged_result(tmp_path):
     table = make_table(("wordnet", "dense", 0))
     write(tmp_path, table, make_result())
     path = table.entries[0].result(tmp_path)
@@ -191,10 +191,10 @@ def test_a_damaged_result_is_named(tmp_path):
         result_tables.read_rows(table, tmp_path)
 
 
-def test_every_published_row_has_flagfiles_and_is_in_a_table_of_the_project(monkeypatch):
+def test_published_rows_match_table_files(monkeypatch):
     monkeypatch.chdir(ROOT)
     reported = read_paper()
-    assert len(reported) == 58 + 5 + 4  # no two rows have the same name
+    assert len(reported) == 58 + 5 + 4  # Names of rows are unique.
     listed = {}
     for path in Path("experiments/tables").glob("*.toml"):
         listed |= {(entry.data, entry.model): entry for entry in sweep.read_table(str(path)).entries}
@@ -207,7 +207,7 @@ def test_every_published_row_has_flagfiles_and_is_in_a_table_of_the_project(monk
         assert (values["fan_in"] or 0) == int(row["fan_in"])
 
 
-def test_command_line(tmp_path):
+def test_program_writes_tables(tmp_path):
     (tmp_path / "probe.toml").write_text(
         'title = "Probe"\ndata = ["wordnet"]\n[[runs]]\nmodels = ["dense"]\nseeds = [0]\n'
     )

@@ -11,8 +11,8 @@ from sparse_xmc.heads.rewiring import PAPER, RewireConfig
 from sparse_xmc.layers import Connectivity
 
 
-def matrix_of(layer):
-    """The layer's weights as a dense matrix [L, D]; repeated connections add up."""
+def dense_matrix(layer):
+    """Return the weights of the layer as a dense matrix [L, D]; repeated connections add up."""
     matrix = np.zeros((layer.out_features, layer.in_features))
     np.add.at(matrix, tuple(np.asarray(layer.indices[...]).T), np.asarray(layer.kernel[...], np.float64))
     return matrix
@@ -25,12 +25,12 @@ def make_layer(connections, in_features=20, labels=30):
     )
 
 
-@pytest.mark.parametrize("connections", [1, 600, 4096, 5000])  # 4096 at a time; 5000 of 1200 pairs repeat
-def test_is_a_product_with_a_dense_matrix(connections):
+@pytest.mark.parametrize("connections", [1, 600, 4096, 5000])  # blocks of 4096 connections
+def test_unstructured_linear_matches_dense_product(connections):
     layer = make_layer(connections, in_features=40, labels=150)
     x = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
     cotangent = np.random.default_rng(1).normal(size=(6, 150)).astype(np.float32)
-    matrix = matrix_of(layer)
+    matrix = dense_matrix(layer)
     np.testing.assert_allclose(
         jax.jit(lambda layer, x: layer(x))(layer, x),
         x @ matrix.T + np.asarray(layer.bias[...]),
@@ -48,7 +48,7 @@ def test_is_a_product_with_a_dense_matrix(connections):
     assert "indices" not in d_layer
 
 
-def test_connections_are_anywhere():
+def test_unstructured_linear_draws_uniform_connections():
     layer = UnstructuredLinear(20, 30, 3000 // 5, rngs=nnx.Rngs(0))
     indices = np.asarray(layer.indices[...])
     assert isinstance(layer.indices, Connectivity)
@@ -64,13 +64,13 @@ def test_connections_are_anywhere():
 
 
 @pytest.mark.parametrize("connections", [0, 601])
-def test_a_number_of_connections_that_does_not_fit_is_an_error(connections):
+def test_unstructured_linear_raises_for_invalid_connections(connections):
     with pytest.raises(ValueError, match=f"connections must be between 1 and .* = 600, got {connections}"):
         make_layer(connections)
 
 
 @pytest.mark.parametrize("config", [PAPER, RewireConfig(fraction=0.3)])
-def test_rewiring_moves_the_weakest_in_both_coordinates(config):
+def test_rewire_unstructured_moves_weakest_connections(config):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=5000).astype(np.float32)
     indices = np.stack([rng.integers(0, 70, 5000), rng.integers(0, 90, 5000)], axis=1).astype(np.int32)
@@ -90,7 +90,7 @@ def test_rewiring_moves_the_weakest_in_both_coordinates(config):
         assert 0.95 * size < drawn.max() < size
 
 
-def test_a_fraction_that_rounds_to_nothing_moves_nothing():
+def test_rewire_unstructured_moves_nothing_if_fraction_rounds_to_zero():
     indices = jnp.zeros((3, 2), jnp.int32)
     _, new, moved = rewire_unstructured(
         jax.random.key(0), jnp.ones(3), indices + 1, 9, 9, RewireConfig(fraction=0.1)
@@ -99,7 +99,7 @@ def test_a_fraction_that_rounds_to_nothing_moves_nothing():
     np.testing.assert_array_equal(new, np.ones((3, 2)))
 
 
-def test_a_model_with_a_head_that_is_not_registered_is_an_error_that_names_the_module(monkeypatch):
+def test_from_json_raises_for_unregistered_head(monkeypatch):
     config = ClassifierConfig(4, 9, head=UnstructuredConfig(penultimate=0, fan_in=2))
     fields = config.to_json()
     assert ClassifierConfig.from_json(fields) == config
@@ -112,7 +112,7 @@ def test_a_model_with_a_head_that_is_not_registered_is_an_error_that_names_the_m
     assert ClassifierConfig.from_json(fields) == config
 
 
-def test_a_name_is_registered_for_one_class():
+def test_register_head_raises_for_second_class():
     register_head("unstructured", UnstructuredConfig)
     with pytest.raises(ValueError, match="'unstructured' is registered already, with the class Unst"):
         register_head("unstructured", DenseConfig)

@@ -183,7 +183,7 @@ def test_plan_program_needs_only_sizes(tmp_path):
     command = [sys.executable, "-m", "experiments.plan", "--words=1000", "--penultimate=64", "--seed=3"]
     fits = subprocess.run([*command, "--labels=3000"], capture_output=True, text=True)
     assert fits.returncode == 0, fits.stderr
-    assert "has no use for --seed" in fits.stdout
+    assert "does not use --seed" in fits.stdout
     assert "planned peak" in fits.stdout
     too_large = [*command, "--labels=2000000000", "--head=dense"]  # more than 2^31 logits
     refused = subprocess.run(too_large, capture_output=True, text=True)

@@ -20,8 +20,8 @@ def make_problem(dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("op", problems.OPS)
-def test_program_writes_a_report(tmp_path, op):
-    # In a process of its own, as users run it: neither its flags nor JAX's settings are the test suite's.
+def test_program_writes_report(tmp_path, op):
+    # A subprocess does not share the flags and JAX settings of the test suite.
     path = tmp_path / "result.json"
     arguments = [f"--{name}={size}" for name, size in SHAPE._asdict().items()]
     command = [sys.executable, "-m", "experiments.benchmark", f"--op={op}", *arguments]
@@ -42,7 +42,7 @@ def test_program_writes_a_report(tmp_path, op):
 
 @pytest.mark.parametrize("op", problems.OPS)
 @pytest.mark.parametrize("density", [1.0, 0.1])
-def test_every_contender_runs_and_agrees(op, density):
+def test_contenders_agree(op, density):
     shape = SHAPE._replace(density=density)
     problem = problems.OPS[op](shape, jnp.dtype(jnp.float32), np.random.default_rng(0))
     compiled, failures = ops.compile_contenders(problem)
@@ -52,11 +52,11 @@ def test_every_contender_runs_and_agrees(op, density):
 
 
 @pytest.mark.parametrize(
-    ("change", "where"),
+    ("change", "pass_name"),
     [(lambda bias: 1.01 * bias, "forward"), (jax.lax.stop_gradient, "forward\\+backward")],
     ids=["result", "gradient"],
 )
-def test_a_contender_that_computes_something_else_is_found(change, where):
+def test_check_agreement_raises_for_different_results(change, pass_name):
     problem = make_problem()
     function, constants = problem.contenders["gather + einsum"]
 
@@ -67,26 +67,26 @@ def test_a_contender_that_computes_something_else_is_found(change, where):
         "one": problems.Contender(function, constants),
         "other": problems.Contender(changed, constants),
     }
-    with pytest.raises(AssertionError, match=f"other is off by .*, {where}$"):
+    with pytest.raises(AssertionError, match=f"other is off by .*, {pass_name}$"):
         ops.check_agreement(problem._replace(contenders=contenders))
 
 
-def test_a_report_has_the_quartiles_of_all_runs():
+def test_measure_reports_quartiles():
     report = ops.measure("fan_in_loss", SHAPE, "float32", repeats=4, now=itertools.count().__next__)
-    second = {"median_seconds": 1.0, "quartiles_seconds": [1.0, 1.0], "runs": 4}
-    assert all(result == dict.fromkeys(ops.PASSES, second) for result in report["contenders"].values())
-    over = {"over": "fan_in_matmul + jnp loss", "ratio": 1.0}
-    assert report["speedup"] == dict.fromkeys(ops.PASSES, over)
+    expected = {"median_seconds": 1.0, "quartiles_seconds": [1.0, 1.0], "runs": 4}
+    assert all(result == dict.fromkeys(ops.PASSES, expected) for result in report["contenders"].values())
+    speedup = {"over": "fan_in_matmul + jnp loss", "ratio": 1.0}
+    assert report["speedup"] == dict.fromkeys(ops.PASSES, speedup)
 
 
-def test_a_contender_that_cannot_run_is_listed_with_the_reason(monkeypatch):
-    def unfinished(*arrays):
+def test_measure_reports_failed_contenders(monkeypatch):
+    def unsupported(*arrays):
         raise NotImplementedError("not for this dtype")
 
     def op(shape, dtype, rng):
         problem = problems.fan_in_matmul(shape, dtype, rng)
         ours = {"ours": next(iter(problem.contenders.values()))}
-        return problem._replace(contenders=ours | {"other": problems.Contender(unfinished, ())})
+        return problem._replace(contenders=ours | {"other": problems.Contender(unsupported, ())})
 
     monkeypatch.setitem(problems.OPS, "op", op)
     report = ops.measure("op", SHAPE, "float32", repeats=1)
@@ -96,7 +96,7 @@ def test_a_contender_that_cannot_run_is_listed_with_the_reason(monkeypatch):
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1, 0.01])
-def test_the_loss_has_the_density_that_was_asked_for(density):
+def test_fan_in_loss_problem_has_requested_density(density):
     shape = problems.Shape(labels=5000, inputs=500, fan_in=16, batch=20, density=density)
     problem = problems.fan_in_loss(shape, jnp.dtype(jnp.float32), np.random.default_rng(0))
     (x, kernel, bias), (indices, _) = problem.values, problem.contenders["xla_ops.fan_in_loss"].constants
@@ -111,8 +111,8 @@ def test_the_loss_has_the_density_that_was_asked_for(density):
         (["--op=training_step", "--batch=8", "--learning_rate=1"], "--batch, --learning_rate"),
     ],
 )
-def test_flags_without_use_are_errors(arguments, unused):
+def test_program_rejects_unused_flags(arguments, unused):
     command = [sys.executable, "-m", "experiments.benchmark", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert f"has no use for {unused}" in finished.stdout + finished.stderr
+    assert f"does not use {unused}" in finished.stdout + finished.stderr

@@ -1,4 +1,4 @@
-"""The clock of all measurements, by a clock that moves only when a call says so."""
+"""Tests of the timing functions, with a fake clock that advances only in calls."""
 
 import jax.numpy as jnp
 import pytest
@@ -7,7 +7,7 @@ from experiments.measure.clock import copy_gb_per_second, interleaved_times, med
 
 
 class FakeClock:
-    """Time that passes in calls alone, each of which is recorded."""
+    """A clock that advances only in calls, which it records."""
 
     def __init__(self):
         self.now = 0.0
@@ -17,7 +17,7 @@ class FakeClock:
         return self.now
 
     def call(self, name, *seconds):
-        """A call that takes these times, one after the other, and then always the last."""
+        """Return a function whose calls take these times in order, and after that the last of them."""
         left = list(seconds)
 
         def run():
@@ -37,14 +37,14 @@ def fail():
     raise ValueError("no gradient\nand many more lines")
 
 
-def test_calls_take_turns_after_a_round_that_does_not_count(clock):
+def test_interleaved_times_alternates_calls_after_warm_up(clock):
     calls = {"a": clock.call("a", 100, 1, 2, 3), "b": clock.call("b", 7)}
     times = interleaved_times(calls, repeats=3, clock=clock)
     assert clock.calls == ["a", "b"] * 4
     assert times == {"a": [1, 2, 3], "b": [7, 7, 7]}
 
 
-def test_slow_calls_leave_early_and_failing_ones_say_why(clock):
+def test_interleaved_times_limits_time_and_records_failures(clock):
     calls = {
         "fast": clock.call("fast", 0.25),
         "slow": clock.call("slow", 2),
@@ -60,7 +60,7 @@ def test_slow_calls_leave_early_and_failing_ones_say_why(clock):
     assert failures == {"failing": "ValueError: no gradient"}
 
 
-def test_a_call_may_fail_after_some_rounds(clock):
+def test_interleaved_times_drops_calls_that_fail_later(clock):
     ours = clock.call("ours", 1)
 
     def third_fails():
@@ -74,27 +74,27 @@ def test_a_call_may_fail_after_some_rounds(clock):
     assert failures == {"a": "ValueError: no gradient"}
 
 
-def test_an_error_is_raised_where_all_are_needed(clock):
+def test_error_of_call_is_raised_by_default(clock):
     with pytest.raises(ValueError, match="no gradient"):
         interleaved_times({"a": clock.call("a", 1), "b": fail}, repeats=1, clock=clock)
     with pytest.raises(ValueError, match="no gradient"):
         median_seconds(fail, repeats=1, clock=clock)
 
 
-def test_calls_of_a_round_share_its_time(clock):
+def test_interleaved_times_divides_round_by_number_of_calls(clock):
     calls = {"a": clock.call("a", 9, 1, 2, 6), "b": clock.call("b", 5)}
     times = interleaved_times(calls, repeats=2, calls_per_round=3, seconds=20, clock=clock)
     assert times == {"a": [3, 6], "b": [5, 5]}
     assert clock.calls == ["a", "b", *["a"] * 3, *["b"] * 3, *["a"] * 3, *["b"] * 3]
-    # A round of b takes 15 seconds, and it is these that count.
+    # The limit applies to the 15 seconds of a whole round of b.
     assert interleaved_times(calls, 2, calls_per_round=3, seconds=15, clock=clock)["b"] == [5]
 
 
-def test_the_median_is_of_what_fits_into_the_time_and_at_least_some(clock):
+def test_median_seconds_respects_time_limit_and_min_rounds(clock):
     assert median_seconds(clock.call("a", 50, 1, 3, 8), None, seconds=12, clock=clock) == 3
-    assert median_seconds(clock.call("a", 50, 10, 30, 20), None, seconds=1, at_least=3, clock=clock) == 20
+    assert median_seconds(clock.call("a", 50, 10, 30, 20), None, seconds=1, min_rounds=3, clock=clock) == 20
     assert median_seconds(clock.call("a", 1), None, seconds=10, clock=clock) == 1
 
 
-def test_memory_can_be_copied():
+def test_copy_gb_per_second_is_positive():
     assert copy_gb_per_second(1 << 16) > 0

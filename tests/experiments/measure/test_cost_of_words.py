@@ -1,4 +1,4 @@
-"""The report on words among the inputs, at a size where it takes moments."""
+"""Tests of `experiments.measure.direct_inputs` at small sizes."""
 
 import itertools
 import json
@@ -21,27 +21,27 @@ def layers_and_batch():
     return direct_inputs.make_layers(SHAPE, VOCABULARY, np.random.default_rng(0))
 
 
-def test_words_are_different_and_frequent_ones_come_more_often():
+def test_draw_words_returns_distinct_words_by_frequency():
     words = direct_inputs.draw_words(np.random.default_rng(0), 2000, 10, VOCABULARY)
     assert words.min() == 0
     assert 900 < words.max() < VOCABULARY
     assert all(len(np.unique(row)) == 10 for row in words)
-    of_rank = np.bincount(words.reshape(-1), minlength=VOCABULARY) / 2000
-    # Of log(1001) / log(2) draws one is of word 0, so that most texts of ten words have it.
-    assert 0.5 < of_rank[0] < 1
-    assert of_rank[0] > of_rank[9] > of_rank[99] > of_rank[500:].mean()
-    all_of_them = direct_inputs.draw_words(np.random.default_rng(0), 3, 20, 20)
-    np.testing.assert_array_equal(np.sort(all_of_them, axis=1), np.tile(np.arange(20), (3, 1)))
+    frequencies = np.bincount(words.reshape(-1), minlength=VOCABULARY) / 2000
+    # A draw is word 0 with probability log(2) / log(1001), so most texts of ten words contain it.
+    assert 0.5 < frequencies[0] < 1
+    assert frequencies[0] > frequencies[9] > frequencies[99] > frequencies[500:].mean()
+    permutations = direct_inputs.draw_words(np.random.default_rng(0), 3, 20, 20)
+    np.testing.assert_array_equal(np.sort(permutations, axis=1), np.tile(np.arange(20), (3, 1)))
 
 
-def test_labels_have_fewer_frequent_words():
+def test_draw_words_offset_reduces_frequent_words():
     rng = np.random.default_rng(0)
-    of_texts = direct_inputs.draw_words(rng, 1000, 10, VOCABULARY)
-    of_labels = direct_inputs.draw_words(rng, 1000, 10, VOCABULARY, offset=50)
-    assert np.mean(of_labels < 20) < 0.5 * np.mean(of_texts < 20)
+    text_words = direct_inputs.draw_words(rng, 1000, 10, VOCABULARY)
+    label_words = direct_inputs.draw_words(rng, 1000, 10, VOCABULARY, offset=50)
+    assert np.mean(label_words < 20) < 0.5 * np.mean(text_words < 20)
 
 
-def test_256_texts_have_some_1500_words():
+def test_draw_texts_lengths_and_vocabulary():
     texts = direct_inputs.draw_texts(np.random.default_rng(0), 256, 100_000)
     assert 1400 < len(np.unique(texts.columns)) < 1600
     counts = np.bincount(texts.rows, minlength=256)
@@ -51,7 +51,7 @@ def test_256_texts_have_some_1500_words():
     np.testing.assert_allclose(lengths, 1, rtol=1e-5)
 
 
-def test_layers_read_what_their_names_say(layers_and_batch):
+def test_make_layers_shapes_and_indices(layers_and_batch):
     layers, x, _ = layers_and_batch
     assert list(layers) == ["4 units", "4 units + 4 words", "8 units"]
     assert x.shape == (20, 40)
@@ -63,7 +63,7 @@ def test_layers_read_what_their_names_say(layers_and_batch):
         assert (layer.sparse is None) == (words == 0)
 
 
-def test_all_layers_have_the_density_that_was_asked_for(layers_and_batch):
+def test_make_layers_logits_have_requested_density(layers_and_batch):
     layers, x, _ = layers_and_batch
     for layer in layers.values():
         kernel, bias, _ = layer.held
@@ -71,7 +71,7 @@ def test_all_layers_have_the_density_that_was_asked_for(layers_and_batch):
         assert 0.05 < np.mean(np.asarray(logits) > -1) < 0.2
 
 
-def test_a_report_has_medians_and_what_is_over_units_alone():
+def test_measure_reports_medians_and_ratios():
     report = direct_inputs.measure(SHAPE, VOCABULARY, repeats=3, now=itertools.count().__next__)
     names = ("4 units", "4 units + 4 words", "8 units")
     assert report["median_seconds"] == {op: dict.fromkeys(names, 1.0) for op in direct_inputs.OPS}
@@ -82,7 +82,7 @@ def test_a_report_has_medians_and_what_is_over_units_alone():
     assert 0 < report["words"]["part_of_labels_words"] < 1
 
 
-def test_program_writes_a_report(tmp_path):
+def test_program_writes_report(tmp_path):
     path = tmp_path / "result.json"
     sizes = {**SHAPE._asdict(), "vocabulary": VOCABULARY}
     command = [sys.executable, "-m", "experiments.benchmark", "--op=direct_inputs", "--repeats=1"]
@@ -92,4 +92,4 @@ def test_program_writes_a_report(tmp_path):
     report = json.loads(path.read_text())
     assert report["shape"] == SHAPE._asdict()
     assert report["vocabulary"] == VOCABULARY
-    assert all(s > 0 for of in report["median_seconds"].values() for s in of.values())
+    assert all(s > 0 for seconds in report["median_seconds"].values() for s in seconds.values())

@@ -1,4 +1,4 @@
-"""The planned memory of steps with an encoder, at a size where it can be held against real arrays."""
+"""Tests of the planned memory of training steps with an encoder, at a size where real arrays can be made."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ NETWORK = PretrainedConfig("bert", 50, 16, 1, 2, 32, max_position_embeddings=16)
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def test_nothing_is_allocated_and_the_parts_are_those_of_real_arrays(monkeypatch):
+def test_abstract_trainer_matches_real_arrays(monkeypatch):
     trainer = encoder_memory.abstract_trainer(TINY, NETWORK, "float32", False)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainer.state))
     parts = planning.state_parts(trainer)
@@ -33,42 +33,46 @@ def test_nothing_is_allocated_and_the_parts_are_those_of_real_arrays(monkeypatch
     assert sum(parts.values()) == sum(a.size * a.dtype.itemsize for a in arrays)
     weights = sum(a.nbytes for a in jax.tree.leaves(nnx.state(real.model.encoder.text, nnx.Param)))
     assert weights <= parts["encoder"] < weights + 500
-    assert 1.5 * weights <= parts["encoder's moments"] < 1.5 * weights + 500  # the first are bfloat16
-    table = 100 * (8 + 1) * 4  # with a sum of squares for each row
-    assert table <= parts["words"] < table + 100
+    assert 1.5 * weights <= parts["encoder's moments"] < 1.5 * weights + 500  # the first moments are bfloat16
+    table_bytes = 100 * (8 + 1) * 4  # with a sum of squares for each row
+    assert table_bytes <= parts["words"] < table_bytes + 100
     batch = encoder_memory.make_batch(TINY, NETWORK)
-    loss = real.train_step(batch, 1e-3)  # what was planned can be run
+    loss = real.train_step(batch, 1e-3)  # The planned step can be run.
     assert float(loss) > 0
 
 
-def test_the_plan_is_of_arguments_and_temporaries():
+def test_plan_sums_arguments_and_temporaries():
     row = encoder_memory.plan(TINY, NETWORK, "float32", False)
     parts = row["argument_parts_bytes"]
-    assert sum(parts.values()) <= row["argument_bytes"] < sum(parts.values()) + 20_000  # with the batch
+    assert (
+        sum(parts.values()) <= row["argument_bytes"] < sum(parts.values()) + 20_000
+    )  # The arguments include the batch.
     assert row["bytes"] == row["argument_bytes"] + row["temporary_bytes"] + row["new_result_bytes"]
     assert 0 <= row["new_result_bytes"] < 20_000
-    assert row["temporary_bytes"] > parts["encoder"]  # gradients and more
+    assert row["temporary_bytes"] > parts["encoder"]  # The temporaries include the gradients.
 
 
 @pytest.mark.plan_for_cpus
-def test_remat_takes_less():
+def test_remat_reduces_memory():
     shape = TINY._replace(batch=64, tokens=16)
     network = PretrainedConfig("bert", 50, 16, 4, 2, 64, max_position_embeddings=16)
-    with_all, with_remat = (encoder_memory.plan(shape, network, "float32", remat) for remat in (False, True))
+    without_remat, with_remat = (
+        encoder_memory.plan(shape, network, "float32", remat) for remat in (False, True)
+    )
     for name in ("temporary_bytes", "kept_for_backward_bytes"):
-        assert with_remat[name] < 0.6 * with_all[name]
-    assert with_remat["argument_bytes"] == with_all["argument_bytes"]
+        assert with_remat[name] < 0.6 * without_remat[name]
+    assert with_remat["argument_bytes"] == without_remat["argument_bytes"]
 
 
-def test_autodiff_keeps_less_in_bfloat16():
+def test_bytes_kept_is_smaller_in_bfloat16():
     shape = TINY._replace(batch=64, tokens=16)
     wide, narrow = (
         encoder_memory.bytes_kept(shape, NETWORK, dtype, False) for dtype in ("float32", "bfloat16")
     )
-    assert 0.4 * wide < narrow < 0.8 * wide  # all but what norms and attention keep in float32
+    assert 0.4 * wide < narrow < 0.8 * wide  # Norms and attention keep some values in float32.
 
 
-def test_report(capsys):
+def test_measure_returns_and_prints_report(capsys):
     report = encoder_memory.measure([TINY], NETWORK, [("bfloat16", True)])
     assert json.loads(json.dumps(report))["steps"][0]["labels"] == 300
     assert "300 labels, 4 x 8 tokens, bfloat16 with remat" in capsys.readouterr().out
@@ -76,7 +80,7 @@ def test_report(capsys):
     assert "ELMO, FP8 3.55, ELMO, BF16 5.68, Renee, rerun by ELMO 11.91" in text
 
 
-def test_published_numbers_are_those_of_the_file():
+def test_published_numbers_match_csv():
     with open(published.END_TO_END, encoding="utf-8", newline="") as file:
         rows = [
             r for r in csv.DictReader(file) if (r["dataset"], r["encoder"]) == ("Amazon-670K", "BERT-base")
@@ -87,7 +91,7 @@ def test_published_numbers_are_those_of_the_file():
     } == encoder_memory.PUBLISHED
 
 
-def test_the_program_refuses_what_it_has_no_use_for():
+def test_program_rejects_unused_flags():
     command = [
         sys.executable,
         "-m",
@@ -98,4 +102,4 @@ def test_the_program_refuses_what_it_has_no_use_for():
     ]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
-    assert "--op=encoder_memory has no use for --density, --steps" in finished.stdout + finished.stderr
+    assert "--op=encoder_memory does not use --density, --steps" in finished.stdout + finished.stderr

@@ -1,4 +1,4 @@
-"""The speed of a tiny encoder: that it is reported, and that features are compared first."""
+"""Tests of `experiments.measure.encoder_speed` with a tiny encoder."""
 
 import importlib.util
 
@@ -19,9 +19,9 @@ def directory(tmp_path):
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore")  # those of importing other libraries
+@pytest.mark.filterwarnings("ignore")  # Other libraries warn on import.
 @pytest.mark.parametrize("with_pytorch", [False, True])
-def test_report(directory, monkeypatch, with_pytorch):
+def test_measure_reports_tokens_per_second(directory, monkeypatch, with_pytorch):
     if with_pytorch and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         pytest.skip("PyTorch and transformers are not installed")
     if not with_pytorch:
@@ -34,7 +34,7 @@ def test_report(directory, monkeypatch, with_pytorch):
     assert encoder_speed.table(report).count("\n") == 3
 
 
-def test_different_features_are_an_error(directory, monkeypatch):
+def test_measure_raises_for_different_features(directory, monkeypatch):
     monkeypatch.setattr(
         encoder_speed, "_by_pytorch", lambda directory: lambda ids: ids[:, :1].repeat(8, 1).astype("float32")
     )
@@ -42,7 +42,7 @@ def test_different_features_are_an_error(directory, monkeypatch):
         encoder_speed.measure(directory, 3, (4,), "float32", repeats=2)
 
 
-def test_parts_of_a_step(directory):
+def test_measure_step_reports_parts(directory):
     tokenizers = pytest.importorskip("tokenizers")
     words = [f"w{i}" for i in range(8)]
     numbers = {word: i for i, word in enumerate(["[UNK]", *words])}
@@ -51,7 +51,7 @@ def test_parts_of_a_step(directory):
     tokenizer.save(str(directory / "tokenizer.json"))
     texts = [f"{words[i % 8]} {words[i % 5]}" for i in range(60)]
     write_tsv(directory / "train.tsv", [[f"label {i % 40}"] for i in range(60)], texts)
-    with jax.numpy_dtype_promotion("standard"):  # Optax has not heard of the strict one
+    with jax.numpy_dtype_promotion("standard"):  # Optax does not support strict promotion.
         report = encoder_speed.measure_step(directory, directory / "train.tsv", 2, 9, "float32", repeats=2)
     assert report["seconds"].keys() == {
         "step",

@@ -1,4 +1,4 @@
-"""The report on choosing inputs, at a size where it takes moments."""
+"""Tests of `experiments.measure.feature_selection` at small sizes."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from experiments.measure import feature_selection
 SIZES = feature_selection.Sizes(points=1500, labels=1000, words=300, labels_per_point=3.0, penultimate=64)
 
 
-def test_texts_have_as_many_words_and_labels_as_they_should():
+def test_make_dataset_statistics():
     train = feature_selection.make_dataset(SIZES)
     assert train.features.shape == (1500, 300)
     assert (np.diff(train.features.indptr) == 75).all()
@@ -17,7 +17,7 @@ def test_texts_have_as_many_words_and_labels_as_they_should():
     assert 2.8 < train.labels.nnz / 1500 < 3.2
 
 
-def test_the_choice_is_compared_with_an_epoch():
+def test_measure_compares_selection_with_epoch():
     ticks = itertools.count()
     report = feature_selection.measure(SIZES, now=lambda: float(next(ticks)))
     assert report["seconds"] == report["step_seconds"] == 1

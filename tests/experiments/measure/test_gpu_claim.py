@@ -5,7 +5,7 @@ import sys
 import pytest
 
 
-def test_claim_trains_and_reports(tmp_path):
+def test_program_trains_and_writes_report(tmp_path):
     path = tmp_path / "claim.json"
     sizes = ["--labels=1000", "--features=12", "--penultimate=40", "--fan_in=4", "--steps=3"]
     command = [sys.executable, "-m", "experiments.measure.gpu_claim", *sizes, f"--json={path}"]

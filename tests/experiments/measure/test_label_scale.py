@@ -1,4 +1,4 @@
-"""`python -m experiments.label_scale` on a thousand labels, and the report of what it measures."""
+"""Tests of `experiments.label_scale` with 1,000 labels, and of its tables and figure."""
 
 import csv
 import itertools
@@ -30,7 +30,7 @@ def root(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["dense", "bottleneck_64", "fixed_fan_in_32", "unstructured_32"])
-def test_a_report_has_memory_times_and_densities(model):
+def test_measure_reports_memory_times_and_densities(model):
     report = json.loads(json.dumps(scale.measure(SMALL, model, seconds=2, now=itertools.count().__next__)))
     assert report["scale"]["labels"] == 1000
     assert report["peak_memory_bytes"] > 0
@@ -44,7 +44,7 @@ def test_a_report_has_memory_times_and_densities(model):
     assert report["epoch_seconds"] == pytest.approx(steps * (1 + 1 / 1000))
 
 
-def test_what_does_not_fit_is_not_started(monkeypatch):
+def test_measure_skips_models_that_do_not_fit(monkeypatch):
     monkeypatch.setattr(planning, "_available", lambda mesh: (1 << 20, "a small machine"))
     monkeypatch.setattr(scale, "make_trainer", None)
     report = scale.measure(SMALL, "dense", seconds=0.01)
@@ -52,21 +52,21 @@ def test_what_does_not_fit_is_not_started(monkeypatch):
     assert "seconds" not in report
 
 
-def test_all_are_run_but_those_with_results(tmp_path, capsys):
+def test_run_all_skips_existing_results(tmp_path, capsys):
     (tmp_path / "dense_10000.json").write_text("{}")
     smallest = SCALES[0]
     failures = scale.run_all([smallest], ["dense", "fixed_fan_in_32", "nonsense"], tmp_path, seconds=0.01)
     printed = capsys.readouterr().out
     assert "10,000 labels, dense: " in printed
-    assert "dense_10000.json is there" in printed
-    assert re.search(r"10,000 labels, fixed_fan_in_32: \d\.\d\d GiB, \d+ ms a step", printed)
+    assert "dense_10000.json already exists" in printed
+    assert re.search(r"10,000 labels, fixed_fan_in_32: \d\.\d\d GiB, \d+ ms per step", printed)
     assert len(failures) == 1
     assert "nonsense" in failures[0]
     assert {path.name for path in tmp_path.iterdir()} == {"dense_10000.json", "fixed_fan_in_32_10000.json"}
     assert json.loads((tmp_path / "fixed_fan_in_32_10000.json").read_text())["scale"]["labels"] == 10_000
 
 
-def test_an_unknown_number_of_labels_is_an_error(tmp_path):
+def test_program_rejects_unknown_number_of_labels(tmp_path):
     command = [sys.executable, "-m", "experiments.label_scale", f"--results={tmp_path}", "--labels=77"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode != 0
@@ -94,7 +94,7 @@ def make_report(labels, model, gib):
     }
 
 
-def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
+def test_tables_program_renders_measured_and_failed_results(tmp_path):
     failed = {"scale": {"labels": 10**6}, "model": "dense", "failed": "does not fit"}
     reports = [make_report(10**6, "fixed_fan_in_32", 1.5), make_report(10**4, "dense", 0.25), failed]
     for i, report in enumerate(reports):
@@ -114,7 +114,7 @@ def test_tables_show_what_was_measured_and_what_does_not_fit(tmp_path):
     assert (tmp_path / "out" / "label_scale.png").exists()
 
 
-def test_the_papers_memory_of_the_same_systems_is_beside_ours():
+def test_draw_label_scale_includes_memory_from_paper():
     figure = figures.draw_label_scale([make_report(10**4, "dense", 0.25)])
     memory = figure.axes[0]
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in memory.lines if len(line.get_xdata())}
@@ -126,7 +126,7 @@ def test_the_papers_memory_of_the_same_systems_is_beside_ours():
     assert names == ["dense: each label reads all 768 features", "paper, GPU memory"]
 
 
-def test_bars_of_times_are_quartiles():
+def test_draw_label_scale_error_bars_are_quartiles():
     reports = [make_report(labels, "dense", 1) for labels in (10**4, 10**5)]
     line, caps, _ = figures.draw_label_scale(reports).axes[1].containers[0]
     np.testing.assert_array_equal(line.get_ydata(), [0.5, 0.5])
@@ -134,6 +134,6 @@ def test_bars_of_times_are_quartiles():
         assert list(cap.get_ydata()) == pytest.approx([expected, expected])
 
 
-def test_no_results_is_an_error(tmp_path):
+def test_read_label_scale_raises_without_results(tmp_path):
     with pytest.raises(ValueError, match="no results"):
         tables.read_label_scale(tmp_path)

@@ -12,23 +12,23 @@ from sparse_xmc.modules import in_evaluation
 from sparse_xmc.train import Trainer, TrainingConfig
 
 
-def points_of(source, count, start=0):
-    """Features and positives of some batches, joined."""
+def joined_batches(source, count, start=0):
+    """Return the concatenated features and positives of `count` batches."""
     batches = [source.batch(start + i, 1000) for i in range(count)]
     return np.concatenate([b.inputs for b in batches]), np.concatenate([b.positives for b in batches])
 
 
 @pytest.mark.parametrize(
-    ("num_labels", "labels_per_point", "head", "tenth"),
+    ("num_labels", "labels_per_point", "hundredth", "tenth"),
     [
         (16_087, 6.25, (0.28, 0.40), (0.60, 0.72)),
         (670_091, 5.45, (0.28, 0.40), (0.60, 0.72)),
-        (2_812_281, 36.17, (0.15, 0.25), (0.5, 0.72)),  # flatter, because a point has a label once only
+        (2_812_281, 36.17, (0.15, 0.25), (0.5, 0.72)),  # flatter, because the labels of a point are distinct
     ],
 )
-def test_statistics_are_those_of_real_sets(num_labels, labels_per_point, head, tenth):
+def test_label_statistics_match_real_data_sets(num_labels, labels_per_point, hundredth, tenth):
     source = Synthetic(num_labels, labels_per_point, num_features=16)
-    _, positives = points_of(source, 20)
+    _, positives = joined_batches(source, 20)
     assert positives.max() < num_labels
     counts = (positives >= 0).sum(axis=1)
     assert counts.min() >= 1
@@ -39,25 +39,25 @@ def test_statistics_are_those_of_real_sets(num_labels, labels_per_point, head, t
         assert len(set(labels)) == len(labels)
         np.testing.assert_array_equal(row[len(labels) :], -1)
 
-    # As in the shipped set: 0.31 of the occurrences are of a hundredth of the labels, 0.67 of a tenth.
+    # In the shipped data set, a hundredth of the labels has 0.31 of the occurrences, and a tenth has 0.67.
     labels = positives[positives >= 0]
-    assert head[0] < np.mean(labels < num_labels // 100) < head[1]
+    assert hundredth[0] < np.mean(labels < num_labels // 100) < hundredth[1]
     assert tenth[0] < np.mean(labels < num_labels // 10) < tenth[1]
-    # There a label is in 5% of the points at most.
+    # In the shipped data set, no label has more than 5% of the points.
     assert np.bincount(labels).max() < 0.08 * len(positives)
-    # The rarer half has labels as well, of all parts.
+    # The rarer half of the labels also occurs, up to the rarest labels.
     assert np.mean(labels >= num_labels // 2) > 0.05
     assert labels.max() > 0.99 * num_labels
 
 
-def test_a_points_labels_are_of_one_cluster():
+def test_labels_of_point_are_from_one_cluster():
     source = Synthetic(50_000, 5, num_features=16)
-    _, positives = points_of(source, 2)
+    _, positives = joined_batches(source, 2)
     for row in positives:
         assert len(set(row[row >= 0] % 50)) == 1
 
 
-def test_a_number_gives_the_same_batch_and_another_gives_another():
+def test_batch_depends_only_on_index_and_seed():
     first, again, other = (Synthetic(10_000, 5).batch(i, 8) for i in (3, 3, 4))
     np.testing.assert_array_equal(first.inputs, again.inputs)
     np.testing.assert_array_equal(first.positives, again.positives)
@@ -68,7 +68,7 @@ def test_a_number_gives_the_same_batch_and_another_gives_another():
     assert np.any(Synthetic(10_000, 5, seed=1).batch(3, 8).inputs != first.inputs)
 
 
-def test_millions_of_labels_need_little_memory():
+def test_memory_is_small_for_millions_of_labels():
     tracemalloc.start()
     Synthetic(8_623_847, 5).batch(0, 32)
     _, peak = tracemalloc.get_traced_memory()
@@ -76,7 +76,7 @@ def test_millions_of_labels_need_little_memory():
     assert peak < 150 << 20
 
 
-def test_what_is_learnt_holds_for_new_points():
+def test_classifier_generalizes_to_new_points():
     source = Synthetic(1000, 2, num_features=128)
     config = ClassifierConfig(128, 1000, encoder=EncoderConfig(dropout=0), head=DenseConfig(output_bias=-1))
     with jax.numpy_dtype_promotion("standard"):
@@ -86,18 +86,19 @@ def test_what_is_learnt_holds_for_new_points():
     batch = source.batch(1000, 500)
     _, labels = in_evaluation(trainer.model).top_k(batch.inputs, 1)
     hits = np.mean((np.asarray(labels) == batch.positives).any(axis=1))
-    # The most frequent label alone is right for 2 / ln(1001) / 1 * ln(2) = 0.2 of the points at most.
+    # Always predicting the most frequent label would be right for at most 2 / ln(1001) * ln(2) = 0.2 of
+    # the points.
     assert hits > 0.5
 
 
 @pytest.mark.parametrize(
-    ("sizes", "fault"),
+    ("sizes", "message"),
     [
         ((999, 5), "num_labels must be at least 1000, got 999"),
         ((1000, 0.5), "labels_per_point must be between 1 and 100, got 0.5"),
         ((1000, 101), "labels_per_point must be between 1 and 100, got 101"),
     ],
 )
-def test_sizes_out_of_range_are_errors(sizes, fault):
-    with pytest.raises(ValueError, match=fault):
+def test_synthetic_raises_for_sizes_out_of_range(sizes, message):
+    with pytest.raises(ValueError, match=message):
         Synthetic(*sizes)

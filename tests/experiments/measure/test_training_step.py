@@ -1,4 +1,4 @@
-"""The report on training steps, at a size where it takes moments."""
+"""Tests of the time and memory of training steps, at small sizes."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from experiments.measure import clock, step_memory, steps
-from experiments.measure.step_memory import measure_memory, memory_cell, memory_line
+from experiments.measure.step_memory import measure_memory, memory_line, memory_record
 from experiments.measure.workloads import MODES, Network
 
 TINY = Network("tiny", 1000, 4, 256, 1.0, features=96)
@@ -18,21 +18,21 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_memory_counts_the_state_and_the_loss_falls(mode):
-    record = memory_cell(TINY, mode, steps=200)
+def test_memory_record_counts_state_and_loss_decreases(mode):
+    record = memory_record(TINY, mode, steps=200)
     weights, dense = 1000 * 4, 96 * 256
     value, moments = {"adam": (4, 2 * 4), "lean": (2, 0)}[mode]
     expected = weights * (2 + value + moments) + dense * (4 + {"adam": 8, "lean": 4}[mode])
     assert expected <= record["state_bytes"] < 1.1 * expected + 20_000
     assert record["bytes"] == sum(record[f"{p}_bytes"] for p in ("state", "temporary", "scratch"))
-    if jax.default_backend() == "cpu":  # on a GPU it is among XLA's temporaries
+    if jax.default_backend() == "cpu":  # On a GPU, scratch memory is part of XLA's temporaries.
         assert record["scratch_bytes"] >= 4 * 33 * 256
     assert record["last_loss"] < 0.95 * record["first_loss"]
     line = memory_line({**TINY._asdict(), "mode": mode, **json.loads(json.dumps(record))})
     assert "paper 1.00 GB" in line
 
 
-def test_a_cell_that_fails_is_reported(monkeypatch):
+def test_measure_memory_reports_failure(monkeypatch):
     monkeypatch.setattr(step_memory.sys, "executable", "/bin/false")
     (record,) = measure_memory([TINY], ["adam"], steps=1)
     assert record["failed"] == "killed"
@@ -40,12 +40,13 @@ def test_a_cell_that_fails_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_time_has_every_part_beside_its_floor(mode, monkeypatch):
+def test_measure_time_reports_parts_and_floors(mode, monkeypatch):
     monkeypatch.setattr(clock, "copy_gb_per_second", lambda: 1e-3)
     report = steps.measure_time(TINY, mode, repeats=2, now=itertools.count().__next__)
-    assert report["gemm_gflops"] == pytest.approx(2 * 2048**3 / 1e9)  # a second for each call
+    assert report["gemm_gflops"] == pytest.approx(2 * 2048**3 / 1e9)  # Each call takes one second.
     weights, dense, products = 1000 * 4, 96 * 256, 32 * 96 * 256 / 2048**3
-    # An index of 2 bytes; weight and moments read and written, but by SGD only where there is a gradient.
+    # Bytes per weight: weights and moments are read and written; SGD writes only weights with a gradient.
+    # An index has 2 bytes.
     updates = {"adam": (24, 24, 24), "lean": (4, 2, 16)}[mode]
     for density, gathers, update in (("density 1", 3, updates[0]), ("density near 0", 1, updates[1])):
         part = report[density]
@@ -62,7 +63,7 @@ def test_time_has_every_part_beside_its_floor(mode, monkeypatch):
     assert len(steps.time_lines(TINY, mode, report)) == 3
 
 
-def test_program_measures_the_sizes_that_are_given(tmp_path):
+def test_program_uses_sizes_from_flags(tmp_path):
     path = tmp_path / "result.json"
     command = [sys.executable, "-m", "experiments.benchmark", "--op=training_step", "--mode=lean"]
     command += ["--labels=1000", "--features=32", "--fan_in=4", "--penultimate=64"]

@@ -1,4 +1,4 @@
-"""What the measurements have in common: settings from flags, networks, trainers."""
+"""Tests of the settings, networks and trainers that measurements share."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ from absl import flags
 
 from experiments.measure import workloads
 from experiments.measure.workloads import MODES, NETWORKS, SCALES, make_batches, make_trainer, read_settings
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 from sparse_xmc.heads import DenseConfig, FixedFanInConfig
 from sparse_xmc.train import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-def test_settings_are_those_of_a_run_with_these_arguments():
+def test_read_settings_returns_settings_of_arguments():
     settings = read_settings(["--head=dense", "--output_bias=-1", "--dropout=0.5", "--epsilon=1e-9"])
     assert settings.head == DenseConfig(output_bias=-1.0)
     assert settings.encoder.dropout == 0.5
@@ -23,32 +23,32 @@ def test_settings_are_those_of_a_run_with_these_arguments():
     assert (config.num_features, config.num_labels, config.head) == (12, 34, settings.head)
 
 
-def test_an_unknown_argument_is_an_error():
+def test_read_settings_raises_for_unknown_flag():
     with pytest.raises(flags.UnrecognizedFlagError, match="colour"):
         read_settings(["--colour=red"])
 
 
-def test_what_the_program_was_given_does_not_reach_the_settings(monkeypatch):
+def test_read_settings_ignores_command_line(monkeypatch):
     flag = flags.FLAGS["fan_in"]
-    assert flags_without_use() == []
+    assert unused_flags() == []
     try:
         flag.parse("5")
         flag.present += 1  # as absl does
         assert read_settings([]).head.fan_in == 32
-        assert flags_without_use() == ["fan_in"]
-        assert flags_without_use("fan_in") == []
+        assert unused_flags() == ["fan_in"]
+        assert unused_flags("fan_in") == []
     finally:
         flag.unparse()
 
 
-def test_lean_is_what_its_flagfile_says():
+def test_lean_mode_uses_flagfile():
     lean = read_settings(MODES["lean"])
     assert (lean.head.output_dtype, lean.training.output_optimizer) == ("bfloat16", "sgd")
     assert lean.training.moment_dtype == "bfloat16"
     assert read_settings(MODES["adam"]).training == TrainingConfig()
 
 
-def test_a_networks_trainer_has_its_sizes_and_arguments():
+def test_network_trainer_has_sizes_and_arguments():
     network = NETWORKS[0]._replace(labels=1000, fan_in=3, penultimate=20, features=16)
     trainer = network.trainer("adam", "--output_bias=-2", "--epsilon=1e-12")
     layers = trainer.state["params"]["head"]
@@ -61,7 +61,7 @@ def test_a_networks_trainer_has_its_sizes_and_arguments():
     assert np.isfinite(trainer.train_step(batch, 1e-3))
 
 
-def test_steps_take_the_batches_in_turn(monkeypatch):
+def test_stepper_cycles_through_batches(monkeypatch):
     batches = make_batches(1000, 2.0, 16, count=2, size=4)
     trainer = make_trainer(["--head=dense"], 16, 1000)
     seen = []
@@ -74,7 +74,7 @@ def test_steps_take_the_batches_in_turn(monkeypatch):
     assert {rate for _, rate in seen} == {0.5}
 
 
-def test_data_sets_have_their_published_sizes():
+def test_scales_and_networks_have_published_sizes():
     by_name = {scale.name: scale for scale in SCALES}
     assert by_name["Amazon-670K"] == ("Amazon-670K", 670_091, 5.45, 490_449)
     assert [scale.labels for scale in SCALES] == sorted(scale.labels for scale in SCALES)

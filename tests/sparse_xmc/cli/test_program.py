@@ -108,7 +108,7 @@ def test_flagfiles_are_found_by_name_and_path_and_nested(tmp_path, monkeypatch):
     assert flagfiles.expand(["--flagfile=dense"]) == ["--head=bottleneck", "--seed=2"]  # a path comes first
     (tmp_path / "experiments" / "own.cfg").write_text("--flagfile=dense")
     with pytest.raises(
-        ValueError, match=r"dense: a flagfile within itself: \S+dense -> \S+own.cfg -> \S+dense$"
+        ValueError, match=r"dense: flagfile includes itself: \S+dense -> \S+own.cfg -> \S+dense$"
     ):
         flagfiles.expand(["--flagfile=dense"])
 
@@ -120,14 +120,14 @@ def test_depth_and_number_of_flagfiles_are_limited(tmp_path):
 
     for number in range(1200):
         write(number, times=1)
-    with pytest.raises(ValueError, match=r"/32: flagfiles within each other must be at most 32 deep"):
+    with pytest.raises(ValueError, match=r"/32: flagfiles must be nested at most 32 deep"):
         flagfiles.expand([f"--flagfile={tmp_path / '0'}"])
     status, _, errors = run(f"--flagfile={tmp_path / '0'}")
     assert (status, len(errors)) == (2, 1)
     for number in range(14):
         write(number, times=2)
     (tmp_path / "14").write_text("--seed=14\n")
-    with pytest.raises(ValueError, match=r"expected at most 1000 flagfiles in all"):
+    with pytest.raises(ValueError, match=r"expected at most 1000 flagfiles in total"):
         flagfiles.expand([f"--flagfile={tmp_path / '0'}"])
     (tmp_path / "14").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"/14: not UTF-8"):

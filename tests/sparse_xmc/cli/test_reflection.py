@@ -102,7 +102,7 @@ def test_none_can_be_given(parse):
     assert reflection.read_flags(Settings, values).bound is None
     assert reflection.read_kind("kind", KINDS, values) == Square(weight=None)
     assert reflection.kind_of("kind", KINDS, values)["weight"] is None
-    assert reflection.flags_without_use("kind", KINDS, values) == []
+    assert reflection.unused_flags("kind", KINDS, values) == []
     with pytest.raises(flags.IllegalFlagValueError, match="weight"):
         parse("--weight=no")
 
@@ -116,7 +116,7 @@ def test_help_is_read_from_docstring(parse):
 
 def test_flags_of_other_kinds_are_reported(parse):
     values, _ = parse("--kind=square", "--radius=3", "--colour=green")
-    assert reflection.flags_without_use("kind", KINDS, values) == ["radius"]
+    assert reflection.unused_flags("kind", KINDS, values) == ["radius"]
     assert reflection.read_kind("kind", KINDS, values) == Square(colour="green")
 
 

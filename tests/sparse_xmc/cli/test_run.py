@@ -92,7 +92,7 @@ def test_result_file_is_complete(finished):
 def test_data_and_model_sizes_are_printed_first(tsv, finished):
     _, _, printed = finished
     points, labels, frequent, words, memory, parameters = printed.splitlines()[:6]
-    assert points == "60 training points, 12 of them to validate on; 20 test points"
+    assert points == "60 training points, of which 12 for validation; 20 test points"
     assert (labels, words) == ("12 labels", "12 words")
     given = collections.Counter(
         name for names in read_tsv(tsv[0].removeprefix("--train="))[0] for name in names
@@ -154,7 +154,7 @@ def test_saved_model_reproduces_test_metrics(finished, tsv):
 def test_existing_result_is_kept(finished):
     workdir, flags, _ = finished
     before = (workdir / "result.json").stat()
-    assert "result.json is there already" in output_of(*flags)
+    assert "result.json already exists" in output_of(*flags)
     assert (workdir / "result.json").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -185,7 +185,7 @@ def test_dense_features_with_validation_on_test_points(tmp_path):
         flags += [f"--{name}={tmp_path / name}.txt", f"--{name}_features={tmp_path / name}.npy"]
     printed = output_of(*SMALL, *flags)
     report = result(tmp_path / "dense")
-    assert "validation is on the test set, as in the paper" in printed
+    assert "validating on the test set, as in the paper" in printed
     assert report["validated_on"] == "test"
     assert report["model"]["bag_of_words"] is False
     assert report["model"]["num_features"] == 10
@@ -199,7 +199,7 @@ def test_run_with_other_flags_in_same_workdir_fails(tsv, tmp_path):
     (tmp_path / "flags.cfg").write_text("--seed=1\n")
     (tmp_path / "result.json").touch()
     error = error_of(*tsv, f"--workdir={tmp_path}", "--seed=2")
-    assert "flags.cfg belongs to a run with other flags" in error
+    assert "flags.cfg was written by a run with other flags" in error
     assert "--seed=1 --seed=2" in error
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
 
@@ -211,18 +211,18 @@ def test_epochs_can_be_raised_with_plateau_schedule_only(finished, tmp_path):
     assert "going on after epoch 2" in output_of(*flags, workdir, "--epochs=4")
     assert records(tmp_path / "run") == records(first)[:4]
     assert result(tmp_path / "run")["epochs"] == 4
-    assert "belongs to a run with other flags" in error_of(*flags, workdir, "--epochs=3")
+    assert "was written by a run with other flags" in error_of(*flags, workdir, "--epochs=3")
 
     text = (first / "flags.cfg").read_text().replace("--schedule=plateau", "--schedule=linear")
     (tmp_path / "flags.cfg").write_text(text)
     (tmp_path / "result.json").touch()
     linear = [f"--flagfile={tmp_path / 'flags.cfg'}", f"--workdir={tmp_path}", "--epochs=9"]
-    assert "more cannot follow; choose another --workdir, or --init_from this one" in error_of(*linear)
+    assert "it cannot be continued; choose another --workdir, or --init_from this one" in error_of(*linear)
 
 
 def test_unused_flags_are_reported(tsv, tmp_path):
     printed = output_of(*tsv, *SMALL, "--head=dense", "--epochs=1", f"--workdir={tmp_path / 'run'}")
-    assert "--head=dense has no use for --fan_in, --penultimate" in printed
+    assert "--head=dense does not use --fan_in, --penultimate" in printed
     assert result(tmp_path / "run")["model"]["head"] == {"kind": "dense", "output_bias": -1.0}
 
 
@@ -245,9 +245,9 @@ def test_signal_stops_run_after_a_step_and_same_command_resumes(tsv, tmp_path, n
             break
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert "stopping after this step; once more to end at once" in errors
+    assert "stopping after this step; send the signal again to stop immediately" in errors
     assert "Traceback" not in errors
-    assert f"saved in {workdir}/checkpoints/latest; the same command goes on" in printed
+    assert f"saved in {workdir}/checkpoints/latest; run the same command to resume" in printed
 
     again = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("going on after ") for line in again.stdout)
@@ -308,7 +308,7 @@ def test_second_run_in_same_workdir_fails(tsv, tmp_path):
     first = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not first.stdout.readline().startswith("epoch   1 "):
         assert first.poll() is None
-    assert error_of(*flags).endswith("another run is at work in it; choose another --workdir")
+    assert error_of(*flags).endswith("another run is using this directory; choose another --workdir")
     first.kill()
     first.wait()
     first.stdout.close()
