@@ -2,7 +2,7 @@ r"""Measure memory and time of training steps from ten thousand to nine million 
 
     python -m experiments.label_scale --results=experiments/results/label_scale
 
-trains each system with each number of labels for a few steps at batch size 32 with 768 features, each in a
+trains each model with each number of labels for a few steps at batch size 32 with 768 features, each in a
 process of its own; `experiments.tables --label_scale` renders the results. Measurements with existing results
 are skipped. See `experiments.measure.scale` for the method.
 
@@ -32,10 +32,10 @@ def _define_flags() -> None:
     flags.DEFINE_list(
         "models",
         "dense,bottleneck_64,fixed_fan_in_32_32k",
-        "The systems: flagfiles in sparse_xmc/cli/flags/models.",
+        "The models: flagfiles in sparse_xmc/cli/flags/models.",
     )
     flags.DEFINE_float("seconds", 10, "About how long each part is repeated.")
-    flags.DEFINE_bool("here", False, "Measure one system in this process.")
+    flags.DEFINE_bool("here", False, "Measure one model in this process.")
 
 
 def main():
