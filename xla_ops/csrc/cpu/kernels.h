@@ -42,9 +42,9 @@ struct FanInKernels {
                      const I* indices, int64_t fan_in, float* d_packed);
 };
 
-// The packed rows if there are sparse inputs, in this order: `dense` dense inputs, the row of zeros, and those
-// of the `sparse` sparse inputs that have an entry in the batch. Bit i of present[w] is set if sparse input 32 w + i
-// has one; first[w] is the row of the first of these 32 inputs that has one.
+// The packed rows if there are sparse inputs, in this order: `dense` dense inputs, the row of zeros, and the
+// sparse inputs that have an entry in the batch, out of `sparse`. Bit i of present[w] is set if sparse input
+// 32 w + i has one; first[w] is the row of the first of these 32 inputs that has one.
 struct SparseMap {
   int64_t dense, sparse;
   const uint32_t* present;
