@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FOUR_GB = 4.0  # GiB, the memory of a commodity GPU according to the paper
-_SYSTEMS = {
+_TITLES = {
     "dense": "dense: each label reads all 768 features",
     "bottleneck_64": "bottleneck: each label reads all of 64 hidden units",
     "fixed_fan_in_32_32k": "fixed fan-in: 32 inputs per label, of 32,768 hidden units",
@@ -159,7 +159,7 @@ def _draw_groups(rows: list[Row]) -> "Figure | None":
 def draw_label_scale(results: list[dict]) -> "Figure":
     """Draw memory, with a line at 4 GiB and the paper's results, and time, by number of labels.
 
-    Each system has a colour. Error bars of times are from the first to the third quartile over the steps.
+    Each model has a colour. Error bars of times are from the first to the third quartile over the steps.
     """
     figure = _new_figure(figsize=(11, 4.8), layout="constrained")
     memory, seconds = figure.subplots(1, 2)
@@ -171,7 +171,7 @@ def draw_label_scale(results: list[dict]) -> "Figure":
         gib = [result["peak_memory_bytes"] / 2**30 for result in ours]
         first, median, third = np.transpose([result["seconds_quartiles"]["step"] for result in ours])
         style = {"color": color, "marker": "o", "markersize": 4}
-        memory.plot(labels, gib, label=_SYSTEMS.get(model, model_title(model)), **style)
+        memory.plot(labels, gib, label=_TITLES.get(model, model_title(model)), **style)
         seconds.errorbar(labels, median, yerr=(median - first, third - median), capsize=3, **style)
     for (_, model), row in read_paper().items():
         published = float(row["peak_memory_gib"])

@@ -89,7 +89,7 @@ def required_files(name: str, features: tuple[str, ...], raw_text: bool = False)
     statistics, required = DATASETS[name], []
     for split, prefix in _SPLITS.items():
         points = f"{getattr(statistics, split):,} {split} points"
-        if _is_raw_text(name):
+        if _has_json_files(name):
             required.append((f"{prefix}.json.gz", f"{points}: title, content, target_ind"))
             required.append(
                 (f"filter_labels_{split}.txt", f"labels to exclude from the ranking of {split} points")
@@ -111,8 +111,8 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
       name: a key of `DATASETS`.
       directory: directory of the files.
       features: kinds of dense features to check.
-      raw_text: whether to prepare the raw text instead of the label file, for a data set without LF- in its
-        name.
+      raw_text: whether to prepare the raw text instead of the label file; without effect on a data set with
+        JSON files (LF- in its name), of which both are prepared.
 
     Returns:
       Messages of all errors; each names the file, and what was expected and found.
@@ -126,11 +126,11 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
             errors.append(str(error))
 
     for split in _SPLITS:
-        convert = _prepare_raw_text if _is_raw_text(name) else _prepare_labels
-        if raw_text and not _is_raw_text(name):
-            convert = _prepare_text_lines
+        convert = _prepare_text_lines if raw_text else _prepare_labels
+        if _has_json_files(name):
+            convert = _prepare_json
         attempt(convert, directory, split, statistics)
-        if _is_raw_text(name):
+        if _has_json_files(name):
             attempt(_check_filter, directory, split, statistics)
         for feature in features:
             shape = (getattr(statistics, split), FEATURES[feature])
@@ -138,7 +138,8 @@ def prepare(name: str, directory: Path, features: tuple[str, ...], raw_text: boo
     return errors
 
 
-def _is_raw_text(name: str) -> bool:
+def _has_json_files(name: str) -> bool:
+    """Return whether the files of a data set are JSON, with labels and raw text."""
     return name.startswith("LF-")
 
 
@@ -156,7 +157,7 @@ def _prepare_labels(directory: Path, split: str, statistics: Statistics) -> None
     print(f"{target}: {_describe(labels)}")
 
 
-def _prepare_raw_text(directory: Path, split: str, statistics: Statistics) -> None:
+def _prepare_json(directory: Path, split: str, statistics: Statistics) -> None:
     """Write and check the text and the labels of an LF- data set."""
     prefix = _SPLITS[split]
     source, text_file = directory / f"{prefix}.json.gz", directory / f"{split}.tsv.gz"

@@ -14,15 +14,16 @@ this order. Its result is written to RESULTS/DATA/MODEL_seedN.json, for `experim
 A table file, given by its path or by its name in `experiments/tables`, is TOML:
 
     title = "The shipped data set"
-    data = ["wordnet"]                                        # experiments/flags/data/wordnet.cfg
+    data = ["wordnet"]                                        # sparse_xmc/cli/flags/data/wordnet.cfg
     flagfiles = ["experiments/flags/text.cfg"]                # flagfiles of all runs
 
     [[runs]]
-    models = ["dense"]                                         # experiments/flags/models/dense.cfg
+    models = ["dense"]                                        # sparse_xmc/cli/flags/models/dense.cfg
     seeds = [0, 1, 2]
     flagfiles = ["experiments/flags/text_dense.cfg"]          # optional: further flagfiles of these runs
     grid = {dropout = [0, 0.2], loss = ["bce"]}               # optional: all combinations of these flags
 
+A path that begins with `experiments/flags` is looked up in `sparse_xmc/cli/flags` (`flagfiles.find`).
 A run of a grid is named by its model and the varied flags, as in dense_dropout_0.2_loss_bce.
 """
 
@@ -45,6 +46,8 @@ from sparse_xmc.heads import HEADS
 from sparse_xmc.settings import rename_settings
 
 TABLES = Path(__file__).parent / "tables"
+# The directory of the flagfiles up to version 0.1, which results record. `flagfiles.find` looks up its files
+# in `sparse_xmc/cli/flags`.
 _FLAGS = Path("experiments/flags")
 _LAST_LINES = 15
 
@@ -53,11 +56,11 @@ class Entry(NamedTuple):
     """One run of a table.
 
     Attributes:
-      data: the data set, a flagfile in experiments/flags/data.
+      data: the data set, a flagfile in sparse_xmc/cli/flags/data.
       model: name of the run in the table.
       seed: seed of the run.
       flagfiles: flagfiles shared with other runs.
-      base: flagfile in experiments/flags/models; equal to `model` without a grid.
+      base: flagfile in sparse_xmc/cli/flags/models; equal to `model` without a grid.
       varied: the flags of the grid, as pairs (name, value).
     """
 

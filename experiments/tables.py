@@ -85,7 +85,7 @@ _PARTS = ("features", "loss", "gradients", "step", "step, all gradients", "rewir
 
 
 def read_label_scale(results: Path) -> list[dict]:
-    """Read the results of `experiments.label_scale`, sorted by number of labels and system.
+    """Read the results of `experiments.label_scale`, sorted by number of labels and model.
 
     Raises:
       ValueError: there are no results, or one is malformed.
@@ -116,9 +116,9 @@ def report_label_scale(results: list[dict], out: Path) -> None:
         markdown(lines),
         "![label_scale](label_scale.png)",
         "Peak memory and the median time of a step against the number of labels, on synthetic points; bars "
-        "are quartiles, hollow marks the paper's memory of the same systems. Each part of a step is timed "
-        "with all before it: features, with the loss, with gradients, with the update. Unless it says all, "
-        "nearly no logit has a gradient.",
+        "are quartiles, hollow marks the paper's memory of the same models. Times are cumulative: features; "
+        "plus the loss; plus gradients; plus the update. Nearly no logit has a gradient, except in the "
+        "column `step, all gradients`.",
         "\n".join(provenance(finished)),
     ]
     write_text(out / "label_scale.md", "\n\n".join(text) + "\n")

@@ -18,7 +18,8 @@ from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
 from sparse_xmc.modules import in_evaluation
 
-# Number of labels that are ranked if some of them may be excluded afterwards.
+# Minimum number of labels to rank when some are excluded afterwards, and the number searched for the best
+# label of each group.
 CANDIDATES = 100
 
 

@@ -18,7 +18,7 @@ from sparse_xmc.data.validation import to_binary
 # The constants (a, b) of `inverse_propensities` that Jain et al. (2016) fitted to each family of data sets.
 PROPENSITY_CONSTANTS = {"wikipedia": (0.5, 0.4), "amazon": (0.6, 2.6), "default": (0.55, 1.5)}
 
-# The groups of labels in `label_groups`, from frequent to rare.
+# The groups of labels in `label_groups`, from frequent to rare. "head" is not the head of a classifier here.
 LABEL_GROUPS = ("head", "middle", "tail")
 
 
@@ -114,11 +114,11 @@ class RankingMetrics:
     * ``ndcg@k``: DCG of the first k, divided by the DCG of min(k, labels of the point) hits. The hit
       at rank r (from 1) gains 1 / log2(r + 1).
     * ``recall@k``: hits among the first k, divided by the point's number of labels.
-    * ``psp@k``: the sum over hits of the inverse propensity, divided by k, and then by the best value
-      that any ranking could reach. Both are means over the points before the division.
-    * ``psndcg@k``: DCG with the inverse propensities as gains, divided point by point by the same
-      unweighted ideal DCG as ``ndcg@k``; the mean over the points is divided by the mean for the best
-      ranking, by decreasing inverse propensity.
+    * ``psp@k``: the mean over points of (sum of inverse propensities of the hits / k), divided by the same
+      mean for the best possible ranking.
+    * ``psndcg@k``: the mean over points of (DCG with the inverse propensities as gains / the unweighted ideal
+      DCG of ``ndcg@k``), divided by the same mean for the best possible ranking, by decreasing inverse
+      propensity.
 
     These are the definitions of pyxclib and napkinXC, with which published numbers are computed.
 

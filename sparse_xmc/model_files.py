@@ -1,9 +1,9 @@
 """The files of a saved model, which a save replaces atomically.
 
-A save writes the new model into `.new_model.partial`, and renames this directory to `.new_model`. Before the
-renaming the directory contains the old model, and afterwards the new one. The files are then moved to
-their final places, the checksums last. If a process is killed before it has moved all files, readers find
-the remaining ones in `.new_model`, and the next save moves them.
+A save writes the new model into `.new_model.partial`, and renames this directory to `.new_model`. From this
+renaming on, readers get the new model; before it, the old one. The files are then moved to their final
+places, the checksums last. If a process is killed before it has moved all files, readers find the remaining
+ones in `.new_model`, and the next save moves them.
 """
 
 import contextlib
@@ -53,7 +53,9 @@ def new_files(directory: Path) -> Iterator[Path]:
         yield scratch
         record = {"format": _FORMAT, "files": checksums(scratch, PARTS)}
         write_text(scratch / CHECKSUMS, json.dumps(record, indent=2) + "\n")
-        with contextlib.suppress(ValueError):  # Damaged checksums do not matter, as the files are replaced.
+        # First finish an earlier save that was interrupted. Damaged checksums do not matter: its files are
+        # replaced.
+        with contextlib.suppress(ValueError):
             _move(directory)
         remove(directory / _NEW)
         scratch.rename(directory / _NEW)
@@ -71,8 +73,9 @@ def find_files(directory: Path) -> dict[str, Path]:
     if not _is_whole(new):
         return {name: directory / name for name in (*PARTS, CHECKSUMS) if (directory / name).exists()}
     names = {CHECKSUMS, *_parts_of(_read_record(new / CHECKSUMS))}
-    both = {name: [new / name, directory / name] for name in names}
-    return {name: path for name, paths in both.items() for path in paths[::-1] if path.exists()}
+    # The last path of a name counts: if both files exist, the file in `.new_model` wins.
+    both = {name: [directory / name, new / name] for name in names}
+    return {name: path for name, paths in both.items() for path in paths if path.exists()}
 
 
 def check_files(directory: Path, files: dict[str, Path]) -> None:

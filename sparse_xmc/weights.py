@@ -136,7 +136,7 @@ def reading(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a path by which Orbax can write a new directory, which replaces an existing one.
+    """Yield a path by which Orbax can write a new directory. An existing directory is deleted first.
 
     Args:
       path: the directory; its name must not contain characters with a meaning in `glob`.

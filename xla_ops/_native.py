@@ -104,11 +104,15 @@ def call(
 ) -> tuple[Array, ...]:
     """Call a handler that exists on all platforms; `jax.vmap` turns the call into a loop.
 
+    In a build with CUDA, the size of the workspace is computed from the shapes of the operands and of the
+    first result (`cuda_workspace`). A handler with other operands than those below calls `jax.ffi.ffi_call`
+    itself, within `_partition.partitioned`, like `_kth_smallest.py`.
+
     Args:
       handler: name of the handler.
       results: shapes of the results, without the workspace that CUDA handlers have as their last result.
       operands: x [B, D], the kernel (a matrix), and all others, after `match_varying_axes`. Handlers with
-        sparse inputs have rows, columns and values between x and the kernel.
+        an attribute `num_columns` have sparse inputs: rows, columns and values between x and the kernel.
       aliases: number of the result that reuses the memory of an operand, by number of the operand.
       attributes: attributes of the handler, NumPy scalars.
     """
@@ -130,7 +134,9 @@ def match_varying_axes(*operands: Array) -> tuple[Array, ...]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # caches the programs of eager calls
 def _call(handler, results, aliases, attributes, *operands):
-    if all(0 in result.shape for result in results):  # A CUDA graph must not be empty.
+    # If all results are empty, no handler is called: it would launch nothing, and an empty CUDA graph is an
+    # error.
+    if all(0 in result.shape for result in results):
         zeros = (jnp.zeros(result.shape, result.dtype) for result in results)
         return tuple(match_varying_axes(array, *operands)[0] for array in zeros)
 
@@ -163,8 +169,8 @@ def _call(handler, results, aliases, attributes, *operands):
     return partitioned(handler, results, call, *operands)
 
 
-# For a batch of symbolic size, the workspace has one piece, enough for a batch of this size, per this many
-# points; for a symbolic number of entries, it has one more piece per this many entries.
+# With a symbolic batch, the workspace is ceil(batch / 256) times the workspace of 256 points. With a symbolic
+# number of sparse entries, it has ceil(entries / 4,096) further pieces, each enough for 4,096 entries.
 _SYMBOLIC_BATCH, _SYMBOLIC_ENTRIES = 256, 4096
 
 
@@ -175,9 +181,14 @@ def cuda_workspace(
     x: Array,
     *others: Array,
 ) -> jax.ShapeDtypeStruct:
-    """Return the shape of the workspace, the last result of every CUDA handler, as the module specifies it.
+    """Return the shape of the workspace, the last result of a CUDA handler; its size may be 0.
 
-    Its size may be 0.
+    Args:
+      handler: name of the handler.
+      results: shapes of the results; the last dimension of the first result of `fan_in_top_k` is k.
+      num_columns: number of sparse inputs; None for a handler without sparse inputs.
+      x: [B, D].
+      others: the operands after x, as for `call`.
     """
     from xla_ops import _cuda  # which exists only if it was built with nvcc
 
@@ -188,10 +199,10 @@ def cuda_workspace(
     if not isinstance(entries, int):
         pieces += (entries + _SYMBOLIC_ENTRIES - 1) // _SYMBOLIC_ENTRIES
         entries = _SYMBOLIC_ENTRIES
-    columns = results[0].shape[-1] if results[0].shape else 0
+    k = results[0].shape[-1] if results[0].shape else 0  # only `fan_in_top_k` uses it
     is_bfloat16 = x.dtype == jnp.bfloat16
     size = _cuda.workspace_bytes(
-        handler, is_bfloat16, batch, in_features, labels, fan_in, columns, entries, int(num_columns or 0)
+        handler, is_bfloat16, batch, in_features, labels, fan_in, k, entries, int(num_columns or 0)
     )
     return jax.ShapeDtypeStruct((pieces, size), jnp.uint8)
 

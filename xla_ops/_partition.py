@@ -40,7 +40,7 @@ _HANDLERS = {
     "xla_ops.fan_in_loss.gradients": _Dims(_LOSS, ("", "BD", "LF", "L"), is_mean=True),
     _TOP_K: _Dims(_LAYER | {"bias": "L"}, ("BK", "BK")),
 }
-_OP_NAMES = {  # public names of ops whose handlers have other names
+_OP_NAMES = {  # for errors: the public name of an op, where it is not the handler's name up to the last dot
     "xla_ops.fan_in_step.adam": "fan_in_adam_step",
     "xla_ops.fan_in_step.sgd": "fan_in_sgd_step",
     "xla_ops.dense_step.adam": "dense_adam_step",
@@ -120,6 +120,7 @@ def _without_derivatives(handler, function):
     @call.defjvp
     def _(primals, tangents):
         op, _, handler_of_op = handler.removeprefix("xla_ops.").partition(".")
+        # By convention, differentiable ops, and only these, have handlers with these names.
         if handler_of_op in ("forward", "value", "gradients"):
             raise ValueError(
                 f"xla_ops.{op} has first derivatives alone, by jax.grad or jax.vjp: "
@@ -211,8 +212,8 @@ class _CallLayout:
     ) -> dict[str, _Axes]:
         """Return the mesh axes of each letter, from the shardings of operands and of wanted results.
 
-        If the batch and the layer are sharded along the same mesh axis, the batch is gathered; with explicit
-        sharding this is an error.
+        If the batch and the layer are sharded along the same mesh axis, the batch is gathered (its axes are
+        left out of the result, and XLA gathers it); with explicit sharding this is an error.
         """
         found: dict[str, list[_Axes]] = {letter: [] for letter in self.shardable}
         for name, array, dims in zip(self.names, operands, self.operand_dims, strict=True):
@@ -240,7 +241,10 @@ class _CallLayout:
         return chosen
 
     def _common_axes(self, letter: str, choices: list[_Axes], is_explicit: bool) -> _Axes:
-        """Return the longest of the choices; the others must be prefixes of it, and are sharded further."""
+        """Return the longest of the choices.
+
+        Operands sharded over a prefix of the longest choice are sharded further; anything else is an error.
+        """
         longest = max(choices, key=len, default=())
         for axes in choices:
             if longest[: len(axes)] != axes or (is_explicit and axes != longest):

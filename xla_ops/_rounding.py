@@ -27,7 +27,9 @@ def round_stochastically(
     position. Column n of row r has the position `first + (first_row + r) * row_length + n`, where all axes
     but the last form the rows. The positions of their arrays are:
 
-    - kernel [L, F] of `fan_in_sgd_step`: the defaults here; its bias: `first=L * F`.
+    - kernel [L, F] of `fan_in_sgd_step`: the defaults here; its bias [L]: `first=L * F`.
+    - shard of these arrays that begins with the label `first_label`: the kernel: `first_row=first_label`; its
+      bias: `x[:, None]`, `first=L * F` with the L of the whole layer, `first_row=first_label`.
     - second moment [D, O] of `dense_adam_step`: a `row_length` of O rounded up to a multiple of 128.
 
     Values that bfloat16 represents exactly, infinity and NaN do not change. Computed with plain `jax.numpy`,

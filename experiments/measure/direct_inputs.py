@@ -6,9 +6,13 @@ but without words.
 
 Texts draw their words by Zipf's law: the word of rank r, from 1, has a probability proportional to 1 / r. A
 text has about 10 distinct words, so that 256 texts have some 1,500 of 100,000 words. Frequent words rarely
-distinguish labels, so labels draw distinct words with probabilities proportional to 1 / (r + 50). Then 0.30
-of the labels' words are in the batch, and 0.16 in 64 of its texts. On the shipped data set with
-`select_direct_inputs`, the fractions are 0.36 and 0.22, and with pairs of words 0.23 and 0.13.
+distinguish labels, so labels draw distinct words with probabilities proportional to 1 / (r + 50). The
+fraction of the labels' words that occur in the texts of a batch is then similar to that of real data:
+
+    words of the labels                                                256 texts   64 texts
+    drawn with these probabilities                                          0.30       0.16
+    shipped data set, by `select_direct_inputs`                             0.36       0.22
+    shipped data set with pairs of words, by `select_direct_inputs`         0.23       0.13
 """
 
 import functools

@@ -3,8 +3,9 @@
 A bound counts three kinds of traffic: bytes through memory, each operand and result once, at the bandwidth of
 a copy; the rows of features that the connections read from the second-level cache, or from shared memory if a
 tile of the features fits into it; and the rows of the gradient of the features that they update in the
-second-level cache. Of the rows, only sectors of 32 bytes with a gradient of at least one point count. Both
-kinds of rows share one cache, in parallel with memory, so a bound is the larger of the two times.
+second-level cache. In the backward pass, only those 32-byte sectors of the rows count that hold a gradient
+of at least one point. Both kinds of rows share one cache, in parallel with memory, so a bound is the larger
+of the two times.
 
 L labels, F connections for each, B points, D inputs.
 """
@@ -74,14 +75,17 @@ def dense_step_traffic(inputs: int, width: int, moments_dtype: DTypeLike) -> Tra
     return Traffic(2 * inputs * width * (4 + 2 * jnp.dtype(moments_dtype).itemsize))
 
 
-def training_step_traffic(inputs: int, shape: Shape, mode: str) -> Traffic:
-    """Return the traffic of a training step with `inputs` features and `shape.inputs` hidden units.
+def training_step_traffic(features: int, shape: Shape, mode: str) -> Traffic:
+    """Return the traffic of a training step.
 
-    The mode is a key of `workloads.MODES`.
+    Args:
+      features: number of features.
+      shape: shape of the output layer; its inputs are the hidden units.
+      mode: a key of `workloads.MODES`.
     """
     op, dtype = ("adam_step", jnp.float32) if mode == "adam" else ("sgd_step", jnp.bfloat16)
-    head, dense = traffic(op, shape, dtype, jnp.uint16), dense_step_traffic(inputs, shape.inputs, dtype)
-    forward = 4 * inputs * shape.inputs  # reads the dense kernel once more
+    head, dense = traffic(op, shape, dtype, jnp.uint16), dense_step_traffic(features, shape.inputs, dtype)
+    forward = 4 * features * shape.inputs  # reads the dense kernel once more
     return head._replace(memory=head.memory + dense.memory + forward)
 
 

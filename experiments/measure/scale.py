@@ -1,13 +1,13 @@
 """Memory and time of training steps by number of labels, for `experiments.label_scale`.
 
-* Peak memory is measured over a number of steps and one rewiring, which each result records. Systems that
+* Peak memory is measured over a number of steps and one rewiring, which each result records. Models that
   would not fit into the machine's memory are not started, and their results say so.
 * A step is timed with a gradient at every logit, as at the start of training, and with nearly none, as later.
   The initial bias of all labels is 0 in the first case, and -1.1, beyond the margin of negatives, in the
   second. The learning rate is so low that the bias hardly changes; both densities are recorded.
-* Parts of a step are timed cumulatively: the features, with the loss, with all gradients, the whole step
-  (Adam). A layer that is updated without gradients in memory may take less time for its step than for its
-  gradients. Rewiring is timed separately.
+* Times of the parts of a step are cumulative: features; plus the loss; plus gradients; plus the update
+  (Adam), the whole step. A layer that is updated without gradients in memory may take less time for its step
+  than for its gradients. Rewiring is timed separately.
 * The projected time of an epoch assumes nearly no gradient, and a rewiring every 1,000 steps.
 """
 
@@ -53,9 +53,9 @@ def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.pe
       seconds: approximate time for which each part is repeated.
       now: function that returns the time in seconds.
     """
-    system = [f"--flagfile=experiments/flags/models/{model}.cfg"]
-    system += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
-    settings = read_settings(system)
+    arguments = [f"--flagfile=experiments/flags/models/{model}.cfg"]
+    arguments += [f"--batch_size={BATCH_SIZE}", f"--rewire_interval={_STEPS_PER_REWIRING}"]
+    settings = read_settings(arguments)
     report = {"scale": scale._asdict(), "model": model, "batch_size": BATCH_SIZE}
     points = placeholder_dataset(scale.labels, scale.labels_per_point, NUM_FEATURES, BATCH_SIZE)
     plan = plan_memory(settings.classifier(NUM_FEATURES, scale.labels), settings.training, points)
@@ -73,7 +73,7 @@ def measure(scale: Scale, model: str, seconds: float, now: clock.Clock = time.pe
 
     def start(*more: str) -> tuple[Trainer, Callable[[], Any]]:
         """Return a trainer and its step, after compilation and one step with a rewiring."""
-        trainer = make_trainer([*system, *more], NUM_FEATURES, scale.labels)
+        trainer = make_trainer([*arguments, *more], NUM_FEATURES, scale.labels)
         step = stepper(trainer, batches, _RATE)
         jax.block_until_ready(step())
         return trainer, step
@@ -130,7 +130,7 @@ def _parts(model: Classifier, batch: Batch, loss: str) -> dict[str, Callable[[],
 
 
 def run_all(scales: list[Scale], models: list[str], results: Path, seconds: float) -> list[str]:
-    """Measure all systems without a result, each in a process of its own.
+    """Measure all models without a result, each in a process of its own.
 
     Returns:
       The command and the last lines of the output of each failed process.
@@ -158,7 +158,7 @@ def run_all(scales: list[Scale], models: list[str], results: Path, seconds: floa
 
 
 def run_here(scale: Scale, model: str, results: Path, seconds: float) -> None:
-    """Measure one system in this process, and write its result."""
+    """Measure one model in this process, and write its result."""
     report = measure(scale, model, seconds)
     _write(_path(results, scale, model), report)
     if "failed" in report:

@@ -1,7 +1,7 @@
-"""Measured workloads: sizes of data sets and networks, their batches, and systems described by flags.
+"""Measured workloads: sizes of data sets and networks, their batches, and models described by flags.
 
-A system is a list of arguments for `experiments.run`, so that measurements are of the same training as a run
-with these arguments. Importing this module defines the flags of `experiments.run`.
+A model is described by a list of arguments for `experiments.run`, so that measurements are of the same
+training as a run with these arguments. Importing this module defines the flags of `experiments.run`.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ def make_batches(
     return [source.batch(i, size) for i in range(count)]
 
 
-# ---- systems ----
+# ---- models ----
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
@@ -93,7 +93,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
 def make_trainer(
     arguments: Sequence[str], num_features: int, num_labels: int, *, mesh: Mesh | None = None
 ) -> Trainer:
-    """Make a trainer of a new classifier of dense features, for the system with these arguments."""
+    """Make a trainer of a new classifier of dense features, for the model with these arguments."""
     settings = read_settings(arguments)
     model = settings.classifier(num_features, num_labels).make(mesh=mesh, rngs=nnx.Rngs(0))
     return Trainer(model, settings.training, seed=0)

@@ -40,8 +40,8 @@ def embed(
     Args:
       encoder: maps `Tokens` of B texts to float32 [B, E].
       token_lists: the texts.
-      batch_size: B, for texts of up to 32 tokens; smaller for longer texts, as larger batches would not fit
-        into caches. At most the number of texts, rounded up to a power of two.
+      batch_size: B for texts of up to 32 tokens. Longer texts use smaller batches, which fit into caches. Few
+        texts use a batch of their number, rounded up to a power of two.
       out: float32 [N, E], array for the result; None for a new array.
 
     Returns:

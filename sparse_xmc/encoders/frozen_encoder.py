@@ -1,4 +1,4 @@
-"""Encoding of texts for a pretrained encoder that is given by a directory."""
+"""Frozen encoders, which turn texts into embeddings; a pretrained encoder as the inputs of a classifier."""
 
 import functools
 import json
@@ -102,14 +102,16 @@ class FrozenEncoder:
         return encoder
 
 
-# Encodes texts for a pretrained encoder: as embeddings if it is frozen, as tokens if it is fine-tuned.
+# Turns texts into the inputs of a classifier: embeddings if the encoder is frozen, else tokens.
 PretrainedInput: TypeAlias = FrozenEncoder | Tokenizer
 
 
 def open_pretrained(
     directory: str | os.PathLike, *, trainable: bool = False, max_length: int | None = None
 ) -> PretrainedInput:
-    """Open the encoding of texts for a pretrained encoder.
+    """Return the object that turns texts into the inputs of a classifier.
+
+    The inputs are embeddings if the encoder is frozen, else tokens.
 
     Args:
       directory: directory of the encoder, see `PretrainedEncoder.from_directory`.

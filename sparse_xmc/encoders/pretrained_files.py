@@ -156,9 +156,9 @@ _IGNORED = re.compile(
 
 
 def tensor_names(path: str, config: PretrainedConfig) -> list[str]:
-    """Return the names of the tensors that form a parameter, concatenated along its last axis.
+    """Return the names of the tensors that, concatenated along the last axis, form a parameter.
 
-    Tensors of kernels are transposed.
+    Kernels are stored transposed.
     """
     module, field = path.rsplit(".", 1)
     field = "bias" if field == "bias" else "weight"

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "handler.h"
+#include "call.h"
 
 namespace xla_ops {
 

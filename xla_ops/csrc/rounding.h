@@ -1,10 +1,16 @@
 // The random bits of stochastic rounding, the same on all platforms and in xla_ops/_rounding.py.
 //
 // A float32 value becomes bfloat16 by adding 16 random bits to its low 16 bits: the carry rounds it up or
-// down, so that the result is right on average. Which bits a weight takes depends on its position among all
-// weights. Those of position p are 16 bits of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy
-// as 1, 2, 3", SC 2011) with key `seed` and counter (c mod 2^32, c / 2^32, step, 0), c = p / 128 * 16 + p %
-// 16: of word p % 128 / 32, the half p / 16 % 2 (0: low). So 16 counters serve 128 consecutive positions.
+// down, so that the result is exact on average. The bits of a weight depend on its position p among all
+// weights. They are half of a word of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1,
+// 2, 3", SC 2011) with key `seed` and counter (c mod 2^32, c / 2^32, step, 0), in integer arithmetic:
+//
+//   run     = p / 128
+//   c       = run * 16 + p % 16
+//   word    = p % 128 / 32
+//   half    = p / 16 % 2         (0 is the low half)
+//
+// Thus 128 consecutive positions share 16 counters.
 
 #ifndef XLA_OPS_CSRC_ROUNDING_H_
 #define XLA_OPS_CSRC_ROUNDING_H_
@@ -22,7 +28,7 @@
 namespace xla_ops {
 
 constexpr int kCounters = 16;
-constexpr int kPositions = 128;  // that kCounters counters serve
+constexpr int kPositions = 128;  // a run: the positions that share kCounters counters
 
 struct RoundingKey {
   uint32_t seed[2];
@@ -42,8 +48,8 @@ struct MultiplyWords {
   }
 };
 
-// Philox4x32-10 for one counter, or for a vector V of counters with the same high word: the four words of
-// each.
+// Computes the four words of Philox4x32-10 for one counter, or for each of a vector V of counters with the
+// same high word.
 template <typename V, typename Multiply>
 XLA_OPS_INLINE void philox(const RoundingKey& key, V counter_low, uint32_t counter_high,
                            const Multiply& multiply, V* words) {
@@ -67,8 +73,8 @@ XLA_OPS_INLINE void philox(const RoundingKey& key, uint64_t counter, uint32_t (&
   philox(key, static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), MultiplyWords(), words);
 }
 
-// The half of a counter's words for the position of number n among those that it serves, the lowest first.
-// Words are not indexed, so that they stay in registers.
+// Returns the half word of the n-th of the 8 positions that share a counter, in increasing order. Words are
+// not indexed, so that they stay in registers.
 XLA_OPS_INLINE uint32_t half_of(const uint32_t (&words)[4], int n) {
   const uint32_t word = n < 4 ? (n < 2 ? words[0] : words[1]) : (n < 6 ? words[2] : words[3]);
   return n % 2 ? word >> 16 : word & 0xffff;

@@ -72,7 +72,7 @@ void backward_range(const Layer<T, I>& layer, const Tiles& tiles, const Packed<T
         const int64_t label = first + done, n = std::min(kBlock, labels - done);
         const uint64_t mask = gradient_rows(chunk, tile, label, n, rows);
         row_kernels().sums(rows, mask, tile.width, d_bias.get() + done);
-        chunk.gradients(tile, label, rows, mask, d_packed ? d_packed + tile.offset : nullptr);
+        chunk.gradients(tile, label, rows, mask, d_packed ? d_packed + tile.gradient_offset : nullptr);
       }
     }
     chunk.finish_gradients();

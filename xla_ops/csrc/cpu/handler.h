@@ -3,7 +3,7 @@
 #ifndef XLA_OPS_CSRC_CPU_HANDLER_H_
 #define XLA_OPS_CSRC_CPU_HANDLER_H_
 
-#include "../handler.h"
+#include "../call.h"
 
 namespace xla_ops {
 

@@ -8,8 +8,9 @@
 //
 // The packed inputs of a tile are rows: the dense inputs, a row of zeros, and the sparse inputs that have an
 // entry in the batch. An index out of range reads the row of zeros: such a connection contributes nothing and
-// changes nothing else. If there are sparse inputs, the connections that read any other row are listed first,
-// once for all tiles. Gradients of packed inputs are those of the dense inputs and the row of zeros.
+// changes nothing else. If there are sparse inputs, a list of the connections that do not read the row of
+// zeros is made beforehand, once for all tiles. Gradients of packed inputs have rows for the dense inputs and
+// the row of zeros only.
 
 #ifndef XLA_OPS_CSRC_CPU_KERNELS_H_
 #define XLA_OPS_CSRC_CPU_KERNELS_H_
@@ -41,10 +42,9 @@ struct FanInKernels {
                      const I* indices, int64_t fan_in, float* d_packed);
 };
 
-// The packed rows of inputs if there are sparse ones: after the rows of `dense` dense inputs and of zeros
-// come those of the sparse inputs, of which there are `sparse`, that have an entry in the batch. Bit i of
-// present[w] says whether sparse input 32 w + i has one, and first[w] is the row of the first of these 32
-// that has.
+// The packed rows if there are sparse inputs, in this order: `dense` dense inputs, the row of zeros, and the
+// sparse inputs that have an entry in the batch, out of `sparse`. Bit i of present[w] is set if sparse input
+// 32 w + i has one; first[w] is the row of the first of these 32 inputs that has one.
 struct SparseMap {
   int64_t dense, sparse;
   const uint32_t* present;

@@ -126,7 +126,7 @@ void unpack_sum(xla::ffi::ThreadPool& pool, const Tiles& tiles, float* packed, i
     const Tile tile = tiles[item / chunks];
     const int64_t first = item % chunks * kFeaturesAtOnce;
     const int64_t n = std::min(kFeaturesAtOnce, in_features - first);
-    float* sum = packed + tile.offset + first * tile.width;
+    float* sum = packed + tile.gradient_offset + first * tile.width;
     for (int64_t copy = 1; copy < copies; ++copy) {
       const float* other = sum + copy * tiles.elements;
       for (int64_t i = 0; i < n * tile.width; ++i) sum[i] += other[i];

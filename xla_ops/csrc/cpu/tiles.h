@@ -12,9 +12,9 @@
 namespace xla_ops {
 
 struct Tile {
-  int64_t first, size;  // examples [first, first + size)
-  int64_t width;        // size rounded up to kLanes; the padding is zero
-  int64_t offset;       // of the tile's gradient, [in_features + 1, width], in elements
+  int64_t first, size;      // examples [first, first + size)
+  int64_t width;            // size rounded up to kLanes; the padding is zero
+  int64_t gradient_offset;  // in elements, of the tile's packed gradient [in_features + 1, width]
 };
 
 // The batch, split into tiles. All but the last have kTile examples.
@@ -33,7 +33,7 @@ struct Tiles {
 
   int64_t batch, in_features, count;
   int64_t padded_batch;  // the sum of the widths
-  int64_t elements;      // of the gradient of all tiles
+  int64_t elements;      // of the packed gradient of all tiles
 };
 
 // The labels, split into `count` ranges of whole blocks.

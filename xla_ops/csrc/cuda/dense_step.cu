@@ -1,10 +1,9 @@
-// A step of Adam for a dense layer's kernel where it is. Its gradient, the product of the layer's input and
-// the gradient of its output, is summed in registers, for a tile of the kernel at a time, and never stored.
+// A step of Adam for the kernel of a dense layer, in place. The gradient, the product of the layer's input
+// and the gradient of its output, is summed in registers, one tile of the kernel at a time, and never stored.
 //
-// The kernel and its moments are what takes time: each is read and written once. The update must therefore
-// not hold up the loads. A block of threads has its tile's sums in shared memory by then, which leaves
-// registers for all that a thread asks for at once; and while one block sums, the others of its processor
-// wait for memory.
+// Memory traffic of the kernel and moments dominates: each is read and written once. Sums are moved to shared
+// memory before the update, which frees registers for many outstanding loads. While one block of threads
+// sums, the other blocks of its processor wait for memory.
 
 #include <type_traits>
 
@@ -17,17 +16,17 @@ namespace xla_ops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;                 // on a processor, of 80 registers a thread: four would spill
+constexpr int kBlocks = 3;                 // per processor, with 80 registers per thread: four would spill
 constexpr int kRows = 64, kColumns = 128;  // of a tile
-constexpr int kExamples = 16;              // that are in shared memory at once
+constexpr int kExamples = 16;              // in shared memory at once
 
-// For the sums a warp has some rows, and a lane every 32nd column: it multiplies each value that it reads
-// from shared memory four or eight times.
+// To compute the sums, each warp has some of the rows, and each lane every 32nd column, so that a value read
+// from shared memory is used in four or eight products.
 constexpr int kWarpRows = kRows / (kThreads / kWarp);
 constexpr int kLaneColumns = kColumns / kWarp;
 
-// For the update half a warp has a row, and a lane every 16th column: those whose random bits are of one
-// counter.
+// For the update, each half of a warp has a row, and each lane every 16th column: the columns whose random
+// bits come from one counter.
 constexpr int kWeights = kColumns / kCounters;
 static_assert(kColumns == kPositions && kWarp == 2 * kCounters,
               "a row of a tile is a run of positions, for half a warp");
@@ -98,7 +97,7 @@ __device__ inline void sum_gradients(const DenseShape& s, const float* x, const 
   __syncthreads();
 }
 
-// Kernel and moments [D, O], or what there is of them from some weight on.
+// Kernel and moments [D, O], or the parts of them that begin at some weight.
 template <typename M>
 struct Weights {
   float* w;
@@ -107,14 +106,14 @@ struct Weights {
   __device__ Weights from(int64_t i) const { return {w + i, mu + i, nu + i}; }
 };
 
-// Updates every 16th of `columns` weights of a row. Of moments in bfloat16 the first is rounded to nearest,
-// the second stochastically.
+// Updates every 16th of `columns` weights of a row. If moments are bfloat16, the first is rounded to nearest
+// and the second stochastically.
 template <typename M>
 __device__ void update_row(const Weights<M>& at, int columns, const float* gradients, const AdamStep& step,
                            const RoundingKey& key, uint64_t counter) {
   AdamValues values[kWeights];
 #pragma unroll
-  for (int n = 0; n < kWeights; ++n) {  // all are asked for before the first is used
+  for (int n = 0; n < kWeights; ++n) {  // all loads are issued before the first value is used
     const int i = n * kCounters;
     values[n] = {};
     if (i < columns) values[n] = {load_once(at.w + i), load_once(at.mu + i), load_once(at.nu + i)};
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first_row = threadIdx.x / kCounters, lane = threadIdx.x % kCounters;
   const int64_t tiles_of_rows = ceil_div(s.rows, kRows), runs = ceil_div(s.columns, kPositions);
   for_each_item(tiles_of_rows * runs, [&](int64_t item) {
-    // Neighbours have the same columns: dy, the larger matrix, comes from memory once.
+    // Consecutive items have the same columns, so that dy, the larger matrix, is read from memory once.
     const int64_t run = item / tiles_of_rows;
     const Tile tile{item % tiles_of_rows * kRows, run * kColumns};
     sum_gradients(s, x, dy, tile, shared);
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll 1
     for (int r = first_row; r < rows; r += kThreads / kCounters) {
       const int64_t row = tile.row + r;
-      // Of random bits a row has as many positions as if it were whole runs.
+      // Rows start at multiples of whole runs of positions (csrc/rounding.h).
       const uint64_t counter = (row * runs + run) * kCounters + lane;
       update_row(weights.from(row * s.columns + tile.column + lane), columns - lane, &shared.sums[r][lane],
                  step, key, counter);

@@ -47,8 +47,8 @@ struct Term {
   float value, slope;
 };
 
-// The loss as a function of the margin, which is the logit of a positive and minus that of a negative; its
-// slope.
+// Returns the loss and its derivative by the margin, which is the logit of a positive, or minus the logit of
+// a negative.
 __device__ inline Term term(Loss loss, float margin) {
   if (loss == Loss::kSquaredHinge) {
     const float slack = 1 - margin < 0 ? 0 : 1 - margin;  // NaN stays NaN
@@ -78,7 +78,8 @@ __global__ void XLA_OPS_GROUP_BOUNDS(T)
   constexpr int kValues = Group<T>::kValues, kThreads = Group<T>::kThreads;
   __shared__ Staged<kSparse> staged;
   __shared__ uint32_t positive_bits[kLabels];
-  __shared__ double losses[kThreads / kWarp];  // of each warp: a register that lives so long is one too many
+  // The loss of each warp, in shared memory: held in a register for the whole pass, it would cause spills.
+  __shared__ double losses[kThreads / kWarp];
   __shared__ std::conditional_t<kGradients, SharedSums, char> shared_sums;
   const int label = my_label<T>(), lane = my_lane<T>();
   const bool first_of_warp = threadIdx.x % kWarp == 0;

@@ -1,5 +1,6 @@
 // A whole training step of a fixed fan-in output layer in one pass over the labels (fan_in_loss.cuh): a block
-// of threads updates its labels' weights where they are, once it has their gradients. No other reads them.
+// of threads updates the weights of its labels in place, after it has computed their gradients. No other
+// block reads these weights.
 
 #include "fan_in_loss.cuh"
 #include "updates.cuh"
@@ -25,7 +26,7 @@ struct SgdUpdate {
       set4(weights + i, make_float4(d.x != 0 ? w.x - rate * d.x : w.x, d.y != 0 ? w.y - rate * d.y : w.y,
                                     d.z != 0 ? w.z - rate * d.z : w.z, d.w != 0 ? w.w - rate * d.w : w.w));
     } else {
-      // One after the other: the random bits of all at once take too many registers.
+      // One at a time: computing the random bits of all four at once takes too many registers.
 #pragma unroll 1
       for (int v = 0; v < 4; ++v) kernel(i + v, v < 2 ? (v == 0 ? d.x : d.y) : (v == 2 ? d.z : d.w));
     }
@@ -41,8 +42,8 @@ struct SgdUpdate {
     const RoundingKey rounding{{load_here(key), load_here(key + 1)}, load_here(key + 2)};
     set(w, to_float(*w) - load_here(learning_rate) * d, rounding_bits(rounding, position));
   }
-  // A load that stays where it is: in a register throughout the pass over the labels the value would be one
-  // too many.
+  // Loads a value where it is used. `volatile` stops the compiler from loading it before the pass: held in a
+  // register for the whole pass, it would cause spills.
   template <typename Value>
   __device__ static Value load_here(const Value* p) {
     return *static_cast<const volatile Value*>(p);
@@ -56,7 +57,7 @@ struct AdamUpdate {
   __device__ void kernel(int64_t i, float d) const { update(weights, i, d); }
   __device__ void kernel(int64_t i, const float4& d) const {
     const AdamStep step(rates);
-    // All are asked for before the first is used.
+    // All loads are issued before the first value is used.
     const float4 w = load4(weights.w + i), mu = load4_once(weights.mu + i), nu = load4_once(weights.nu + i);
     const AdamValues a = step({w.x, mu.x, nu.x}, d.x), b = step({w.y, mu.y, nu.y}, d.y),
                      c = step({w.z, mu.z, nu.z}, d.z), e = step({w.w, mu.w, nu.w}, d.w);

@@ -13,12 +13,12 @@
 #include <string>
 #include <type_traits>
 
+#include "../call.h"
 #include "../dense_step.h"
 #include "../fan_in_loss.h"
 #include "../fan_in_matmul.h"
 #include "../fan_in_step.h"
 #include "../fan_in_top_k.h"
-#include "../handler.h"
 #include "../kth_smallest.h"
 #include "kernels.h"
 

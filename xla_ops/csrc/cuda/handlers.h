@@ -13,8 +13,8 @@ namespace xla_ops {
 // Returns the message for a CUDA error (cudaError_t).
 std::string error_message(int status);
 
-// Returns the size of the last result of a handler, its workspace, in bytes. k is that of fan_in_top_k. Needs
-// no device.
+// Returns the size of the last result of a handler, its workspace, in bytes. Only fan_in_top_k uses k. No
+// device is needed.
 int64_t workspace_bytes(const std::string& handler, bool is_bfloat16, const Shape& s, int64_t k,
                         int64_t num_entries, int64_t num_columns);
 

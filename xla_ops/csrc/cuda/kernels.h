@@ -1,7 +1,7 @@
-// The CUDA kernels as plain host functions, which check nothing: the handlers (handlers.cc) did, and the
-// tests call these without XLA. All of them queue work on `stream` and return at once, with cudaSuccess or
-// what went wrong. They queue nothing but kernels and fills of memory, so that a stream which is captured
-// into a graph can take them.
+// The launchers of the CUDA kernels: plain host functions, which do not check their arguments. The handlers
+// (handlers.cc) check them; tests call the launchers without XLA. Each queues work on `stream` and returns at
+// once, with cudaSuccess or an error. It queues only kernels and fills of memory, so that the stream may be
+// captured into a graph.
 //
 // T is float or bfloat16. Pointers are to device memory; `bias` may be null.
 
@@ -17,15 +17,14 @@
 
 namespace xla_ops::cuda {
 
-// [L, F], of uint16_t or int32_t: told apart when loaded, once per connection, which is rare next to its
-// uses.
+// [L, F], of uint16_t or int32_t. The type is tested at each load: an index is loaded once and used often.
 struct Indices {
   const void* data;
   bool is_uint16;
 };
 
-// The inputs of a batch: dense ones, and sparse ones after them. Entry n of those is at rows[n] (an example)
-// and columns[n] (a sparse input); entries out of range are padding. Entries of the same example and input
+// The inputs of a batch: the dense ones, then the sparse ones. Entry n is the value of the sparse input
+// columns[n] for the example rows[n]; entries out of range are padding. Entries of the same example and input
 // are added.
 template <typename T>
 struct Inputs {
@@ -36,7 +35,7 @@ struct Inputs {
   int64_t num_entries, num_columns;
 };
 
-// Weights and their moments; for a bias that there is not, null.
+// Weights and their moments; null pointers if a layer has no bias.
 struct AdamWeights {
   float *w, *mu, *nu;
 };
@@ -47,9 +46,9 @@ struct AdamRates {
 
 // The temporaries of a launcher, allocated from one buffer of device memory, aligned for any access.
 //
-// A launcher takes all temporaries before it queues anything, and if the buffer is too small for them it
-// queues nothing and returns cudaErrorMemoryAllocation. With no buffer, therefore, it only finds out how
-// large one it needs.
+// A launcher takes all temporaries before it queues anything. If the buffer is too small for them, it queues
+// nothing and returns cudaErrorMemoryAllocation. Called without a buffer, it thus computes only the size that
+// it needs, taken().
 class Workspace {
  public:
   Workspace() = default;
@@ -67,7 +66,7 @@ class Workspace {
 
  protected:
   static constexpr int64_t kAlignment = 256;
-  // The tests override this, so that a sanitizer sees accesses out of the bounds of each.
+  // Tests override this, so that a sanitizer detects accesses beyond the bounds of a temporary.
   virtual void* place(int64_t offset, int64_t) { return data_ + offset; }
 
  private:
@@ -81,14 +80,14 @@ cudaError_t fan_in_matmul_forward(cudaStream_t stream, Workspace& workspace, con
                                   const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
                                   T* y);
 
-// d_x [B, D] unless that is null, d_kernel [L, F], and d_bias [L] unless that is null, from dy [B, L].
+// Computes d_x [B, D], d_kernel [L, F] and d_bias [L] from dy [B, L]. d_x and d_bias may be null.
 template <typename T>
 cudaError_t fan_in_matmul_gradients(cudaStream_t stream, Workspace& workspace, const Shape& s,
                                     const Inputs<T>& inputs, const T* kernel, Indices indices, const T* dy,
                                     T* d_x, T* d_kernel, T* d_bias);
 
-// value = the mean loss against positives [B, width]; the gradients of all but the positives, without d_x if
-// that is null.
+// Computes the mean loss against positives [B, width], `value`, and the gradients of inputs, kernel and bias.
+// d_x and d_bias may be null.
 template <typename T>
 cudaError_t fan_in_loss_value(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                               const Inputs<T>& inputs, const T* kernel, Indices indices, const T* bias,
@@ -99,9 +98,8 @@ cudaError_t fan_in_loss_gradients(cudaStream_t stream, Workspace& workspace, con
                                   const int32_t* positives, int64_t width, float* value, T* d_x, T* d_kernel,
                                   T* d_bias);
 
-// The same, but the gradients of kernel and bias go into an update of those where they are: by SGD without
-// momentum, with a float and, for the rounding of bfloat16, the three words of a
-// RoundingKey (csrc/rounding.h), or by Adam.
+// The same, but the gradients of kernel and bias are applied in place: by SGD with `learning_rate` [] and
+// `key` [4] (the words of a RoundingKey, then the number of the first label), or by Adam.
 template <typename T>
 cudaError_t fan_in_sgd_step(cudaStream_t stream, Workspace& workspace, const Shape& s, Loss loss,
                             const Inputs<T>& inputs, T* kernel, Indices indices, T* bias,
@@ -112,21 +110,20 @@ cudaError_t fan_in_adam_step(cudaStream_t stream, Workspace& workspace, const Sh
                              const AdamWeights& bias, const int32_t* positives, int64_t width,
                              const AdamRates& rates, float* value, float* d_x);
 
-// One step of Adam for kernel [D, O] and its moments where they are, of the gradient x.T dy, x [B, D] and dy
-// [B, O]. M, the moments' type, is float or bfloat16; of the latter `key` is that of the second one's
-// rounding.
+// Applies a step of Adam in place, to kernel [D, O] and its moments, with the gradient x.T dy of x [B, D] and
+// dy [B, O]. M, the type of the moments, is float or bfloat16. `key` [3] has the words of the RoundingKey for
+// second moments in bfloat16.
 template <typename M>
 cudaError_t dense_adam_step(cudaStream_t stream, const DenseShape& s, const float* x, const float* dy,
                             float* kernel, M* mu, M* nu, const AdamRates& rates, const uint32_t* key);
 
-// scores, labels [B, k]: the best, taking so many labels at once, which is as many logits as exist at any
-// time.
+// Computes scores and labels [B, k], the k best labels. Logits of `labels_at_once` labels exist at a time.
 template <typename T>
 cudaError_t fan_in_top_k(cudaStream_t stream, Workspace& workspace, const Shape& s, int64_t k,
                          int64_t labels_at_once, const Inputs<T>& inputs, const T* kernel, Indices indices,
                          const T* bias, float* scores, int32_t* labels);
 
-// result = the k-th smallest |x|, k from 1, of n without NaN.
+// Computes the k-th smallest |x|, `result`, with k in 1..n; x has n values and no NaN.
 template <typename T>
 cudaError_t kth_smallest(cudaStream_t stream, Workspace& workspace, const T* x, int64_t n, int64_t k,
                          float* result);

@@ -31,8 +31,8 @@ __device__ void for_each_item(int64_t items, Fn&& fn) {
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) fn(item);
 }
 
-// Launches as many blocks as there are items, or as fit on the device at once. Never more than the hardware's
-// limit on a grid, therefore, however many items there are.
+// Launches as many blocks as there are items, but no more than fit on the device at once. Therefore the grid
+// never exceeds the limit of the hardware.
 template <typename Kernel, typename... Args>
 cudaError_t launch(Kernel kernel, int64_t items, int threads, size_t shared_bytes, cudaStream_t stream,
                    Args... args) {
@@ -40,8 +40,8 @@ cudaError_t launch(Kernel kernel, int64_t items, int threads, size_t shared_byte
   int device, processors, blocks_per_processor;
   XLA_OPS_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
   if (shared_bytes > 0) {
-    // The most that there is, whatever this launch takes: a launch in another thread is not to find less than
-    // it set.
+    // Always set the device's maximum: if each launch set its own size, a concurrent launch of the same
+    // kernel could lower the limit before this one starts.
     int most;
     cudaFuncAttributes attributes;
     XLA_OPS_RETURN_IF_CUDA_ERROR(

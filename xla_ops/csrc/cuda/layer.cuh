@@ -2,17 +2,16 @@
 //
 // The batch is cut into tiles of 32 examples and the labels into blocks of 64. Features are packed tile by
 // tile as [D + 1, 32], so that a connection reads one contiguous *row* of the batch (128 bytes of float32, 64
-// of bfloat16); the last row is zero, and every index outside [0, D) is redirected to it. Behind all tiles
-// there is a row for each sparse input that a tile has, and a bitmap of those that it has says where (Packed
-// in layout.h).
+// of bfloat16); the last row is zero, and every index outside [0, D) is redirected to it. The rows of the
+// sparse inputs of each tile come after all tiles; a bitmap of the sparse inputs per tile gives their
+// positions (Packed in layout.h).
 //
 // A block of threads has one group of lanes for each of its labels. A lane holds 16 bytes of a row: a group
-// is 8 lanes with 4 examples each in float32, 4 lanes with 8 examples each in bfloat16. Connections are
-// brought into shared memory, 32 of each label at a time, by all threads together: so indices and weights are
-// read in order whatever the fan-in is, and all at once, which hides how far away they are. Where a label has
-// no more than that, they stay there for all that is done with the block, and so do the sums of their
-// gradients. Where there are sparse inputs, the connections that read nothing of the tile go behind the
-// others of their label, and are left out from there on.
+// is 8 lanes with 4 examples each in float32, 4 lanes with 8 examples each in bfloat16. All threads together
+// stage the connections in shared memory, 32 of each label at a time, so that reads are contiguous for any
+// fan-in and overlap. Labels with at most 32 connections are staged once per block, and the sums of their
+// gradients stay in shared memory too. If there are sparse inputs, connections are staged anew for each tile:
+// those to inputs without an entry in the tile are moved after the others of their label, and are skipped.
 
 #ifndef XLA_OPS_CSRC_CUDA_LAYER_CUH_
 #define XLA_OPS_CSRC_CUDA_LAYER_CUH_
@@ -37,15 +36,15 @@ struct Group {
   static constexpr int kQuads = kValues / 4;         // of a lane's examples, which are added at once
 };
 
-// Rows that a lane asks for before it uses the first: with all threads of a processor that is 64 KB under
-// way.
+// Number of rows that a lane loads before it uses the first: over all threads of a processor, 64 KB of
+// outstanding loads.
 constexpr int kAtOnce = 4;
 
 // 1,024 threads on a processor leave each 64 registers: enough for kAtOnce rows, without spills.
 #define XLA_OPS_GROUP_BOUNDS(T) __launch_bounds__(Group<T>::kThreads, 1024 / Group<T>::kThreads)
 
-// The packed rows of a tile and, if there are sparse inputs, the number of the tile, from which its part of
-// the map is computed: a pointer would take one more register.
+// The packed rows of a tile and, if there are sparse inputs, the number of the tile. The tile's part of the
+// map is computed from this number: a pointer to it would take one more register.
 template <typename T, bool kSparse>
 struct Features {
   const T* rows;
@@ -84,14 +83,14 @@ struct Layer<T, true> : Layer<T> {
   }
 };
 
-// Calls fn(the layer), which returns an error, with the type of it that fits.
+// Returns the error that fn(layer) returns; the layer has the type with sparse inputs only if there are any.
 template <typename T, typename Fn>
 cudaError_t dispatch(const Layer<T>& layer, const SparseMap& map, Fn&& fn) {
   return map.num_columns > 0 ? fn(Layer<T, true>{layer, map}) : fn(layer);
 }
 
-// The most blocks of threads that share the labels of a kernel with temporaries for each block: the size of
-// the temporaries must not depend on the device. No device so far runs as many at once.
+// Maximum number of blocks of threads of a kernel with temporaries per block. It is a constant because the
+// size of the temporaries must not depend on the device; no device so far runs as many blocks at once.
 constexpr int64_t kMaxBlocks = 1024;
 template <typename T>
 int64_t max_blocks(const Layer<T>& layer) {

@@ -1,5 +1,5 @@
-// Packs sparse inputs (layout.h): marks which of them each tile has, numbers their rows, and adds the entries
-// to these.
+// Packs sparse inputs (layout.h): marks the sparse inputs of each tile, numbers their rows, and adds the
+// entries to the rows.
 
 #include "launch.cuh"
 #include "layout.h"
@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 constexpr int kScanThreads = 1024;
 constexpr int kWordsAtOnce = 4;  // of a thread
 
-// An entry's place.
+// The tile, the example in the tile and the sparse input of an entry.
 struct Entry {
   // A tile of -1 stands for padding.
   template <typename T>
@@ -63,7 +63,8 @@ __device__ inline Sums sum_of_threads(uint32_t value, uint32_t (&warps)[kScanThr
   return sums;
 }
 
-// Numbers the rows of each tile; `starts` gets how many there are.
+// Numbers the rows of each tile, and writes the number of rows per tile to `starts`; starts_kernel then
+// replaces these by their prefix sums.
 __global__ void __launch_bounds__(kScanThreads) number_kernel(int64_t tiles, const SparseMap map) {
   __shared__ uint32_t warps[kScanThreads / kWarp];
   for_each_item(tiles, [&](int64_t tile) {
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(kScanThreads) number_kernel(int64_t tiles, con
   });
 }
 
-// starts = how many rows come before each tile's, from how many each has. For one block of threads.
+// Replaces the number of rows of each tile by the number of rows of all tiles before it. Runs in one block of
+// threads.
 __global__ void __launch_bounds__(kScanThreads) starts_kernel(int64_t tiles, int32_t* starts) {
   __shared__ uint32_t warps[kScanThreads / kWarp];
   uint32_t before = 0;

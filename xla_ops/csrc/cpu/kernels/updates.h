@@ -42,8 +42,9 @@ struct MultiplyVectors {
 static_assert(kColumns == kPositions, "a dense layer is updated in runs of positions");
 static_assert(kCounters % W == 0, "the counters of a run of positions are a whole number of vectors");
 
-// values.one(i), or the vector values.many(i), rounded into out[i]: each is asked for once. What
-// values.keeps(i), or of a run values.keeps_run(i), says to keep stays as it is.
+// Rounds a value source into `out`. `one(i)` returns one value, `many(i)` W of them; each index is computed
+// exactly once, because the call may have side effects. `keeps(i)` and `keeps_run(i)` are true for values
+// that are left unchanged.
 template <typename Values>
 void round_one(const Values& values, int64_t i, const RoundingKey& key, uint64_t position, bfloat16* out) {
   if (values.keeps(i)) return;
@@ -91,13 +92,14 @@ struct SgdValues {
   const bfloat16* w;
 
   bool keeps(int64_t i) const { return gradient[i] == 0; }
-  // As for nearly all labels, once training is under way.
+  // True for nearly all labels, except at the start of training.
   bool keeps_run(int64_t i) const { return is_zero(gradient + i, kPositions); }
   float one(int64_t i) const { return to_float(w[i]) - learning_rate * gradient[i]; }
   Vec many(int64_t i) const { return load(w + i) - learning_rate * load(gradient + i); }
 };
 
-// Second moments; on the way the first ones and the weights take their step.
+// Returns the new second moments, for rounding. As a side effect, each call also updates the first moments
+// and the weights.
 struct AdamValues {
   const float* gradient;
   const AdamStep s;

@@ -1,8 +1,8 @@
 // The operands of calls, and what the handlers of all platforms share: checking shapes, and choosing the
 // types that a call's buffers hold.
 
-#ifndef XLA_OPS_CSRC_HANDLER_H_
-#define XLA_OPS_CSRC_HANDLER_H_
+#ifndef XLA_OPS_CSRC_CALL_H_
+#define XLA_OPS_CSRC_CALL_H_
 
 #include <algorithm>
 #include <initializer_list>
@@ -138,4 +138,4 @@ auto dispatch_indices(const ffi::AnyBuffer& indices, Fn&& fn) {
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CSRC_HANDLER_H_
+#endif  // XLA_OPS_CSRC_CALL_H_
