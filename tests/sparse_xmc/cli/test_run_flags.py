@@ -1,5 +1,6 @@
 """Tests of the flags of `sparse-xmc run`."""
 
+import experiments  # noqa: F401  registers its heads before the flags are defined
 from sparse_xmc.cli import run_flags
 
 
