@@ -75,7 +75,7 @@ class FixedFanInConfig(HeadConfig):
         else:
             head = ShardedHead.make(functools.partial(self._make_shard, spec), spec, rngs)
         if self.direct_inputs and spec.train is not None:
-            head.select_direct_inputs(self.direct_inputs, spec.train, rngs.params())
+            head.connect_direct_inputs(self.direct_inputs, spec.train, rngs.params())
         return head
 
     def _make_shard(self, spec: HeadSpec, shard: LabelShard, rngs: nnx.Rngs) -> FixedFanInHead:
