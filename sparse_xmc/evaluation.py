@@ -16,7 +16,7 @@ from sparse_xmc.losses import find_loss
 from sparse_xmc.mesh import data_size, local_rows, place_batch, place_inputs
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import in_evaluation
+from sparse_xmc.modules import in_evaluation, merge
 
 # Number of labels that are ranked if some of them may be excluded afterwards.
 CANDIDATES = 100
@@ -213,7 +213,7 @@ def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "s
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(graphdef: nnx.GraphDef, state: nnx.State, inputs: Any) -> Any:
-    return nnx.merge(graphdef, state, copy=True)(inputs)
+    return merge(graphdef, state)(inputs)
 
 
 @jax.jit

@@ -38,8 +38,7 @@ class DenseConfig(HeadConfig):
 
     output_bias: float = OUTPUT_BIAS
 
-    def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> "DenseHead":
-        self.refuse_mesh(spec)
+    def _make(self, spec: HeadSpec, rngs: nnx.Rngs) -> "DenseHead":
         penultimate = make_penultimate(spec.in_features, self._width(), rngs)
         output = nnx.Linear(
             self._width() or spec.in_features,

@@ -17,7 +17,7 @@ from sparse_xmc.heads.label_shard import LabelShard
 from sparse_xmc.heads.updates import MuNu, adam_directions, next_moments, step_dense
 from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
-from sparse_xmc.modules import check_features, parameters_of, path_name, split
+from sparse_xmc.modules import check_features, merge, parameters_of, path_name, split
 from xla_ops import SparseInputs
 
 
@@ -180,7 +180,7 @@ class LayeredHead(Head):
         graphdef, (params, rest) = split(self.output, nnx.Param)
 
         def loss_of(params: nnx.State, x: Array) -> Array:
-            output = nnx.merge(graphdef, params, rest, copy=True)
+            output = merge(graphdef, params, rest)
             return find_loss(training.loss)(output(x), inputs.positives)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
@@ -192,7 +192,7 @@ class LayeredHead(Head):
         graphdef, (params, rest) = split(self, nnx.Param)
 
         def loss_of(params: nnx.State, x: Array) -> Array:
-            head = nnx.merge(graphdef, params, rest, copy=True)
+            head = merge(graphdef, params, rest)
             return head.loss(EncoderOutput(x, inputs.direct), inputs.positives, training.loss)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)

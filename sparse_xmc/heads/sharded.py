@@ -29,6 +29,7 @@ from sparse_xmc.heads.head import Head, HeadSpec, HeadTraining, StepInputs, Step
 from sparse_xmc.heads.label_shard import PADDING_BIAS, LabelShard, merge_top_k
 from sparse_xmc.heads.rewiring import RewireConfig
 from sparse_xmc.heads.specs import moment_specs, state_specs
+from sparse_xmc.modules import merge
 from xla_ops import SparseInputs
 
 _EVERYWHERE = PartitionSpec()
@@ -81,7 +82,7 @@ class ShardedHead(Head):
         graphdefs = []  # the structure is static, so it leaves the traced function through this list
 
         def make_on_device(shard: LabelShard, key_data: nnx.State) -> tuple[nnx.State, nnx.State]:
-            rngs = nnx.merge(rngs_graphdef, jax.tree.map(_as_key, key_data, keys), copy=True)
+            rngs = merge(rngs_graphdef, jax.tree.map(_as_key, key_data, keys))
             head = make_shard(shard, rngs)
             _reset_padding_labels(head)
             graphdef, state = nnx.split(head)
@@ -123,7 +124,7 @@ class ShardedHead(Head):
     # ---- on the devices ----
 
     def _local(self, state: nnx.State) -> FixedFanInHead:
-        return nnx.merge(self.local, state, copy=True)
+        return merge(self.local, state)
 
     def _run(self, function: "_Function", *arguments: Any, changes: bool = False, **static: Any) -> Any:
         """Run a function on all devices, and return its results.
@@ -229,7 +230,7 @@ def _on_devices(
 
     def call(state: nnx.State, *arguments: Any) -> Any:
         def on_device(state: nnx.State, *arguments: Any) -> Any:
-            head = nnx.merge(local, state, copy=True)
+            head = merge(local, state)
             results = function(head, *arguments, **dict(static))
             return (nnx.split(head)[1], results) if changes else results
 
