@@ -120,9 +120,7 @@ class UnstructuredConfig(HeadConfig):
     output_bias: float = OUTPUT_BIAS
     output_bound: float | None = setting(OUTPUT_BOUND, above=0, or_else=(None,))
 
-    def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> "UnstructuredHead":
-        """Make a new head; arguments as for `HeadConfig.make`."""
-        self.refuse_mesh(spec)
+    def _make(self, spec: HeadSpec, rngs: nnx.Rngs) -> "UnstructuredHead":
         penultimate = make_penultimate(spec.in_features, self.penultimate, rngs)
         output = UnstructuredLinear(
             self.penultimate or spec.in_features,

@@ -9,7 +9,7 @@ from .data.batches import BagOfWords, Batch
 from .encoders import BagOfWordsEncoder, DenseFeatures, EmbeddingBag, EmbeddingTable
 from .estimator import XMCClassifier
 from .exporting import export_predict
-from .heads.optax_state import reset_moments, rewire_layer
+from .heads.rewire_layer import reset_moments, rewire_layer
 from .heads.rewiring import RewireConfig, rewire, rewire_active
 from .layers import Connectivity, FixedFanInLinear
 from .mesh import make_mesh

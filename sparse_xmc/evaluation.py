@@ -16,7 +16,7 @@ from sparse_xmc.losses import find_loss
 from sparse_xmc.mesh import data_size, local_rows, place_batch, place_inputs
 from sparse_xmc.metrics import LABEL_GROUPS, RankingMetrics, is_listed
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import in_evaluation
+from sparse_xmc.modules import in_evaluation, merge
 
 # Minimum number of labels to rank when some are excluded afterwards, and the number searched for the best
 # label of each group.
@@ -214,7 +214,7 @@ def gradient_density(model: Classifier, batches: Iterable[Batch], loss: str = "s
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(graphdef: nnx.GraphDef, state: nnx.State, inputs: Any) -> Any:
-    return nnx.merge(graphdef, state, copy=True)(inputs)
+    return merge(graphdef, state)(inputs)
 
 
 @jax.jit

@@ -11,7 +11,7 @@ from sparse_xmc.data.batches import BagOfWords, WordsAndText
 from sparse_xmc.encoders import BagOfWordsEncoder, DenseFeatures, JointEncoder
 from sparse_xmc.estimator import XMCClassifier, resolve_k
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import in_evaluation, split
+from sparse_xmc.modules import in_evaluation, merge, split
 from sparse_xmc.saving import SavedModel
 from xla_ops import save_exported
 
@@ -76,7 +76,7 @@ def export_predict(
         )
 
     def predict(weights: nnx.State, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        classifier = nnx.merge(graphdef, random, weights, copy=True)
+        classifier = merge(graphdef, random, weights)
         if len(arrays) == 1:
             return classifier.top_k(*arrays, k)
         bags = _bags(*arrays[:3])

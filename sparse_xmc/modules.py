@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -17,6 +16,14 @@ def split(module: nnx.Module, *filters: type[nnx.Variable]) -> tuple[nnx.GraphDe
     """Split a module into its structure, its variables of each given type, and all other variables."""
     graphdef, *states = nnx.split(module, *filters, ...)
     return graphdef, states
+
+
+def merge(graphdef: nnx.GraphDef, *states: nnx.State) -> Any:
+    """Return the module of a structure and variables, as new variables that share the arrays of `states`.
+
+    Changes of the module's variables leave `states` as they are.
+    """
+    return nnx.merge(graphdef, *states, copy=True)
 
 
 def check_features(module: nnx.Module, x: Any, features: int, ndim: int | None = None) -> None:
@@ -63,5 +70,4 @@ def in_evaluation(module: Module) -> Module:
 
 
 def _of_same_arrays(module: Module) -> Module:
-    graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))  # new variables, shared arrays
+    return merge(*nnx.split(module))

@@ -25,10 +25,10 @@ def fan_in_matmul(
     `y[..., l] = bias[l] + sum_f kernel[l, f] * x[..., indices[l, f]]`
 
     Differentiable (reverse mode, once) in x, kernel and bias. An input that is repeated in a row of `indices`
-    counts as often; an index outside [0, D + C) contributes nothing (for a finite weight) and gets no
-    gradient. Sums are accumulated in float32, also for bfloat16. Results are bit-for-bit reproducible on the
-    same machine with the same number of threads, except for the gradient with respect to x on a GPU, which is
-    summed by atomic additions in varying order.
+    counts as often; an index outside [0, D + C), where C is the number of columns of `sparse` or 0,
+    contributes nothing (for a finite weight) and gets no gradient. Sums are accumulated in float32, also for
+    bfloat16. Results are bit-for-bit reproducible on the same machine with the same number of threads, except
+    for the gradient with respect to x on a GPU, which is summed by atomic additions in varying order.
 
     Args:
       x: [..., D], float32 or bfloat16.

@@ -29,7 +29,8 @@ def fan_in_top_k(
     Args:
       x: [..., D], float32 or bfloat16.
       kernel: [L, F], of x's dtype.
-      indices: [L, F], uint16 (for D + C <= 65,536) or int32; indices outside [0, D + C) contribute nothing.
+      indices: [L, F], uint16 (for D + C <= 65,536) or int32, where C is the number of columns of `sparse`, or
+        0; indices outside [0, D + C) contribute nothing.
       bias: [L], of x's dtype, or None.
       k: number of labels to return, from 0 to L.
       sparse: C further inputs, numbered D to D + C - 1, of the rows of x in order; or None.

@@ -33,7 +33,8 @@ class SparseInputs:
     Attributes:
       rows: int32 [N], the point of each entry. Entries with rows or columns out of range are padding.
       columns: int32 [N], the column of each entry, in 0..C-1.
-      values: [N], of x's dtype. Values of equal row and column are added. Not differentiable.
+      values: [N], of x's dtype. Values of equal row and column are added. Not differentiable: they are data,
+        and no op computes their gradient.
       num_columns: C, the number of columns (static under `jit`).
     """
 

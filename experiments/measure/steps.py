@@ -19,7 +19,7 @@ import xla_ops
 from sparse_xmc.cli import environment
 from sparse_xmc.data.batches import Batch
 from sparse_xmc.heads import FixedFanInHead, StepInputs
-from sparse_xmc.heads.updates import next_state, step_dense
+from sparse_xmc.heads.updates import next_moments, step_dense
 from sparse_xmc.train import Trainer
 
 from . import clock
@@ -127,7 +127,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
         def step(state, moments, layer_inputs):
             head = head_of(state)
             updated = update(head, moments, layer_inputs)
-            return nnx.state(head), next_state(moments, updated)
+            return nnx.state(head), next_moments(moments, updated)
 
         def run(layer_inputs):
             held[:] = step(*held, layer_inputs)
@@ -139,7 +139,7 @@ def _parts(trainer: Trainer, batch: Batch) -> dict[str, Callable[[], Any]]:
         return StepInputs(x, positives, jnp.float32(_RATE), trainer.seed, jnp.int32(0), wants_d_x)
 
     def update_output(head, moments, hidden):
-        return head.step_output(inputs_of(hidden, True), moments, training)[2]
+        return head.step_output(inputs_of(hidden, True), None, moments, training)[2]
 
     def update_penultimate(head, moments, x_and_d_y):
         x, d_y = x_and_d_y

@@ -21,7 +21,8 @@ def register_head(name: str, config: type[HeadConfig]) -> None:
     """Add a head to `HEADS`, so that models with it can be saved and loaded, and programs have its flags.
 
     A program that loads such a model must call this function first, for example by importing the module that
-    defines the head.
+    defines the head. `sparse_xmc.cli.run_flags` makes flags of the heads that are registered when it is
+    imported.
 
     Args:
       name: name of the head in saved models and flags.

@@ -19,10 +19,11 @@ from sparse_xmc.heads.head import (
     label_blocks,
 )
 from sparse_xmc.heads.layered import LayeredHead, make_penultimate
-from sparse_xmc.heads.updates import Moments, step_dense
+from sparse_xmc.heads.updates import MuNu, step_dense
 from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
 from sparse_xmc.settings import setting
+from xla_ops import SparseInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,7 @@ class DenseConfig(HeadConfig):
 
     output_bias: float = OUTPUT_BIAS
 
-    def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> "DenseHead":
-        self.refuse_mesh(spec)
+    def _make(self, spec: HeadSpec, rngs: nnx.Rngs) -> "DenseHead":
         penultimate = make_penultimate(spec.in_features, self._width(), rngs)
         output = nnx.Linear(
             self._width() or spec.in_features,
@@ -81,10 +81,14 @@ class DenseHead(LayeredHead):
             yield logits, jnp.arange(block.start, block.stop, dtype=jnp.int32)
 
     def step_output(
-        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
-    ) -> tuple[Array, Array, Moments]:
+        self,
+        inputs: StepInputs,
+        sparse: SparseInputs | None,
+        moments: optax.ScaleByAdamState,
+        training: HeadTraining,
+    ) -> tuple[Array, Array, MuNu]:
         if training.output_optimizer != "adam":
-            return super().step_output(inputs, moments, training)
+            return super().step_output(inputs, sparse, moments, training)
         loss, d_y = jax.value_and_grad(find_loss(training.loss))(self.output(inputs.x), inputs.positives)
         d_x, output_moments = step_dense(
             self.output,

@@ -21,7 +21,7 @@ from sparse_xmc.heads.head import HeadTraining, StepInputs, label_blocks
 from sparse_xmc.heads.label_shard import LabelShard
 from sparse_xmc.heads.layered import LayeredHead
 from sparse_xmc.heads.rewiring import RewireConfig, rewire, rewire_active
-from sparse_xmc.heads.updates import Moments
+from sparse_xmc.heads.updates import MuNu
 from sparse_xmc.layers import FixedFanInLinear
 from xla_ops import SparseInputs
 
@@ -39,7 +39,8 @@ class FixedFanInHead(LayeredHead):
     Args:
       output: the output layer.
       penultimate: the penultimate layer; None for none.
-      num_direct: V, the number of direct inputs in `EncoderOutput` that labels may read; 0 for none.
+      num_direct: V, the number of sparse direct inputs that labels may read; 0 if there are none, or if
+        labels read the features directly (`reads_features`).
       reads_features: whether labels may read the features directly, beside the hidden units.
       direct_scale: factor by which direct inputs are multiplied.
       shard: the labels of this head, if it is the head of one device of a mesh; None for all labels.
@@ -85,30 +86,28 @@ class FixedFanInHead(LayeredHead):
         values = (self.direct_scale * jnp.asarray(direct.values)).astype(self.output.kernel.dtype)
         return dataclasses.replace(direct, values=values)
 
-    def select_direct_inputs(self, count: int, train: Dataset, key: Array) -> None:
+    def connect_direct_inputs(self, count: int, train: Dataset, key: Array) -> None:
         """Connect each label to its best direct inputs, and to random hidden units for the rest.
 
         Args:
-          count: maximum number of direct inputs of a label; fewer if the function `select_direct_inputs`
-            finds fewer.
+          count: maximum number of direct inputs of a label; fewer if `select_direct_inputs` finds fewer.
           train: the training points, from which direct inputs are selected.
           key: random key for the connections to hidden units.
         """
         layer = self.output
-        kernel, indices = self.select_connections(
-            count, train, key, slice(0, self.num_labels), layer.kernel[...]
-        )
+        labels = slice(0, self.num_labels)
+        kernel, indices = self.connections_of(labels, count, train, key, layer.kernel[...])
         layer.indices.set_value(jnp.asarray(indices))
         layer.kernel.set_value(jnp.asarray(kernel))
 
-    def select_connections(
-        self, count: int, train: Dataset, key: Array, labels: slice, kernel: Array
+    def connections_of(
+        self, labels: slice, count: int, train: Dataset, key: Array, kernel: Array
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the kernel and indices of the method `select_direct_inputs` for a range of labels.
+        """Return the kernel and indices after `connect_direct_inputs` for a range of labels.
 
         Args:
-          count, train, key: as for `select_direct_inputs`.
           labels: the range of labels.
+          count, train, key: as for `connect_direct_inputs`.
           kernel: [n, F], the initial kernel of these labels; kept for connections to hidden units.
 
         Returns:
@@ -172,8 +171,12 @@ class FixedFanInHead(LayeredHead):
         return super().init_moments(training)
 
     def step_output(
-        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
-    ) -> tuple[Array, Array, Moments]:
+        self,
+        inputs: StepInputs,
+        sparse: SparseInputs | None,
+        moments: optax.ScaleByAdamState,
+        training: HeadTraining,
+    ) -> tuple[Array, Array, MuNu]:
         layer, names = self.output, ("output.kernel", "output.bias")
         kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
         num_labels, positives = self.shard.global_num_labels, self.shard.local_positives(inputs.positives)
@@ -181,7 +184,7 @@ class FixedFanInHead(LayeredHead):
         options: dict[str, Any] = {
             "loss": training.loss,
             "num_labels": num_labels,
-            "sparse": inputs.direct,
+            "sparse": sparse,
             "wants_d_x": inputs.wants_d_x,
         }
         rate = training.output_lr_multiplier * inputs.learning_rate

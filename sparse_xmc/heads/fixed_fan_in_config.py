@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -39,6 +40,8 @@ class FixedFanInConfig(HeadConfig):
       output_dtype: dtype of the output layer's parameters, "float32" or "bfloat16".
     """
 
+    supports_mesh: ClassVar[bool] = True
+
     penultimate: int = setting(8192, at_least=0)
     fan_in: int = setting(32, at_least=1)
     direct_inputs: int = setting(0, at_least=0)
@@ -52,8 +55,8 @@ class FixedFanInConfig(HeadConfig):
     def reads_direct_inputs(self) -> bool:
         return self.direct_inputs > 0
 
-    def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
-        """Make a new head; arguments as for `HeadConfig.make`.
+    def _make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
+        """Make a new head, for one device or for a mesh.
 
         Raises:
           ValueError: `direct_inputs` exceeds `fan_in`; `direct_inputs` is set and `fan_in` exceeds the number
@@ -75,7 +78,7 @@ class FixedFanInConfig(HeadConfig):
         else:
             head = ShardedHead.make(functools.partial(self._make_shard, spec), spec, rngs)
         if self.direct_inputs and spec.train is not None:
-            head.select_direct_inputs(self.direct_inputs, spec.train, rngs.params())
+            head.connect_direct_inputs(self.direct_inputs, spec.train, rngs.params())
         return head
 
     def _make_shard(self, spec: HeadSpec, shard: LabelShard, rngs: nnx.Rngs) -> FixedFanInHead:

@@ -3,14 +3,17 @@
 A head maps the features [B, E] of the encoder to labels. It implements logits, loss, ranking, the training
 step and rewiring. Code outside of this package does not depend on the class of a head.
 
-To add a head, write a module with its configuration (a frozen dataclass with a method `make`) and its class,
-and register the configuration with `sparse_xmc.heads.register_head`.
+To add a head, write a module with its class and its configuration. The class must implement the abstract
+methods of `Head`. `LayeredHead` implements all of them for any output layer, and its subclasses override them
+to save time and memory. A head with connections overrides `rewire` too. The configuration is a frozen
+dataclass derived from `HeadConfig`, with a method `_make`. Heads of this package are listed in `HEADS`
+(`heads/__init__.py`); others call `register_head` before `sparse_xmc.cli.run_flags` is imported.
 """
 
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -27,7 +30,7 @@ from xla_ops import SparseInputs
 OUTPUT_BIAS = -1.0
 
 # Adam's epsilon times the number of labels. Gradients of a mean over L labels are of order 1 / L, and epsilon
-# must be far below; Optax's default of 1e-8 is not for 10^5 labels.
+# must be far below; Optax's default of 1e-8 is not far below 1e-5, their order for 10^5 labels.
 _EPSILON_TIMES_LABELS = 1.6e-6
 
 _LABELS_AT_ONCE = 1 << 14
@@ -71,7 +74,7 @@ class StepInputs(NamedTuple):
     Attributes:
       x: float32 [B, E], the features.
       positives: int32 [B, P], the labels of each point, distinct, padded with -1.
-      learning_rate: float32 scalar.
+      learning_rate: float32 scalar, the learning rate of this step, before the multipliers of the layers.
       seed: integer scalar, the seed of stochastic rounding.
       step: int32 scalar, the number of the step; every step must have a different number.
       wants_d_x: whether the gradient with respect to x is used; if false, the head need not compute it.
@@ -140,7 +143,9 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def init_moments(self, training: HeadTraining) -> Any:
-        """Return the optimizer state before the first step, a pytree; it is equal for both kinds of step.
+        """Return the moments before the first step, a pytree: the optimizer state of the head.
+
+        The moments are the same for `step_fused` and `step_by_optax`.
 
         Raises:
           ValueError: the head does not support this training configuration.
@@ -148,10 +153,11 @@ class Head(nnx.Module):
 
     @abc.abstractmethod
     def step_fused(self, inputs: StepInputs, moments: Any, training: HeadTraining) -> StepResult:
-        """Take one training step with fused ops, which update the parameters of the head in place.
+        """Take one training step with fused ops, which update the parameters in place.
 
-        The gradient of a kernel that an op can update in place is never held in memory, nor, for a fixed
-        fan-in layer, are the logits of all labels.
+        The head is a copy made for this step, whose variables the method sets to their new values. "In place"
+        means that an op overwrites the donated array. The gradient of a kernel that an op can update in place
+        is never held in memory, nor, for a fixed fan-in layer, are the logits of all labels.
 
         Returns:
           The loss before the step, its gradient with respect to x [B, E] (undefined unless `wants_d_x`), and
@@ -206,7 +212,13 @@ class HeadSpec:
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig(abc.ABC):
-    """Base class of head configurations, which are frozen dataclasses; `HEADS` has all of them."""
+    """Base class of head configurations, which are frozen dataclasses; `HEADS` has all of them.
+
+    Attributes:
+      supports_mesh: whether `make` accepts a mesh; false unless a class sets it.
+    """
+
+    supports_mesh: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -216,7 +228,6 @@ class HeadConfig(abc.ABC):
         """Whether labels read direct inputs, so that the encoder must return `EncoderOutput`."""
         return False
 
-    @abc.abstractmethod
     def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
         """Make a new head.
 
@@ -227,11 +238,13 @@ class HeadConfig(abc.ABC):
         Raises:
           ValueError: the sizes do not fit, or `spec` has a mesh and this head cannot be sharded.
         """
-
-    def refuse_mesh(self, spec: HeadSpec) -> None:
-        """Raise ValueError if `spec` has a mesh; called by heads that cannot be sharded."""
-        if spec.mesh is not None:
+        if spec.mesh is not None and not self.supports_mesh:
             raise ValueError(f"a mesh needs a fixed fan-in head, got {type(self).__name__}")
+        return self._make(spec, rngs)
+
+    @abc.abstractmethod
+    def _make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
+        """Make a new head, for `make`; `spec` has a mesh only if `supports_mesh` is set."""
 
     def in_bfloat16(self) -> "HeadConfig | None":
         """Return this configuration with output weights in bfloat16, or None for heads without this dtype."""

@@ -29,7 +29,7 @@ def reset_padding_labels(head: Head) -> None:
 
 
 def with_label_rows(state: Any, head: Head, rows: int) -> Any:
-    """Return a state with the shapes that it has if its head was saved from another mesh.
+    """Return `state` with the shapes of a checkpoint from another mesh.
 
     Args:
       state: the state of a classifier or a training state, of arrays or shapes.
@@ -37,7 +37,7 @@ def with_label_rows(state: Any, head: Head, rows: int) -> Any:
       rows: number of rows of the saved arrays by label.
 
     Returns:
-      `state` with shapes of `rows` rows in place of the arrays by label.
+      `state`, in which arrays by label are replaced by shapes of `rows` rows. All others stay as they are.
     """
     if rows == label_rows(head):
         return state

@@ -14,15 +14,22 @@ import xla_ops
 from sparse_xmc.encoders.output import EncoderOutput, as_encoder_output
 from sparse_xmc.heads.head import Head, HeadTraining, StepInputs, StepResult
 from sparse_xmc.heads.label_shard import LabelShard
-from sparse_xmc.heads.updates import Moments, adam_directions, next_state, step_dense
+from sparse_xmc.heads.updates import MuNu, adam_directions, next_moments, step_dense
 from sparse_xmc.layers import glorot_uniform
 from sparse_xmc.losses import find_loss
-from sparse_xmc.modules import check_features, parameters_of, path_name, split
+from sparse_xmc.modules import check_features, merge, parameters_of, path_name, split
 from xla_ops import SparseInputs
 
 
 class OutputLayer(Protocol):
-    """Protocol of output layers of a `LayeredHead`, such as `nnx.Linear`: maps [B, D] to [B, L]."""
+    """Protocol of output layers of a `LayeredHead`, such as `nnx.Linear`: maps [B, D] to [B, L].
+
+    Attributes:
+      in_features: D, the number of inputs.
+      out_features: L, the number of labels.
+      kernel: the weights, of any shape.
+      bias: the bias [L], or None.
+    """
 
     in_features: int
     out_features: int
@@ -44,7 +51,9 @@ def make_penultimate(in_features: int, width: int, rngs: nnx.Rngs) -> nnx.Linear
 class LayeredHead(Head):
     """A head with an output layer, optionally behind a penultimate layer with ReLU.
 
-    The methods work for any output layer; subclasses override them with faster ones for their layer.
+    The output layer must have its weights in a parameter `kernel`, and may have a parameter `bias`
+    (`OutputLayer`). The methods work for any such layer, but they hold the logits of all labels; subclasses
+    override them to save time and memory.
 
     Args:
       output: the output layer.
@@ -125,16 +134,17 @@ class LayeredHead(Head):
         self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> StepResult:
         check_features(self, inputs.x, self.in_features, ndim=2)
-        output_inputs = inputs._replace(direct=self.sparse_inputs(inputs.direct))
+        output_inputs, sparse = inputs, self.sparse_inputs(inputs.direct)
         if self.penultimate is not None:
             y = self.penultimate(inputs.x)
             dense, pullback = jax.vjp(self.dense_inputs, y, inputs.x)
-            output_inputs = output_inputs._replace(x=dense, wants_d_x=True)
-        loss, d_x, output_moments = self.step_output(output_inputs, moments, training)
+            output_inputs = inputs._replace(x=dense, wants_d_x=True)
+        loss, d_x, output_moments = self.step_output(output_inputs, sparse, moments, training)
         loss, d_x = self.shard.sum((loss, d_x))
         if self.penultimate is None:
-            return loss, d_x, next_state(moments, output_moments)
-        d_y, d_x_direct = pullback(d_x)
+            return loss, d_x, next_moments(moments, output_moments)
+        # `dense_inputs` may contain the features beside the hidden units, and they have a gradient there too.
+        d_y, d_features = pullback(d_x)
         d_x, penultimate_moments = step_dense(
             self.penultimate,
             "penultimate",
@@ -144,16 +154,22 @@ class LayeredHead(Head):
             lr_multiplier=training.penultimate_lr_multiplier,
             epsilon=training.epsilon_for(self.shard.global_num_labels),
         )
-        d_x = d_x + d_x_direct if inputs.wants_d_x else d_x
-        return loss, d_x, next_state(moments, output_moments, penultimate_moments)
+        d_x = d_x + d_features if inputs.wants_d_x else d_x
+        return loss, d_x, next_moments(moments, output_moments, penultimate_moments)
 
     def step_output(
-        self, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
-    ) -> tuple[Array, Array, Moments]:
+        self,
+        inputs: StepInputs,
+        sparse: SparseInputs | None,
+        moments: optax.ScaleByAdamState,
+        training: HeadTraining,
+    ) -> tuple[Array, Array, MuNu]:
         """Take one training step of the output layer.
 
         Args:
-          inputs: the inputs of the step, with the inputs of the output layer in place of those of the head.
+          inputs: the inputs of the step, where `x` has the dense inputs of the output layer in place of the
+            features; `direct` is not used.
+          sparse: the sparse inputs of the output layer, from `sparse_inputs`.
           moments: the moments of the head.
           training: the training configuration.
 
@@ -164,7 +180,7 @@ class LayeredHead(Head):
         graphdef, (params, rest) = split(self.output, nnx.Param)
 
         def loss_of(params: nnx.State, x: Array) -> Array:
-            output = nnx.merge(graphdef, params, rest, copy=True)
+            output = merge(graphdef, params, rest)
             return find_loss(training.loss)(output(x), inputs.positives)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
@@ -176,15 +192,15 @@ class LayeredHead(Head):
         graphdef, (params, rest) = split(self, nnx.Param)
 
         def loss_of(params: nnx.State, x: Array) -> Array:
-            head = nnx.merge(graphdef, params, rest, copy=True)
+            head = merge(graphdef, params, rest)
             return head.loss(EncoderOutput(x, inputs.direct), inputs.positives, training.loss)
 
         loss, (grads, d_x) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, inputs.x)
-        return loss, d_x, next_state(moments, self._update(grads, inputs, moments, training))
+        return loss, d_x, next_moments(moments, self._update(grads, inputs, moments, training))
 
     def _update(
-        self, grads: nnx.State, inputs: StepInputs, state: optax.ScaleByAdamState, training: HeadTraining
-    ) -> Moments:
+        self, grads: nnx.State, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
+    ) -> MuNu:
         """Update the parameters in `grads` with Optax, and return their new moments."""
         gradients = {path_name(path): g[...] for path, g in nnx.to_flat_state(grads)}
         parameters, num_labels = parameters_of(self), self.shard.global_num_labels
@@ -192,9 +208,9 @@ class LayeredHead(Head):
             "penultimate": training.penultimate_lr_multiplier,
             "output": training.output_lr_multiplier,
         }
-        adam_gradients = {name: g for name, g in gradients.items() if name in state.mu}
+        adam_gradients = {name: g for name, g in gradients.items() if name in moments.mu}
         epsilon = training.epsilon_for(num_labels)
-        directions, moments = adam_directions(adam_gradients, state, epsilon, inputs.seed)
+        directions, new_moments = adam_directions(adam_gradients, moments, epsilon, inputs.seed)
         for name, gradient in gradients.items():
             # The loss is a mean over batch and labels; SGD follows the sum.
             scale = float(inputs.x.shape[0] * num_labels)
@@ -214,4 +230,4 @@ class LayeredHead(Head):
                     first_row=self.shard.first,
                 ).reshape(new.shape)
             parameters[name].set_value(new.astype(value.dtype))
-        return moments
+        return new_moments

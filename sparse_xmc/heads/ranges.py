@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -157,12 +158,13 @@ class HeadAndTailConfig(FixedFanInConfig):
         It is below 1 by default because all features of a label learn together.
     """
 
+    supports_mesh: ClassVar[bool] = False
+
     head_fraction: float = setting(0.1, above=0, below=1)
     head_lr_multiplier: float = setting(0.25, at_least=0)
 
-    def make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
+    def _make(self, spec: HeadSpec, rngs: nnx.Rngs) -> Head:
         """Make a new head. Without training points, lower labels are assumed to be more frequent."""
-        self.refuse_mesh(spec)
         num_labels, train = spec.num_labels, spec.train
         if num_labels < 2:
             raise ValueError(f"head_and_tail needs at least 2 labels, got {num_labels}")
@@ -174,5 +176,5 @@ class HeadAndTailConfig(FixedFanInConfig):
         head_spec = HeadSpec(spec.in_features, size)
         tail_spec = dataclasses.replace(spec, num_labels=num_labels - size, train=tail_train)
         head = DenseConfig(output_bias=self.output_bias).make(head_spec, rngs)
-        tail = super().make(tail_spec, rngs)
+        tail = super()._make(tail_spec, rngs)
         return LabelRanges([head, tail], labels, lr_multipliers=(self.head_lr_multiplier, 1.0))

@@ -37,7 +37,10 @@ class RewireConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.growth == "active" and not (self.distinct and self.zero_weights):
-            raise ValueError("growth='active' has no other way than distinct inputs that start at weight 0")
+            raise ValueError(
+                "growth='active' needs distinct=True and zero_weights=True, got "
+                f"distinct={self.distinct} and zero_weights={self.zero_weights}"
+            )
 
 
 PAPER = RewireConfig(fraction=0.1, distinct=False, zero_weights=False)
@@ -56,7 +59,8 @@ def rewire(
     """Move the connections with the smallest weights to new inputs drawn uniformly at random.
 
     The threshold is the k-th smallest magnitude of the whole layer, k = round(fraction * L * F); the
-    connections strictly below it move. So at most k - 1 move, and none if k weights are 0.
+    connections strictly below it move. With distinct magnitudes k - 1 move. Ties at the threshold stay; so if
+    at least k weights are 0, the threshold is 0 and none moves.
 
     `kernel`, `indices` and `moments` are donated. The only new array of the layer's size is the mask of moved
     connections, one byte each, as inputs are drawn for blocks of labels.
@@ -126,10 +130,12 @@ def rewire_active(
     """Move the weakest connections of the labels of a batch to inputs that are active in their points.
 
     For each label in `positives`, round(fraction * F) connections with the smallest weights move, but at
-    least one. They move to the inputs that exceed their means over the batch by most in a point with that
-    label (the first one in the batch) and that the label does not read yet. They start at weight 0. The
-    gradient of the loss of a positive with respect to a weight is proportional to its input, and an input
-    that all points have in common carries no information about the label. Other labels do not change.
+    least one. Take the first point of the batch that has the label. The new inputs are those that the label
+    does not read yet and whose value in this point exceeds the batch mean by most; if fewer inputs exceed it,
+    fewer connections move. They start at weight 0. Other labels do not change.
+
+    The reason: the gradient of the loss of a positive with respect to a weight is proportional to the input,
+    and an input that all points have in common carries no information about the label.
 
     `kernel`, `indices` and `moments` are donated; only the rows of the labels in the batch are read and
     written.

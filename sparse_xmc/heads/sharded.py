@@ -29,6 +29,7 @@ from sparse_xmc.heads.head import Head, HeadSpec, HeadTraining, StepInputs, Step
 from sparse_xmc.heads.label_shard import PADDING_BIAS, LabelShard, merge_top_k
 from sparse_xmc.heads.rewiring import RewireConfig
 from sparse_xmc.heads.specs import moment_specs, state_specs
+from sparse_xmc.modules import merge
 from xla_ops import SparseInputs
 
 _EVERYWHERE = PartitionSpec()
@@ -78,20 +79,20 @@ class ShardedHead(Head):
         assert mesh is not None
         size = -(-num_labels // mesh.size)
         rngs_graphdef, keys = nnx.split(rngs)
-        graphdefs = []
+        graphdefs = []  # the structure is static, so it leaves the traced function through this list
 
-        def make(shard: LabelShard, key_data: nnx.State) -> tuple[nnx.State, nnx.State]:
-            rngs = nnx.merge(rngs_graphdef, jax.tree.map(_as_key, key_data, keys), copy=True)
+        def make_on_device(shard: LabelShard, key_data: nnx.State) -> tuple[nnx.State, nnx.State]:
+            rngs = merge(rngs_graphdef, jax.tree.map(_as_key, key_data, keys))
             head = make_shard(shard, rngs)
-            _reset_padding_labels(head, ())
+            _reset_padding_labels(head)
             graphdef, state = nnx.split(head)
             graphdefs.append(graphdef)
             return state, jax.tree.map(_as_key_data, nnx.state(rngs))
 
         key_data = jax.tree.map(lambda key: np.asarray(_as_key_data(key)), keys)
-        shapes, _ = jax.eval_shape(functools.partial(make, LabelShard.whole(size)), key_data)
+        shapes, _ = jax.eval_shape(functools.partial(make_on_device, LabelShard.whole(size)), key_data)
         on_devices = jax.shard_map(
-            functools.partial(make, LabelShard(num_labels, size, tuple(mesh.axis_names))),
+            functools.partial(make_on_device, LabelShard(num_labels, size, tuple(mesh.axis_names))),
             mesh=mesh,
             in_specs=_EVERYWHERE,
             out_specs=(state_specs(shapes, mesh), _EVERYWHERE),
@@ -100,8 +101,8 @@ class ShardedHead(Head):
         nnx.update(rngs, jax.tree.map(lambda data, key: _as_key(np.asarray(data), key), key_data, keys))
         return cls(graphdefs[-1], state, mesh, spec.in_features, num_labels)
 
-    def select_direct_inputs(self, count: int, train: Dataset, key: Array) -> None:
-        """Run `FixedFanInHead.select_direct_inputs` on the shard of each device."""
+    def connect_direct_inputs(self, count: int, train: Dataset, key: Array) -> None:
+        """Run `FixedFanInHead.connect_direct_inputs` on the shard of each device."""
         local = self._local(nnx.split(self)[1])
         kernel, indices = self.output.kernel[...], self.output.indices[...]
         kernel_shards, indices_shards = [], []
@@ -111,8 +112,8 @@ class ShardedHead(Head):
             new_kernel, new_indices = np.array(shard.data), np.zeros(shard.data.shape, indices.dtype)
             if last > first:
                 rows = slice(0, last - first)  # without padding labels
-                new_kernel[rows], new_indices[rows] = local.select_connections(
-                    count, train, key, slice(first, last), shard.data[rows]
+                new_kernel[rows], new_indices[rows] = local.connections_of(
+                    slice(first, last), count, train, key, shard.data[rows]
                 )
             kernel_shards.append(jax.device_put(new_kernel, shard.device))
             indices_shards.append(jax.device_put(new_indices, shard.device))
@@ -123,15 +124,18 @@ class ShardedHead(Head):
     # ---- on the devices ----
 
     def _local(self, state: nnx.State) -> FixedFanInHead:
-        return nnx.merge(self.local, state, copy=True)
+        return merge(self.local, state)
 
-    def _run(self, function: "_Function", static: tuple, *arguments: Any, changes: bool = False) -> Any:
-        """Run a function of (head, static, *arguments) on all devices and return its results.
+    def _run(self, function: "_Function", *arguments: Any, changes: bool = False, **static: Any) -> Any:
+        """Run a function on all devices, and return its results.
 
-        If `changes` is set, changes of the head by the function are kept. The function is compiled once for
-        each value of `static`.
+        Args:
+          function: function of the head of a device, `arguments` and `static`; a key of `_RESULTS`.
+          arguments: pytrees of arrays.
+          changes: whether the function changes the head, and the changes are kept.
+          static: hashable values, given to the function by name. It is compiled once for each of them.
         """
-        call = _on_devices(self.local, self.mesh, function, static, changes)
+        call = _on_devices(self.local, self.mesh, function, changes, tuple(static.items()))
         results = call(nnx.split(self)[1], *arguments)
         if not changes:
             return results
@@ -141,23 +145,23 @@ class ShardedHead(Head):
 
     def __call__(self, x: Array | EncoderOutput) -> Array:
         """Return the logits [B, L]. All of them are in memory at once: for tests and small L only."""
-        return self._run(_logits, (), x)[:, : self.num_labels]
+        return self._run(_logits, x)[:, : self.num_labels]
 
     def loss(self, x: Array | EncoderOutput, positives: Array, loss: str = "squared_hinge") -> Array:
-        return self._run(_loss, (loss,), x, positives)
+        return self._run(_loss, x, positives, loss=loss)
 
     def top_k(self, x: Array | EncoderOutput, k: int) -> tuple[Array, Array]:
         if not 1 <= k <= self.num_labels:
             raise ValueError(f"k must be in 1..{self.num_labels}, got {k}")
-        return self._run(_top_k, (k,), x)
+        return self._run(_top_k, x, k=k)
 
     def logits_in_blocks(self, x: Array | EncoderOutput) -> Iterator[tuple[Array, Array]]:
         size = self.output.kernel.shape[0] // self.mesh.size
         firsts = range(0, size * self.mesh.size, size)
-        inputs = self._run(_inputs, (), x)
+        inputs = self._run(_inputs, x)
         for block in label_blocks(size):
             rows = block.stop - block.start
-            logits, labels = self._run(_logits_of_rows, (rows,), inputs, np.int32(block.start))
+            logits, labels = self._run(_logits_of_rows, inputs, np.int32(block.start), rows=rows)
             real = sum(min(rows, max(0, self.num_labels - first - block.start)) for first in firsts)
             yield logits[:, :real], labels[:real]
 
@@ -188,7 +192,8 @@ class ShardedHead(Head):
         self, method: str, inputs: StepInputs, moments: optax.ScaleByAdamState, training: HeadTraining
     ) -> StepResult:
         arrays = inputs._replace(seed=jnp.asarray(inputs.seed, jnp.uint32), wants_d_x=False)
-        return self._run(_step, (method, inputs.wants_d_x, training), arrays, moments, changes=True)
+        static = {"method": method, "wants_d_x": inputs.wants_d_x, "training": training}
+        return self._run(_step, arrays, moments, changes=True, **static)
 
     def check_rewiring(self, config: RewireConfig) -> None:
         self._local(nnx.split(self)[1]).check_rewiring(config)
@@ -201,11 +206,11 @@ class ShardedHead(Head):
         key: Array,
         config: RewireConfig,
     ) -> optax.ScaleByAdamState:
-        return self._run(_rewire, (config,), x, positives, moments, key, changes=True)
+        return self._run(_rewire, x, positives, moments, key, changes=True, config=config)
 
     def reset_padding_labels(self) -> None:
         """Reset the weights and biases of the padding labels."""
-        self._run(_reset_padding_labels, (), changes=True)
+        self._run(_reset_padding_labels, changes=True)
 
 
 # ---- functions that run on each device ----
@@ -215,14 +220,18 @@ _Function = Callable[..., Any]
 
 @functools.lru_cache(maxsize=128)
 def _on_devices(
-    local: nnx.GraphDef, mesh: Mesh, function: _Function, static: tuple, changes: bool
+    local: nnx.GraphDef,
+    mesh: Mesh,
+    function: _Function,
+    changes: bool,
+    static: tuple[tuple[str, Any], ...],
 ) -> Callable:
     """Compile the function of `ShardedHead._run`, which takes the state of the head and the arguments."""
 
     def call(state: nnx.State, *arguments: Any) -> Any:
         def on_device(state: nnx.State, *arguments: Any) -> Any:
-            head = nnx.merge(local, state, copy=True)
-            results = function(head, static, *arguments)
+            head = merge(local, state)
+            results = function(head, *arguments, **dict(static))
             return (nnx.split(head)[1], results) if changes else results
 
         def argument_specs(argument: Any) -> Any:
@@ -242,16 +251,16 @@ def _on_devices(
     return jax.jit(call)
 
 
-def _logits(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput) -> Array:
+def _logits(head: FixedFanInHead, x: Array | EncoderOutput) -> Array:
     return head(x)
 
 
-def _loss(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput, positives: Array) -> Array:
-    return head.loss(x, positives, *static)
+def _loss(head: FixedFanInHead, x: Array | EncoderOutput, positives: Array, *, loss: str) -> Array:
+    return head.loss(x, positives, loss)
 
 
-def _top_k(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput) -> tuple[Array, Array]:
-    (k,), shard = static, head.shard
+def _top_k(head: FixedFanInHead, x: Array | EncoderOutput, *, k: int) -> tuple[Array, Array]:
+    shard = head.shard
     scores, labels = head.top_k(x, min(k, shard.size))
     # The ranking of one device has the label -1 for scores that are not finite. Padding labels get it too.
     numbers = labels + shard.first
@@ -261,40 +270,43 @@ def _top_k(head: FixedFanInHead, static: tuple, x: Array | EncoderOutput) -> tup
     return merge_top_k([(scores, labels)], k)
 
 
-def _inputs(
-    head: FixedFanInHead, static: tuple, x: Array | EncoderOutput
-) -> tuple[Array, SparseInputs | None]:
+def _inputs(head: FixedFanInHead, x: Array | EncoderOutput) -> tuple[Array, SparseInputs | None]:
     return head.output_inputs(x)
 
 
 def _logits_of_rows(
-    head: FixedFanInHead, static: tuple, inputs: tuple[Array, SparseInputs | None], start: Array
+    head: FixedFanInHead, inputs: tuple[Array, SparseInputs | None], start: Array, *, rows: int
 ) -> tuple[Array, Array]:
-    """Return the logits of the labels from `start` on in each shard, and the numbers of the labels."""
-    (rows,) = static
+    """Return the logits of `rows` labels from `start` on in each shard, and the numbers of the labels."""
     labels = head.shard.first + start + jnp.arange(rows, dtype=jnp.int32)
     return head.logits_of(inputs, start, rows), labels
 
 
 def _step(
-    head: FixedFanInHead, static: tuple, inputs: StepInputs, moments: optax.ScaleByAdamState
+    head: FixedFanInHead,
+    inputs: StepInputs,
+    moments: optax.ScaleByAdamState,
+    *,
+    method: str,
+    wants_d_x: bool,
+    training: HeadTraining,
 ) -> StepResult:
-    method, wants_d_x, training = static
     return getattr(head, method)(inputs._replace(wants_d_x=wants_d_x), moments, training)
 
 
 def _rewire(
     head: FixedFanInHead,
-    static: tuple,
     x: Array | EncoderOutput,
     positives: Array,
     moments: optax.ScaleByAdamState,
     key: Array,
+    *,
+    config: RewireConfig,
 ) -> optax.ScaleByAdamState:
-    return head.rewire(x, positives, moments, key, *static)
+    return head.rewire(x, positives, moments, key, config)
 
 
-def _reset_padding_labels(head: FixedFanInHead, static: tuple) -> None:
+def _reset_padding_labels(head: FixedFanInHead) -> None:
     """Reset the padding labels, so that they affect neither the loss nor any ranking."""
     kernel, bias, real = head.output.kernel, head.output.bias, head.shard.is_label()
     assert bias is not None

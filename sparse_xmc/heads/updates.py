@@ -11,44 +11,45 @@ from jax.typing import DTypeLike
 import xla_ops
 from sparse_xmc.heads.head import StepInputs
 
-# Adam's first and second moments, each a dictionary from parameter name to array.
-Moments = tuple[dict[str, Array], dict[str, Array]]
+# The first and the second moments of some parameters, each a dictionary from parameter name to array. All
+# moments of a head and the number of its steps are an `optax.ScaleByAdamState`, called `moments`.
+MuNu = tuple[dict[str, Array], dict[str, Array]]
 
 _RUN = 128  # The random bits of each row of a dense kernel start at a multiple of this.
 
 
-def next_state(state: optax.ScaleByAdamState, *updated: Moments) -> optax.ScaleByAdamState:
-    """Return the Adam state after a step, with the updated moments and the next count."""
-    mu, nu = dict(state.mu), dict(state.nu)
+def next_moments(moments: optax.ScaleByAdamState, *updated: MuNu) -> optax.ScaleByAdamState:
+    """Return the moments after a step, with the updated ones in place of the old ones, and the next count."""
+    mu, nu = dict(moments.mu), dict(moments.nu)
     for new_mu, new_nu in updated:
         mu |= new_mu
         nu |= new_nu
-    return optax.ScaleByAdamState(state.count + 1, mu, nu)
+    return optax.ScaleByAdamState(moments.count + 1, mu, nu)
 
 
 def adam_directions(
-    gradients: dict[str, Array], state: optax.ScaleByAdamState, epsilon: float, seed: Any
-) -> tuple[dict[str, Array], Moments]:
+    gradients: dict[str, Array], moments: optax.ScaleByAdamState, epsilon: float, seed: Any
+) -> tuple[dict[str, Array], MuNu]:
     """Compute Adam updates with Optax, for float32 or bfloat16 moments.
 
     Second moments in bfloat16 are rounded stochastically, as in `dense_adam_step`.
 
     Args:
       gradients: float32 gradients by parameter name.
-      state: the Adam state, with moments of all these parameters.
+      moments: the moments of a head, with those of these parameters.
       epsilon: Adam's epsilon.
       seed: integer scalar, the seed of stochastic rounding.
 
     Returns:
       The directions, which are multiplied by the learning rate and subtracted from the parameters; and the
-      new moments.
+      new moments of these parameters.
     """
-    dtypes = {name: state.mu[name].dtype for name in gradients}
+    dtypes = {name: moments.mu[name].dtype for name in gradients}
 
-    def in_float32(moments: dict[str, Array]) -> dict[str, Array]:
-        return {name: moments[name].astype(jnp.float32) for name in gradients}
+    def in_float32(mu_or_nu: dict[str, Array]) -> dict[str, Array]:
+        return {name: mu_or_nu[name].astype(jnp.float32) for name in gradients}
 
-    before = optax.ScaleByAdamState(state.count, in_float32(state.mu), in_float32(state.nu))
+    before = optax.ScaleByAdamState(moments.count, in_float32(moments.mu), in_float32(moments.nu))
     directions, after = optax.scale_by_adam(eps=epsilon).update(gradients, before)
     mu = {name: value.astype(dtypes[name]) for name, value in after.mu.items()}
     nu = {name: _round(value, dtypes[name], seed, after.count) for name, value in after.nu.items()}
@@ -67,19 +68,19 @@ def step_dense(
     name: str,
     d_y: Array,
     inputs: StepInputs,
-    state: optax.ScaleByAdamState,
+    moments: optax.ScaleByAdamState,
     *,
     lr_multiplier: float,
     epsilon: float,
-) -> tuple[Array, Moments]:
+) -> tuple[Array, MuNu]:
     """Take one Adam step of a dense layer in place, without holding the gradient of its kernel.
 
     Args:
       layer: the layer to update, whose input is `inputs.x`.
-      name: name of the layer in the state.
+      name: name of the layer in the head.
       d_y: [B, O], the gradient with respect to its output.
       inputs: the inputs of the training step of the head.
-      state: the Adam state, with the moments of `name`.kernel and, if the layer has a bias, `name`.bias.
+      moments: the moments of the head, with those of `name`.kernel and, if the layer has a bias, `name`.bias.
       lr_multiplier: learning-rate multiplier of the layer.
       epsilon: Adam's epsilon.
 
@@ -89,20 +90,20 @@ def step_dense(
     """
 
     def step(x: Array, kernel: Array, name: str, **options: Any) -> Array:
-        moments = xla_ops.DenseAdamState(state.count, state.mu[name], state.nu[name])
+        adam = xla_ops.DenseAdamState(moments.count, moments.mu[name], moments.nu[name])
         if kernel.ndim == 1:
-            moments = moments._replace(mu=moments.mu[None], nu=moments.nu[None])
-        new, moments = xla_ops.dense_adam_step(
+            adam = adam._replace(mu=adam.mu[None], nu=adam.nu[None])
+        new, adam = xla_ops.dense_adam_step(
             x,
             d_y,
             jnp.atleast_2d(kernel),
-            moments,
+            adam,
             lr_multiplier * inputs.learning_rate,
             epsilon=epsilon,
             seed=inputs.seed,
             **options,
         )
-        mu[name], nu[name] = (m.reshape(kernel.shape) for m in moments[1:])
+        mu[name], nu[name] = (m.reshape(kernel.shape) for m in adam[1:])
         return new.reshape(kernel.shape)
 
     mu: dict[str, Array] = {}

@@ -93,10 +93,11 @@ class GradientDensity(Callback):
     """
 
     def __init__(self, batches: int = 4):
-        self._batches = batches
+        self._count = batches
 
     def on_epoch_end(self, trainer, batches, records):
-        first = itertools.islice(batches.shuffled(trainer.seed, len(records)), self._batches)
+        # the first batches of the next epoch
+        first = itertools.islice(batches.shuffled(trainer.seed, len(records)), self._count)
         records[-1]["gradient_density"] = gradient_density(trainer.model, first, trainer.config.loss)
 
 

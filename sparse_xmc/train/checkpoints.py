@@ -26,8 +26,8 @@ class Checkpoints:
     Writes are atomic: if a run is killed while saving, the previous checkpoint stays intact. Each checkpoint
     has a checksum of every file; a damaged checkpoint is skipped with a warning, and the one before it is
     used. Used as a context manager, the object deletes files left over from killed processes on exit. A save
-    needs as much additional memory as the two largest arrays. It is synchronous, because an asynchronous save
-    would need a copy of all arrays.
+    needs twice the size of the largest array as additional memory. It is synchronous, because an asynchronous
+    save would need a copy of all arrays.
 
     Args:
       directory: directory of the checkpoints; created if missing.
@@ -58,7 +58,7 @@ class Checkpoints:
           progress: further values to save, serializable as JSON.
 
         Raises:
-            OSError: the checkpoint could not be written; earlier checkpoints are kept.
+          OSError: the checkpoint could not be written; earlier checkpoints are kept.
         """
         self._latest.save(trainer.step, trainer.state, progress, trainer.head)
 
@@ -72,8 +72,8 @@ class Checkpoints:
           The `progress` saved with the state, or None if there are no checkpoints.
 
         Raises:
-            ValueError: the checkpoint is of a model of another structure or size, or all checkpoints are
-              damaged.
+          ValueError: the checkpoint is of a model of another structure or size, or all checkpoints are
+            damaged.
         """
         for step in self._latest.intact():
             self._latest.check(step, trainer.state, trainer.head)
@@ -95,7 +95,7 @@ class Checkpoints:
         """Save the current weights as the best, with a warning, if the best weights are damaged or missing.
 
         Returns:
-            Whether the best weights were replaced.
+          Whether the best weights were replaced.
         """
         try:
             is_there = next(self._best.intact(), None) is not None
@@ -175,8 +175,8 @@ class _Numbered:
         except OSError as error:
             text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             kept = self.numbers()
-            before = f"that of step {kept[-1]} is still there" if kept else "there is none before it"
-            raise OSError(f"{text}; {before}") from None
+            remaining = f"checkpoint {kept[-1]} is still there" if kept else "there is no earlier checkpoint"
+            raise OSError(f"{text}; {remaining}") from None
         self.tidy()
 
     def tidy(self) -> None:
@@ -198,7 +198,7 @@ class _Numbered:
         """Yield the numbers of the checkpoints whose files match their checksums, the latest first.
 
         Raises:
-            ValueError: there are checkpoints, but all of them are damaged.
+          ValueError: there are checkpoints, but all of them are damaged.
         """
         numbers, found, wrong = self.numbers(), False, ""
         damaged: list[Path] = []
@@ -231,8 +231,8 @@ class _Numbered:
         """Read the record of a checkpoint.
 
         Raises:
-            OSError: the record cannot be read.
-            ValueError: the record is damaged, or lacks a field.
+          OSError: the record cannot be read.
+          ValueError: the record is damaged, or lacks a field.
         """
         record = read_sealed_json(self._record(number))
         if missing := sorted({"num_labels", "label_rows", "files"} - record.keys()):
@@ -242,6 +242,8 @@ class _Numbered:
 
 def _orbax(state: Any) -> ocp.Checkpointer:
     """Make an Orbax checkpointer that copies at most the size of the largest array at once.
+
+    Besides the copies, Orbax holds their encoded form until it is written, which takes as much again.
 
     Args:
       state: pytree of the arrays, or of their shapes, to be saved or restored.

@@ -111,5 +111,5 @@ def check_encoder_used(pullback: Callable, features: jax.Array, *params: nnx.Sta
         if not isinstance(gradient, core.Var) or gradient not in reached:
             raise ValueError(
                 f"the features do not depend on the encoder's parameter {path_name(path)}, so that "
-                "nothing would train it; what is to stay as it is may be an nnx.Variable of another type"
+                "nothing would train it; if it is a constant, make it an nnx.Variable of another type"
             )

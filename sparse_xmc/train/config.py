@@ -14,7 +14,8 @@ class TrainingConfig(HeadTraining):
     Attributes:
       epochs: maximum number of epochs.
       batch_size: B, the number of points in a batch.
-      learning_rate: base learning rate at the start; each layer multiplies it by its own factor.
+      learning_rate: base learning rate, with which the schedule starts. Each layer multiplies the learning
+        rate of a step by its own multiplier.
       embedding_lr_multiplier: learning-rate multiplier of embedding tables, which Adagrad trains: a row moves
         by about this times the learning rate at its first use, and by less at each later use.
       encoder_lr_multiplier: learning-rate multiplier of all other parameters of the encoder, which AdamW

@@ -27,7 +27,7 @@ class Schedule(abc.ABC):
         """Return the schedule before the first epoch.
 
         Args:
-          learning_rate: the base learning rate.
+          learning_rate: the base learning rate, from the configuration.
           epochs: maximum number of epochs.
         """
 
@@ -37,7 +37,7 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def rate(self, progress: float) -> float:
-        """Return the learning rate.
+        """Return the learning rate of a step, before the multipliers of the layers.
 
         Args:
           progress: number of epochs trained so far, with the current one as a fraction.

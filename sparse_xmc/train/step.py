@@ -22,7 +22,7 @@ from sparse_xmc.encoders import EncoderOutput, as_encoder_output
 from sparse_xmc.encoders.table import TableParam, adagrad, put_rows, tables_of, take_rows, used_rows
 from sparse_xmc.heads import StepInputs, reset_padding_labels
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import in_evaluation, in_training, parameters_of, path_name, split
+from sparse_xmc.modules import in_evaluation, in_training, merge, parameters_of, path_name, split
 from sparse_xmc.train.checks import check_encoder_used, check_head_updated
 from sparse_xmc.train.config import TrainingConfig
 
@@ -47,7 +47,7 @@ class Step:
       config: the training configuration.
       seed: seed of rewiring and stochastic rounding, an integer in 0..2^32-1.
       optimizer: optimizer of the encoder.
-      fused: whether the head is updated in place (`Head.step_fused`) rather than by Optax.
+      fused: whether the head updates itself by `Head.step_fused` rather than by `Head.step_by_optax`.
     """
 
     graphdef: nnx.GraphDef
@@ -76,7 +76,8 @@ class Step:
         Args:
           state: the training state.
           batch: the batch to train on.
-          learning_rate: float32 scalar, the base learning rate.
+          learning_rate: float32 scalar, the learning rate of this step, from the schedule, before the
+            multipliers of the layers.
           step: int32 scalar, the number of the step.
 
         Returns:
@@ -86,13 +87,14 @@ class Step:
         head, encoder = model.head, in_training(model.encoder)
 
         # Forward pass of the encoder. Each table is replaced by the rows that the batch uses, so that its
-        # gradient consists of these rows only.
+        # gradient consists of these rows only. `used_rows` runs a clone of the encoder: this advances the
+        # random state of the clone only, so that the forward pass below draws the same dropout masks.
         rows = used_rows(nnx.clone(encoder), batch.inputs)
         take_rows(encoder, rows)
         graphdef, (tables, params, variables) = split(encoder, TableParam, nnx.Param)
 
         def encode(tables, params):
-            encoder = nnx.merge(graphdef, tables, params, variables, copy=True)
+            encoder = merge(graphdef, tables, params, variables)
             features, direct = as_encoder_output(encoder(batch.inputs))
             # The call updates variables other than parameters, such as random state.
             return features.astype(jnp.float32), (direct, nnx.state(encoder, nnx.Not(nnx.Param)))
@@ -193,7 +195,7 @@ class Step:
         return _make_state(model, state["moments"], state["optimizer"], state["squares"])
 
     def _merge(self, state: State) -> Classifier:
-        return nnx.merge(self.graphdef, state["params"], state["other"], copy=True)
+        return merge(self.graphdef, state["params"], state["other"])
 
 
 def _make_state(model: Classifier, moments: Any, optimizer: Any, squares: dict[str, Array]) -> State:

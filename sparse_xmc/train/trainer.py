@@ -16,7 +16,7 @@ from sparse_xmc.data.batches import Batch
 from sparse_xmc.heads import Head
 from sparse_xmc.mesh import data_size, place, place_batch
 from sparse_xmc.model import Classifier
-from sparse_xmc.modules import key_path_names, path_name, split
+from sparse_xmc.modules import key_path_names, merge, path_name, split
 from sparse_xmc.settings import check_seed
 from sparse_xmc.train.checks import as_learning_rate, check_parameters, check_positives
 from sparse_xmc.train.config import TrainingConfig
@@ -28,9 +28,9 @@ class Trainer:
 
     The optimizer of the encoder gets the gradient of the loss summed over labels and averaged over the batch,
     so that its epsilon and gradient clipping have their usual meaning. Its updates are scaled by the learning
-    rate relative to the base learning rate. It does not train embedding tables (`EmbeddingTable`): Adagrad
-    updates their rows that a batch uses. The whole encoder is in training mode, as after
-    `nnx.Module.train`.
+    rate of the step relative to the base learning rate, `config.learning_rate`. It does not train embedding
+    tables (`EmbeddingTable`): Adagrad updates their rows that a batch uses. The whole encoder is in training
+    mode, as after `nnx.Module.train`.
 
     Args:
       model: the classifier; its arrays are donated to the first step, so use `Trainer.model` afterwards.
@@ -39,8 +39,9 @@ class Trainer:
       encoder_optimizer: an optimizer for the encoder that includes its learning rate, such as
         `optax.lion(1e-5)`; by default AdamW with `encoder_lr_multiplier`, `encoder_warmup`,
         `encoder_weight_decay` and `moment_dtype` of the configuration.
-      fused: whether the head is updated in place by native ops; by default wherever the native ops run. The
-        state is the same in both cases, so a run can be resumed with either.
+      fused: whether the head takes its steps with native ops (`Head.step_fused`) or with Optax; by default
+        with native ops wherever they run. The state is the same in both cases, so a run can be resumed with
+        either.
 
     Attributes:
       state: pytree of everything that training changes: parameters, connectivity, random state, moments.
@@ -101,24 +102,25 @@ class Trainer:
     @property
     def model(self) -> Classifier:
         """The classifier with the current weights. Its arrays are donated to the next step."""
-        # The copy of the tree gives the model its own variables, which share the arrays of the state.
-        params, other = jax.tree.map(lambda array: array, (self.state["params"], self.state["other"]))
-        return nnx.merge(self._graphdef, params, other)
+        return merge(self._graphdef, self.state["params"], self.state["other"])
 
     def train_step(self, batch: Batch, learning_rate: float) -> jax.Array:
         """Take one training step, and a rewiring if one is due after it.
 
+        With `rewire_interval=-1`, `epoch` rewires, not this method.
+
         Args:
           batch: the batch to train on.
-          learning_rate: the base learning rate; each layer multiplies it by its own factor.
+          learning_rate: the learning rate of this step, from the schedule, before the multipliers of the
+            layers.
 
         Returns:
           The loss before the step, a float32 scalar. The function does not wait for its value.
 
         Raises:
-            TypeError: the learning rate is not a number, or positives are not an integer array [B, P].
-            ValueError: the learning rate is not finite; positives are not as described in `Batch`; or a
-              parameter would stay untrained.
+          TypeError: the learning rate is not a number, or positives are not an integer array [B, P].
+          ValueError: the learning rate is not finite; positives are not as described in `Batch`; or a
+            parameter would stay untrained.
         """
         rate = as_learning_rate(learning_rate)
         check_positives(np.asarray(batch.positives), self.num_labels)
@@ -175,7 +177,8 @@ class Trainer:
           batches: the training points: a `Batches`, or any object with a method `shuffled(seed, epoch,
             first=)`.
           epoch: number of the epoch, from 0; with the seed it determines the order of the points.
-          learning_rate: function from the number of a step within the epoch, from 0, to its learning rate.
+          learning_rate: function from the number of a step within the epoch, from 0, to the learning rate of
+            this step.
           first: number of steps of this epoch already taken.
         """
         for i, batch in enumerate(batches.shuffled(self.seed, epoch, first=first), start=first):

@@ -1,4 +1,4 @@
-"""The table of all ops, which parametrizes the tests of every op; a new op needs only an entry here."""
+"""The table of all ops, which parametrizes the tests of every op; a new op joins them by an entry here."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -42,9 +42,8 @@ def reset_moments(
     nothing = jnp.zeros((), bool)
     masks = jax.tree_util.tree_map_with_path(lambda path, _: moved if is_kernel(path) else nothing, params)
 
-    def is_masked(
-        moment: Any,
-    ) -> bool:  # optax.masked and optax.partition put this node in place of other parameters.
+    # optax.masked and optax.partition put a MaskedNode in place of parameters that they leave out.
+    def is_masked(moment: Any) -> bool:
         return isinstance(moment, optax.MaskedNode)
 
     def reset(moment: Any, mask: Array) -> Any:
@@ -90,7 +89,7 @@ def rewire_layer(
 
     Raises:
       TypeError: the layer is not a `FixedFanInLinear`.
-      ValueError: the layer is not in the model; the optimizer is for another model; x and positives are
+      ValueError: the layer is not in the model; the optimizer was made for another model; x and positives are
         missing for growth="active" or given for growth="random"; or x and the layer differ in width.
 
     Examples:
@@ -111,8 +110,9 @@ def rewire_layer(
     """
     if not isinstance(layer, FixedFanInLinear):
         raise TypeError(f"layer must be a FixedFanInLinear, got {type(layer).__name__}")
-    names = [path_name((*path, "kernel")) for path, node in nnx.iter_graph(model) if node is layer]
-    if not names:
+    # `nnx.iter_graph` and `nnx.state` both have a layer that is shared once, under its first path.
+    name = next((path_name((*path, "kernel")) for path, node in nnx.iter_graph(model) if node is layer), None)
+    if name is None:
         raise ValueError(
             f"the layer, a {type(layer).__name__}, is not in the model, a {type(model).__name__}"
         )
@@ -130,10 +130,13 @@ def rewire_layer(
     state, params = _values(optimizer.opt_state), _values(nnx.state(model, optimizer.wrt))
     try:
         moments = reset_moments(
-            optimizer.tx, state, params, lambda path: path_name(key_path_names(path)) == names[0], moved
+            optimizer.tx, state, params, lambda path: path_name(key_path_names(path)) == name, moved
         )
     except ValueError as error:  # raised by JAX for trees of different structure
-        raise ValueError(f"the optimizer is not that of the model, a {type(model).__name__}") from error
+        raise ValueError(
+            "the optimizer was made for another model: its state does not match the parameters of the model, "
+            f"a {type(model).__name__}"
+        ) from error
     layer.kernel.set_value(kernel)
     layer.indices.set_value(indices)
     jax.tree.map(
@@ -142,7 +145,8 @@ def rewire_layer(
     return moved
 
 
-# Compiled without donation: the outermost `jit` decides which arguments are donated.
+# `rewire` and `rewire_active` donate arguments only if they are the outermost `jit`. Within these functions
+# they are not, so that the arrays of the caller stay valid.
 _rewired = jax.jit(rewire, static_argnames=("in_features", "config"))
 _rewired_active = jax.jit(rewire_active, static_argnames="config")
 
