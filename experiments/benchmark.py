@@ -33,7 +33,7 @@ from typing import Any
 from absl import app, flags
 
 from sparse_xmc.cli import program
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 
 from .measure import direct_inputs, encoder_memory, feature_selection, ops, problems, steps, workloads
 
@@ -95,7 +95,7 @@ def main() -> None:
     used = of_others.get(values.op, _OF_OPS)
     known = set(_OF_OPS).union(*of_others.values())
     given = [name for name in known - {*used} if values[name].present]
-    if unused := sorted({*given, *flags_without_use(*used)}):
+    if unused := sorted({*given, *unused_flags(*used)}):
         raise app.UsageError(f"--op={values.op} has no use for {', '.join(f'--{name}' for name in unused)}")
     if values.op == "training_step":
         network = workloads.network_of_flags()

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from sparse_xmc.cli import program
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 from sparse_xmc.mesh import parse_mesh
 
 from .measure.scale import run_all, run_here, run_on_mesh
@@ -40,7 +40,7 @@ def _define_flags() -> None:
 
 def main():
     """Measure the systems that the flags describe."""
-    if unused := flags_without_use("mesh"):
+    if unused := unused_flags("mesh"):
         raise app.UsageError(
             f"--models say what is trained, so {', '.join(f'--{n}' for n in unused)} may not"
         )

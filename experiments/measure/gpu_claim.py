@@ -11,7 +11,7 @@ import jax
 from absl import app, flags
 
 from sparse_xmc.cli import program
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 
 from . import clock
 from .workloads import AMAZON_670K, BATCH_SIZE, NUM_FEATURES, Network, network_of_flags
@@ -53,7 +53,7 @@ def _define_flags() -> None:
 
 def main() -> None:
     """Measure, and write --json."""
-    if unused := flags_without_use("fan_in", "penultimate"):
+    if unused := unused_flags("fan_in", "penultimate"):
         raise app.UsageError(f"no use for {', '.join(f'--{name}' for name in unused)}")
     report = measure(network_of_flags(), flags.FLAGS.steps)
     Path(flags.FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")

@@ -12,7 +12,7 @@ import scipy.sparse
 from absl import flags
 
 from sparse_xmc.cli import program, reflection
-from sparse_xmc.cli.run_flags import Settings, flags_without_use, given_values
+from sparse_xmc.cli.run_flags import Settings, current_values, unused_flags
 from sparse_xmc.data import Dataset
 from sparse_xmc.planning import check_memory, placeholder_dataset
 
@@ -27,8 +27,8 @@ flags.DEFINE_float("labels_per_point", 5.0, "Mean number of labels of a point.",
 
 def main():
     """Print the memory plan for the sizes that the flags describe."""
-    settings = Settings.of(given_values())
-    if unused := flags_without_use(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
+    settings = Settings.of(current_values())
+    if unused := unused_flags(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"a plan from sizes alone has no use for {', '.join(f'--{name}' for name in unused)}")
     batch_size = settings.training.batch_size
     points = placeholder_dataset(FLAGS.labels, FLAGS.labels_per_point, FLAGS.features, batch_size)

@@ -57,14 +57,15 @@ def main():
     mesh = _open_mesh()
     is_first = jax.process_index() == 0  # Only the first process writes and prints.
     workdir = Path(FLAGS.workdir)
-    run_directory.check_flags(workdir)
-    if message := run_directory.finished(workdir):
-        print_once(message)
-        return
-    values = run_flags.given_values()
+    if not FLAGS.plan:  # A plan neither uses nor changes the working directory.
+        run_directory.check_flags(workdir)
+        if message := run_directory.finished(workdir):
+            print_once(message)
+            return
+    values = run_flags.current_values()
     settings = run_flags.Settings.of(values)
     training = settings.training
-    if unused := reflection.flags_without_use("head", HEADS, values):
+    if unused := reflection.fields_of_other_kinds("head", HEADS, values):
         print_once(f"--head={FLAGS.head} has no use for {', '.join(f'--{name}' for name in unused)}")
 
     pretrained, network = _open_encoder()
@@ -169,7 +170,7 @@ class _Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
-        print("stopping after this step; once more to end at once", file=sys.stderr, flush=True)
+        print("stopping after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
 
 
 def _fit_or_exit(signals: _Signals, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
@@ -177,7 +178,7 @@ def _fit_or_exit(signals: _Signals, *arguments: Any, **options: Any) -> list[dic
     try:
         return fit(*arguments, **options, should_stop=lambda: signals.received > 0)
     except Stopped as stopped:
-        print_once(f"{stopped}; the same command goes on")
+        print_once(f"{stopped}; run the same command again to resume")
         sys.exit(128 + signals.received)
 
 

@@ -6,7 +6,7 @@ from absl import flags
 
 from experiments.measure import workloads
 from experiments.measure.workloads import MODES, NETWORKS, SCALES, make_batches, make_trainer, read_settings
-from sparse_xmc.cli.run_flags import flags_without_use
+from sparse_xmc.cli.run_flags import unused_flags
 from sparse_xmc.heads import DenseConfig, FixedFanInConfig
 from sparse_xmc.train import TrainingConfig
 
@@ -30,13 +30,13 @@ def test_an_unknown_argument_is_an_error():
 
 def test_what_the_program_was_given_does_not_reach_the_settings(monkeypatch):
     flag = flags.FLAGS["fan_in"]
-    assert flags_without_use() == []
+    assert unused_flags() == []
     try:
         flag.parse("5")
         flag.present += 1  # as absl does
         assert read_settings([]).head.fan_in == 32
-        assert flags_without_use() == ["fan_in"]
-        assert flags_without_use("fan_in") == []
+        assert unused_flags() == ["fan_in"]
+        assert unused_flags("fan_in") == []
     finally:
         flag.unparse()
 

@@ -154,7 +154,7 @@ def test_the_saved_model_repeats_the_test_metrics(finished, tsv):
 def test_an_existing_result_is_kept(finished):
     workdir, flags, _ = finished
     before = (workdir / "result.json").stat()
-    assert "result.json is there already" in output_of(*flags)
+    assert "result.json: this run has finished. Choose another --workdir." in output_of(*flags)
     assert (workdir / "result.json").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -204,6 +204,29 @@ def test_other_flags_in_the_same_directory_are_an_error(tsv, tmp_path):
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
 
 
+def test_flags_of_a_run_are_compared_by_value(finished, tmp_path):
+    first, flags, _ = finished
+    lines = (first / "flags.cfg").read_text().splitlines()
+    older = [line for line in lines if not line.startswith(("--encoder_dtype=", "--noencoder_remat"))]
+    assert len(older) == len(lines) - 2
+    (tmp_path / "flags.cfg").write_text("\n".join([*older, "--plan", "--mesh=label:2"]))
+    (tmp_path / "result.json").write_text((first / "result.json").read_text())
+    assert "this run has finished" in output_of(*flags, f"--workdir={tmp_path}")
+    (tmp_path / "flags.cfg").write_text("--flag_of_another_version=1\n")
+    error = error_of(*flags, f"--workdir={tmp_path}")
+    assert "flags.cfg: not the flags of a run: Unknown command line flag 'flag_of_another_version'" in error
+
+
+def test_a_plan_is_printed_in_a_directory_with_another_run(tsv, tmp_path):
+    (tmp_path / "flags.cfg").write_text("--seed=1\n")
+    (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest" / "1.json").touch()
+    flags = [*tsv, *SMALL, f"--workdir={tmp_path}", "--seed=2"]
+    assert "planned peak" in output_of(*flags, "--plan")
+    assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+    assert "belongs to a run with other flags" in error_of(*flags)
+
+
 def test_epochs_can_be_raised_where_the_schedule_can_go_on(finished, tmp_path):
     first, flags, _ = finished
     workdir = f"--workdir={tmp_path / 'run'}"
@@ -245,9 +268,9 @@ def test_a_signal_stops_it_after_a_step_and_the_same_command_goes_on(tsv, tmp_pa
             break
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert "stopping after this step; once more to end at once" in errors
+    assert "stopping after this step; press Ctrl-C again to stop now" in errors
     assert "Traceback" not in errors
-    assert f"saved in {workdir}/checkpoints/latest; the same command goes on" in printed
+    assert f"saved in {workdir}/checkpoints/latest; run the same command again to resume" in printed
 
     again = subprocess.Popen([*COMMAND, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("going on after ") for line in again.stdout)
