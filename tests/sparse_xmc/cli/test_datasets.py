@@ -136,7 +136,7 @@ def test_a_filter_beside_no_labels_at_all_is_an_error(tmp_path):
 
 def test_a_file_without_a_word_in_two_texts_is_named(tsv, tmp_path):
     (tmp_path / "train.tsv").write_text("a\tone\nb\ttwo\n")
-    with pytest.raises(ValueError, match=r"train\.tsv: no word is in two of its texts$"):
+    with pytest.raises(ValueError, match=r"train\.tsv: no word occurs in at least two of its texts$"):
         datasets.load(*tsv)
 
 
