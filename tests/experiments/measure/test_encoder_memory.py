@@ -35,7 +35,7 @@ def test_nothing_is_allocated_and_the_parts_are_those_of_real_arrays(monkeypatch
     assert weights <= parts["encoder"] < weights + 500
     assert 1.5 * weights <= parts["encoder's moments"] < 1.5 * weights + 500  # the first are bfloat16
     table = 100 * (8 + 1) * 4  # with a sum of squares for each row
-    assert table <= parts["words"] < table + 100
+    assert table <= parts["embedding tables"] < table + 100
     batch = encoder_memory.make_batch(TINY, NETWORK)
     loss = real.train_step(batch, 1e-3)  # what was planned can be run
     assert float(loss) > 0
