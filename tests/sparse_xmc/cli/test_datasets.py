@@ -3,7 +3,7 @@ import pytest
 import scipy.sparse
 
 from sparse_xmc.cli import datasets
-from sparse_xmc.data import Dataset, write_xmc_text
+from sparse_xmc.data import Dataset, write_tsv, write_xmc_text
 
 TRAIN = (
     "mammal|pet\tsmall furry cat\nmammal|pet\tlarge furry dog\nbird\tsmall yellow bird\nbird\tlarge bird\n"
@@ -154,6 +154,15 @@ def test_a_file_of_features_without_points_is_named(tmp_path, name):
         path.write_text("0 2 2\n" if path.name == name else "1 2 2\n0 1:1.0\n")
     with pytest.raises(ValueError, match=rf"{name}: expected points, got none$"):
         datasets.load(*map(str, paths))
+
+
+def test_the_name_of_a_file_of_texts_decides_on_its_format(tmp_path):
+    for name in ("texts.tsv", "texts.tsv.gz"):
+        write_tsv(tmp_path / name, [["a", "b"], []], ["one", "two"])
+        assert list(datasets.read_texts(str(tmp_path / name))) == [(["a", "b"], "one"), ([], "two")]
+    for name in ("texts.txt", "texts", "texts.tsv.old"):
+        (tmp_path / name).write_text("a\tone\n\n")
+        assert list(datasets.read_texts(str(tmp_path / name))) == [([], "a\tone"), ([], "")]
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])
