@@ -40,9 +40,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from sparse_xmc.cli import flagfiles, program, reflection, run_flags
+from sparse_xmc.cli import flagfiles, program, run_flags
 from sparse_xmc.data.files import open_no_follow, write_text
-from sparse_xmc.heads import HEADS
 from sparse_xmc.settings import rename_settings
 
 TABLES = Path(__file__).parent / "tables"
@@ -156,20 +155,17 @@ def read_table(path: str) -> Table:
 
 def effective_flags(arguments: list[str]) -> dict:
     """Return the values of the flags of `experiments.run` that affect results, for given arguments."""
-    return _result_flags(run_flags.values_of(arguments))
+    return run_flags.effective_values(run_flags.values_of(arguments))
 
 
-def _result_flags(values: dict) -> dict:
-    """Return the effective values of flags that affect results; missing flags have their defaults."""
-    values = {flag.name: flag.default for flag in run_flags.own_flags()} | values
-    head = reflection.kind_of("head", HEADS, values)
-    values |= {name: head.get(name) for name in reflection.fields_of_kinds(HEADS)}
-    return {name: value for name, value in values.items() if name not in run_flags.INCIDENTAL_FLAGS}
+def _flags_of(result: Path) -> dict:
+    """Return the values of the flags of a result, as `effective_flags` does."""
+    return run_flags.effective_values(rename_settings(json.loads(result.read_text())["flags"]))
 
 
 def _directory(runs: Path, values: dict) -> Path:
     """Return the working directory of a run, named by a hash of its flags that differ from the defaults."""
-    defaults = _result_flags({})
+    defaults = run_flags.effective_values({})
     changed = {name: value for name, value in values.items() if value != defaults.get(name)}
     return runs / hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -193,10 +189,7 @@ def sweep(table: Table, results: Path, runs: Path, dry_run: bool = False) -> dic
         command = [sys.executable, "-m", "experiments.run", *entry.flags]
         command += [f"--workdir={workdir}", f"--name={entry.data} {entry.model}"]
         print(f"[{i}/{len(table.entries)}] {entry}: ", end="", flush=True)
-        if (
-            result.exists()
-            and _result_flags(rename_settings(json.loads(result.read_text())["flags"])) == values
-        ):
+        if result.exists() and _flags_of(result) == values:
             print(f"{result} already exists")
             continue
         if dry_run:

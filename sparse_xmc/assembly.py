@@ -50,7 +50,7 @@ def build(
     """
     model = config.make(
         train=train if initial is None else None,
-        text=network,
+        network=network,
         input_scale=input_scale,
         mesh=mesh,
         rngs=nnx.Rngs(seed),

@@ -189,7 +189,7 @@ class XMCClassifier(BaseEstimator):
         if parameters.encoder_trainable and parameters.encoder is None:
             raise ValueError("encoder_trainable=True needs an encoder")
         values = read_points(X)
-        labels, label_encoder = _encode_labels(y)
+        labels, label_encoder = _fit_labels(y)
         num_points = len(values) if isinstance(values, list) else values.shape[0]
         if num_points != labels.shape[0]:
             raise ValueError(
@@ -232,6 +232,7 @@ class XMCClassifier(BaseEstimator):
         """Return the parameters; raise ValueError if one of them has an invalid value."""
         values = {name: value for name, value in self.get_params(deep=False).items() if name != "mesh"}
         paths = {name: os.fspath(v) for name, v in values.items() if isinstance(v, os.PathLike)}
+        # As in scikit-learn, `verbose` may be an int.
         return _Parameters(**values | paths | {"verbose": bool(self.verbose)})
 
     def predict(self, X: TextsOrFeatures, k: int | None = None) -> Predictions:
@@ -269,7 +270,7 @@ class XMCClassifier(BaseEstimator):
             points.
         """
         points = self._points(X)
-        labels, _ = _encode_labels(y, self._fitted.label_encoder, self.n_labels_)
+        labels = _encode_labels(y, self._fitted.label_encoder, self.n_labels_)
         if len(points) != labels.shape[0]:
             raise ValueError(
                 f"X and y must be of the same points, got {len(points)} in X and {labels.shape[0]} in y"
@@ -402,8 +403,6 @@ def _configure(
         penultimate=sizes["penultimate"],
         fan_in=sizes["fan_in"],
         direct_inputs=sizes["direct_inputs"],
-        output_bias=-1.0,  # on the negative side of the margin: easy negatives have no gradient
-        output_bound=0.05,
     )
     input_scale = 1.0
     if inputs is None:  # The TF-IDF of texts is scaled already.
@@ -433,34 +432,36 @@ def _only(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _encode_labels(
-    y: Labels, encoder: LabelEncoder | None = None, num_labels: int | None = None
-) -> tuple[scipy.sparse.csr_array, LabelEncoder | None]:
-    """Return the label matrix bool [N, L], and the encoder of the label names or None.
+def _fit_labels(y: Labels) -> tuple[scipy.sparse.csr_array, LabelEncoder | None]:
+    """Return the label matrix bool [N, L] of training points, and the encoder of the label names or None."""
+    labels = read_labels(y)
+    if isinstance(labels, LabelMatrix):
+        return labels.values, None if labels.names is None else LabelEncoder(labels.names)
+    encoder = LabelEncoder.fit(labels)
+    return encoder(labels), encoder
+
+
+def _encode_labels(y: Labels, encoder: LabelEncoder | None, num_labels: int) -> scipy.sparse.csr_array:
+    """Return the label matrix bool [N, L] of points for a trained classifier.
 
     Args:
       y: as for `XMCClassifier.fit`.
-      encoder: label encoder of a trained classifier; None if labels have no names, or before training.
-      num_labels: number of labels of a trained classifier; None before training.
+      encoder: label encoder of the classifier; None if its labels have no names.
+      num_labels: L, the number of labels of the classifier.
     """
     labels = read_labels(y)
     if isinstance(labels, LabelMatrix):
-        matrix, names = labels
-        if names is not None and encoder is not None:
-            return _reorder(matrix, names, encoder), encoder
-        if names is not None and num_labels is None:
-            return matrix, LabelEncoder(names)
-        shape = list(matrix.shape)
-        if num_labels is not None and (encoder is not None or shape[1] != num_labels):
-            expected = "names" if encoder is not None else f"a matrix [N, {num_labels}]"
-            raise ValueError(f"y must be {expected}, got a matrix {shape}")
-        return matrix, None
-    if not labels and encoder is None:  # There are no points, so y can be names or a matrix.
-        return scipy.sparse.csr_array((0, num_labels or 0), dtype=bool), None
-    if num_labels is not None and encoder is None:
+        if encoder is not None and labels.names is not None:
+            return _reorder(labels.values, labels.names, encoder)
+        if encoder is not None or labels.values.shape[1] != num_labels:
+            expected = f"a matrix [N, {num_labels}]" if encoder is None else "names"
+            raise ValueError(f"y must be {expected}, got a matrix {list(labels.values.shape)}")
+        return labels.values
+    if encoder is not None:
+        return encoder(labels)
+    if labels:
         raise ValueError("y must be a matrix, as the classifier was trained with, got names")
-    encoder = encoder or LabelEncoder.fit(labels)
-    return encoder(labels), encoder
+    return scipy.sparse.csr_array((0, num_labels), dtype=bool)  # An empty list has no names.
 
 
 def _reorder(

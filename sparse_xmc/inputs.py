@@ -22,9 +22,9 @@ class InputEncoder:
 
     Attributes:
       words: encoder of texts as bags of words.
-      pretrained: encoder of texts in addition to bags of words, from `open_pretrained`: a frozen encoder,
-        which computes embeddings; or the tokenizer of an encoder that is fine-tuned, and is a part of the
-        classifier; or None.
+      pretrained: how a text is encoded in addition to its bag of words, from `open_pretrained`: as an
+        embedding by a `FrozenEncoder`; as tokens by a `Tokenizer`, if the classifier contains the encoder,
+        which is fine-tuned; or not at all (None).
     """
 
     words: TextEncoder
@@ -75,21 +75,19 @@ class InputEncoder:
             self.pretrained.save(directory)
 
     @classmethod
-    def load(
-        cls, files: Mapping[str, Path], frozen_directory: str | os.PathLike | None = None
-    ) -> "InputEncoder":
+    def load(cls, files: Mapping[str, Path], encoder: str | os.PathLike | None = None) -> "InputEncoder":
         """Read an encoder saved by `save`.
 
         Args:
           files: paths of the saved files, by their names.
-          frozen_directory: current directory of the frozen encoder; None for the saved one.
+          encoder: current directory of the frozen encoder; None for the saved one.
 
         Raises:
           ValueError: a file is malformed, or the frozen encoder is not in its directory.
         """
         words = TextEncoder.load(files[WORDS_FILE])
         if FROZEN_FILE in files:
-            return cls(words, FrozenEncoder.load(files[FROZEN_FILE], frozen_directory))
+            return cls(words, FrozenEncoder.load(files[FROZEN_FILE], encoder))
         if TOKENIZER_FILE in files:
             return cls(words, Tokenizer.from_directory(files[TOKENIZER_FILE].parent))
         return cls(words)

@@ -165,7 +165,7 @@ class ClassifierConfig:
         self,
         *,
         train: Dataset | None = None,
-        text: PretrainedEncoder | None = None,
+        network: PretrainedEncoder | None = None,
         input_scale: float = 1.0,
         mesh: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
@@ -174,8 +174,8 @@ class ClassifierConfig:
 
         Args:
           train: the training points, from which heads may be initialized; see `HeadConfig.make`.
-          text: the pretrained encoder that is fine-tuned; None for one with random weights, if `pretrained`
-            is set.
+          network: the pretrained encoder that is fine-tuned; None for one with random weights, if
+            `pretrained` is set.
           input_scale: factor by which the features are multiplied.
           mesh: mesh over whose devices the labels are sharded, from `sparse_xmc.mesh.make_mesh`; the initial
             weights do not depend on it. None for one device.
@@ -194,20 +194,25 @@ class ClassifierConfig:
             if self.text_features:
                 options = {"dropout": self.encoder.text_dropout, "scale": self.encoder.text_scale}
                 embeddings = DenseFeatures(self.text_features, **options, rngs=rngs)
-                if self.pretrained is not None and text is None:
-                    text = self.pretrained.make(rngs)
-                encoder = JointEncoder(encoder, embeddings, text)
+                if self.pretrained is not None and network is None:
+                    network = self.pretrained.make(rngs)
+                encoder = JointEncoder(encoder, embeddings, network)
                 width += self.text_features
         head = self.head.make(HeadSpec(width, self.num_labels, num_direct, train, mesh), rngs)
         if mesh is not None:
             nnx.update(encoder, place(nnx.state(encoder), mesh))
         return Classifier(encoder, head)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object; the object of the head has its name in `HEADS` as "kind"."""
+    @property
+    def head_kind(self) -> str:
+        """The name of the head in `HEADS`."""
         (kind,) = (name for name, config in HEADS.items() if type(self.head) is config)
+        return kind
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; the object of the head has `head_kind` as "kind"."""
         fields = dataclasses.asdict(self)
-        return fields | {"head": {"kind": kind, **fields["head"]}}
+        return fields | {"head": {"kind": self.head_kind, **fields["head"]}}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ClassifierConfig":

@@ -108,10 +108,9 @@ def check_memory(
     for smaller in _smaller(config, training):
         other = plan_memory(*smaller, train, mesh=mesh)
         if other.bytes <= plan.available:
-            pairs = zip((config, training), smaller, strict=True)
-            settings = ", ".join(change for pair in pairs for change in _differences(*pair))
+            settings = ", ".join(_changes((config, training), smaller))
             raise MemoryError(f"{message}\nIt would take {other.bytes / 2**20:,.0f} MiB with {settings}.")
-    raise MemoryError(f"{message}\nNothing that is known to take less would fit.")
+    raise MemoryError(f"{message}\nNo smaller settings that this program knows would fit.")
 
 
 def placeholder_dataset(
@@ -140,13 +139,13 @@ def abstract_trainer(config: ClassifierConfig, training: TrainingConfig) -> Trai
 
 def state_parts(trainer: Trainer) -> dict[str, int]:
     """Return the number of bytes of each part of a training state, of arrays or of shapes."""
-    parts = dict.fromkeys(("encoder", "encoder's moments", "words", "head", "head's moments"), 0)
+    parts = dict.fromkeys(("encoder", "encoder's moments", "embedding tables", "head", "head's moments"), 0)
     for state in (trainer.state["params"], trainer.state["other"]):
         for path, variable in nnx.to_flat_state(state):
-            of_encoder = "words" if isinstance(variable, TableParam) else "encoder"
+            of_encoder = "embedding tables" if isinstance(variable, TableParam) else "encoder"
             parts["head" if path[0] == "head" else of_encoder] += bytes_of(variable)
     parts["encoder's moments"] = bytes_of(trainer.state["optimizer"])
-    parts["words"] += bytes_of(trainer.state["squares"])
+    parts["embedding tables"] += bytes_of(trainer.state["squares"])
     parts["head's moments"] = bytes_of(trainer.state["moments"])
     return parts
 
@@ -197,13 +196,23 @@ def _smaller(
         yield dataclasses.replace(config, head=head), training
 
 
+def _changes(
+    before: tuple[ClassifierConfig, TrainingConfig], after: tuple[ClassifierConfig, TrainingConfig]
+) -> Iterator[str]:
+    """Yield "name=value" for each setting that differs, as for the flags of `sparse-xmc run`."""
+    (old_config, old_training), (config, training) = before, after
+    if type(old_config.head) is not type(config.head):
+        yield f"head={config.head_kind}"
+        old_config = dataclasses.replace(old_config, head=type(config.head)())
+    yield from _differences(old_config, config)
+    yield from _differences(old_training, training)
+
+
 def _differences(before: Any, after: Any) -> Iterator[str]:
     """Yield "name=value" for each field that differs between two dataclasses, including nested ones."""
     for field in dataclasses.fields(after):
         old, new = getattr(before, field.name), getattr(after, field.name)
-        if type(old) is not type(new) and dataclasses.is_dataclass(new):
-            yield f"{field.name}={type(new).__name__}()"
-        elif dataclasses.is_dataclass(new):
+        if dataclasses.is_dataclass(new):
             yield from _differences(old, new)
         elif old != new:
             yield f"{field.name}={new}"

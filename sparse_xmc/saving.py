@@ -77,13 +77,16 @@ class SavedModel:
           data, metrics: content of the model card, as for `model_card`.
 
         Raises:
-          ValueError: the directory contains a pretrained encoder, whose tokenizer would be overwritten.
+          ValueError: the directory has a `config.json`, as the directory of a pretrained encoder does, whose
+            tokenizer would be overwritten.
           TypeError: `parameters` is not serializable as JSON; no file is written in this case.
           OSError: the model could not be written; an old model in the directory is kept.
         """
         directory = Path(directory)
         if (directory / "config.json").exists():
-            raise ValueError(f"{directory} is the directory of a pretrained encoder; choose another")
+            raise ValueError(
+                f"{directory} is the directory of a pretrained encoder, with a config.json; choose another"
+            )
         parts: dict[str, Any] = {
             LABELS: self.label_encoder,
             CALIBRATION: self.calibration,

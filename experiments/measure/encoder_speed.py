@@ -116,7 +116,7 @@ def measure_step(
             text_features=encoder.features,
             pretrained=None if text is None else PretrainedSettings.of(text),
         )
-        trainer = Trainer(config.make(train=train, text=text, rngs=nnx.Rngs(0)), training)
+        trainer = Trainer(config.make(train=train, network=text, rngs=nnx.Rngs(0)), training)
         batches = Batches(train, batch_size).shuffled(0, 0)
         batch_cache = list(itertools.islice(batches, 16))
         calls[name] = functools.partial(_step, trainer, itertools.cycle(batch_cache))

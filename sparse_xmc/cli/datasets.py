@@ -1,8 +1,8 @@
-"""Loading of data sets from the files that flags name."""
+"""Loading of data sets from the files that flags name, and the choice of their formats by file name."""
 
 import dataclasses
 import re
-from collections.abc import Sized
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,18 @@ from sparse_xmc.cli.flagfiles import find
 from sparse_xmc.data import (
     Dataset,
     LabelEncoder,
+    iterate_tsv,
     read_dense,
     read_filter,
-    read_tsv,
     read_xmc_text,
 )
+from sparse_xmc.data.files import read_text_lines
 from sparse_xmc.encoders.frozen_encoder import PretrainedInput
 from sparse_xmc.inputs import InputEncoder
 from sparse_xmc.saving import SavedModel
+
+# Readers of raw texts by the suffix of the file name. They yield the label names and the text of each point.
+_TEXT_READERS: dict[str, Callable[[str], Iterator[tuple[list[str], str]]]] = {".tsv": iterate_tsv}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,9 @@ def load(
       test: path of the test points, in the same format.
       train_features: path of a `.npy` file of dense features, if `train` has only labels; or None.
       test_features: path of the dense features of the test points, or None.
-      train_filter: path of a filter file, or None. Each line is `point label`, both numbers from 0: the label
-        is excluded from the ranking of this point in evaluation. For raw text, label numbers are label names.
+      train_filter: path of a file of `row label` lines, labels that are excluded from the ranking of a point
+        in evaluation; or None. For raw text, the labels in the file are looked up as
+        label names, so this works only if names are numbers.
       test_filter: path of such a file for the test points, or None.
       cache_dir: directory in which parsed files of the repository's format, and embeddings of texts by a
         frozen encoder, are cached and memory-mapped; None for no cache.
@@ -80,7 +85,7 @@ def load(
     for path in filter(None, (train, test, train_features, test_features, train_filter, test_filter)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file")
-        if re.search(r"\.csv(\.gz|\.xz)?$", path):
+        if _suffix(path) == ".csv":
             raise ValueError(
                 f"{path}: expected a .tsv of label|label|...<TAB>text, got comma-separated values"
             )
@@ -145,9 +150,11 @@ def load_for_model(
         raise ValueError(f"{path}: the model takes {expected}, got {given}")
     if saved.label_encoder is not None:
         if saved.inputs is None:
-            raise ValueError(f"{path}: the model takes features and label names, and no file format has both")
-        names, texts = read_tsv(path)
-        _check_not_empty(path, texts)
+            raise ValueError(
+                f"{path}: the model was trained on features with named labels; no file format has both. "
+                "Use `XMCClassifier.score`."
+            )
+        names, texts = _read_labelled_texts(path)
         labels = saved.label_encoder(names)
         unknown = sum(len(set(point_names)) for point_names in names) - labels.nnz
         dataset = saved.inputs(texts).with_labels(labels)
@@ -184,8 +191,42 @@ def _exclude(dataset: Dataset, path: str | None, encoder: LabelEncoder | None) -
     return dataclasses.replace(dataset, excluded=excluded)
 
 
+def read_texts(path: str) -> Iterator[tuple[list[str], str]]:
+    """Yield the label names and the text of each point of a file of raw texts.
+
+    A `.tsv` file has lines `label|label|...<TAB>text`. In a file with any other name, each line is a text
+    without labels. Either may be compressed (`.gz`, `.xz`).
+
+    Args:
+      path: the file to read.
+
+    Raises:
+      ValueError: the file is malformed; points before the malformed line may have been yielded already.
+    """
+    if _is_text(path):
+        return _TEXT_READERS[_suffix(path)](path)
+    return (([], line) for _, line in read_text_lines(path))
+
+
+def _read_labelled_texts(path: str) -> tuple[list[list[str]], list[str]]:
+    """Return the label names and the texts of all points of a file, after checking that there are points."""
+    names, texts = [], []
+    for point_names, text in read_texts(path):
+        names.append(point_names)
+        texts.append(text)
+    _check_not_empty(path, texts)
+    return names, texts
+
+
 def _is_text(path: str) -> bool:
-    return Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".tsv")
+    """Return whether the file name is that of raw texts with named labels."""
+    return _suffix(path) in _TEXT_READERS
+
+
+def _suffix(path: str) -> str:
+    """Return the suffix of a file name, such as ".tsv", without the suffix of a compressed file."""
+    found = re.search(r"(\.[^./]+)(\.gz|\.xz)?$", path)
+    return "" if found is None else found[1]
 
 
 def _load_texts(
@@ -195,15 +236,13 @@ def _load_texts(
     pretrained: PretrainedInput | None,
     cache_dir: str | None,
 ) -> Splits:
-    train_names, train_texts = read_tsv(train)
-    test_names, test_texts = read_tsv(test)
-    _check_not_empty(train, train_texts)
-    _check_not_empty(test, test_texts)
+    train_names, train_texts = _read_labelled_texts(train)
+    test_names, test_texts = _read_labelled_texts(test)
     labels = LabelEncoder.fit(train_names)
     try:
         inputs = InputEncoder.fit(train_texts, ngrams=ngrams, pretrained=pretrained)
     except ValueError as error:
-        raise ValueError(f"{train}: expected words that occur in at least two texts, found none") from error
+        raise ValueError(f"{train}: no word occurs in at least two of its texts") from error
     return Splits(
         train=inputs(train_texts, cache_dir=cache_dir).with_labels(labels(train_names)),
         test=inputs(test_texts, cache_dir=cache_dir).with_labels(labels(test_names)),

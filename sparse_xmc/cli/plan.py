@@ -12,7 +12,7 @@ import scipy.sparse
 from absl import flags
 
 from sparse_xmc.cli import program, reflection
-from sparse_xmc.cli.run_flags import Settings, given_values, unused_flags
+from sparse_xmc.cli.run_flags import Settings, current_values, unused_flags
 from sparse_xmc.data import Dataset
 from sparse_xmc.planning import check_memory, placeholder_dataset
 
@@ -27,7 +27,7 @@ flags.DEFINE_float("labels_per_point", 5.0, "Mean number of labels of a point.",
 
 def main():
     """Print the memory plan for the sizes that the flags describe."""
-    settings = Settings.of(given_values())
+    settings = Settings.of(current_values())
     if unused := unused_flags(*(flag.name for flag in FLAGS.get_key_flags_for_module(reflection))):
         print(f"sparse-xmc plan does not use {', '.join(f'--{name}' for name in unused)}")
     batch_size = settings.training.batch_size

@@ -12,7 +12,6 @@ The output has one line for each point with its best labels: tab-separated value
 
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +20,8 @@ from absl import flags
 
 from sparse_xmc import XMCClassifier
 from sparse_xmc.cli import program, trained
-from sparse_xmc.cli.datasets import printable
+from sparse_xmc.cli.datasets import printable, read_texts
 from sparse_xmc.data import iterate_xmc_text
-from sparse_xmc.data.files import read_text_lines
 from sparse_xmc.data.storage import check_finite, open_npy
 
 flags.adopt_module_key_flags(trained)  # so that --help shows them
@@ -72,9 +70,7 @@ def main() -> None:
 def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
     """Yield the points of a file in blocks, in the format of the classifier."""
     if classifier.saved_.inputs is not None:
-        lines = read_text_lines(path)
-        is_tsv = re.search(r"\.tsv(\.gz|\.xz)?$", path) is not None
-        texts = (_after_tab(path, *line) if is_tsv else line[1] for line in lines)
+        texts = (text for _, text in read_texts(path))
         yield from iter(lambda: list(itertools.islice(texts, _BLOCK_SIZE)), [])
     elif classifier.saved_.config.bag_of_words:
         for dataset in iterate_xmc_text(path, _BLOCK_SIZE):
@@ -85,13 +81,6 @@ def read_points(classifier: XMCClassifier, path: str) -> Iterator[Any]:
             points = np.asarray(matrix[start : start + _BLOCK_SIZE])
             check_finite(path, points)
             yield points
-
-
-def _after_tab(path: str, number: int, line: str) -> str:
-    _, tab, text = line.partition("\t")
-    if not tab:
-        raise ValueError(f"{path}:{number}: expected 'label|label|...<TAB>text', got no tab in {line[:40]!r}")
-    return text
 
 
 def line(names: np.ndarray, columns: dict[str, np.ndarray]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_origin, get_type_hints
 
 from absl import flags
 
-# Flag value for a setting of None. A flag whose own value is None was not given, and means the default.
+# The value of a flag for a setting of None. A flag of `define_kinds` with the value None was not given.
 NONE = "none"
 
 
@@ -47,14 +47,22 @@ def define_kinds(
     """Define a flag that chooses one of several configuration classes, and a flag for each of their fields.
 
     The flags of fields have no default: a field that is not given has the default of the chosen class.
+    Classes with a field of the same name share a flag; its choices and help text are from the first class.
+
+    Raises:
+      TypeError: fields of the same name have different types.
     """
     flags.DEFINE_enum(name, default, list(kinds), help, flag_values=flag_values)
     found: dict[str, tuple] = {}
     for kind, settings in kinds.items():
         for field, field_type in _fields(settings):
-            found.setdefault(field.name, (field_type, field, settings, []))[3].append(
-                f"{kind} {field.default}"
-            )
+            first_type, _, first, defaults = found.setdefault(field.name, (field_type, field, settings, []))
+            if field_type != first_type:
+                raise TypeError(
+                    f"{field.name} must have the same type in all classes, got {first_type} in "
+                    f"{first.__name__} and {field_type} in {settings.__name__}"
+                )
+            defaults.append(f"{kind} {field.default}")
     for field_name, (field_type, field, settings, defaults) in found.items():
         text = f"{_help(settings, field_name)} By default: {', '.join(defaults)}."
         _define(field_name, None, field_type, field, text, flag_values)
@@ -65,21 +73,21 @@ def read_kind(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -
     return kinds[values[name]](**_given(kinds[values[name]], values))
 
 
-def kind_of(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of_kind(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return all fields of the chosen configuration, unchecked; fields that are not given have defaults."""
     settings = kinds[values[name]]
     return {field.name: field.default for field, _ in _fields(settings)} | _given(settings, values)
 
 
-def fields_of_kinds(kinds: Mapping[str, type]) -> list[str]:
+def field_names(kinds: Mapping[str, type]) -> list[str]:
     """Return the names of the fields of all classes, sorted."""
     return sorted({field.name for settings in kinds.values() for field, _ in _fields(settings)})
 
 
-def unused_flags(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
-    """Return the names of given flags that are not fields of the chosen class."""
+def fields_of_other_kinds(name: str, kinds: Mapping[str, type], values: Mapping[str, Any]) -> list[str]:
+    """Return the names of fields that are given but are not fields of the chosen class, sorted."""
     used = {field.name for field, _ in _fields(kinds[values[name]])}
-    return [field for field in fields_of_kinds(kinds) if field not in used and values[field] is not None]
+    return [field for field in field_names(kinds) if field not in used and values[field] is not None]
 
 
 def _given(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,14 +57,15 @@ def main():
     mesh = _open_mesh()
     is_first = jax.process_index() == 0  # Only the first process writes and prints.
     workdir = Path(FLAGS.workdir)
-    run_directory.check_flags(workdir)
-    if message := run_directory.finished(workdir):
-        print_once(message)
-        return
-    values = run_flags.given_values()
+    if not FLAGS.plan:  # A plan neither uses nor changes the working directory.
+        run_directory.check_flags(workdir)
+        if message := run_directory.finished(workdir):
+            print_once(message)
+            return
+    values = run_flags.current_values()
     settings = run_flags.Settings.of(values)
     training = settings.training
-    if unused := reflection.unused_flags("head", HEADS, values):
+    if unused := reflection.fields_of_other_kinds("head", HEADS, values):
         print_once(f"--head={FLAGS.head} does not use {', '.join(f'--{name}' for name in unused)}")
 
     pretrained, network = _open_encoder()

@@ -2,14 +2,12 @@
 
 import fcntl
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from absl import flags
 
-from sparse_xmc.cli import flagfiles
-from sparse_xmc.cli.run_flags import INCIDENTAL_FLAGS, flag_lines
+from sparse_xmc.cli.run_flags import current_values, effective_values, values_of
 from sparse_xmc.data.files import open_no_follow
 from sparse_xmc.train import SCHEDULES
 
@@ -41,26 +39,24 @@ def check_flags(workdir: Path) -> None:
     has_checkpoint = any((workdir / "checkpoints" / "latest").glob("*.json"))
     if not path.exists() or not (has_checkpoint or (workdir / "result.json").exists()):
         return  # There is no run to resume.
-    saved = flagfiles.rename_flags(path.read_text().splitlines())
-    epochs = next((int(line[9:]) for line in saved if line.startswith("--epochs=")), FLAGS.epochs)
+    lines = [line for line in path.read_text().splitlines() if line.startswith("-")]
+    try:
+        saved, given = effective_values(values_of(lines)), effective_values(current_values())
+    except flags.Error as error:
+        raise ValueError(f"{path}: not the flags of a run: {error}; choose another --workdir") from error
+    epochs = saved["epochs"]
     is_raised = epochs < FLAGS.epochs
     if is_raised:
-        saved = [*(line for line in saved if not line.startswith("--epochs=")), f"--epochs={FLAGS.epochs}"]
-    if different := sorted(_without_incidental(saved) ^ _without_incidental(flag_lines())):
-        raise ValueError(
-            f"{path} was written by a run with other flags ({' '.join(different)}); choose another --workdir"
-        )
+        del saved["epochs"]
+    if different := [name for name in sorted(saved) if saved[name] != given[name]]:
+        listed = " ".join(f"--{name}={values[name]}" for name in different for values in (saved, given))
+        raise ValueError(f"{path} was written by a run with other flags ({listed}); choose another --workdir")
     if is_raised and not SCHEDULES[FLAGS.schedule].can_go_on:
         raise ValueError(
             f"{path} was written by a run of {epochs} epochs, at whose end the learning rate of "
             f"--schedule={FLAGS.schedule} is 0, so it cannot be continued; choose another --workdir, or "
             "--init_from this one"
         )
-
-
-def _without_incidental(lines: Iterable[str]) -> set[str]:
-    prefixes = tuple(f"--{name}=" for name in INCIDENTAL_FLAGS)
-    return {line for line in lines if not line.startswith(prefixes)}
 
 
 def finished(workdir: Path) -> str | None:
@@ -73,7 +69,7 @@ def finished(workdir: Path) -> str | None:
     if planned >= FLAGS.epochs:
         note = ""
     elif done < planned:
-        note = f", and more epochs would have no effect: training stopped early, after epoch {done}"
+        note = f" It stopped early, after {done} epochs, so more epochs change nothing."
     else:
         return None
-    return f"{path} already exists{note}. Choose another --workdir to run again."
+    return f"{path}: this run has finished.{note} Choose another --workdir."

@@ -132,8 +132,8 @@ def own_flags() -> list[flags.Flag]:
     return [*modules[__name__], *modules[reflection.__name__]]
 
 
-def given_values() -> dict[str, Any]:
-    """Return the values of the flags of `sparse-xmc run` on the command line."""
+def current_values() -> dict[str, Any]:
+    """Return the values of all flags of `sparse-xmc run`, given on the command line or not."""
     return {flag.name: flag.value for flag in own_flags()}
 
 
@@ -143,8 +143,22 @@ def values_of(arguments: Sequence[str]) -> dict[str, Any]:
     for flag in own_flags():
         values[flag.name] = copied = copy.deepcopy(flag)
         copied.unparse()
+        copied.validators.clear()  # `run` requires some flags; `arguments` may lack them.
     values(["sparse-xmc run", *flagfiles.expand(arguments)])
     return values.flag_values_dict()
+
+
+def effective_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all flags that affect results; they identify a run.
+
+    Args:
+      values: values of flags by name. Missing flags have their defaults, so that a flag may be newer than the
+        run, and missing fields of the head the defaults of its class.
+    """
+    values = {flag.name: flag.default for flag in own_flags()} | dict(values)
+    head = reflection.fields_of_kind("head", HEADS, values)
+    values |= {name: head.get(name) for name in reflection.field_names(HEADS)}
+    return {name: value for name, value in values.items() if name not in INCIDENTAL_FLAGS}
 
 
 def flag_lines() -> list[str]:

@@ -5,7 +5,7 @@ from sparse_xmc.data.dense import read_dense
 from sparse_xmc.data.filters import read_filter
 from sparse_xmc.data.storage import load_csr, save_csr
 from sparse_xmc.data.text import LabelEncoder, TextEncoder
-from sparse_xmc.data.tsv import read_tsv, write_tsv
+from sparse_xmc.data.tsv import iterate_tsv, read_tsv, write_tsv
 from sparse_xmc.data.xmc_text import (
     iterate_xmc_text,
     read_xmc_labels,
@@ -19,6 +19,7 @@ __all__ = [
     "LabelEncoder",
     "Points",
     "TextEncoder",
+    "iterate_tsv",
     "iterate_xmc_text",
     "load_csr",
     "read_dense",

@@ -19,7 +19,8 @@ def read_filter(
     """Read a filter file of the Extreme Classification Repository (`filter_labels_test.txt`).
 
     Each line is `row label`, both from 0: the label is excluded from the ranking of this point in evaluation,
-    because it is the point itself.
+    for example because points and labels are the same products, and a product must not be predicted for
+    itself.
 
     Args:
       path: the file to read.

@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sparse_xmc.data import files
 
 _BLANKS = " \u00a0\u3000\ufeff"  # stripped around labels; the last one is a byte order mark
 
 
-def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
-    """Read raw text with named labels: UTF-8 lines `label|label|...<TAB>text`.
+def iterate_tsv(path: str | os.PathLike) -> Iterator[tuple[list[str], str]]:
+    """Yield the label names and the text of each point of raw text with named labels.
+
+    Each point is a UTF-8 line `label|label|...<TAB>text`.
 
     The part before the first tab may be empty, for a point without labels. Blanks around a label are removed,
     and so is a byte order mark at the beginning of the file.
@@ -18,14 +20,13 @@ def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
     Args:
       path: the file to read.
 
-    Returns:
-      `(labels, texts)`, both of length N: the label names of each point, and its text without changes.
+    Yields:
+      The label names of a point, and its text without changes.
 
     Raises:
       ValueError: the file is malformed, or begins with a header line `labels<TAB>text`; the message names the
-        line.
+        line. Points before the malformed line may have been yielded already.
     """
-    labels, texts = [], []
     for number, line in files.read_text_lines(path):
         names, tab, text = line.partition("\t")
         if not tab:
@@ -36,9 +37,27 @@ def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
         names = names.strip(_BLANKS)
         if number == 1 and re.fullmatch(r"labels?\ttexts?", f"{names}\t{text}", re.IGNORECASE):
             raise ValueError(f"{path}:1: expected no headings, got {line!r}: remove that line")
-        labels.append([name.strip(_BLANKS) for name in names.split("|")] if names else [])
-        if "" in labels[-1]:
+        labels = [name.strip(_BLANKS) for name in names.split("|")] if names else []
+        if "" in labels:
             raise ValueError(f"{path}:{number}: expected a label on each side of a bar, got {names!r}")
+        yield labels, text
+
+
+def read_tsv(path: str | os.PathLike) -> tuple[list[list[str]], list[str]]:
+    """Read raw text with named labels, as `iterate_tsv` does.
+
+    Args:
+      path: the file to read.
+
+    Returns:
+      `(labels, texts)`, both of length N: the label names of each point, and its text without changes.
+
+    Raises:
+      ValueError: as for `iterate_tsv`.
+    """
+    labels, texts = [], []
+    for names, text in iterate_tsv(path):
+        labels.append(names)
         texts.append(text)
     return labels, texts
 

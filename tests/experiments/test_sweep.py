@@ -11,6 +11,7 @@ from absl import flags
 
 import experiments
 from experiments import sweep
+from sparse_xmc.cli.run_flags import effective_values
 from sparse_xmc.data import write_tsv
 
 ROOT = Path(experiments.__file__).parents[1]
@@ -162,9 +163,9 @@ def test_flagfiles_of_runs_follow_shared_flagfiles(project):
 def test_result_flags_use_default_of_missing_flag():
     values = sweep.effective_flags(["--train=a", "--test=b"])
     older = {name: value for name, value in values.items() if name != "test_filter"}
-    assert sweep._result_flags(older) == values
-    assert sweep._result_flags(older | {"fan_in": 8}) != values
-    assert sweep._result_flags(older | {"no_longer_there": 1}) != values
+    assert effective_values(older) == values
+    assert effective_values(older | {"fan_in": 8}) != values
+    assert effective_values(older | {"no_longer_there": 1}) != values
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_abstract_trainer_matches_real_arrays(monkeypatch):
     assert weights <= parts["encoder"] < weights + 500
     assert 1.5 * weights <= parts["encoder's moments"] < 1.5 * weights + 500  # the first moments are bfloat16
     table_bytes = 100 * (8 + 1) * 4  # with a sum of squares for each row
-    assert table_bytes <= parts["words"] < table_bytes + 100
+    assert table_bytes <= parts["embedding tables"] < table_bytes + 100
     batch = encoder_memory.make_batch(TINY, NETWORK)
     loss = real.train_step(batch, 1e-3)  # The planned step can be run.
     assert float(loss) > 0

@@ -3,7 +3,7 @@ import pytest
 import scipy.sparse
 
 from sparse_xmc.cli import datasets
-from sparse_xmc.data import Dataset, write_xmc_text
+from sparse_xmc.data import Dataset, write_tsv, write_xmc_text
 
 TRAIN = (
     "mammal|pet\tsmall furry cat\nmammal|pet\tlarge furry dog\nbird\tsmall yellow bird\nbird\tlarge bird\n"
@@ -137,9 +137,7 @@ def test_filter_without_any_labels_raises(tmp_path):
 
 def test_text_file_without_repeated_words_raises(tsv, tmp_path):
     (tmp_path / "train.tsv").write_text("a\tone\nb\ttwo\n")
-    with pytest.raises(
-        ValueError, match=r"train\.tsv: expected words that occur in at least two texts, found none$"
-    ):
+    with pytest.raises(ValueError, match=r"train\.tsv: no word occurs in at least two of its texts$"):
         datasets.load(*tsv)
 
 
@@ -157,6 +155,15 @@ def test_feature_file_without_points_raises(tmp_path, name):
         path.write_text("0 2 2\n" if path.name == name else "1 2 2\n0 1:1.0\n")
     with pytest.raises(ValueError, match=rf"{name}: expected points, got none$"):
         datasets.load(*map(str, paths))
+
+
+def test_format_of_text_file_follows_from_its_name(tmp_path):
+    for name in ("texts.tsv", "texts.tsv.gz"):
+        write_tsv(tmp_path / name, [["a", "b"], []], ["one", "two"])
+        assert list(datasets.read_texts(str(tmp_path / name))) == [(["a", "b"], "one"), ([], "two")]
+    for name in ("texts.txt", "texts", "texts.tsv.old"):
+        (tmp_path / name).write_text("a\tone\n\n")
+        assert list(datasets.read_texts(str(tmp_path / name))) == [([], "a\tone"), ([], "")]
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.csv.gz"])

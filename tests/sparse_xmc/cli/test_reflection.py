@@ -94,15 +94,15 @@ def test_given_flags_are_read(parse):
     values, _ = parse(*arguments, "--kind=square", "--side=5")
     assert reflection.read_flags(Settings, values) == Settings(7, "b", 0.5, False, Inner(2.0))
     assert reflection.read_kind("kind", KINDS, values) == Square(side=5)
-    assert reflection.kind_of("kind", KINDS, values) == {"side": 5, "colour": "blue", "weight": 0.5}
+    assert reflection.fields_of_kind("kind", KINDS, values) == {"side": 5, "colour": "blue", "weight": 0.5}
 
 
 def test_none_can_be_given(parse):
     values, _ = parse("--bound=none", "--kind=square", "--weight=none")
     assert reflection.read_flags(Settings, values).bound is None
     assert reflection.read_kind("kind", KINDS, values) == Square(weight=None)
-    assert reflection.kind_of("kind", KINDS, values)["weight"] is None
-    assert reflection.unused_flags("kind", KINDS, values) == []
+    assert reflection.fields_of_kind("kind", KINDS, values)["weight"] is None
+    assert reflection.fields_of_other_kinds("kind", KINDS, values) == []
     with pytest.raises(flags.IllegalFlagValueError, match="weight"):
         parse("--weight=no")
 
@@ -116,8 +116,18 @@ def test_help_is_read_from_docstring(parse):
 
 def test_flags_of_other_kinds_are_reported(parse):
     values, _ = parse("--kind=square", "--radius=3", "--colour=green")
-    assert reflection.unused_flags("kind", KINDS, values) == ["radius"]
+    assert reflection.fields_of_other_kinds("kind", KINDS, values) == ["radius"]
     assert reflection.read_kind("kind", KINDS, values) == Square(colour="green")
+
+
+def test_fields_of_one_name_with_two_types_raise():
+    @dataclasses.dataclass(frozen=True)
+    class Blob:
+        radius: float = 1.0
+
+    kinds = {"round": Round, "blob": Blob}
+    with pytest.raises(TypeError, match=r"radius must have the same type in all classes, got .* in Round"):
+        reflection.define_kinds("kind", kinds, "round", "Which.", flag_values=flags.FlagValues())
 
 
 def test_invalid_values_raise(parse):

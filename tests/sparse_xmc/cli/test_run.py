@@ -154,7 +154,7 @@ def test_saved_model_reproduces_test_metrics(finished, tsv):
 def test_existing_result_is_kept(finished):
     workdir, flags, _ = finished
     before = (workdir / "result.json").stat()
-    assert "result.json already exists" in output_of(*flags)
+    assert "result.json: this run has finished. Choose another --workdir." in output_of(*flags)
     assert (workdir / "result.json").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -202,6 +202,29 @@ def test_run_with_other_flags_in_same_workdir_fails(tsv, tmp_path):
     assert "flags.cfg was written by a run with other flags" in error
     assert "--seed=1 --seed=2" in error
     assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+
+
+def test_flags_of_run_are_compared_by_value(finished, tmp_path):
+    first, flags, _ = finished
+    lines = (first / "flags.cfg").read_text().splitlines()
+    older = [line for line in lines if not line.startswith(("--encoder_dtype=", "--noencoder_remat"))]
+    assert len(older) == len(lines) - 2
+    (tmp_path / "flags.cfg").write_text("\n".join([*older, "--plan", "--mesh=label:2"]))
+    (tmp_path / "result.json").write_text((first / "result.json").read_text())
+    assert "this run has finished" in output_of(*flags, f"--workdir={tmp_path}")
+    (tmp_path / "flags.cfg").write_text("--flag_of_another_version=1\n")
+    error = error_of(*flags, f"--workdir={tmp_path}")
+    assert "flags.cfg: not the flags of a run: Unknown command line flag 'flag_of_another_version'" in error
+
+
+def test_plan_is_printed_in_directory_of_another_run(tsv, tmp_path):
+    (tmp_path / "flags.cfg").write_text("--seed=1\n")
+    (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest" / "1.json").touch()
+    flags = [*tsv, *SMALL, f"--workdir={tmp_path}", "--seed=2"]
+    assert "planned peak" in output_of(*flags, "--plan")
+    assert (tmp_path / "flags.cfg").read_text() == "--seed=1\n"
+    assert "was written by a run with other flags" in error_of(*flags)
 
 
 def test_epochs_can_be_raised_with_plateau_schedule_only(finished, tmp_path):
