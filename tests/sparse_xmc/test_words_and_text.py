@@ -91,7 +91,7 @@ def test_joint_encoder_concatenates_features(directory, direct):
     joint = JointEncoder(words, DenseFeatures(text.features, scale=2.0, rngs=rngs), text)
     joint.eval()
     result, word_output = joint(batch.inputs), words(batch.inputs.bags)
-    x, bag = (result.x, word_output.x) if direct else (result, word_output)
+    x, bag = (result.features, word_output.features) if direct else (result, word_output)
     embeddings = small_encoders.reference(
         "bert", small_encoders.make_tensors("bert"), batch.inputs.encoded, "mean"
     )
@@ -101,7 +101,7 @@ def test_joint_encoder_concatenates_features(directory, direct):
     inputs = WordsAndText(batch.inputs.bags, embeddings.astype(np.float32))
     frozen.eval()
     again = frozen(inputs)
-    np.testing.assert_allclose(again.x if direct else again, x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again.features if direct else again, x, rtol=1e-4, atol=1e-5)
 
 
 def write_json(path, values):
