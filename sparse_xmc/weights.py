@@ -67,6 +67,7 @@ def write_weights(path: Path, model: nnx.Module) -> None:
     with writing(path) as target, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(target, args=ocp.args.StandardSave(state))
         check_sizes(checkpointer.metadata(target).item_metadata, state, path)
+    wait_for_all("written weights")  # The caller may move them, and other processes still check them here.
 
 
 def load_weights(path: str | os.PathLike, model: Any, *, label_rows: int | None = None) -> Any:

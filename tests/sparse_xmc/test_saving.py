@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 from small_models import config_of, make_inputs, make_model
 
 from experiments.unstructured import UnstructuredLinear
-from sparse_xmc import saving
+from sparse_xmc import saving, weights
 from sparse_xmc.data import LabelEncoder, TextEncoder
 from sparse_xmc.heads import HEADS
 from sparse_xmc.inputs import InputEncoder
@@ -357,3 +358,24 @@ def test_damaged_model_raises(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         SavedModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("save", ["model", "weights"])
+def test_weights_are_moved_after_all_processes_have_checked_them(tmp_path, monkeypatch, save):
+    events = []
+    monkeypatch.setattr(weights, "check_sizes", lambda metadata, state, path: events.append("check"))
+    monkeypatch.setattr(weights, "wait_for_all", lambda what: events.append(what))
+    rename = Path.rename
+
+    def record_rename(path, target):
+        events.append("move")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", record_rename)
+    model = make_model()
+    if save == "weights":
+        save_weights(tmp_path / "weights", model)
+    else:
+        SavedModel(config_of(), model).save(tmp_path)
+    assert events[:2] == ["check", "written weights"]
+    assert "move" in events[2:]
