@@ -357,7 +357,7 @@ def test_failed_save_keeps_earlier_checkpoints(tmp_path, batches, monkeypatch):
     train(trainer, batches, [2])
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(ocp.Checkpointer, "save", fail)
-        with pytest.raises(OSError, match=r"latest/15: .* No space left on device; that of step 10 is still"):
+        with pytest.raises(OSError, match=r"latest/15: .* No space left on device; checkpoint 10 is still"):
             checkpoints.save_latest(trainer, {"epochs": 3})
         assert checkpoints.restore_latest(new_trainer()) == {"epochs": 2}
 
